@@ -1,0 +1,81 @@
+"""Puts the trained parts together into a pipeline in diffusers layout, BF16 safetensors.
+
+    python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer
+
+The transformer and text encoder are the exponential moving averages. Written beside the package's
+own weights under a temporary name and renamed, so a run that is cut off leaves the old ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from torch.optim.swa_utils import AveragedModel
+from transformers import ByT5Tokenizer
+
+from tools.tiny_wan.train_transformer import FLOW_SHIFT, TEXT_LENGTH, TextToVelocity
+from tools.tiny_wan.train_vae import CONFIG as VAE_CONFIG
+from wanquant.wan import tiny
+
+GENERATION = {
+    "height": tiny.HEIGHT,
+    "width": tiny.WIDTH,
+    "num_frames": tiny.NUM_FRAMES,
+    "steps": 20,
+    "guidance_scale": 3.0,
+    "flow_shift": FLOW_SHIFT,
+    "max_text_length": TEXT_LENGTH,
+    "fps": 8,
+    "negative_prompt": "",
+}
+
+
+def assemble(vae_folder: Path, transformer_folder: Path) -> WanPipeline:
+    trained = torch.load(transformer_folder / "state.pt", weights_only=True)
+    ema = AveragedModel(TextToVelocity())
+    # The checkpoint holds [model, ema]; the second is the one to ship.
+    ema.load_state_dict({name[2:]: value for name, value in trained["model"].items() if name.startswith("1.")})
+    vae = AutoencoderKLWan(
+        **VAE_CONFIG,
+        scale_factor_spatial=8,
+        scale_factor_temporal=4,
+        latents_mean=trained["mean"].tolist(),
+        latents_std=trained["std"].tolist(),
+    )
+    vae.load_state_dict(torch.load(vae_folder / "state.pt", weights_only=True)["model"])
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT
+    )
+    return WanPipeline(
+        tokenizer=ByT5Tokenizer(),
+        text_encoder=ema.module.text_encoder.to(torch.bfloat16),
+        transformer=ema.module.transformer.to(torch.bfloat16),
+        vae=vae.to(torch.bfloat16),
+        scheduler=scheduler,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--transformer", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=tiny.folder())
+    args = parser.parse_args()
+    pipe = assemble(args.vae, args.transformer)
+    temporary = args.out.with_name(args.out.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe.save_pretrained(temporary)
+    (temporary / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+    shutil.rmtree(args.out, ignore_errors=True)
+    temporary.rename(args.out)
+    size = sum(path.stat().st_size for path in args.out.rglob("*.safetensors"))
+    print(f"{args.out}: {size / 1e6:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()

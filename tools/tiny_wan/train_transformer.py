@@ -1,0 +1,160 @@
+"""Trains tiny-wan's transformer together with its text encoder, by flow matching.
+
+x_sigma = (1 - sigma) x_0 + sigma e,  target v = e - x_0,  sigma = 3u / (1 + 2u) with u uniform:
+the flow shift of generation, applied in training too (arXiv 2403.03206, section 5.3.2). A tenth of
+the captions is dropped to the empty string, for classifier-free guidance. The text is encoded just
+as ``WanPipeline`` does it, at the same length and with zeros behind the last token, because Wan's
+cross-attention attends to the padding.
+
+The videos are encoded once; a step reads latents. Batches, noise and dropout are functions of
+(seed, step) alone, so a resumed run goes on with what an uninterrupted one would have seen.
+
+    python -m tools.tiny_wan.train_transformer --vae outputs/tiny_wan/vae --out outputs/tiny_wan/transformer
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from tools.tiny_wan.checkpoint import load_state, log_row, save_state
+from tools.tiny_wan.scenes import draw
+from tools.tiny_wan.train_vae import CONFIG as VAE_CONFIG
+from tools.tiny_wan.train_vae import SCENES, to_model
+
+TEXT_LENGTH = 64
+FLOW_SHIFT = 3.0
+TEXT_CONFIG = {
+    "vocab_size": 384,
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+}
+TRANSFORMER_CONFIG = {
+    "num_layers": 40,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "ffn_dim": 512,
+    "text_dim": TEXT_CONFIG["d_model"],
+    "in_channels": 16,
+    "out_channels": 16,
+}
+
+
+class TextToVelocity(torch.nn.Module):
+    """Text encoder and transformer as one module: one optimizer, one EMA, one checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_encoder = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG))
+        self.transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG)
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        text = self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
+        return self.transformer(noisy, 1000.0 * sigma, text, return_dict=False)[0]
+
+
+@torch.no_grad()
+def encode_videos(vae_folder: Path, cache: Path, per_scene: int, seed: int) -> dict[str, torch.Tensor]:
+    """Latents [videos, 16, 5, 8, 8], normalised per channel, the index of each one's scene, and mean and std."""
+    if cache.exists():
+        return torch.load(cache, weights_only=True)
+    vae = AutoencoderKLWan(**VAE_CONFIG).eval()
+    vae.load_state_dict(torch.load(vae_folder / "state.pt", weights_only=True)["model"])
+    latents, started = [], time.time()
+    for index in range(len(SCENES)):
+        rng = np.random.default_rng((seed, 1, index))
+        videos = torch.stack([to_model(draw(SCENES[index], rng)) for _ in range(per_scene)])
+        latents.append(torch.cat([vae.encode(part).latent_dist.mode() for part in videos.split(8)]))
+        if index % 10 == 0:
+            left = (time.time() - started) / (index + 1) * (len(SCENES) - index - 1)
+            print(f"encoded {index + 1}/{len(SCENES)} scenes, left {left / 60:.1f} min", flush=True)
+    stacked = torch.cat(latents)
+    mean, std = stacked.mean((0, 2, 3, 4)), stacked.std((0, 2, 3, 4))
+    shape = (1, -1, 1, 1, 1)
+    data = {
+        "latents": (stacked - mean.view(shape)) / std.view(shape),
+        "scene": torch.arange(len(SCENES)).repeat_interleave(per_scene),
+        "mean": mean,
+        "std": std,
+    }
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(data, cache.with_suffix(".tmp"))
+    cache.with_suffix(".tmp").rename(cache)
+    return data
+
+
+def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    out = ByT5Tokenizer()(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    return out.input_ids, out.attention_mask
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--drop", type=float, default=0.1, help="share of captions replaced by the empty one")
+    parser.add_argument("--per-scene", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
+    args = parser.parse_args()
+
+    data = encode_videos(args.vae, args.out / "latents.pt", args.per_scene, args.seed)
+    ids, masks = tokenize([scene.caption for scene in SCENES] + [""])
+    torch.manual_seed(args.seed)
+    model = TextToVelocity()
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    both = torch.nn.ModuleList([model, ema])
+    first = load_state(args.out, both, optimizer)
+    if not args.no_compile:
+        for block in model.transformer.blocks:
+            block.compile()
+
+    started = time.time()
+    for step in range(first, args.steps):
+        warm, decay = min(1.0, (step + 1) / 200), 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm * (0.02 + 0.98 * decay)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        pick = torch.randint(len(data["scene"]), (args.batch,), generator=generator)
+        clean, scene = data["latents"][pick], data["scene"][pick]
+        scene = torch.where(torch.rand(args.batch, generator=generator) < args.drop, len(SCENES), scene)
+        # Stratified over the batch: the same distribution, less variance.
+        uniform = (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) / args.batch
+        sigma = FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
+        noise = torch.randn(clean.shape, generator=generator)
+        weight = sigma.view(-1, 1, 1, 1, 1)
+        velocity = model((1 - weight) * clean + weight * noise, sigma, ids[scene], masks[scene])
+        loss = F.mse_loss(velocity, noise - clean)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(model)
+        if step % 20 == 0:
+            left = (time.time() - started) / (step - first + 1) * (args.steps - step - 1)
+            log_row(args.out / "curve.csv", {"step": step, "loss": loss.item(), "grad_norm": norm.item()})
+            print(f"{step}/{args.steps} loss {loss.item():.4f} norm {norm:.2f} left {left / 60:.1f} min", flush=True)
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            save_state(args.out, both, optimizer, step + 1, mean=data["mean"], std=data["std"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What a tiny-wan video shows, by plain image analysis: colour, shape, background, direction of motion.
+
+No learned model, so nothing here can flatter a network. Everything is measured in a few robust
+steps: the border of the picture is the background, what differs from it is the shape, how much of
+its bounding box it fills says which shape (1 for a square, pi/4 for a circle, 1/2 for a triangle),
+and where its centre goes says the direction.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from wanquant.wan.tiny import BACKGROUNDS, DIRECTIONS, MIN_TRAVEL, PALETTE, Scene
+
+ATTRIBUTES = ("color", "shape", "direction", "background")
+#: A pixel belongs to the shape if its colour differs from the background's by this (of 255, Euclidean).
+CONTRAST = 40.0
+#: A named colour must be met within this distance (of 255, Euclidean); the palette's closest two are 110 apart.
+TOLERANCE = 75.0
+#: Least share of the picture that is a shape (a circle of radius 9 covers 0.062), and the largest.
+AREA = (0.02, 0.5)
+#: Fill ratios half-way between triangle, circle and square.
+TRIANGLE_CIRCLE, CIRCLE_SQUARE = 0.645, 0.89
+
+
+def nearest(color: np.ndarray, table: dict[str, tuple[int, int, int]]) -> str | None:
+    """The name of the colour in ``table`` closest to ``color`` (RGB, 0..255), if it is close enough."""
+    distances = {name: float(np.linalg.norm(color - np.array(value))) for name, value in table.items()}
+    name = min(distances, key=lambda key: distances[key])
+    return name if distances[name] <= TOLERANCE else None
+
+
+def measure(video: np.ndarray) -> dict[str, str | None]:
+    """Attribute → what the video shows, or None where it shows nothing of the kind.
+
+    ``video`` is [frames, height, width, 3] in 0..1.
+    """
+    pixels = np.asarray(video, dtype=np.float64) * 255.0
+    if not np.isfinite(pixels).all():
+        return dict.fromkeys(ATTRIBUTES)
+    border = np.concatenate([pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    border = np.concatenate([border, pixels[:, :, :2].reshape(-1, 3), pixels[:, :, -2:].reshape(-1, 3)])
+    background = np.median(border, axis=0)
+    masks = np.linalg.norm(pixels - background, axis=-1) > CONTRAST
+    share = masks.mean(axis=(1, 2))
+    shown = (share >= AREA[0]) & (share <= AREA[1])
+    found: dict[str, str | None] = {"background": nearest(background, BACKGROUNDS)}
+    if shown.sum() < len(pixels) / 2:
+        return {"color": None, "shape": None, "direction": None, **found}
+    color = np.median(pixels[masks & shown[:, None, None]], axis=0)
+    found["color"] = nearest(color, PALETTE)
+    # Again, now that the colour is known: inside is what is closer to it than to the background,
+    # so that a soft edge is cut at its middle whatever the contrast.
+    axis = color - background
+    masks = (pixels - background) @ axis > 0.5 * axis @ axis
+    found["shape"] = _shape([mask for mask, ok in zip(masks, shown, strict=True) if ok])
+    found["direction"] = _direction(masks, shown)
+    return {name: found[name] for name in ATTRIBUTES}
+
+
+def _shape(masks: list[np.ndarray]) -> str:
+    """By the median over frames of area / bounding box; stray pixels are cut by taking a box of quantiles."""
+    fills = []
+    for mask in masks:
+        rows, columns = np.nonzero(mask.sum(1) >= 2)[0], np.nonzero(mask.sum(0) >= 2)[0]
+        if len(rows) and len(columns):
+            box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+            fills.append(mask.sum() / box)
+    fill = float(np.median(fills)) if fills else 0.0
+    return "triangle" if fill < TRIANGLE_CIRCLE else "circle" if fill < CIRCLE_SQUARE else "square"
+
+
+def _direction(masks: np.ndarray, shown: np.ndarray) -> str | None:
+    """The axis along which the centre moves farthest, by a least-squares line over the frames that show it."""
+    frames = np.nonzero(shown & masks.any((1, 2)))[0]
+    if len(frames) < 2:
+        return None
+    centres = np.array([[np.nonzero(masks[f])[1].mean(), np.nonzero(masks[f])[0].mean()] for f in frames])
+    dx, dy = np.polyfit(frames, centres, 1)[0] * (len(masks) - 1)
+    if max(abs(dx), abs(dy)) < MIN_TRAVEL / 2:
+        return None
+    moved = (int(np.sign(dx)), 0) if abs(dx) > abs(dy) else (0, int(np.sign(dy)))
+    return next(name for name, vector in DIRECTIONS.items() if vector == moved)
+
+
+def score(video: np.ndarray, scene: Scene) -> dict[str, float]:
+    """1 for each attribute the video shows as asked, else 0; and ``attributes``, their mean."""
+    shown = measure(video)
+    hits = {name: float(shown[name] == getattr(scene, name)) for name in ATTRIBUTES}
+    return {**hits, "attributes": float(np.mean(list(hits.values())))}

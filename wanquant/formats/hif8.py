@@ -1,0 +1,43 @@
+"""HiFloat8 on tensors: round, encode, decode (arXiv 2409.16626).
+
+One byte of sign, dot, exponent and mantissa, whose prefix code trades exponent against mantissa:
+three mantissa bits for 2^-3 to 2^3, two up to 2^±7, one up to 2^±15, and pure powers of two from
+2^-22 to 2^-16. Rounding is to nearest, ties away from zero in magnitude.
+
+Special values: one zero (-0 and all below 2^-23 in magnitude become +0), one NaN (0x80; every NaN
+becomes the canonical quiet one), infinities 0x6F and 0xEF. Magnitudes of 40960 and more overflow:
+to infinity with ``overflow="inf"``, to ±32768 with ``overflow="saturate"``, where a true infinity
+stays one. ``round(x)`` equals ``decode(encode(x))`` bit for bit.
+
+The scalar definition is ``wanquant.formats.reference``; the kernels are in ``wanquant.kernels``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from wanquant import kernels
+
+#: Largest finite value, and the magnitude from which rounding overflows.
+MAX, OVERFLOW = 32768.0, 40960.0
+#: Smallest positive value.
+TINY = 2.0**-22
+
+
+def round(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor:
+    """Nearest HiF8 value of each element, in the shape and dtype of ``x``.
+
+    Takes float32, bfloat16 or float16 of any shape and layout, on any device; every HiF8 value is
+    exact in all three. Free of autograd. ``out`` may be ``x`` itself. ``TypeError`` for another dtype.
+    """
+    return kernels.round_hif8(x, overflow, out)
+
+
+def encode(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
+    """The uint8 code of each element, rounded first, in the shape of ``x``."""
+    return kernels.encode_hif8(x, overflow)
+
+
+def decode(codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """The values of uint8 ``codes``, in their shape."""
+    return kernels.decode_hif8(codes, dtype)

@@ -1,0 +1,57 @@
+"""The code tables of HiFloat8, derived from the definition (arXiv 2409.16626, section 3).
+
+A rounded value is a sign, an exponent and at most three mantissa bits, so the upper twelve bits of
+its BF16 pattern identify it: encoding is one look-up in 4,096 bytes, decoding one in 256.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+
+NAN_CODE, INF_CODE = 0x80, 0x6F
+
+
+def _code_value(code: int) -> float:
+    """The value of one code, read field by field. See ``wanquant.formats.reference`` for the prose."""
+    if code == NAN_CODE:
+        return float("nan")
+    sign, body = (-1.0 if code & 0x80 else 1.0), code & 0x7F
+    if body == INF_CODE:
+        return sign * float("inf")
+    if body < 8:
+        return sign * 2.0 ** (body - 23) if body else 0.0
+    if body < 16:
+        return sign * (1 + (body & 7) / 8)
+    # Width of the exponent field (with its sign bit) and of the mantissa, by the dot code.
+    exponent_bits, mantissa_bits = (1, 3) if body < 32 else (2, 3) if body < 64 else (3, 2) if body < 96 else (4, 1)
+    field = body >> mantissa_bits & (1 << exponent_bits) - 1
+    negative, low = field >> exponent_bits - 1, field & (1 << exponent_bits - 1) - 1
+    magnitude = (1 << exponent_bits - 1) | low
+    exponent = -magnitude if negative else magnitude
+    fraction = (body & (1 << mantissa_bits) - 1) / (1 << mantissa_bits)
+    return sign * 2.0**exponent * (1 + fraction)
+
+
+@cache
+def decode_table() -> torch.Tensor:
+    """float32 [256]: the value of every code. Each is exact in BF16 and FP16."""
+    return torch.tensor([_code_value(code) for code in range(256)], dtype=torch.float32)
+
+
+@cache
+def encode_table() -> torch.Tensor:
+    """uint8 [4096]: the code of every rounded value, by the upper twelve bits of its BF16 pattern.
+
+    Every NaN pattern whose payload shows in those bits, -0 included as zero, is filled; patterns
+    that are no HiF8 value hold NaN's code and are never asked for.
+    """
+    table = np.full(4096, NAN_CODE, dtype=np.uint8)
+    values = decode_table().to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    for code in range(256):
+        if code != NAN_CODE:
+            table[values[code] >> 4] = code
+    table[0x8000 >> 4] = 0
+    return torch.from_numpy(table)

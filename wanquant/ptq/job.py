@@ -1,0 +1,230 @@
+"""The PTQ job: what does it cost to quantize all blocks but these?
+
+Data flows straight through: load, calibrate in BF16, generate in BF16, quantize, generate again
+from the same noise, compare, save, report. Everything that can be refused is refused before the
+first video; ``result.json`` is written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanPipeline
+
+from wanquant.evaluate import attributes, fidelity, gates
+from wanquant.evaluate.prompts import EvalConfig, PromptsConfig, pairs
+from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, difference, estimate
+from wanquant.ptq.calibrate import Calibration, calibrate
+from wanquant.ptq.plan import print_plan
+from wanquant.ptq.protect import ProtectConfig
+from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
+from wanquant.quant.config import parse
+from wanquant.runs import pictures
+from wanquant.runs.progress import progress
+from wanquant.runs.report import write_report
+from wanquant.runs.run import Run, digest, provenance, signature
+from wanquant.runs.tracking import TrackerConfig, check_tracker, mirror
+from wanquant.wan.checkpoint import save_quantized
+from wanquant.wan.config import ModelConfig
+from wanquant.wan.device import peak_memory, pick_device
+from wanquant.wan.generate import GenerationConfig, Sample, generate
+from wanquant.wan.load import check_folder, find_folder, fingerprint, hush_libraries, load_pipeline
+from wanquant.wan.tiny import parse_caption
+
+
+@dataclass
+class PTQConfig:
+    """The whole of ``python ptq.py``."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    protect: ProtectConfig = field(default_factory=ProtectConfig)
+    calib: PromptsConfig = field(default_factory=PromptsConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    #: Save the packed checkpoint.
+    checkpoint: bool = True
+    #: Print the plan and do nothing else.
+    dry_run: bool = False
+
+
+def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
+    """Runs the job in ``folder`` and returns the result as written, or None after a dry run.
+
+    ``ValueError`` and ``OSError`` are the user's; whatever else goes wrong, ``result.json`` says failed.
+    """
+    jobs = pairs(config.prompts), pairs(config.calib, "calib")
+    parse(config.quant)
+    check_tracker(config.tracker)
+    device = pick_device(config.model.device)
+    if config.model.language == "scenes":
+        for prompt, _ in jobs[0]:
+            parse_caption(prompt)
+    model_folder = find_folder(config.model.path)
+    check_folder(model_folder)
+    if config.dry_run:
+        print_plan(config_yaml, model_folder, config.quant, config.protect, config.model.generation, len(jobs[0]))
+        return None
+    hush_libraries()
+    run = Run(folder, "ptq", config_yaml)
+    try:
+        return _Job(config, run, device, model_folder, *jobs).run()
+    except BaseException as error:
+        run.fail(error)
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        raise
+
+
+@dataclass
+class _Job:
+    config: PTQConfig
+    run_: Run
+    device: torch.device
+    model_folder: Path
+    pairs: list[tuple[str, int]]
+    calibration_pairs: list[tuple[str, int]]
+
+    def run(self) -> dict[str, Any]:
+        config, run = self.config, self.run_
+        with run.stage("load"):
+            pipe = load_pipeline(self.model_folder, config.model.device)
+            plan_conversion(pipe.transformer, config.protect.blocks, config.protect.modules)
+        with run.stage("calibrate"):
+            calibration = self._calibrate(pipe)
+        with run.stage("generate_bf16"):
+            reference = self._generate(pipe, "generate BF16")
+        floor: list[Sample] = []
+        if config.eval.noise_floor:
+            with run.stage("noise_floor"):
+                floor = self._generate(pipe, "noise floor", _one_ulp_up)
+        with run.stage("quantize"):
+            report = quantize_(
+                pipe.transformer,
+                config.quant,
+                config.protect.blocks,
+                config.protect.modules,
+                calibration.input_absmax,
+            )
+        with run.stage("generate_quantized"):
+            samples = self._generate(pipe, f"generate {config.quant.format}")
+        with run.stage("compare"):
+            metrics = self._metrics(reference, samples, floor)
+            gate_results = gates.check([s.video for s in samples], [s.video for s in reference])
+        with run.stage("write"):
+            self._write_videos(reference, samples)
+            if config.checkpoint:
+                save_quantized(pipe, run.folder / "checkpoint")
+        result = {
+            "signature": signature(dataclasses.asdict(config), fingerprint(self.model_folder), self.device),
+            "model": self._model(pipe),
+            "quant": dataclasses.asdict(config.quant),
+            **self._conversion(report, calibration),
+            "metrics": {name: estimate(items).as_json() for name, items in metrics.items()},
+            "demonstration": len(self.pairs) < ENOUGH_PAIRS,
+            "gates": {gate.name: gate.as_json() for gate in gate_results},
+            "generation": dataclasses.asdict(config.model.generation),
+            "memory": {"peak_bytes": peak_memory(self.device)},
+            "provenance": {
+                **provenance(self.device),
+                "seeds": config.prompts.seeds,
+                "prompts": config.prompts.texts,
+                "prompt_hash": digest(config.prompts.texts),
+            },
+        }
+        # The report and the tracker draw from the result as it will stand; it is written last.
+        return run.finish(result, lambda full: self._publish(full))
+
+    def _publish(self, full: dict[str, Any]) -> None:
+        write_report(self.run_.folder, full)
+        mirror(self.config.tracker, self.run_.folder, dataclasses.asdict(self.config), full)
+
+    def _calibrate(self, pipe: WanPipeline) -> Calibration:
+        settings = self.config.model.generation
+        with progress("calibrate", len(self.calibration_pairs) * settings.steps) as tick:
+            return calibrate(pipe, self.calibration_pairs, settings, tick)
+
+    def _generate(
+        self, pipe: WanPipeline, label: str, perturb: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise
+    ) -> list[Sample]:
+        settings: GenerationConfig = self.config.model.generation
+        with progress(label, len(self.pairs) * settings.steps) as tick:
+            return generate(pipe, self.pairs, settings, tick, perturb)
+
+    def _metrics(self, reference: list[Sample], samples: list[Sample], floor: list[Sample]) -> dict[str, list[Item]]:
+        """``psnr``: quantized against BF16. ``floor_ulp.psnr``, ``floor_seed.psnr``: BF16 against itself with
+        the noise moved by one unit in the last place, and with other seeds. ``bf16.color``, ``color``,
+        ``difference.color``: attribute accuracy of BF16, quantized, and their paired difference."""
+        found: dict[str, list[Item]] = {}
+
+        def add(prefix: str, first: list[Sample], second: list[Sample]) -> None:
+            for a, b in zip(first, second, strict=True):
+                for name, value in fidelity.compare(a, dataclasses.replace(b, seed=a.seed)).items():
+                    found.setdefault(prefix + name, []).append(Item(a.prompt, a.seed, value))
+
+        add("", reference, samples)
+        if floor:
+            add("floor_ulp.", reference, floor)
+        seeds = self.config.prompts.seeds
+        if floor and len(seeds) > 1:
+            by_pair = {(sample.prompt, sample.seed): sample for sample in reference}
+            following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
+            add("floor_seed.", reference, [by_pair[s.prompt, following[s.seed]] for s in reference])
+        if self.config.model.language == "scenes":
+            for prefix, side in (("bf16.", reference), ("", samples)):
+                for sample in side:
+                    for name, value in attributes.score(sample.video, parse_caption(sample.prompt)).items():
+                        found.setdefault(prefix + name, []).append(Item(sample.prompt, sample.seed, value))
+            for name in (*attributes.ATTRIBUTES, "attributes"):
+                found["difference." + name] = difference(found[name], found["bf16." + name])
+        return found
+
+    def _write_videos(self, reference: list[Sample], samples: list[Sample]) -> None:
+        folder, fps = self.run_.folder, self.config.model.generation.fps
+        labels = ("BF16", f"{self.config.quant.name}, protect {self.config.protect.name}")
+        rows = []
+        for number, (a, b) in enumerate(zip(reference, samples, strict=True)):
+            frames = pictures.to_uint8(a.video), pictures.to_uint8(b.video)
+            name = f"{number:03d}-seed{a.seed}.mp4"
+            pictures.write_mp4(folder / "videos" / "bf16" / name, frames[0], fps)
+            pictures.write_mp4(folder / "videos" / "quantized" / name, frames[1], fps)
+            pictures.write_mp4(folder / "videos" / "side_by_side" / name, pictures.side_by_side(frames, labels), fps)
+            rows.append((f"{a.prompt}, seed {a.seed}", (("BF16", frames[0]), (self.config.quant.format, frames[1]))))
+        (folder / "figures").mkdir(exist_ok=True)
+        pictures.contact_sheet(rows[:12]).save(folder / "figures" / "contact_sheet.png")
+
+    def _model(self, pipe: WanPipeline) -> dict[str, Any]:
+        return {
+            "name": self.config.model.name,
+            "blocks": len(pipe.transformer.blocks),
+            "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
+            "fingerprint": fingerprint(self.model_folder),
+        }
+
+    def _conversion(self, report: ConversionReport, calibration: Calibration) -> dict[str, Any]:
+        return {
+            "protect": {
+                "name": self.config.protect.name,
+                "blocks": list(report.protected_blocks),
+                "modules": list(self.config.protect.modules),
+                "fraction_of_flops_quantized": calibration.fraction_of_flops(report),
+            },
+            "conversion": report.counts(),
+            "modules": [dataclasses.asdict(module) for module in report.modules],
+            "calibration": {
+                "videos": calibration.videos,
+                "steps": calibration.steps,
+                "block_absmax": [calibration.block_absmax[i] for i in range(report.blocks)],
+                "input_absmax": calibration.input_absmax,
+            },
+        }
+
+
+def _one_ulp_up(noise: torch.Tensor) -> torch.Tensor:
+    return torch.nextafter(noise, torch.full_like(noise, torch.inf))

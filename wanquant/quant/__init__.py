@@ -1,0 +1,16 @@
+"""Where rounding happens in any ``nn.Module``. Knows nothing of diffusers: it is given modules and names."""
+
+from wanquant.quant.config import ActivationConfig, QuantConfig, WeightConfig
+from wanquant.quant.convert import ConversionReport, ModuleReport, plan_conversion, quantize_
+from wanquant.quant.linear import QuantLinear
+
+__all__ = [
+    "ActivationConfig",
+    "ConversionReport",
+    "ModuleReport",
+    "QuantConfig",
+    "QuantLinear",
+    "WeightConfig",
+    "plan_conversion",
+    "quantize_",
+]

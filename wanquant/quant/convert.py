@@ -1,0 +1,116 @@
+"""``quantize_``: the one verb. Linears of unprotected blocks become ``QuantLinear``, in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from wanquant.quant.config import QuantConfig, Scheme, parse
+from wanquant.quant.linear import QuantLinear
+from wanquant.quant.select import match_names, resolve_blocks
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What became of one linear: ``converted``, ``protected`` or ``skipped``, and why."""
+
+    name: str
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Every linear of the module, in the order of ``named_modules``."""
+
+    modules: tuple[ModuleReport, ...]
+    blocks: int
+    protected_blocks: tuple[int, ...]
+
+    def names(self, status: str) -> list[str]:
+        return [module.name for module in self.modules if module.status == status]
+
+    def counts(self) -> dict[str, int]:
+        counted = Counter(module.status for module in self.modules)
+        return {status: counted[status] for status in ("converted", "protected", "skipped")}
+
+
+def quantize_(
+    module: nn.Module,
+    config: QuantConfig | None = None,
+    protected_blocks: Sequence[int] = (),
+    protected_modules: Sequence[str] = (),
+    stats: Mapping[str, float] | None = None,
+    blocks: str = "blocks",
+) -> ConversionReport:
+    """Quantizes every linear inside the unprotected blocks of ``module``, in place.
+
+    protected_blocks   indices from either end, ``(0, 1, -3, -2, -1)``; those stay bit-identical
+    protected_modules  patterns (``re.fullmatch``) of names inside a block: ``ffn.net.2``, ``attn1.*``
+    stats              largest input magnitude by linear's full name; needed by static activations
+    blocks             dotted name of the list of blocks
+
+    Linears outside the blocks stay as they are. Everything is checked before anything is changed:
+    ``ValueError`` names a wrong index, a pattern that matches nothing, or a linear without statistics.
+    """
+    plan = plan_conversion(module, protected_blocks, protected_modules, blocks)
+    scheme = parse(config or QuantConfig())
+    todo = plan.names("converted")
+    if scheme.act_static:
+        missing = [name for name in todo if stats is None or name not in stats]
+        if missing:
+            raise ValueError(f"static activations need calibration statistics of {missing[0]} ({len(missing)} missing)")
+    for name in todo:
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        module.set_submodule(name, QuantLinear.from_linear(linear, scheme, stats.get(name) if stats else None))
+    return plan
+
+
+def plan_conversion(
+    module: nn.Module,
+    protected_blocks: Sequence[int] = (),
+    protected_modules: Sequence[str] = (),
+    blocks: str = "blocks",
+) -> ConversionReport:
+    """What ``quantize_`` would do, without doing it; works on meta tensors."""
+    try:
+        block_list = module.get_submodule(blocks)
+    except AttributeError:
+        raise ValueError(f"{type(module).__name__} has no list of blocks named {blocks!r}") from None
+    if not isinstance(block_list, nn.ModuleList | nn.Sequential) or len(block_list) == 0:
+        raise ValueError(f"{blocks!r} of {type(module).__name__} is not a list of blocks")
+    protected = resolve_blocks(protected_blocks, len(block_list))
+    inside: dict[str, tuple[int, str]] = {}
+    for index, block in enumerate(block_list):
+        for name, child in block.named_modules():
+            if isinstance(child, nn.Linear):
+                inside[f"{blocks}.{index}.{name}"] = (index, name)
+    kept = match_names(protected_modules, (name for _, name in inside.values()))
+    rows = []
+    for name, child in module.named_modules():
+        if not isinstance(child, nn.Linear):
+            continue
+        if isinstance(child, QuantLinear):
+            raise ValueError(f"{name} is quantized already: load the original model to quantize it in another way")
+        if name not in inside:
+            rows.append(ModuleReport(name, "skipped", f"outside {blocks}"))
+        elif inside[name][0] in protected:
+            rows.append(ModuleReport(name, "protected", f"block {inside[name][0]}"))
+        elif inside[name][1] in kept:
+            rows.append(ModuleReport(name, "protected", "module pattern"))
+        else:
+            rows.append(ModuleReport(name, "converted", f"block {inside[name][0]}"))
+    return ConversionReport(tuple(rows), len(block_list), protected)
+
+
+def empty_like_quantized_(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
+    """Puts empty ``QuantLinear`` layers (on meta) at ``names``, for a checkpoint to fill."""
+    for name in names:
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, scheme)
+        module.set_submodule(name, layer)

@@ -1,0 +1,93 @@
+"""The quantized linear: W8A8 as hardware computes it.
+
+    y = s_x · s_w · (Q(x / s_x) · Q(w / s_w)ᵀ) + b
+
+Q rounds to an 8-bit format whose values are exact in BF16, so a BF16 product of them with float32
+accumulation has exact products, provided the scales are applied after it. ``product=fast`` takes
+that product in BF16, whose output is rounded once more; ``product=exact`` takes it in float32.
+
+Differs from the usual fake quantization (dequantize both operands, then multiply) in that no scale
+touches an operand: what is simulated is what the hardware does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wanquant.kernels import absmax_rows
+from wanquant.quant.config import Scheme
+from wanquant.quant.scale import PerTensor
+
+
+class QuantLinear(nn.Linear):
+    """Takes the place of an ``nn.Linear``; a subclass of it, so that peft and diffusers recognise it.
+
+    weight        [out, in]: BF16 values on the format's grid, or uint8 codes (packed)
+    weight_scale  float32 [out], or [] per tensor
+    input_scale   float32 [], with static activations only
+    bias          as it was
+    """
+
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme) -> None:
+        """An empty layer of the right shapes, on meta; ``from_linear`` or a checkpoint fills it."""
+        super().__init__(in_features, out_features, bias=bias, device="meta", dtype=torch.bfloat16)
+        self.scheme = scheme
+        dtype = torch.uint8 if scheme.packed else torch.bfloat16
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device="meta"), False)
+        scale_shape = () if isinstance(scheme.weight_granularity, PerTensor) else (out_features,)
+        self.register_buffer("weight_scale", torch.empty(scale_shape, device="meta"))
+        self.register_buffer("input_scale", torch.empty((), device="meta") if scheme.act_static else None)
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, scheme: Scheme, input_absmax: float | None = None) -> QuantLinear:
+        """Quantizes the weights, from BF16: a source in float32 is cast first, so both give the same.
+
+        ``input_absmax`` is the calibrated largest magnitude of the input, needed by static schemes.
+        """
+        self = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme)
+        source = linear.weight.detach().to(torch.bfloat16)
+        scale = scheme.weight_rule(scheme.weight_granularity.reduce(absmax_rows(source)))
+        rounded = scheme.format.scaled_round(source, scale, scheme.overflow)
+        self.weight = nn.Parameter(scheme.format.encode(rounded) if scheme.packed else rounded, requires_grad=False)
+        self.weight_scale = scale
+        self.bias = linear.bias
+        if scheme.act_static:
+            assert input_absmax is not None, "a static scheme needs a calibrated input"
+            self.input_scale = scheme.act_rule(torch.tensor(input_absmax, device=source.device))
+        self.train(linear.training)
+        return self
+
+    def codes(self) -> torch.Tensor:
+        """The weights as uint8 codes [out, in], packed or not; exact."""
+        return self.weight.data if self.weight.dtype == torch.uint8 else self.scheme.format.encode(self.weight.data)
+
+    def quantize_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens] or []."""
+        scheme = self.scheme
+        if self.input_scale is not None:
+            scale = self.input_scale
+        else:
+            scale = scheme.act_rule(scheme.act_granularity.reduce(absmax_rows(rows)))
+        return scheme.format.scaled_round(rows, scale, scheme.overflow), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        operand, scale = self.quantize_input(rows)
+        weight = self.scheme.format.decode(self.weight) if self.weight.dtype == torch.uint8 else self.weight
+        if self.scheme.product == "exact":
+            product = F.linear(operand.float(), weight.float())
+        else:
+            product = F.linear(operand, weight).float()
+        product.mul_(scale[:, None] if scale.ndim else scale).mul_(self.weight_scale)
+        if self.bias is not None:
+            product.add_(self.bias)
+        return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.weight.dtype == torch.uint8}"

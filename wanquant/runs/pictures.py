@@ -1,0 +1,93 @@
+"""Videos as mp4, side by side with labels, and a contact sheet as PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+#: Small videos are enlarged to at least this height where people look at them.
+VIEW_HEIGHT = 192
+LABEL_HEIGHT = 22
+
+
+def to_uint8(video: np.ndarray) -> np.ndarray:
+    """0..1 to 0..255, rounded; NaN shows as magenta, so that nobody takes it for a dark picture."""
+    broken = ~np.isfinite(video).all(-1)
+    pixels = np.round(np.clip(np.where(np.isfinite(video), video, 0.0), 0.0, 1.0) * 255).astype(np.uint8)
+    pixels[broken] = (255, 0, 255)
+    return pixels
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int, crf: int = 10) -> None:
+    """H.264, yuv420p, uint8 [frames, height, width, 3] with even sides; renamed into place when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf)})
+            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+            stream.codec_context.thread_count = 1
+            for frame in frames:
+                for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
+                    container.mux(packet)
+            for packet in stream.encode():
+                container.mux(packet)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def enlarge(frames: np.ndarray, height: int = VIEW_HEIGHT) -> np.ndarray:
+    """Whole multiples, without smoothing: what is seen is what was generated."""
+    factor = max(1, -(-height // frames.shape[1]))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def side_by_side(videos: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
+    """uint8 videos of one size next to each other, each under its label."""
+    panels = []
+    for frames, label in zip(videos, labels, strict=True):
+        large = enlarge(frames)
+        strip = Image.new("RGB", (large.shape[2], LABEL_HEIGHT), "white")
+        ImageDraw.Draw(strip).text((6, 3), label, fill="black", font=ImageFont.load_default(14))
+        banner = np.broadcast_to(np.asarray(strip), (len(large), LABEL_HEIGHT, large.shape[2], 3))
+        panels.append(np.concatenate([banner, large], axis=1))
+    gap = np.full((len(panels[0]), panels[0].shape[1], 8, 3), 255, np.uint8)
+    row = panels[0]
+    for panel in panels[1:]:
+        row = np.concatenate([row, gap, panel], axis=2)
+    return row
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], columns: int = 5) -> Image.Image:
+    """For each titled row its videos (label, uint8 frames), a line each of ``columns`` frames evenly spread."""
+    font = ImageFont.load_default(14)
+    lines: list[Image.Image] = []
+    for title, videos in rows:
+        thumbs = []
+        for label, frames in videos:
+            large = enlarge(frames, 96)
+            picks = np.linspace(0, len(large) - 1, columns).round().astype(int)
+            thumbs.append((label, np.concatenate([large[i] for i in picks], axis=1)))
+        width, height = 90 + thumbs[0][1].shape[1], 20 + sum(t.shape[0] + 4 for _, t in thumbs)
+        line = Image.new("RGB", (width, height), "white")
+        draw = ImageDraw.Draw(line)
+        draw.text((4, 1), title, fill="black", font=font)
+        top = 20
+        for label, thumb in thumbs:
+            draw.text((4, top + thumb.shape[0] // 2 - 8), label, fill="black", font=font)
+            line.paste(Image.fromarray(thumb), (90, top))
+            top += thumb.shape[0] + 4
+        lines.append(line)
+    sheet = Image.new("RGB", (max(line.width for line in lines), sum(line.height + 8 for line in lines)), "white")
+    top = 0
+    for line in lines:
+        sheet.paste(line, (0, top))
+        top += line.height + 8
+    return sheet

@@ -1,0 +1,70 @@
+"""``report.html`` of one run: one file that opens anywhere without a network, drawn from the result."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from wanquant.runs.figures import block_magnitudes, intervals
+from wanquant.runs.run import write_atomic
+
+#: Videos embedded at most; the others are beside the report.
+MAX_VIDEOS = 10
+FIDELITY = (("latent_sqnr", "latent SQNR", "dB"), ("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))
+FLOORS = (("", "quantized"), ("floor_ulp.", "BF16, noise moved by 1 ulp"), ("floor_seed.", "BF16, another seed"))
+ATTRIBUTES = ("color", "shape", "direction", "background", "attributes")
+
+
+def write_report(folder: Path, result: dict[str, Any]) -> Path:
+    """Draws the report of ``result`` into ``folder``, with the pictures and videos found there."""
+    environment = Environment(
+        loader=PackageLoader("wanquant.runs"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["estimate"] = estimate_text
+    metrics = result["metrics"]
+    rows = [
+        (label, [metrics[prefix + key] for key, _, _ in FIDELITY])
+        for prefix, label in FLOORS
+        if prefix + FIDELITY[0][0] in metrics
+    ]
+    sqnr = [(label, m[0]["mean"], *m[0]["ci95"]) for label, m in rows if None not in (m[0]["mean"], *m[0]["ci95"])]
+    videos = sorted((folder / "videos" / "side_by_side").glob("*.mp4"))[:MAX_VIDEOS]
+    sheet = folder / "figures" / "contact_sheet.png"
+    html = environment.get_template("report.html.j2").render(
+        result=result,
+        fidelity_rows=rows,
+        fidelity_columns=[(title, unit) for _, title, unit in FIDELITY],
+        attributes=[name for name in ATTRIBUTES if name in metrics],
+        failed=[name for name, gate in result["gates"].items() if gate["verdict"] == "fail"],
+        magnitudes=block_magnitudes(result["calibration"]["block_absmax"], result["protect"]["blocks"]),
+        intervals=intervals(sqnr, "latent SQNR, dB") if sqnr else "",
+        videos=[(path.stem, _data_uri(path, "video/mp4")) for path in videos],
+        more_videos=len(metrics["psnr"]["per_item"]) - len(videos),
+        sheet=_data_uri(sheet, "image/png") if sheet.is_file() else None,
+        settings=json.dumps({key: result[key] for key in ("quant", "protect", "generation", "provenance")}, indent=2),
+    )
+    path = folder / "report.html"
+    write_atomic(path, html)
+    return path
+
+
+def estimate_text(metric: dict[str, Any]) -> str:
+    """``23.4 [22.9, 24.0]``; a dash for what is unknown."""
+    low, high = metric["ci95"]
+    return f"{_number(metric['mean'])} [{_number(low)}, {_number(high)}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}" if abs(value) < 1.5 else f"{value:.2f}"
+
+
+def _data_uri(path: Path, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,0 +1,165 @@
+"""A run: its directory, its signature, its timings, and ``result.json``, which is the truth.
+
+Everything is written to a temporary name and renamed, so that a killed run leaves nothing that
+looks complete. Numbers that are not finite become null: JSON has no other word for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+#: Config keys that cannot change a number: they are left out of the signature.
+VOLATILE = ("tracker", "dry_run", "checkpoint", "model.device", "model.path")
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "numba", "torch_npu")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def clean_json(value: Any) -> Any:
+    """The value with tuples as lists and numbers that are not finite as None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): clean_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean_json(item) for item in value]
+    return value
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(clean_json(value), sort_keys=True).encode()).hexdigest()
+
+
+def signature(config: dict[str, Any], fingerprint: str, device: torch.device) -> str:
+    """Hash of everything that can change the numbers, and of nothing else.
+
+    ``config`` is the resolved config; the model counts by its ``fingerprint``, not by its path.
+    """
+    counted = json.loads(json.dumps(clean_json(config)))
+    for key in VOLATILE:
+        *parents, leaf = key.split(".")
+        place = counted
+        for parent in parents:
+            place = place.get(parent, {})
+        place.pop(leaf, None)
+    return digest(
+        {
+            "config": counted,
+            "model": fingerprint,
+            "schema": SCHEMA,
+            "device": device.type,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+    )
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "version": importlib.metadata.version("wanquant"),
+        **_git(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git() -> dict[str, Any]:
+    """Commit and dirtiness of the checkout this package runs from; None where it is an installed one."""
+    here = Path(__file__).resolve().parent
+
+    def ask(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, status = ask("rev-parse", "HEAD"), ask("status", "--porcelain")
+    return {"git_commit": commit, "dirty": bool(status) if commit else None}
+
+
+class Run:
+    """One job in its directory. ``stage`` times a part of it; ``finish`` or ``fail`` ends it."""
+
+    def __init__(self, folder: Path, job: str, config_yaml: str) -> None:
+        self.folder = folder
+        self.job = job
+        self.timings: dict[str, float] = {}
+        self.started = time.time()
+        folder.mkdir(parents=True, exist_ok=True)
+        # What an earlier run left here would look like this one's.
+        (folder / "result.json").unlink(missing_ok=True)
+        (folder / "report.html").unlink(missing_ok=True)
+        write_atomic(folder / "config.yaml", config_yaml)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.timings[name] = time.perf_counter() - begun
+
+    def finish(self, result: dict[str, Any], publish: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Writes ``result.json`` with status ok, after ``publish`` drew what is drawn from it; returns it."""
+        full = self._full("ok", None, result)
+        publish(full)
+        self._write(full)
+        return full
+
+    def fail(self, error: BaseException) -> None:
+        """Writes ``result.json`` with status failed; a disk too full even for that leaves none."""
+        try:
+            self._write(self._full("failed", f"{type(error).__name__}: {error}", {}))
+        except OSError:
+            (self.folder / "result.json").unlink(missing_ok=True)
+
+    def _full(self, status: str, error: str | None, result: dict[str, Any]) -> dict[str, Any]:
+        timings = {**self.timings, "total": time.time() - self.started}
+        head = {"schema": SCHEMA, "job": self.job, "status": status, "error": error}
+        full: dict[str, Any] = clean_json({**head, **result, "timings": timings})
+        return full
+
+    def _write(self, full: dict[str, Any]) -> None:
+        write_atomic(self.folder / "result.json", json.dumps(full, indent=2) + "\n")
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The ``result.json`` of a run directory; ``ValueError`` says what is wrong with it."""
+    path = folder / "result.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no result.json: the run was not finished")
+    result: dict[str, Any] = json.loads(path.read_text())
+    if result.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {result.get('schema')}, this version reads {SCHEMA}")
+    return result

@@ -1,0 +1,54 @@
+"""Mirrors a finished run to Weights & Biases. Offline by default; never the only copy of anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class TrackerConfig:
+    """``name``: ``wandb`` or ``none``. ``mode``: ``offline`` writes beside the run, ``online`` uploads."""
+
+    name: str = "wandb"
+    mode: str = "offline"
+    project: str = "wanquant"
+
+
+def check_tracker(config: TrackerConfig) -> None:
+    if config.name not in ("wandb", "none"):
+        raise ValueError(f"tracker.name={config.name}: choose wandb or none")
+    if config.mode not in ("offline", "online"):
+        raise ValueError(f"tracker.mode={config.mode}: choose offline or online")
+
+
+def mirror(config: TrackerConfig, folder: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
+    """Sends the settings, every metric with its interval, gates, timings, the contact sheet and the
+    side-by-side videos of the run in ``folder``."""
+    if config.name == "none":
+        return
+    import wandb
+
+    with wandb.init(
+        project=config.project,
+        name=str(folder.name),
+        group=result["job"],
+        dir=str(folder),
+        config=settings,
+        mode="online" if config.mode == "online" else "offline",
+        settings=wandb.Settings(silent=True, console="off"),
+    ) as run:
+        for name, metric in result["metrics"].items():
+            run.summary[name] = {"mean": metric["mean"], "low": metric["ci95"][0], "high": metric["ci95"][1]}
+        for name, gate in result["gates"].items():
+            run.summary[f"gate/{name}"] = gate["verdict"]
+        run.summary.update({f"seconds/{name}": value for name, value in result["timings"].items()})
+        sheet = folder / "figures" / "contact_sheet.png"
+        videos = sorted((folder / "videos" / "side_by_side").glob("*.mp4"))
+        run.log(
+            {
+                "contact_sheet": wandb.Image(str(sheet)),
+                **{f"videos/{path.stem}": wandb.Video(str(path), format="mp4") for path in videos},
+            }
+        )

@@ -1,0 +1,1 @@
+"""The only room that knows diffusers: loading, generating, checkpoints, and tiny-wan."""

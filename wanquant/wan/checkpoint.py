@@ -1,0 +1,126 @@
+"""Quantized checkpoints: diffusers layout, packed weights, written whole or not at all.
+
+In ``transformer/`` each quantized linear is ``<name>.weight`` (uint8 codes), ``<name>.weight_scale``
+(float32), ``<name>.input_scale`` (float32, static schemes only) and ``<name>.bias``; every other
+tensor is BF16, but for those the model keeps in float32. ``config.json`` carries a
+``quantization_config`` that says how to read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, WanTransformer3DModel
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+
+import wanquant
+from wanquant.quant import QuantConfig, QuantLinear
+from wanquant.quant.config import ActivationConfig, WeightConfig, parse
+from wanquant.quant.convert import empty_like_quantized_
+
+METHOD = "wanquant"
+WEIGHTS = "diffusion_pytorch_model"
+#: The components of a pipeline that may be quantized.
+TRANSFORMERS = ("transformer", "transformer_2")
+
+
+def quantized_linears(transformer: torch.nn.Module) -> dict[str, QuantLinear]:
+    return {name: child for name, child in transformer.named_modules() if isinstance(child, QuantLinear)}
+
+
+def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
+    """Writes the whole pipeline, its quantized transformer packed. Returns the folder.
+
+    Written under a temporary name and renamed at the end; ``FileExistsError`` if the folder is there.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: choose another folder, or remove it")
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        pipe.save_config(temporary)
+        for name, component in pipe.components.items():
+            if component is None:
+                continue
+            if name in TRANSFORMERS and quantized_linears(component):
+                _save_transformer(component, temporary / name)
+            else:
+                component.save_pretrained(temporary / name)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def _save_transformer(transformer: WanTransformer3DModel, folder: Path) -> None:
+    layers = quantized_linears(transformer)
+    packed = {f"{name}.weight": layer.codes() for name, layer in layers.items()}
+    tensors = {}
+    for name, tensor in transformer.state_dict().items():
+        if name in packed:
+            tensors[name] = packed[name]
+        elif name.rpartition(".")[0] in layers and name.endswith("_scale"):
+            tensors[name] = tensor
+        else:
+            tensors[name] = tensor if _kept_in_fp32(transformer, name) else tensor.to(torch.bfloat16)
+    folder.mkdir()
+    save_torch_state_dict(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder,
+        filename_pattern=WEIGHTS + "{suffix}.safetensors",
+        max_shard_size="10GB",
+    )
+    transformer.save_config(folder)
+    path = folder / "config.json"
+    described = json.loads(path.read_text())
+    described["quantization_config"] = {
+        "quant_method": METHOD,
+        "version": wanquant.__version__,
+        "quant": dataclasses.asdict(next(iter(layers.values())).scheme.config),
+        "protected_blocks": [i for i, block in enumerate(transformer.blocks) if not quantized_linears(block)],
+        "modules": list(layers),
+    }
+    path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def _kept_in_fp32(transformer: torch.nn.Module, name: str) -> bool:
+    """As diffusers does it: a kept name is one of the parts of the tensor's dotted name."""
+    return any(kept in name.split(".") for kept in getattr(transformer, "_keep_in_fp32_modules", ()))
+
+
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a transformer folder, if it is one of ours."""
+    path = folder / "config.json"
+    described = json.loads(path.read_text()).get("quantization_config") if path.is_file() else None
+    return described if described and described.get("quant_method") == METHOD else None
+
+
+def load_transformer(folder: Path, described: dict[str, Any]) -> WanTransformer3DModel:
+    """A quantized transformer from its folder, exactly as it was saved."""
+    raw = dict(described["quant"])
+    weights, activations = WeightConfig(**raw.pop("weights")), ActivationConfig(**raw.pop("activations"))
+    config = QuantConfig(**raw, weights=weights, activations=activations)
+    # Weights are stored as codes whatever the run used, and put back into the form the run used.
+    scheme = parse(config)
+    with init_empty_weights():
+        transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
+    empty_like_quantized_(transformer, described["modules"], scheme)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    for name in described["modules"]:
+        if not scheme.packed:
+            tensors[f"{name}.weight"] = scheme.format.decode(tensors[f"{name}.weight"])
+    transformer.load_state_dict(tensors, strict=True, assign=True)
+    transformer.requires_grad_(False)
+    return transformer.eval()

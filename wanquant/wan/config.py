@@ -1,0 +1,19 @@
+"""Which model, and how to ask it for a video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from wanquant.wan.generate import GenerationConfig
+
+
+@dataclass
+class ModelConfig:
+    """``path`` is ``tiny``, a folder in diffusers layout, or a hub id; ``language`` is what it understands:
+    ``scenes`` (the captions of ``wanquant.wan.tiny``) or ``english``."""
+
+    name: str = "tiny"
+    path: str = "tiny"
+    device: str = "auto"
+    language: str = "scenes"
+    generation: GenerationConfig = field(default_factory=GenerationConfig)

@@ -1,0 +1,95 @@
+"""Generates videos for (prompt, seed) pairs, the same noise for every configuration and device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+
+
+@dataclass
+class GenerationConfig:
+    """What ``WanPipeline.__call__`` needs; its own defaults are those of 480p Wan and fit no other model."""
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    steps: int = 50
+    guidance_scale: float = 5.0
+    flow_shift: float = 3.0
+    max_text_length: int = 512
+    fps: int = 16
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated video: its final latents, float32 [channels, frames', h, w], and pixels, float32
+    [frames, height, width, 3] in 0..1."""
+
+    prompt: str
+    seed: int
+    latents: torch.Tensor
+    video: np.ndarray
+
+
+def initial_noise(pipe: WanPipeline, seed: int, settings: GenerationConfig) -> torch.Tensor:
+    """float32 [1, channels, frames', h, w], drawn on the CPU whatever the device, so that all share it."""
+    shape = (
+        1,
+        pipe.transformer.config.in_channels,
+        (settings.num_frames - 1) // pipe.vae_scale_factor_temporal + 1,
+        settings.height // pipe.vae_scale_factor_spatial,
+        settings.width // pipe.vae_scale_factor_spatial,
+    )
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def use_flow_shift(pipe: WanPipeline, flow_shift: float) -> None:
+    """The shift belongs to the scheduler; asking for another one than the checkpoint's makes a new scheduler."""
+    if pipe.scheduler.config.get("flow_shift") != flow_shift:
+        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=flow_shift)
+
+
+@torch.no_grad()
+def generate(
+    pipe: WanPipeline,
+    pairs: Sequence[tuple[str, int]],
+    settings: GenerationConfig,
+    on_step: Callable[[], None] = lambda: None,
+    perturb: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise,
+) -> list[Sample]:
+    """One sample a (prompt, seed) pair, one at a time, so that a result does not depend on its neighbours.
+
+    ``on_step`` is called after each denoising step; ``perturb`` may change the initial noise.
+    """
+    use_flow_shift(pipe, settings.flow_shift)
+    samples = []
+    for prompt, seed in pairs:
+        final: dict[str, torch.Tensor] = {}
+
+        def remember(_: Any, step: int, timestep: Any, tensors: dict[str, Any], final: dict = final) -> dict[str, Any]:
+            final["latents"] = tensors["latents"]
+            on_step()
+            return {}
+
+        video = pipe(
+            prompt=prompt,
+            negative_prompt=settings.negative_prompt,
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.num_frames,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            latents=perturb(initial_noise(pipe, seed, settings)).to(pipe.device),
+            max_sequence_length=settings.max_text_length,
+            callback_on_step_end=remember,
+            output_type="np",
+        ).frames[0]
+        latents = final["latents"][0].float().cpu()
+        samples.append(Sample(prompt, seed, latents, np.asarray(video, dtype=np.float32)))
+    return samples
