@@ -32,19 +32,28 @@ CONF = str(Path(__file__).resolve().parent.parent / "conf")
 ConfigStore.instance().store(name="ptq_schema", node=PTQConfig)
 
 
+#: What a user can mend. Whatever else is raised is a defect of ours and keeps its traceback.
+USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+
+
 def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
     """Composes ``config_name``, turns it into its dataclass and calls ``job(config, run directory, yaml)``.
 
-    Exits 0 when the job (every job of a multirun) returned, 1 after an error, 130 when interrupted.
+    In a multirun a job that fails does not take the others with it. Exits 0 only when every job
+    returned, 1 after an error, 130 when interrupted.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # "full" means: raised here, not printed there
+    failures = []
 
     @hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")
     def compose(raw: DictConfig) -> None:
-        resolved = OmegaConf.to_yaml(raw, resolve=True)
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            job(OmegaConf.to_object(raw), folder, resolved)
+            job(OmegaConf.to_object(raw), folder, OmegaConf.to_yaml(raw, resolve=True))
+        except USER_ERRORS as error:
+            # Caught here and not outside, where Hydra would have added lines of its own.
+            failures.append(error)
+            _complain(error)
         finally:
             _remove_if_empty(folder)
 
@@ -53,9 +62,13 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
     try:
         compose()
     except KeyboardInterrupt:
-        _stop("interrupted", 130)
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        _stop(f"error: {one_line(error)}", 1)
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except USER_ERRORS as error:
+        _complain(error)
+        sys.exit(1)
+    if failures:
+        sys.exit(1)
 
 
 def one_line(error: BaseException) -> str:
@@ -68,9 +81,8 @@ def one_line(error: BaseException) -> str:
     return "; ".join(dict.fromkeys(part for part in parts if not part.startswith(hidden)))
 
 
-def _stop(message: str, status: int) -> None:
-    print(message, file=sys.stderr)
-    sys.exit(status)
+def _complain(error: BaseException) -> None:
+    print(f"error: {one_line(error)}", file=sys.stderr)
 
 
 def _remove_if_empty(folder: Path) -> None:

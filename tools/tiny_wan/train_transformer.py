@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -102,58 +103,87 @@ def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return out.input_ids, out.attention_mask
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--drop", type=float, default=0.1, help="share of captions replaced by the empty one")
-    parser.add_argument("--per-scene", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Recipe:
+    """``drop`` is the share of captions replaced by the empty one."""
 
-    data = encode_videos(args.vae, args.out / "latents.pt", args.per_scene, args.seed)
+    steps: int = 3000
+    batch: int = 16
+    lr: float = 1e-3
+    drop: float = 0.1
+    seed: int = 0
+
+    def lr_at(self, step: int) -> float:
+        warm, decay = min(1.0, (step + 1) / 200), 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.lr * warm * (0.02 + 0.98 * decay)
+
+
+@dataclass(frozen=True)
+class Batch:
+    noisy: torch.Tensor
+    sigma: torch.Tensor
+    scene: torch.Tensor
+    target: torch.Tensor
+
+
+def draw_batch(data: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Batch:
+    """The batch of one step, a function of (seed, step) alone; ``scene`` one past the last is the empty caption."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    pick = torch.randint(len(data["scene"]), (recipe.batch,), generator=generator)
+    clean, scene = data["latents"][pick], data["scene"][pick]
+    scene = torch.where(torch.rand(recipe.batch, generator=generator) < recipe.drop, len(SCENES), scene)
+    # Stratified over the batch: the same distribution, less variance.
+    uniform = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch
+    sigma = FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
+    noise = torch.randn(clean.shape, generator=generator)
+    weight = sigma.view(-1, 1, 1, 1, 1)
+    return Batch((1 - weight) * clean + weight * noise, sigma, scene, noise - clean)
+
+
+def train(
+    out: Path, data: dict[str, torch.Tensor], recipe: Recipe, compiled: bool = True, stop_at: int | None = None
+) -> None:
+    """From the last checkpoint in ``out`` to the recipe's last step, or to ``stop_at`` to go on later."""
     ids, masks = tokenize([scene.caption for scene in SCENES] + [""])
-    torch.manual_seed(args.seed)
+    torch.manual_seed(recipe.seed)
     model = TextToVelocity()
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
     both = torch.nn.ModuleList([model, ema])
-    first = load_state(args.out, both, optimizer)
-    if not args.no_compile:
+    first, last, started = load_state(out, both, optimizer), stop_at or recipe.steps, time.time()
+    if compiled:
         for block in model.transformer.blocks:
             block.compile()
-
-    started = time.time()
-    for step in range(first, args.steps):
-        warm, decay = min(1.0, (step + 1) / 200), 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    for step in range(first, last):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * (0.02 + 0.98 * decay)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        pick = torch.randint(len(data["scene"]), (args.batch,), generator=generator)
-        clean, scene = data["latents"][pick], data["scene"][pick]
-        scene = torch.where(torch.rand(args.batch, generator=generator) < args.drop, len(SCENES), scene)
-        # Stratified over the batch: the same distribution, less variance.
-        uniform = (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) / args.batch
-        sigma = FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
-        noise = torch.randn(clean.shape, generator=generator)
-        weight = sigma.view(-1, 1, 1, 1, 1)
-        velocity = model((1 - weight) * clean + weight * noise, sigma, ids[scene], masks[scene])
-        loss = F.mse_loss(velocity, noise - clean)
+            group["lr"] = recipe.lr_at(step)
+        batch = draw_batch(data, recipe, step)
+        velocity = model(batch.noisy, batch.sigma, ids[batch.scene], masks[batch.scene])
+        loss = F.mse_loss(velocity, batch.target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(model)
         if step % 20 == 0:
-            left = (time.time() - started) / (step - first + 1) * (args.steps - step - 1)
-            log_row(args.out / "curve.csv", {"step": step, "loss": loss.item(), "grad_norm": norm.item()})
-            print(f"{step}/{args.steps} loss {loss.item():.4f} norm {norm:.2f} left {left / 60:.1f} min", flush=True)
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            save_state(args.out, both, optimizer, step + 1, mean=data["mean"], std=data["std"])
+            left = (time.time() - started) / (step - first + 1) * (last - step - 1)
+            log_row(out / "curve.csv", {"step": step, "loss": loss.item(), "grad_norm": norm.item()})
+            print(f"{step}/{last} loss {loss.item():.4f} norm {norm:.2f} left {left / 60:.1f} min", flush=True)
+        if (step + 1) % 200 == 0 or step + 1 == last:
+            save_state(out, both, optimizer, step + 1, mean=data["mean"], std=data["std"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--per-scene", type=int, default=30, help="videos drawn of each combination")
+    parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
+    args = parser.parse_args()
+    recipe = Recipe(steps=args.steps)
+    data = encode_videos(args.vae, args.out / "latents.pt", args.per_scene, recipe.seed)
+    train(args.out, data, recipe, compiled=not args.no_compile)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,10 @@ class Phase:
     batch: int
     lr: float
     decoder_only: bool = False
+
+    def lr_at(self, index: int) -> float:
+        warm, decay = min(1.0, (index + 1) / 50), 0.5 * (1 + math.cos(math.pi * index / self.steps))
+        return self.lr * warm * (0.02 + 0.98 * decay)
 
 
 PHASES = (
@@ -120,6 +125,36 @@ def psnr(vae: AutoencoderKLWan, seed: int = 10_000, count: int = 16) -> float:
     return float((-10 * torch.cat(errors).log10()).mean())
 
 
+def train(out: Path, phases: Sequence[Phase], kl_weight: float, seed: int, stop_at: int | None = None) -> None:
+    """Runs the phases one after the other, from the last checkpoint in ``out``; ``stop_at`` a step to go on later."""
+    torch.manual_seed(seed)
+    vae = new_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=phases[0].lr, betas=(0.9, 0.99), weight_decay=0.0)
+    plan = [(phase, index) for phase in phases for index in range(phase.steps)][:stop_at]
+    first, started = load_state(out, vae, optimizer), time.time()
+    for step, (phase, index) in enumerate(plan[first:], first):
+        optimizer.param_groups[0]["lr"] = phase.lr_at(index)
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(not phase.decoder_only)
+        video = batch(step, seed, phase.batch, phase.frames)
+        torch.manual_seed(seed * 1_000_003 + step)
+        posterior = vae.encode(video).latent_dist
+        mse = F.mse_loss(decode_unclamped(vae, posterior.sample()), video)
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+        optimizer.zero_grad(set_to_none=True)
+        (mse + kl_weight * kl).backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+        optimizer.step()
+        if step % 20 == 0:
+            row = {"step": step, "frames": phase.frames, "mse": mse.item(), "kl": kl.item(), "grad_norm": norm.item()}
+            log_row(out / "curve.csv", row)
+            left = (time.time() - started) / (step - first + 1) * (phase.steps - index - 1)
+            print(f"{step}/{len(plan)} mse {mse.item():.5f} kl {kl.item():.2f} phase ends in {left / 60:.1f} min")
+        if (step + 1) % 100 == 0 or step + 1 == len(plan):
+            save_state(out, vae, optimizer, step + 1)
+            print(f"psnr over {NUM_FRAMES} frames: {psnr(vae):.2f} dB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -127,37 +162,7 @@ def main() -> None:
     parser.add_argument("--kl", type=float, default=2e-5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
-    vae = new_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=PHASES[0].lr, betas=(0.9, 0.99), weight_decay=0.0)
-    plan = [(phase, index) for phase in PHASES[: args.phases] for index in range(phase.steps)]
-    first, started = load_state(args.out, vae, optimizer), time.time()
-    for step, (phase, index) in enumerate(plan[first:], first):
-        warm, decay = min(1.0, (index + 1) / 50), 0.5 * (1 + math.cos(math.pi * index / phase.steps))
-        optimizer.param_groups[0]["lr"] = phase.lr * warm * (0.02 + 0.98 * decay)
-        for part in (vae.encoder, vae.quant_conv):
-            part.requires_grad_(not phase.decoder_only)
-        video = batch(step, args.seed, phase.batch, phase.frames)
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        posterior = vae.encode(video).latent_dist
-        mse = F.mse_loss(decode_unclamped(vae, posterior.sample()), video)
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
-        optimizer.zero_grad(set_to_none=True)
-        (mse + args.kl * kl).backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
-        optimizer.step()
-        if step % 20 == 0:
-            row = {"step": step, "frames": phase.frames, "mse": mse.item(), "kl": kl.item(), "grad_norm": norm.item()}
-            log_row(args.out / "curve.csv", row)
-            left = (time.time() - started) / (step - first + 1) * (phase.steps - index - 1)
-            print(
-                f"{step}/{len(plan)} mse {mse.item():.5f} kl {kl.item():.2f} phase ends in {left / 60:.1f} min",
-                flush=True,
-            )
-        if (step + 1) % 100 == 0 or step + 1 == len(plan):
-            save_state(args.out, vae, optimizer, step + 1)
-            print(f"psnr over 17 frames: {psnr(vae):.2f} dB", flush=True)
+    train(args.out, PHASES[: args.phases], args.kl, args.seed)
 
 
 if __name__ == "__main__":

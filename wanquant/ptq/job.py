@@ -30,12 +30,15 @@ from wanquant.runs.progress import progress
 from wanquant.runs.report import write_report
 from wanquant.runs.run import Run, digest, provenance, signature
 from wanquant.runs.tracking import TrackerConfig, check_tracker, mirror
-from wanquant.wan.checkpoint import save_quantized
+from wanquant.wan.checkpoint import quantization_of, save_quantized
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.device import peak_memory, pick_device
 from wanquant.wan.generate import GenerationConfig, Sample, generate
-from wanquant.wan.load import check_folder, find_folder, fingerprint, hush_libraries, load_pipeline
+from wanquant.wan.load import check_folder, empty_transformer, find_folder, fingerprint, hush_libraries, load_pipeline
 from wanquant.wan.tiny import parse_caption
+
+#: Videos on the contact sheet at most.
+SHEET_ROWS = 12
 
 
 @dataclass
@@ -61,14 +64,8 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
     ``ValueError`` and ``OSError`` are the user's; whatever else goes wrong, ``result.json`` says failed.
     """
     jobs = pairs(config.prompts), pairs(config.calib, "calib")
-    parse(config.quant)
-    check_tracker(config.tracker)
     device = pick_device(config.model.device)
-    if config.model.language == "scenes":
-        for prompt, _ in jobs[0]:
-            parse_caption(prompt)
-    model_folder = find_folder(config.model.path)
-    check_folder(model_folder)
+    model_folder = _check(config, jobs[0])
     if config.dry_run:
         print_plan(config_yaml, model_folder, config.quant, config.protect, config.model.generation, len(jobs[0]))
         return None
@@ -80,6 +77,21 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
         run.fail(error)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         raise
+
+
+def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> Path:
+    """Refuses what can be refused before any work; returns the model's folder."""
+    parse(config.quant)
+    check_tracker(config.tracker)
+    if config.model.language == "scenes":
+        for prompt, _ in videos:
+            parse_caption(prompt)
+    folder = find_folder(config.model.path)
+    check_folder(folder)
+    if quantization_of(folder / "transformer") is not None:
+        raise ValueError(f"{folder} is quantized already: model.path must be the original model")
+    plan_conversion(empty_transformer(folder), config.protect.blocks, config.protect.modules)
+    return folder
 
 
 @dataclass
@@ -95,7 +107,6 @@ class _Job:
         config, run = self.config, self.run_
         with run.stage("load"):
             pipe = load_pipeline(self.model_folder, config.model.device)
-            plan_conversion(pipe.transformer, config.protect.blocks, config.protect.modules)
         with run.stage("calibrate"):
             calibration = self._calibrate(pipe)
         with run.stage("generate_bf16"):
@@ -196,8 +207,7 @@ class _Job:
             pictures.write_mp4(folder / "videos" / "quantized" / name, frames[1], fps)
             pictures.write_mp4(folder / "videos" / "side_by_side" / name, pictures.side_by_side(frames, labels), fps)
             rows.append((f"{a.prompt}, seed {a.seed}", (("BF16", frames[0]), (self.config.quant.format, frames[1]))))
-        (folder / "figures").mkdir(exist_ok=True)
-        pictures.contact_sheet(rows[:12]).save(folder / "figures" / "contact_sheet.png")
+        pictures.write_png(folder / "figures" / "contact_sheet.png", pictures.contact_sheet(rows[:SHEET_ROWS]))
 
     def _model(self, pipe: WanPipeline) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.quant.config import parse
 from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.load import empty_transformer
 
 LEGEND = "P = protected, stays BF16; q = quantized"
 
@@ -30,9 +31,8 @@ class Plan:
 
 
 def make_plan(folder: Path, quant: QuantConfig, protect: ProtectConfig, settings: GenerationConfig) -> Plan:
-    """From ``transformer/config.json`` on the meta device: no weight is read."""
-    with torch.device("meta"):
-        transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder / "transformer"))
+    """From ``transformer/config.json`` alone: no weight is read."""
+    transformer = empty_transformer(folder)
     report = plan_conversion(transformer, protect.blocks, protect.modules)
     scheme = parse(quant)
     parameters = sum(p.numel() for p in transformer.parameters())
@@ -64,9 +64,7 @@ def print_plan(
     print(f"transformer {plan.parameters:,} parameters, {_bytes(plan.bf16_bytes)} in BF16")
     print(f"checkpoint  {_bytes(plan.packed_bytes)} on disk ({plan.packed_bytes / plan.bf16_bytes:.2f} of BF16)")
     print(f"memory      at least {_bytes(plan.bf16_bytes)} for the weights, while both are generated with")
-    print(
-        f"time        at least {plan.seconds_per_video * videos:,.0f} s for {videos} videos, at the CPU's BF16 matrix product rate"
-    )
+    print(f"time        at least {plan.seconds_per_video * videos:,.0f} s for {videos} videos, at this CPU's BF16 rate")
 
 
 def block_map(report: ConversionReport) -> str:

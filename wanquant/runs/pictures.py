@@ -43,6 +43,16 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int, crf: int = 10) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_png(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def enlarge(frames: np.ndarray, height: int = VIEW_HEIGHT) -> np.ndarray:
     """Whole multiples, without smoothing: what is seen is what was generated."""
     factor = max(1, -(-height // frames.shape[1]))

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,8 +139,14 @@ class Run:
         return full
 
     def fail(self, error: BaseException) -> None:
-        """Writes ``result.json`` with status failed; a disk too full even for that leaves none."""
+        """Writes ``result.json`` with status failed and the traceback to ``log.txt``.
+
+        A disk too full even for that leaves no result.
+        """
+        (self.folder / "report.html").unlink(missing_ok=True)
         try:
+            with (self.folder / "log.txt").open("a") as log:
+                traceback.print_exception(error, file=log)
             self._write(self._full("failed", f"{type(error).__name__}: {error}", {}))
         except OSError:
             (self.folder / "result.json").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import wanquant
@@ -56,9 +57,10 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
             else:
                 component.save_pretrained(temporary / name)
         temporary.rename(folder)
-    except BaseException:
+    except SafetensorError as error:
+        raise OSError(f"cannot write {folder}: {error}") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return folder
 
 

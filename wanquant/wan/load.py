@@ -112,6 +112,12 @@ def _check_weights(folder: Path) -> None:
             raise ValueError(f"{folder / name} is truncated or damaged: {_first_line(error)}") from None
 
 
+def empty_transformer(folder: Path) -> WanTransformer3DModel:
+    """The transformer of a pipeline folder on the meta device: its shape, without reading a weight."""
+    with torch.device("meta"):
+        return WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder / "transformer"))
+
+
 def _transformer(folder: Path) -> WanTransformer3DModel:
     described = quantization_of(folder)
     if described is not None:

@@ -1,0 +1,201 @@
+"""The whole job end to end on tiny-wan, at two denoising steps, and what bad input gets."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wanquant import config, load_pipeline
+from wanquant.ptq import job
+from wanquant.runs.run import read_result
+from wanquant.wan import tiny
+from wanquant.wan.generate import GenerationConfig, generate
+
+ROOT = Path(config.CONF).parent
+QUICK = ["model.generation.steps=2", "model.device=cpu"]
+TWO = (
+    'prompts.texts=["a red circle moving right on a black background","a blue square moving up on a white background"]'
+)
+
+
+def ptq(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
+    """``python ptq.py`` in this process; the exit status."""
+    monkeypatch.setattr(sys, "argv", ["ptq.py", *overrides])
+    try:
+        config.main("ptq", job.run_ptq)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default job, as a user runs it, in a process of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "ptq.py", "protect=boundary", TWO, *QUICK, f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for stage in ("calibrate", "generate BF16", "noise floor", "generate hif8"):
+        assert stage in done.stderr
+    assert "left" in done.stderr
+    return folder
+
+
+def test_result(finished: Path) -> None:
+    result = read_result(finished)
+    assert (result["status"], result["job"], result["error"]) == ("ok", "ptq", None)
+    assert result["conversion"] == {"converted": 350, "protected": 50, "skipped": 6}
+    assert result["protect"]["blocks"] == [0, 1, 37, 38, 39]
+    assert 0.8 < result["protect"]["fraction_of_flops_quantized"] < 0.9
+    assert result["model"]["blocks"] == 40
+    for name in ("latent_sqnr", "psnr", "ssim", "floor_ulp.psnr", "shape", "bf16.shape", "difference.shape"):
+        metric = result["metrics"][name]
+        assert metric["n"] == len(metric["per_item"]) == 2
+        assert metric["ci95"][0] <= metric["mean"] <= metric["ci95"][1]
+    assert 10 < result["metrics"]["latent_sqnr"]["mean"] < 60
+    assert set(result["gates"]) == {"finite", "black", "constant", "static", "color_shift", "noise"}
+    assert result["demonstration"] is True
+    assert len(result["signature"]) == 64
+    assert result["provenance"]["threads"] == torch.get_num_threads()
+    assert len(result["calibration"]["block_absmax"]) == 40
+    assert sum(result["timings"].values()) > 0
+
+
+def test_files(finished: Path) -> None:
+    html = (finished / "report.html").read_text()
+    assert html.count("<video") == 2
+    assert html.count("<svg") == 2
+    assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "https://" not in html.replace("https://matplotlib.org", "")
+    for kind in ("bf16", "quantized"):
+        for path in sorted((finished / "videos" / kind).iterdir()):
+            frames = [frame.to_ndarray(format="rgb24") for frame in av.open(str(path)).decode(video=0)]
+            assert np.stack(frames).shape == (17, 64, 64, 3)
+    assert len(list((finished / "videos" / "side_by_side").glob("*.mp4"))) == 2
+    assert Image.open(finished / "figures" / "contact_sheet.png").width > 400
+    assert (finished / "config.yaml").read_text().startswith("model:")
+    assert list(finished.glob("wandb/offline-run-*/*.wandb"))
+    assert not [path for path in finished.rglob("*") if path.suffix in (".tmp", ".partial")]
+
+
+def test_the_saved_checkpoint_makes_the_same_videos(finished: Path) -> None:
+    result = read_result(finished)
+    pipe = load_pipeline(finished / "checkpoint", device="cpu")
+    item = result["metrics"]["latent_sqnr"]["per_item"][1]
+    sample = generate(pipe, [(item["prompt"], item["seed"])], GenerationConfig(**result["generation"]))[0]
+    reference = generate(
+        load_pipeline("tiny", device="cpu"), [(item["prompt"], item["seed"])], GenerationConfig(**result["generation"])
+    )[0]
+    assert job.fidelity.latent_sqnr(reference.latents, sample.latents) == item["value"]
+
+
+def test_none_converts_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    status = ptq(
+        monkeypatch, "-m", "protect=none", TWO, "model.generation.steps=1", "tracker=none", "checkpoint=false",
+        "eval.noise_floor=false", f"hydra.sweep.dir={tmp_path}",
+    )  # fmt: skip
+    assert status == 0
+    result = read_result(tmp_path / "0")
+    assert result["conversion"] == {"converted": 400, "protected": 0, "skipped": 6}
+    assert not (tmp_path / "0" / "checkpoint").exists()
+
+
+def test_dry_run_only_prints(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ptq(monkeypatch, "dry_run=true", f"hydra.run.dir={tmp_path / 'run'}") == 0
+    printed = capsys.readouterr().out
+    assert "PP" + "q" * 35 + "PPP" in printed
+    assert "350 converted, 50 protected, 6 skipped" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def truncated_model(folder: Path) -> str:
+    shutil.copytree(tiny.folder(), folder / "model")
+    weights = folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    return f"model.path={folder / 'model'}"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("quant.wieghts.rule=direct", "wieghts"),
+        ("protect=boundry", "boundry"),
+        ("protect.blocks=[3,40]", "protected block 40 is out of range: the model has 40 blocks"),
+        ("protect.modules=[ffn]", "pattern 'ffn' matches nothing"),
+        ("quant.weights.rule=amax", "scale rule 'amax'"),
+        ("model.path=./nowhere", "no model folder ./nowhere"),
+        (truncated_model, "truncated"),
+        (lambda folder: f"model.path={folder}", "no diffusers pipeline"),
+        ("prompts.texts=[a red dog]", "not a tiny-wan caption: 'a red dog'"),
+        ("prompts.texts=[]", "prompts.texts is empty"),
+        ("model.device=tpu", "model.device=tpu"),
+        ("tracker.mode=sometimes", "tracker.mode=sometimes"),
+    ],
+)
+@pytest.mark.parametrize("multirun", [False, True])
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    override: Any,
+    named: str,
+    multirun: bool,
+) -> None:
+    override = override if isinstance(override, str) else override(tmp_path)
+    run = tmp_path / "run"
+    where = ["-m", f"hydra.sweep.dir={run}"] if multirun else [f"hydra.run.dir={run}"]
+    assert ptq(monkeypatch, *where, *QUICK, override) == 1
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1, printed
+    assert printed[0].startswith("error: ")
+    assert named in printed[0]
+    assert not [path for path in run.rglob("*") if path.name in ("result.json", "report.html", "checkpoint")]
+
+
+def test_a_full_disk_is_one_line_and_no_result(tmp_path: Path) -> None:
+    """A file system of 12 MB, where the host lets us make one: the checkpoint does not fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk]).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        command = [sys.executable, "ptq.py", TWO, *QUICK, "tracker=none", "eval.noise_floor=false"]
+        done = subprocess.run([*command, f"hydra.run.dir={disk / 'run'}"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        message = done.stderr.splitlines()[-1]
+        assert message.startswith("error: ")
+        assert os.strerror(errno.ENOSPC) in message
+        assert "Traceback" not in done.stderr
+        left = {path.name for path in (disk / "run").iterdir()}
+        assert not left & {"checkpoint", "checkpoint.partial", "report.html"}
+        if "result.json" in left:
+            assert json.loads((disk / "run" / "result.json").read_text())["status"] == "failed"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_failing_job_of_a_sweep_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Block 40 does not exist: that job fails, the other one is complete, and the status says it."""
+    status = ptq(
+        monkeypatch, "-m", "protect.blocks=[40],[0]", TWO, "model.generation.steps=1", "tracker=none",
+        "checkpoint=false", "eval.noise_floor=false", f"hydra.sweep.dir={tmp_path}",
+    )  # fmt: skip
+    assert status == 1
+    assert not (tmp_path / "0" / "result.json").exists()
+    assert read_result(tmp_path / "1")["protect"]["blocks"] == [0]

@@ -1,0 +1,85 @@
+"""Every config composes into its dataclasses, and what is misspelt does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from wanquant.config import CONF
+from wanquant.evaluate.prompts import pairs
+from wanquant.ptq.job import PTQConfig
+from wanquant.quant import QuantConfig
+from wanquant.quant.config import parse
+from wanquant.runs.tracking import check_tracker
+from wanquant.wan import tiny
+
+CHOICES = [
+    (group.name, file.stem)
+    for group in sorted(Path(CONF).iterdir())
+    if group.is_dir()
+    for file in sorted(group.glob("*.yaml"))
+]
+
+
+def composed(*overrides: str) -> PTQConfig:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = OmegaConf.to_object(compose("ptq", list(overrides)))
+    assert isinstance(config, PTQConfig)
+    return config
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_choice_composes_and_is_valid(group: str, name: str) -> None:
+    config = composed(f"{group}={name}")
+    assert getattr(config, group).name == name or group == "tracker"
+    parse(config.quant)
+    check_tracker(config.tracker)
+    assert pairs(config.prompts)
+    assert pairs(config.calib)
+
+
+def test_defaults_are_the_librarys() -> None:
+    config = composed()
+    assert config.quant == QuantConfig()
+    assert config.protect.blocks == [0, 1, -3, -2, -1]
+    assert len(pairs(config.prompts)) == 5
+
+
+def test_prompts_follow_the_models_language() -> None:
+    assert all(tiny.parse_caption(text) for text in composed().prompts.texts)
+    assert any(tiny.parse_caption(text).held_out for text in composed().prompts.texts)
+    english = composed("model=wan2.1-t2v-14b")
+    assert len(english.prompts.texts) == 5
+    assert not set(english.prompts.texts) & set(composed().prompts.texts)
+    assert composed("prompts.texts=[one,two]").prompts.texts == ["one", "two"]
+
+
+def test_nothing_is_measured_on_what_it_was_calibrated_on() -> None:
+    for model in ("tiny", "wan2.1-t2v-14b"):
+        config = composed(f"model={model}")
+        assert not set(config.calib.texts) & set(config.prompts.texts)
+
+
+def test_generation_settings_are_those_shipped_with_the_weights() -> None:
+    shipped = json.loads((tiny.folder() / "generation.json").read_text())
+    assert dataclasses.asdict(composed().model.generation) == shipped
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("quant.wieghts.rule=direct", "wieghts"),
+        ("protect=boundry", "boundry"),
+        ("model.generation.steps=many", "steps"),
+        ("protect.blocks=[a]", "blocks"),
+        ("nonsense=1", "nonsense"),
+    ],
+)
+def test_a_mistake_is_named(override: str, named: str) -> None:
+    with pytest.raises(Exception, match=named):
+        composed(override)

@@ -1,0 +1,121 @@
+"""A packed checkpoint: half the bytes, and the same model when loaded again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors import safe_open
+
+from wanquant import load_pipeline, quantize_, save_quantized
+from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear
+from wanquant.wan import tiny
+from wanquant.wan.generate import GenerationConfig, Sample, generate
+from wanquant.wan.load import check_folder, read_generation
+
+PROMPT = tiny.caption("red", "circle", "left", "black")
+
+
+@pytest.fixture(scope="module")
+def settings() -> GenerationConfig:
+    return GenerationConfig(**{**read_generation(tiny.folder()), "steps": 2})
+
+
+def one_video(pipe: WanPipeline, settings: GenerationConfig) -> Sample:
+    return generate(pipe, [(PROMPT, 3)], settings)[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_saved_and_loaded_is_the_same(tmp_path: Path, settings: GenerationConfig, packed: bool) -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    report = quantize_(pipe.transformer, QuantConfig(packed=packed), (0, 1, -3, -2, -1))
+    assert report.counts() == {"converted": 350, "protected": 50, "skipped": 6}
+    before = one_video(pipe, settings)
+    folder = save_quantized(pipe, tmp_path / "saved")
+    again = load_pipeline(folder, device="cpu")
+    layer = again.transformer.blocks[5].ffn.net[2]
+    assert isinstance(layer, QuantLinear)
+    assert layer.weight.dtype == (torch.uint8 if packed else torch.bfloat16)
+    after = one_video(again, settings)
+    assert torch.equal(before.latents, after.latents)
+    assert (before.video == after.video).all()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_bytes_and_layout(tmp_path: Path) -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    source = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    config = QuantConfig(activations=ActivationConfig("per_tensor", "amax/15", True))
+    linears = [name for name, child in pipe.transformer.named_modules() if isinstance(child, torch.nn.Linear)]
+    report = quantize_(pipe.transformer, config, (0, -1), stats=dict.fromkeys(linears, 3.0))
+    folder = save_quantized(pipe, tmp_path / "saved") / "transformer"
+    with safe_open(folder / "diffusion_pytorch_model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    quantized = {f"{name}.weight" for name in report.names("converted")}
+    packed = sum(tensor.nbytes for name, tensor in stored.items() if name in quantized)
+    scales = sum(tensor.nbytes for name, tensor in stored.items() if name.endswith("_scale"))
+    original = sum(source[name].nbytes for name in quantized)
+    assert packed * 2 == original
+    assert packed + scales < 0.53 * original
+    for name in report.names("converted"):
+        assert stored[f"{name}.weight"].dtype == torch.uint8
+        assert stored[f"{name}.weight_scale"].dtype == torch.float32
+        assert stored[f"{name}.input_scale"].item() == torch.tensor(3.0).div(15).item()
+    for name, tensor in source.items():
+        if name not in quantized:
+            assert stored[name].dtype == tensor.dtype
+            assert torch.equal(stored[name], tensor)
+    described = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert described["quant_method"] == "wanquant"
+    assert described["protected_blocks"] == [0, 39]
+    assert described["modules"] == report.names("converted")
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    quantize_(pipe.transformer)
+    with pytest.raises(FileExistsError, match="is there already"):
+        save_quantized(pipe, tmp_path)
+
+
+def broken(tmp_path: Path, name: str, damage: object) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.folder(), folder)
+    damage(folder / name)  # type: ignore[operator]
+    return folder
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (
+            "transformer/diffusion_pytorch_model.safetensors",
+            truncate,
+            "diffusion_pytorch_model.safetensors is truncated",
+        ),
+        ("vae/diffusion_pytorch_model.safetensors", Path.unlink, "vae has no .safetensors file"),
+        ("text_encoder/config.json", Path.unlink, "text_encoder has no config.json"),
+        ("scheduler", shutil.rmtree, "no folder scheduler"),
+        ("model_index.json", Path.unlink, "no model_index.json"),
+        ("model_index.json", lambda p: p.write_text("{"), "is not JSON"),
+        ("model_index.json", lambda p: p.write_text('{"_class_name": "FluxPipeline"}'), "is a FluxPipeline, not a Wan"),
+    ],
+)
+def test_a_broken_folder_is_named(tmp_path: Path, name: str, damage: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_folder(broken(tmp_path, name, damage))
+
+
+def test_no_such_model() -> None:
+    with pytest.raises(ValueError, match=r"no model folder \./nowhere"):
+        load_pipeline("./nowhere")
+    with pytest.raises(ValueError, match="cannot get nobody/nothing from the hub"):
+        load_pipeline("nobody/nothing")

@@ -1,0 +1,54 @@
+"""tiny-wan as shipped: real classes, plain loading, its float32 list, and that it does what it is asked."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from transformers import ByT5Tokenizer, UMT5EncoderModel
+
+from tools.check_tiny_wan import choose_pairs
+from wanquant import load_pipeline
+from wanquant.evaluate.attributes import score
+from wanquant.wan import tiny
+from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.wan.load import read_generation
+
+
+def test_plain_diffusers_loads_it() -> None:
+    pipe = WanPipeline.from_pretrained(tiny.folder())
+    kinds = (ByT5Tokenizer, UMT5EncoderModel, WanTransformer3DModel, AutoencoderKLWan)
+    parts = (pipe.tokenizer, pipe.text_encoder, pipe.transformer, pipe.vae)
+    assert all(isinstance(part, kind) for part, kind in zip(parts, kinds, strict=True))
+    assert len(pipe.transformer.blocks) == 40
+    assert pipe.vae.config.z_dim == 16
+    assert (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal) == (8, 4)
+    assert sum(path.stat().st_size for path in tiny.folder().rglob("*.safetensors")) < 40e6
+
+
+def test_reference_dtypes() -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert pipe.transformer.blocks[0].scale_shift_table.dtype == torch.float32
+    assert pipe.transformer.blocks[0].norm2.weight.dtype == torch.float32
+    assert pipe.transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+    assert pipe.vae.dtype == torch.float32
+    assert pipe.text_encoder.dtype == torch.bfloat16
+
+
+def test_it_follows_its_prompts() -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    pairs = choose_pairs(6)
+    samples = generate(
+        pipe, [(s.caption, seed) for s, seed in pairs], GenerationConfig(**read_generation(tiny.folder()))
+    )
+    scores = [score(sample.video, scene)["attributes"] for sample, (scene, _) in zip(samples, pairs, strict=True)]
+    assert sum(scores) / len(scores) >= 0.9
+
+
+def test_noise_is_the_same_wherever_and_whatever_else_is_generated() -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    settings = GenerationConfig(**{**read_generation(tiny.folder()), "steps": 1})
+    first, second = (scene.caption for scene in tiny.all_scenes()[:2])
+    alone = generate(pipe, [(second, 1)], settings)[0]
+    after = generate(pipe, [(first, 0), (second, 1)], settings)[1]
+    assert torch.equal(alone.latents, after.latents)
