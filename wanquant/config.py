@@ -10,6 +10,7 @@ it let them through instead, and cuts what arrives down to one line: what is wro
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -77,6 +78,8 @@ def one_line(error: BaseException) -> str:
     cause = error.__cause__
     if isinstance(error, HydraException) and cause is not None and str(cause) not in str(error):
         parts += [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        parts.append("free some space, or write elsewhere with hydra.run.dir=<folder>")
     hidden = ("full_key:", "object_type=", "reference_type=", "See https://", "Set the environment variable")
     return "; ".join(dict.fromkeys(part for part in parts if not part.startswith(hidden)))
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5EncoderModel
 
+from tools import check_tiny_wan
 from tools.check_tiny_wan import choose_pairs
 from wanquant import load_pipeline
 from wanquant.evaluate.attributes import score
@@ -52,3 +57,11 @@ def test_noise_is_the_same_wherever_and_whatever_else_is_generated() -> None:
     alone = generate(pipe, [(second, 1)], settings)[0]
     after = generate(pipe, [(first, 0), (second, 1)], settings)[1]
     assert torch.equal(alone.latents, after.latents)
+
+
+@pytest.mark.slow
+def test_the_bars_over_96_videos() -> None:
+    """Colour, background, direction 95 %, shape 85 %: the tool's own verdict."""
+    done = subprocess.run([sys.executable, check_tiny_wan.__file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("passed") == 4

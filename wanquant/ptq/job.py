@@ -27,7 +27,7 @@ from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quant
 from wanquant.quant.config import parse
 from wanquant.runs import pictures
 from wanquant.runs.progress import progress
-from wanquant.runs.report import write_report
+from wanquant.runs.report import summary, write_report
 from wanquant.runs.run import Run, digest, provenance, signature
 from wanquant.runs.tracking import TrackerConfig, check_tracker, mirror
 from wanquant.wan.checkpoint import quantization_of, save_quantized
@@ -66,6 +66,13 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
     jobs = pairs(config.prompts), pairs(config.calib, "calib")
     device = pick_device(config.model.device)
     model_folder = _check(config, jobs[0])
+    settings = config.model.generation
+    print(
+        f"{config.quant.name} on {config.model.name} ({device.type}, {torch.get_num_threads()} threads), protect "
+        f"{config.protect.name}: {len(jobs[0])} (prompt, seed) pairs of {settings.num_frames} frames "
+        f"{settings.height}x{settings.width}, {settings.steps} steps",
+        flush=True,
+    )
     if config.dry_run:
         print_plan(config_yaml, model_folder, config.quant, config.protect, config.model.generation, len(jobs[0]))
         return None
@@ -149,12 +156,10 @@ class _Job:
                 "prompt_hash": digest(config.prompts.texts),
             },
         }
-        # The report and the tracker draw from the result as it will stand; it is written last.
-        return run.finish(result, lambda full: self._publish(full))
-
-    def _publish(self, full: dict[str, Any]) -> None:
-        write_report(self.run_.folder, full)
-        mirror(self.config.tracker, self.run_.folder, dataclasses.asdict(self.config), full)
+        full = run.finish(result, lambda complete: write_report(run.folder, complete))
+        mirror(config.tracker, run.folder, dataclasses.asdict(config), full)
+        print(summary(full, run.folder))
+        return full
 
     def _calibrate(self, pipe: WanPipeline) -> Calibration:
         settings = self.config.model.generation

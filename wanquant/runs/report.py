@@ -56,6 +56,35 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
     return path
 
 
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """What the terminal shows when a run has ended: counts, table, gates, and where the report is."""
+    metrics, counts = result["metrics"], result["conversion"]
+    lines = [
+        "",
+        f"{result['quant']['name']} on {result['model']['name']}, protect {result['protect']['name']}: blocks "
+        f"{{{', '.join(map(str, result['protect']['blocks']))}}} of {result['model']['blocks']} protected",
+        ", ".join(f"{counts[status]} linears {status}" for status in counts)
+        + f"; {100 * result['protect']['fraction_of_flops_quantized']:.1f} % of their FLOPs quantized",
+        "",
+        f"{'mean [95 % interval]':<28}"
+        + "".join(f"{title + (', ' + unit if unit else ''):<26}" for _, title, unit in FIDELITY),
+    ]
+    for prefix, label in FLOORS:
+        if prefix + FIDELITY[0][0] in metrics:
+            values = (estimate_text(metrics[prefix + key]) for key, _, _ in FIDELITY)
+            lines.append(f"{label:<28}" + "".join(f"{value:<26}" for value in values))
+    if "attributes" in metrics:
+        lines += ["", f"{'prompts followed, share':<28}{'BF16':<26}{'quantized':<26}{'difference':<26}"]
+        for name in ATTRIBUTES:
+            values = (estimate_text(metrics[prefix + name]) for prefix in ("bf16.", "", "difference."))
+            lines.append(f"{name:<28}" + "".join(f"{value:<26}" for value in values))
+    failed = [name for name, gate in result["gates"].items() if gate["verdict"] == "fail"]
+    lines += ["", "gates: " + (f"FAILED {', '.join(failed)}" if failed else f"all {len(result['gates'])} passed")]
+    if result["demonstration"]:
+        lines.append(f"only {metrics['psnr']['n']} (prompt, seed) pairs: a demonstration, compare nothing by it")
+    return "\n".join([*lines, f"report: {folder / 'report.html'}"])
+
+
 def estimate_text(metric: dict[str, Any]) -> str:
     """``23.4 [22.9, 24.0]``; a dash for what is unknown."""
     low, high = metric["ci95"]

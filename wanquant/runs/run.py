@@ -131,7 +131,7 @@ class Run:
         yield
         self.timings[name] = time.perf_counter() - begun
 
-    def finish(self, result: dict[str, Any], publish: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def finish(self, result: dict[str, Any], publish: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         """Writes ``result.json`` with status ok, after ``publish`` drew what is drawn from it; returns it."""
         full = self._full("ok", None, result)
         publish(full)

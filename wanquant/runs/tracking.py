@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,26 @@ def check_tracker(config: TrackerConfig) -> None:
 
 def mirror(config: TrackerConfig, folder: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
     """Sends the settings, every metric with its interval, gates, timings, the contact sheet and the
-    side-by-side videos of the run in ``folder``."""
+    side-by-side videos of the finished run in ``folder``.
+
+    The result is complete before this begins, so a tracker that fails is a warning, not the end of the run.
+    """
     if config.name == "none":
         return
     import wandb
 
+    try:
+        _send(config, folder, settings, result)
+    except (wandb.Error, OSError) as error:
+        logging.getLogger(__name__).warning("the result is complete, but the tracker failed: %s", error)
+
+
+def _send(config: TrackerConfig, folder: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
+    import wandb
+
     with wandb.init(
         project=config.project,
-        name=str(folder.name),
+        name=folder.name,
         group=result["job"],
         dir=str(folder),
         config=settings,
