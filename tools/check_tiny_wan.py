@@ -29,6 +29,8 @@ FIRST_SEED = 50_000
 
 def choose_pairs(count: int) -> list[tuple[tiny.Scene, int]]:
     """(scene, seed), half of held-out combinations, spread over all others by a fixed shuffle."""
+    if count < 2:
+        raise ValueError("at least 2 videos are needed, one of them of a held-out combination")
     rng = np.random.default_rng(2026)
     groups = [[s for s in tiny.all_scenes() if s.held_out], [s for s in tiny.all_scenes() if not s.held_out]]
     shuffled = [[group[i] for i in rng.permutation(len(group))] for group in groups]
@@ -43,11 +45,12 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first 24 videos to this PNG")
     args = parser.parse_args()
     hush_libraries()
-    folder = find_folder(args.model)
-    shipped = folder if (folder / "generation.json").is_file() else tiny.folder()
-    settings = GenerationConfig(**read_generation(shipped))
-    settings.steps = args.steps or settings.steps
-    pipe, pairs = load_pipeline(folder), choose_pairs(args.videos)
+    try:
+        settings = GenerationConfig(**read_generation(find_folder(args.model)))
+        settings.steps = args.steps or settings.steps
+        pipe, pairs = load_pipeline(args.model), choose_pairs(args.videos)
+    except ValueError as error:
+        parser.error(str(error))
     with progress("generate", len(pairs) * settings.steps) as tick:
         samples = generate(pipe, [(scene.caption, seed) for scene, seed in pairs], settings, tick)
     if args.sheet:

@@ -10,9 +10,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from wanquant.runs.report import ATTRIBUTES, FIDELITY, FLOORS, estimate_text
+from wanquant.runs.report import ATTRIBUTES, FIDELITY, FLOORS, estimate_text, failed_gates
 from wanquant.runs.run import read_result, write_atomic
 
+#: What runs must share to stand in one table.
+SAME = ("quant", "generation", "model.fingerprint", "provenance.prompts", "provenance.seeds", "provenance.packages")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
@@ -20,12 +22,12 @@ def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row a configuration, then the noise floor, then how it was measured."""
     attributes = [name for name in ATTRIBUTES if name in results[0]["metrics"]]
     heads = ["protect", "blocks in BF16", "FLOPs quantized", *(f"{t}{', ' + u if u else ''}" for _, t, u in FIDELITY)]
-    heads += [f"{name} right" if name != "attributes" else "all right" for name in attributes] + ["gates"]
+    heads += [f"{name} right" if name != "attributes" else "mean of the four" for name in attributes] + ["gates"]
     keys = [key for key, _, _ in FIDELITY] + attributes
     rows = []
     for result in results:
         kept, metrics = result["protect"]["blocks"], result["metrics"]
-        gates = [name for name, gate in result["gates"].items() if gate["verdict"] == "fail"]
+        gates = failed_gates(result)
         rows.append(
             [
                 f"`{result['protect']['name']}`",
@@ -60,16 +62,36 @@ def protocol(results: list[dict[str, Any]]) -> str:
     )
 
 
+def read_sweep(sweep: Path) -> list[dict[str, Any]]:
+    """The results of a sweep in the order of its jobs; ``ValueError`` unless they are finished and comparable."""
+    folders = sorted((p for p in sweep.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    results = [read_result(folder) for folder in folders]
+    if not results:
+        raise ValueError(f"{sweep} holds no runs")
+    for folder, result in zip(folders, results, strict=True):
+        if result["status"] != "ok":
+            raise ValueError(f"{folder} failed: {result['error']}")
+        for same in SAME:
+            if pick(result, same) != pick(results[0], same):
+                raise ValueError(f"{folder} differs from {folders[0]} in {same}: not one table")
+    return results
+
+
+def pick(result: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        result = result[key]
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--readme", type=Path, default=Path(__file__).resolve().parent.parent / "README.md")
     args = parser.parse_args()
-    folders = sorted((p for p in args.sweep.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    results = [read_result(folder) for folder in folders]
-    failed = [str(f) for f, r in zip(folders, results, strict=True) if r["status"] != "ok"]
-    if not results or failed:
-        parser.error(f"{', '.join(failed) or args.sweep}: no finished runs")
+    try:
+        results = read_sweep(args.sweep)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     text = args.readme.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)

@@ -15,13 +15,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,7 +37,14 @@ ConfigStore.instance().store(name="ptq_schema", node=PTQConfig)
 
 
 #: What a user can mend. Whatever else is raised is a defect of ours and keeps its traceback.
-USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+USER_ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+)
 
 
 def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
@@ -48,13 +58,18 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
 
     @hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")
     def compose(raw: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
         try:
-            job(OmegaConf.to_object(raw), folder, OmegaConf.to_yaml(raw, resolve=True))
+            name_after_overrides(raw, list(hydra_config.overrides.task))
+            config = OmegaConf.to_object(raw)
+            refuse_unknown_keys(raw, config)
+            job(config, folder, OmegaConf.to_yaml(raw, resolve=True))
         except USER_ERRORS as error:
             # Caught here and not outside, where Hydra would have added lines of its own.
             failures.append(error)
-            _complain(error)
+            which = f"job {hydra_config.job.num}: " if hydra_config.mode == RunMode.MULTIRUN else ""
+            _complain(error, which)
         finally:
             _remove_if_empty(folder)
 
@@ -72,6 +87,27 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
         sys.exit(1)
 
 
+def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
+    """A preset that was changed on the command line is no longer that preset: its name says what was changed.
+
+    ``protect.blocks=[3,17]`` is named ``blocks=[3,17]`` and not after the preset whose blocks it replaced.
+    """
+    for group in ("protect", "quant"):
+        changes = [o.removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")]
+        if changes and not any(change.startswith("name=") for change in changes):
+            replaced = group == "protect" and any(change.startswith("blocks=") for change in changes)
+            raw[group].name = " ".join([*([] if replaced else [raw[group].name]), *changes])
+
+
+def refuse_unknown_keys(raw: DictConfig, config: Any, path: str = "") -> None:
+    """``ValueError`` names a key that ``+key=value`` added and no dataclass has: it would do nothing."""
+    for key, value in raw.items_ex(resolve=False):
+        if not hasattr(config, str(key)):
+            raise ValueError(f"unknown key {path}{key}: no part of the program reads it")
+        if isinstance(value, DictConfig) and is_dataclass(getattr(config, str(key))):
+            refuse_unknown_keys(value, getattr(config, str(key)), f"{path}{key}.")
+
+
 def one_line(error: BaseException) -> str:
     """The message without line breaks; of an error of the disk also the file, of Hydra's the cause too."""
     parts = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -80,17 +116,21 @@ def one_line(error: BaseException) -> str:
         parts += [line.strip() for line in str(cause).splitlines() if line.strip()]
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         parts.append("free some space, or write elsewhere with hydra.run.dir=<folder>")
-    hidden = ("full_key:", "object_type=", "reference_type=", "See https://", "Set the environment variable")
-    return "; ".join(dict.fromkeys(part for part in parts if not part.startswith(hidden)))
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        parts.append("out of memory: ask for fewer frames or a smaller picture (model.generation.*)")
+    # OmegaConf names the key on a line of its own, which is noise where the message names it already.
+    hidden = ["object_type=", "reference_type=", "See https://", "Set the environment variable"]
+    hidden += ["full_key:"] if any(part.startswith(("Key ", "Could not ")) for part in parts) else []
+    return "; ".join(dict.fromkeys(part for part in parts if not part.startswith(tuple(hidden))))
 
 
-def _complain(error: BaseException) -> None:
-    print(f"error: {one_line(error)}", file=sys.stderr)
+def _complain(error: BaseException, which: str = "") -> None:
+    print(f"error: {which}{one_line(error)}", file=sys.stderr)
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """A job refused before it began leaves a directory with an empty log: take it away again."""
-    if folder.is_dir() and not any(path.stat().st_size for path in folder.rglob("*") if path.is_file()):
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
+    """A job refused before it began leaves a directory with an empty log: take those two away again."""
+    log = folder / "log.txt"
+    if log.is_file() and not log.stat().st_size and list(folder.iterdir()) == [log]:
+        log.unlink()
         folder.rmdir()

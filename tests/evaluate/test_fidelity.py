@@ -29,3 +29,4 @@ def test_equal_and_broken() -> None:
     same = compare(sample(video, latents), sample(video, latents))
     assert same == {"latent_sqnr": EQUAL_DB, "psnr": EQUAL_DB, "ssim": pytest.approx(1.0)}
     assert math.isnan(latent_sqnr(latents, latents * math.nan))
+    assert math.isnan(latent_sqnr(latents, latents * math.inf))

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from tools.tiny_wan.scenes import draw
 from wanquant.evaluate.gates import check
+from wanquant.wan.generate import Sample
 from wanquant.wan.tiny import all_scenes
 
 GOOD = draw(all_scenes()[7], np.random.default_rng(0)).astype(np.float32) / 255
 
 
+def sample(video: np.ndarray, latents: torch.Tensor | None = None) -> Sample:
+    return Sample("p", 0, torch.zeros(2, 3) if latents is None else latents, video.astype(np.float32))
+
+
 def failed(video: np.ndarray, reference: np.ndarray = GOOD) -> set[str]:
-    return {gate.name for gate in check([reference, video], [reference, reference]) if not gate.passed}
+    good = sample(reference)
+    return {gate.name for gate in check([good, sample(video)], [good, good]) if not gate.passed}
 
 
 def test_quiet_on_good_videos() -> None:
@@ -25,22 +32,39 @@ def test_quiet_on_good_videos() -> None:
         assert failed(video * 0.97, video) == set()
 
 
+COLLAPSED = {
+    "black": np.zeros_like(GOOD),
+    "constant": np.full_like(GOOD, GOOD.mean()),
+    "noise": np.random.default_rng(0).random(GOOD.shape),
+    "finite": np.where(np.arange(GOOD.size).reshape(GOOD.shape) == 5, np.nan, GOOD),
+}
+
+
 @pytest.mark.parametrize(
     ("gate", "video"),
     [
-        ("finite", np.where(np.arange(GOOD.size).reshape(GOOD.shape) == 5, np.nan, GOOD)),
-        ("black", np.zeros_like(GOOD)),
-        ("constant", np.full_like(GOOD, GOOD.mean())),
+        *COLLAPSED.items(),
         ("static", np.repeat(GOOD[:1], len(GOOD), 0)),
         ("color_shift", np.clip(GOOD + np.array([0.4, 0, 0]), 0, 1)),
-        ("noise", np.random.default_rng(0).random(GOOD.shape)),
     ],
 )
 def test_each_fails_what_it_is_for(gate: str, video: np.ndarray) -> None:
-    assert gate in failed(video.astype(np.float32))
+    found = failed(video)
+    assert gate in found
+    assert not any(name.startswith("bf16.") for name in found)
+
+
+@pytest.mark.parametrize("gate", COLLAPSED)
+def test_a_collapsed_reference_is_no_excuse(gate: str) -> None:
+    assert f"bf16.{gate}" in failed(COLLAPSED[gate], COLLAPSED[gate])
+
+
+def test_an_infinity_in_the_latents_is_seen() -> None:
+    gates = check([sample(GOOD, torch.tensor([1.0, torch.inf]))], [sample(GOOD)])
+    assert [gate.name for gate in gates if not gate.passed] == ["finite"]
 
 
 def test_the_worst_item_is_named() -> None:
-    gates = {gate.name: gate for gate in check([GOOD, np.zeros_like(GOOD)], [GOOD, GOOD])}
+    gates = {gate.name: gate for gate in check([sample(GOOD), sample(0 * GOOD)], [sample(GOOD), sample(GOOD)])}
     assert gates["black"].worst == 1
     assert gates["black"].figure == 0.0

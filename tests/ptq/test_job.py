@@ -66,7 +66,10 @@ def test_result(finished: Path) -> None:
         assert metric["n"] == len(metric["per_item"]) == 2
         assert metric["ci95"][0] <= metric["mean"] <= metric["ci95"][1]
     assert 10 < result["metrics"]["latent_sqnr"]["mean"] < 60
-    assert set(result["gates"]) == {"finite", "black", "constant", "static", "color_shift", "noise"}
+    assert {"finite", "black", "constant", "static", "color_shift", "noise", "bf16.black"} <= set(result["gates"])
+    assert result["verdict"] == "pass"
+    assert result["overflow"] == {"elements": 0, "modules": {}}
+    assert result["metrics"]["floor_seed.psnr"]["mean"] < result["metrics"]["psnr"]["mean"]
     assert result["demonstration"] is True
     assert len(result["signature"]) == 64
     assert result["provenance"]["threads"] == torch.get_num_threads()
@@ -88,7 +91,7 @@ def test_files(finished: Path) -> None:
             assert np.stack(frames).shape == (17, 64, 64, 3)
     assert len(list((finished / "videos" / "side_by_side").glob("*.mp4"))) == 2
     assert Image.open(finished / "figures" / "contact_sheet.png").width > 400
-    assert (finished / "config.yaml").read_text().startswith("model:")
+    assert (finished / "config.yaml").read_text().startswith("# A wanquant run")
     assert list(finished.glob("wandb/offline-run-*/*.wandb"))
     assert not [path for path in finished.rglob("*") if path.suffix in (".tmp", ".partial")]
 
@@ -144,6 +147,11 @@ def truncated_model(folder: Path) -> str:
         (truncated_model, "truncated"),
         (lambda folder: f"model.path={folder}", "no diffusers pipeline"),
         ("prompts.texts=[a red dog]", "not a tiny-wan caption: 'a red dog'"),
+        ("calib.texts=[a red dog]", "not a tiny-wan caption: 'a red dog'"),
+        ("+quant.spin=up", "unknown key quant.spin"),
+        ("model.generation.steps=0", "generation.steps=0"),
+        ("model.generation.num_frames=18", "generation.num_frames=18"),
+        ("prompts.seeds=[-1]", "prompts.seeds"),
         ("prompts.texts=[]", "prompts.texts is empty"),
         ("model.device=tpu", "model.device=tpu"),
         ("tracker.mode=sometimes", "tracker.mode=sometimes"),
@@ -161,7 +169,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     override = override if isinstance(override, str) else override(tmp_path)
     run = tmp_path / "run"
     where = ["-m", f"hydra.sweep.dir={run}"] if multirun else [f"hydra.run.dir={run}"]
-    assert ptq(monkeypatch, *where, *QUICK, override) == 1
+    assert ptq(monkeypatch, *where, *(q for q in QUICK if q[:22] != override[:22]), override) == 1
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1, printed
     assert printed[0].startswith("error: ")
@@ -197,4 +205,18 @@ def test_a_failing_job_of_a_sweep_leaves_the_others(monkeypatch: pytest.MonkeyPa
     )  # fmt: skip
     assert status == 1
     assert not (tmp_path / "0" / "result.json").exists()
-    assert read_result(tmp_path / "1")["protect"]["blocks"] == [0]
+    result = read_result(tmp_path / "1")
+    assert result["protect"]["blocks"] == [0]
+    assert result["protect"]["name"] == "blocks=[0]"
+
+
+def test_a_failing_tracker_costs_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An unwritable place for W&B's files: a real failure of the real tracker."""
+    (tmp_path / "run").mkdir()
+    status = ptq(
+        monkeypatch, TWO, "model.generation.steps=1", "eval.noise_floor=false", "tracker.project=a/b%c",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert status == 0
+    assert read_result(tmp_path / "run")["status"] == "ok"
+    assert (tmp_path / "run" / "checkpoint").is_dir()

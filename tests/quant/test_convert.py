@@ -88,6 +88,14 @@ def test_any_module_with_blocks() -> None:
     assert report.names("protected") == ["layers.1.0"]
 
 
+def test_blocks_that_are_linears_and_subclasses_of_linear() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(8, 8), nn.MultiheadAttention(8, 2)])
+    report = quantize_(model)
+    assert report.names("converted") == ["blocks.0"]
+    assert report.names("skipped") == ["blocks.1.out_proj"]
+
+
 def test_static_statistics_come_from_the_observer() -> None:
     model, inputs = wan_transformer(2), wan_inputs()
     seen: list[torch.Tensor] = []

@@ -90,8 +90,30 @@ def test_float32_source_equals_bfloat16_source() -> None:
     other = nn.Linear(64, 32, dtype=torch.bfloat16)
     other.load_state_dict(linear.state_dict())
     a, b = (QuantLinear.from_linear(source, parse(make())) for source in (linear, other))
-    assert torch.equal(a.weight, b.weight)
-    assert torch.equal(a.weight_scale, b.weight_scale)
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    x = torch.randn(5, 64).to(torch.bfloat16)
+    assert torch.equal(a(x), b(x))
+
+
+def test_scales_stay_float32_when_the_model_is_cast() -> None:
+    layer = QuantLinear.from_linear(
+        nn.Linear(16, 8, dtype=torch.bfloat16), parse(make(act_rows="per_tensor", static=True)), input_absmax=3.1
+    )
+    scales = layer.weight_scale.clone(), layer.input_scale.clone()
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.weight_scale, scales[0])
+    assert torch.equal(layer.input_scale, scales[1])
+    assert layer(torch.randn(2, 16).to(torch.bfloat16)).isfinite().all()
+
+
+def test_overflow_is_counted() -> None:
+    layer = QuantLinear.from_linear(nn.Linear(16, 8, dtype=torch.bfloat16), parse(make(rule="direct")))
+    x = torch.ones(4, 16, dtype=torch.bfloat16)
+    layer(x)
+    assert layer.overflowed == 0
+    x[1, :3] = 50_000.0
+    assert not layer(x)[1].isfinite().any()
+    assert layer.overflowed == 3
 
 
 def test_static_scale_is_used_for_every_token() -> None:

@@ -1,45 +1,49 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from wanquant.ptq.job import PTQConfig
 from wanquant.runs import pictures
 from wanquant.runs.run import Run, clean_json, read_result, signature, write_atomic
 from wanquant.wan.device import pick_device
 
 CPU = torch.device("cpu")
-CONFIG = {
-    "model": {"path": "a", "device": "auto", "generation": {"steps": 20}},
-    "quant": {"weights": {"rule": "amax/15"}},
-    "tracker": {"name": "wandb"},
-    "checkpoint": True,
-}
+CONFIG = dataclasses.asdict(PTQConfig())
 
 
-def changed(path: str, value: object) -> dict[str, object]:
+def leaves(config: dict[str, Any], path: str = "") -> list[str]:
+    found = []
+    for key, value in config.items():
+        found += leaves(value, f"{path}{key}.") if isinstance(value, dict) and value else [f"{path}{key}"]
+    return found
+
+
+def changed(path: str) -> dict[str, Any]:
     config = copy.deepcopy(CONFIG)
-    place = config
     *parents, leaf = path.split(".")
+    place = config
     for parent in parents:
-        place = place[parent]  # type: ignore[assignment]
-    place[leaf] = value  # type: ignore[assignment]
-    return config  # type: ignore[return-value]
+        place = place[parent]
+    place[leaf] = "another value"
+    return config
 
 
-@pytest.mark.parametrize("path", ["model.path", "model.device", "tracker.name", "checkpoint"])
-def test_volatile_keys_do_not_change_the_signature(path: str) -> None:
-    assert signature(changed(path, "other"), "f", CPU) == signature(CONFIG, "f", CPU)
+QUIET = {"dry_run", "checkpoint", "model.device", "model.path", "model.generation.fps"}
 
 
-@pytest.mark.parametrize("path", ["model.generation.steps", "quant.weights.rule"])
-def test_other_keys_do(path: str) -> None:
-    assert signature(changed(path, "other"), "f", CPU) != signature(CONFIG, "f", CPU)
+@pytest.mark.parametrize("path", leaves(CONFIG))
+def test_the_signature_changes_with_what_changes_numbers_and_with_nothing_else(path: str) -> None:
+    volatile = path in QUIET or path.startswith("tracker.") or path.split(".")[1:] in (["name"], ["by_language"])
+    assert (signature(changed(path), "f", CPU) == signature(CONFIG, "f", CPU)) == volatile
     assert signature(CONFIG, "other weights", CPU) != signature(CONFIG, "f", CPU)
 
 
@@ -62,9 +66,13 @@ def test_a_run_that_failed_looks_like_nothing_else(tmp_path: Path) -> None:
     full = run.finish({"metrics": {}}, publish=lambda _: None)
     assert read_result(run.folder) == json.loads(json.dumps(full))
     assert full["timings"]["work"] >= 0
-    # Used again, the directory forgets what it held.
+    # Used again, the directory forgets what it held, but a directory of somebody else's is refused.
     Run(run.folder, "ptq", "a: 2\n")
     assert not (run.folder / "result.json").exists()
+    (tmp_path / "home" / "videos").mkdir(parents=True)
+    with pytest.raises(ValueError, match="neither empty nor a run directory"):
+        Run(tmp_path / "home", "ptq", "")
+    assert (tmp_path / "home" / "videos").exists()
 
 
 def test_a_failed_publication_leaves_no_result(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from wanquant import load_pipeline, quantize_, save_quantized
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear
@@ -73,6 +74,9 @@ def test_bytes_and_layout(tmp_path: Path) -> None:
     assert described["quant_method"] == "wanquant"
     assert described["protected_blocks"] == [0, 39]
     assert described["modules"] == report.names("converted")
+    assert described["format"] == "hif8"
+    assert described["weights"] == {"granularity": "per_channel", "rule": "amax/15"}
+    assert read_generation(folder.parent) == read_generation(tiny.folder())
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
@@ -90,7 +94,33 @@ def broken(tmp_path: Path, name: str, damage: object) -> Path:
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("component", "tensor"),
+    [
+        ("transformer/diffusion_pytorch_model", "blocks.3.ffn.net.2.bias"),
+        ("vae/diffusion_pytorch_model", "decoder.conv_in.bias"),
+        ("text_encoder/model", "encoder.block.1.layer.1.DenseReluDense.wo.weight"),
+    ],
+)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_missing_tensor_is_named(tmp_path: Path, component: str, tensor: str, quantized: bool) -> None:
+    """The libraries would fill it at random and go on."""
+    folder = tmp_path / "model"
+    if quantized:
+        pipe = load_pipeline("tiny", device="cpu")
+        quantize_(pipe.transformer)
+        save_quantized(pipe, folder)
+    else:
+        shutil.copytree(tiny.folder(), folder)
+    path = folder / f"{component}.safetensors"
+    tensors = load_file(path)
+    del tensors[tensor]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"tensor {tensor} .*missing"):
+        load_pipeline(folder, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +132,10 @@ def truncate(path: Path) -> None:
             "diffusion_pytorch_model.safetensors is truncated",
         ),
         ("vae/diffusion_pytorch_model.safetensors", Path.unlink, "vae has no .safetensors file"),
-        ("text_encoder/config.json", Path.unlink, "text_encoder has no config.json"),
+        ("text_encoder/config.json", Path.unlink, "text_encoder/config.json is missing"),
+        ("transformer/config.json", truncate, "transformer/config.json is not JSON"),
+        ("vae/config.json", lambda p: p.write_text("[]"), "vae/config.json holds a list"),
+        ("scheduler/scheduler_config.json", lambda p: p.write_text("{"), "scheduler_config.json is not JSON"),
         ("scheduler", shutil.rmtree, "no folder scheduler"),
         ("model_index.json", Path.unlink, "no model_index.json"),
         ("model_index.json", lambda p: p.write_text("{"), "is not JSON"),

@@ -14,12 +14,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from diffusers import UniPCMultistepScheduler, WanPipeline
 from torch.optim.swa_utils import AveragedModel
 from transformers import ByT5Tokenizer
 
 from tools.tiny_wan.train_transformer import FLOW_SHIFT, TEXT_LENGTH, TextToVelocity
-from tools.tiny_wan.train_vae import CONFIG as VAE_CONFIG
+from tools.tiny_wan.train_vae import new_vae
 from wanquant.wan import tiny
 
 GENERATION = {
@@ -40,13 +40,7 @@ def assemble(vae_folder: Path, transformer_folder: Path) -> WanPipeline:
     ema = AveragedModel(TextToVelocity())
     # The checkpoint holds [model, ema]; the second is the one to ship.
     ema.load_state_dict({name[2:]: value for name, value in trained["model"].items() if name.startswith("1.")})
-    vae = AutoencoderKLWan(
-        **VAE_CONFIG,
-        scale_factor_spatial=8,
-        scale_factor_temporal=4,
-        latents_mean=trained["mean"].tolist(),
-        latents_std=trained["std"].tolist(),
-    )
+    vae = new_vae()
     vae.load_state_dict(torch.load(vae_folder / "state.pt", weights_only=True)["model"])
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT

@@ -6,10 +6,10 @@ the captions is dropped to the empty string, for classifier-free guidance. The t
 as ``WanPipeline`` does it, at the same length and with zeros behind the last token, because Wan's
 cross-attention attends to the padding.
 
-The videos are encoded once; a step reads latents. Batches, noise and dropout are functions of
+The videos are drawn and encoded once; a step reads latents. Batches, noise and dropout are functions of
 (seed, step) alone, so a resumed run goes on with what an uninterrupted one would have seen.
 
-    python -m tools.tiny_wan.train_transformer --vae outputs/tiny_wan/vae --out outputs/tiny_wan/transformer
+    python -m tools.tiny_wan.train_transformer --latents outputs/tiny_wan/latents.pt --out outputs/tiny_wan/transformer
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from tools.tiny_wan.checkpoint import load_state, log_row, save_state
+from tools.tiny_wan.latents import SCENES, Components, load_or_fit, to_model
 from tools.tiny_wan.scenes import draw
-from tools.tiny_wan.train_vae import CONFIG as VAE_CONFIG
-from tools.tiny_wan.train_vae import SCENES, to_model
 
 TEXT_LENGTH = 64
 FLOW_SHIFT = 3.0
@@ -68,34 +67,13 @@ class TextToVelocity(torch.nn.Module):
         return self.transformer(noisy, 1000.0 * sigma, text, return_dict=False)[0]
 
 
-@torch.no_grad()
-def encode_videos(vae_folder: Path, cache: Path, per_scene: int, seed: int) -> dict[str, torch.Tensor]:
-    """Latents [videos, 16, 5, 8, 8], normalised per channel, the index of each one's scene, and mean and std."""
-    if cache.exists():
-        return torch.load(cache, weights_only=True)
-    vae = AutoencoderKLWan(**VAE_CONFIG).eval()
-    vae.load_state_dict(torch.load(vae_folder / "state.pt", weights_only=True)["model"])
-    latents, started = [], time.time()
-    for index in range(len(SCENES)):
+def draw_latents(components: Components, per_scene: int, seed: int) -> dict[str, torch.Tensor]:
+    """Latents [videos, 16, 5, 8, 8] of freshly drawn videos, and the index of each one's scene."""
+    latents = []
+    for index, scene in enumerate(SCENES):
         rng = np.random.default_rng((seed, 1, index))
-        videos = torch.stack([to_model(draw(SCENES[index], rng)) for _ in range(per_scene)])
-        latents.append(torch.cat([vae.encode(part).latent_dist.mode() for part in videos.split(8)]))
-        if index % 10 == 0:
-            left = (time.time() - started) / (index + 1) * (len(SCENES) - index - 1)
-            print(f"encoded {index + 1}/{len(SCENES)} scenes, left {left / 60:.1f} min", flush=True)
-    stacked = torch.cat(latents)
-    mean, std = stacked.mean((0, 2, 3, 4)), stacked.std((0, 2, 3, 4))
-    shape = (1, -1, 1, 1, 1)
-    data = {
-        "latents": (stacked - mean.view(shape)) / std.view(shape),
-        "scene": torch.arange(len(SCENES)).repeat_interleave(per_scene),
-        "mean": mean,
-        "std": std,
-    }
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(data, cache.with_suffix(".tmp"))
-    cache.with_suffix(".tmp").rename(cache)
-    return data
+        latents.append(components.encode(torch.stack([to_model(draw(scene, rng)) for _ in range(per_scene)])))
+    return {"latents": torch.cat(latents), "scene": torch.arange(len(SCENES)).repeat_interleave(per_scene)}
 
 
 def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +85,7 @@ def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 class Recipe:
     """``drop`` is the share of captions replaced by the empty one."""
 
-    steps: int = 3000
+    steps: int = 2800
     batch: int = 16
     lr: float = 1e-3
     drop: float = 0.1
@@ -170,19 +148,19 @@ def train(
             log_row(out / "curve.csv", {"step": step, "loss": loss.item(), "grad_norm": norm.item()})
             print(f"{step}/{last} loss {loss.item():.4f} norm {norm:.2f} left {left / 60:.1f} min", flush=True)
         if (step + 1) % 200 == 0 or step + 1 == last:
-            save_state(out, both, optimizer, step + 1, mean=data["mean"], std=data["std"])
+            save_state(out, both, optimizer, step + 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--latents", type=Path, required=True, help="file of the latent space, made if it is not there")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--per-scene", type=int, default=30, help="videos drawn of each combination")
+    parser.add_argument("--per-scene", type=int, default=40, help="videos drawn of each combination")
     parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
     args = parser.parse_args()
     recipe = Recipe(steps=args.steps)
-    data = encode_videos(args.vae, args.out / "latents.pt", args.per_scene, recipe.seed)
+    data = draw_latents(load_or_fit(args.latents), args.per_scene, recipe.seed)
     train(args.out, data, recipe, compiled=not args.no_compile)
 
 

@@ -1,12 +1,12 @@
 """Trains tiny-wan's VAE: an ``AutoencoderKLWan`` of 1.5 M parameters that compresses 8×8×4.
 
-Single frames first (cheap, teaches the picture), then clips of nine frames, then whole videos:
+Its latents are given (``tools.tiny_wan.latents``): the encoder learns to compute them, the decoder
+to undo them, each by itself but in one loop. Single frames first, which is cheap, then whole videos:
 the causal caches recur, and trained on nine frames alone the picture decays from 23 dB to 10 dB
-behind the ninth. Last the decoder alone, while the latents stay as they are, so that the
-transformer can be trained on them at the same time. The decoder's closing clamp is left out of the
-training graph: where it saturates it has no gradient.
+behind the ninth. The decoder's closing clamp is left out of the training graph: where it saturates
+it has no gradient.
 
-    python -m tools.tiny_wan.train_vae --out outputs/tiny_wan/vae
+    python -m tools.tiny_wan.train_vae --latents outputs/tiny_wan/latents.pt --out outputs/tiny_wan/vae
 
 Resumable: started again with the same arguments it goes on from its last checkpoint.
 """
@@ -27,8 +27,9 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from tools.tiny_wan.checkpoint import load_state, log_row, save_state
+from tools.tiny_wan.latents import CHANNELS, SCENES, Components, load_or_fit, to_model
 from tools.tiny_wan.scenes import draw
-from wanquant.wan.tiny import NUM_FRAMES, all_scenes
+from wanquant.wan.tiny import NUM_FRAMES
 
 CONFIG = {
     "base_dim": 24,
@@ -38,8 +39,12 @@ CONFIG = {
     "patch_size": 2,
     "in_channels": 12,
     "out_channels": 12,
-    "z_dim": 16,
+    "z_dim": CHANNELS,
 }
+
+
+#: Standard deviation of the noise the decoder is trained with, and of the posterior (latents have 1).
+NOISE = 0.03
 
 
 @dataclass(frozen=True)
@@ -50,25 +55,13 @@ class Phase:
     frames: int
     batch: int
     lr: float
-    decoder_only: bool = False
 
     def lr_at(self, index: int) -> float:
         warm, decay = min(1.0, (index + 1) / 50), 0.5 * (1 + math.cos(math.pi * index / self.steps))
         return self.lr * warm * (0.02 + 0.98 * decay)
 
 
-PHASES = (
-    Phase(2500, 1, 4, 2e-3),
-    Phase(700, 9, 2, 1.4e-3),
-    Phase(1400, 17, 2, 1.4e-3),
-    Phase(1500, 17, 2, 1e-3, decoder_only=True),
-)
-SCENES = [scene for scene in all_scenes() if not scene.held_out]
-
-
-def to_model(video: np.ndarray) -> torch.Tensor:
-    """uint8 [frames, H, W, 3] to float32 [3, frames, H, W] in -1..1."""
-    return torch.from_numpy(video).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+PHASES = (Phase(1500, 1, 4, 2e-3), Phase(2000, 17, 2, 1.5e-3))
 
 
 def batch(step: int, seed: int, size: int, frames: int) -> torch.Tensor:
@@ -99,18 +92,25 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tens
 
 @torch.no_grad()
 def new_vae() -> AutoencoderKLWan:
-    """A fresh VAE that starts with unit gain and a nearly silent posterior (standard deviation 0.05).
+    """A fresh VAE of unit gain whose latents are used as they are: mean 0, deviation 1, fixed posterior noise.
 
-    torch's default convolutions shrink a signal by sqrt(3), and eight of them in a row leave the
-    latents below their own noise: training then sits on a plateau for hundreds of steps.
+    torch's default convolutions shrink a signal by sqrt(3), and eight of them in a row sit on a
+    plateau for hundreds of steps.
     """
-    vae = AutoencoderKLWan(**CONFIG)
+    vae = AutoencoderKLWan(
+        **CONFIG,
+        scale_factor_spatial=8,
+        scale_factor_temporal=4,
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
+    )
     for module in vae.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             module.weight.mul_(math.sqrt(3.0))
             if module.bias is not None:
                 module.bias.zero_()
-    vae.quant_conv.bias[CONFIG["z_dim"] :] = -6.0
+    vae.quant_conv.weight[CHANNELS:] = 0.0
+    vae.quant_conv.bias[CHANNELS:] = 2 * math.log(NOISE)
     return vae
 
 
@@ -125,7 +125,7 @@ def psnr(vae: AutoencoderKLWan, seed: int = 10_000, count: int = 16) -> float:
     return float((-10 * torch.cat(errors).log10()).mean())
 
 
-def train(out: Path, phases: Sequence[Phase], kl_weight: float, seed: int, stop_at: int | None = None) -> None:
+def train(out: Path, components: Components, phases: Sequence[Phase], seed: int, stop_at: int | None = None) -> None:
     """Runs the phases one after the other, from the last checkpoint in ``out``; ``stop_at`` a step to go on later."""
     torch.manual_seed(seed)
     vae = new_vae()
@@ -134,22 +134,26 @@ def train(out: Path, phases: Sequence[Phase], kl_weight: float, seed: int, stop_
     first, started = load_state(out, vae, optimizer), time.time()
     for step, (phase, index) in enumerate(plan[first:], first):
         optimizer.param_groups[0]["lr"] = phase.lr_at(index)
-        for part in (vae.encoder, vae.quant_conv):
-            part.requires_grad_(not phase.decoder_only)
         video = batch(step, seed, phase.batch, phase.frames)
-        torch.manual_seed(seed * 1_000_003 + step)
-        posterior = vae.encode(video).latent_dist
-        mse = F.mse_loss(decode_unclamped(vae, posterior.sample()), video)
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+        target = components.encode(video)
+        noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+        latent_mse = F.mse_loss(vae.encode(video).latent_dist.mean, target)
+        pixel_mse = F.mse_loss(decode_unclamped(vae, target + NOISE * noise), video)
         optimizer.zero_grad(set_to_none=True)
-        (mse + kl_weight * kl).backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+        # The two share no parameter, so their sum trains each as if it were alone.
+        (latent_mse + pixel_mse).backward()
+        for part in (vae.encoder, vae.decoder):
+            torch.nn.utils.clip_grad_norm_(part.parameters(), 0.5)
         optimizer.step()
         if step % 20 == 0:
-            row = {"step": step, "frames": phase.frames, "mse": mse.item(), "kl": kl.item(), "grad_norm": norm.item()}
+            row = {"step": step, "frames": phase.frames, "latent_mse": latent_mse.item(), "mse": pixel_mse.item()}
             log_row(out / "curve.csv", row)
             left = (time.time() - started) / (step - first + 1) * (phase.steps - index - 1)
-            print(f"{step}/{len(plan)} mse {mse.item():.5f} kl {kl.item():.2f} phase ends in {left / 60:.1f} min")
+            print(
+                f"{step}/{len(plan)} latents {latent_mse.item():.4f} pixels {pixel_mse.item():.5f} "
+                f"phase ends in {left / 60:.1f} min",
+                flush=True,
+            )
         if (step + 1) % 100 == 0 or step + 1 == len(plan):
             save_state(out, vae, optimizer, step + 1)
             print(f"psnr over {NUM_FRAMES} frames: {psnr(vae):.2f} dB", flush=True)
@@ -157,12 +161,11 @@ def train(out: Path, phases: Sequence[Phase], kl_weight: float, seed: int, stop_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--latents", type=Path, required=True, help="file of the latent space, made if it is not there")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--phases", type=int, default=len(PHASES), help="how many of the phases to run")
-    parser.add_argument("--kl", type=float, default=2e-5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.out, PHASES[: args.phases], args.kl, args.seed)
+    train(args.out, load_or_fit(args.latents), PHASES, args.seed)
 
 
 if __name__ == "__main__":

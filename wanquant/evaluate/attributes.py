@@ -59,7 +59,7 @@ def measure(video: np.ndarray) -> dict[str, str | None]:
 
 
 def _shape(masks: list[np.ndarray]) -> str:
-    """By the median over frames of area / bounding box; stray pixels are cut by taking a box of quantiles."""
+    """By the median over frames of area / bounding box; rows and columns of a single pixel are strays."""
     fills = []
     for mask in masks:
         rows, columns = np.nonzero(mask.sum(1) >= 2)[0], np.nonzero(mask.sum(0) >= 2)[0]

@@ -25,6 +25,8 @@ def pairs(config: PromptsConfig, group: str = "prompts") -> list[tuple[str, int]
     for name, values in (("texts", config.texts), ("seeds", config.seeds)):
         if len(set(values)) != len(values):
             raise ValueError(f"{group}.{name} holds a value twice")
+    if not all(0 <= seed < 2**63 for seed in config.seeds):
+        raise ValueError(f"{group}.seeds must lie between 0 and 2^63")
     return [(text, seed) for text in config.texts for seed in config.seeds]
 
 

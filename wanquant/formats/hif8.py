@@ -18,10 +18,8 @@ import torch
 
 from wanquant import kernels
 
-#: Largest finite value, and the magnitude from which rounding overflows.
-MAX, OVERFLOW = 32768.0, 40960.0
-#: Smallest positive value.
-TINY = 2.0**-22
+#: The magnitude from which rounding goes beyond 32768, the largest finite value.
+OVERFLOW = 40960.0
 
 
 def round(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor:

@@ -43,6 +43,8 @@ def mantissa_bits(exponent: int) -> int:
 
 def round(x: float, overflow: str = "inf") -> float:
     """To nearest, ties away from zero; +0 for what vanishes."""
+    if overflow not in ("inf", "saturate"):
+        raise ValueError(f"overflow must be 'inf' or 'saturate', not {overflow!r}")
     if math.isnan(x) or math.isinf(x):
         return math.nan if math.isnan(x) else x
     magnitude = abs(x)

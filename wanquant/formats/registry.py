@@ -31,13 +31,11 @@ class _ScaledRound(Protocol):
 class Format:
     """An 8-bit float.
 
-    ``max`` is the largest finite value and ``overflow`` the least magnitude that rounds beyond it;
+    ``overflow`` is the least magnitude that rounds beyond the largest finite value;
     ``scaled_round`` is round(x / scale) of a matrix as BF16 with one scale a row or one for all.
     """
 
     name: str
-    bits: int
-    max: float
     overflow: float
     round: _Round
     encode: _Encode
@@ -48,8 +46,6 @@ class Format:
 FORMATS: dict[str, Format] = {
     "hif8": Format(
         name="hif8",
-        bits=8,
-        max=hif8.MAX,
         overflow=hif8.OVERFLOW,
         round=hif8.round,
         encode=hif8.encode,

@@ -45,8 +45,7 @@ def decode_table() -> torch.Tensor:
 def encode_table() -> torch.Tensor:
     """uint8 [4096]: the code of every rounded value, by the upper twelve bits of its BF16 pattern.
 
-    Every NaN pattern whose payload shows in those bits, -0 included as zero, is filled; patterns
-    that are no HiF8 value hold NaN's code and are never asked for.
+    -0 has the code of zero; patterns that are no HiF8 value, all NaN among them, have that of NaN.
     """
     table = np.full(4096, NAN_CODE, dtype=np.uint8)
     values = decode_table().to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diffusers import WanPipeline
 from torch import nn
 
 from wanquant.quant import ConversionReport
 from wanquant.quant.observe import ActivationObserver
 from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.wan.load import Pipeline
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Calibration:
 
 
 def calibrate(
-    pipe: WanPipeline, pairs: list[tuple[str, int]], settings: GenerationConfig, on_step: Callable[[], None]
+    pipe: Pipeline, pairs: list[tuple[str, int]], settings: GenerationConfig, on_step: Callable[[], None]
 ) -> Calibration:
-    """Generates the calibration videos in BF16 and throws them away. Runs over guidance branches and all steps."""
+    """Denoises the calibration prompts in BF16; the VAE is not run. Runs over guidance branches and all steps."""
     with ActivationObserver(pipe.transformer) as observer:
-        generate(pipe, pairs, settings, on_step)
+        generate(pipe, pairs, settings, on_step, decode=False)
     flops = {}
     for name, rows in observer.rows.items():
         linear = pipe.transformer.get_submodule(name)

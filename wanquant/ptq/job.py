@@ -8,14 +8,12 @@ first video; ``result.json`` is written last.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanPipeline
 
 from wanquant.evaluate import attributes, fidelity, gates
 from wanquant.evaluate.prompts import EvalConfig, PromptsConfig, pairs
@@ -30,11 +28,20 @@ from wanquant.runs.progress import progress
 from wanquant.runs.report import summary, write_report
 from wanquant.runs.run import Run, digest, provenance, signature
 from wanquant.runs.tracking import TrackerConfig, check_tracker, mirror
-from wanquant.wan.checkpoint import quantization_of, save_quantized
+from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.device import peak_memory, pick_device
 from wanquant.wan.generate import GenerationConfig, Sample, generate
-from wanquant.wan.load import check_folder, empty_transformer, find_folder, fingerprint, hush_libraries, load_pipeline
+from wanquant.wan.load import (
+    Pipeline,
+    check_folder,
+    check_shape,
+    empty_transformer,
+    find_folder,
+    fingerprint,
+    hush_libraries,
+    load_pipeline,
+)
 from wanquant.wan.tiny import parse_caption
 
 #: Videos on the contact sheet at most.
@@ -63,42 +70,50 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
 
     ``ValueError`` and ``OSError`` are the user's; whatever else goes wrong, ``result.json`` says failed.
     """
-    jobs = pairs(config.prompts), pairs(config.calib, "calib")
+    pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
     device = pick_device(config.model.device)
-    model_folder = _check(config, jobs[0])
+    _check(config, pairs_ + calibration_pairs)
     settings = config.model.generation
     print(
         f"{config.quant.name} on {config.model.name} ({device.type}, {torch.get_num_threads()} threads), protect "
-        f"{config.protect.name}: {len(jobs[0])} (prompt, seed) pairs of {settings.num_frames} frames "
+        f"{config.protect.name}: {len(pairs_)} (prompt, seed) pairs of {settings.num_frames} frames "
         f"{settings.height}x{settings.width}, {settings.steps} steps",
         flush=True,
     )
     if config.dry_run:
-        print_plan(config_yaml, model_folder, config.quant, config.protect, config.model.generation, len(jobs[0]))
+        shape = find_folder(config.model.path, shapes_only=True)
+        videos = len(pairs_) * (3 if config.eval.noise_floor else 2) + len(calibration_pairs)
+        print_plan(config_yaml, shape, config.quant, config.protect, settings, videos)
         return None
+    model_folder = find_folder(config.model.path)
+    check_folder(model_folder)
     hush_libraries()
     run = Run(folder, "ptq", config_yaml)
     try:
-        return _Job(config, run, device, model_folder, *jobs).run()
+        result = _Job(config, run, device, model_folder, pairs_, calibration_pairs).run()
+        full = run.finish(result, lambda complete: write_report(folder, complete))
     except BaseException as error:
         run.fail(error)
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         raise
+    mirror(config.tracker, folder, dataclasses.asdict(config), full)
+    print(summary(full, folder))
+    return full
 
 
-def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> Path:
-    """Refuses what can be refused before any work; returns the model's folder."""
+def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
+    """Refuses what can be refused by the config and the model's shape, before a weight is read or fetched."""
     parse(config.quant)
     check_tracker(config.tracker)
     if config.model.language == "scenes":
         for prompt, _ in videos:
             parse_caption(prompt)
-    folder = find_folder(config.model.path)
-    check_folder(folder)
+    folder = find_folder(config.model.path, shapes_only=True)
+    check_shape(folder)
     if quantization_of(folder / "transformer") is not None:
         raise ValueError(f"{folder} is quantized already: model.path must be the original model")
+    if (folder / "transformer_2").is_dir():
+        raise ValueError(f"{folder} has two transformers (Wan2.2), of which this version would quantize only one")
     plan_conversion(empty_transformer(folder), config.protect.blocks, config.protect.modules)
-    return folder
 
 
 @dataclass
@@ -113,15 +128,16 @@ class _Job:
     def run(self) -> dict[str, Any]:
         config, run = self.config, self.run_
         with run.stage("load"):
+            made, model_fingerprint = provenance(self.device), fingerprint(self.model_folder)
             pipe = load_pipeline(self.model_folder, config.model.device)
         with run.stage("calibrate"):
             calibration = self._calibrate(pipe)
         with run.stage("generate_bf16"):
             reference = self._generate(pipe, "generate BF16")
-        floor: list[Sample] = []
+        floors: dict[str, list[tuple[Sample, Sample]]] = {}
         if config.eval.noise_floor:
             with run.stage("noise_floor"):
-                floor = self._generate(pipe, "noise floor", _one_ulp_up)
+                floors = self._floors(pipe, reference)
         with run.stage("quantize"):
             report = quantize_(
                 pipe.transformer,
@@ -133,65 +149,89 @@ class _Job:
         with run.stage("generate_quantized"):
             samples = self._generate(pipe, f"generate {config.quant.format}")
         with run.stage("compare"):
-            metrics = self._metrics(reference, samples, floor)
-            gate_results = gates.check([s.video for s in samples], [s.video for s in reference])
+            metrics = self._metrics(reference, samples, floors)
+            gate_results = gates.check(samples, reference)
         with run.stage("write"):
             self._write_videos(reference, samples)
             if config.checkpoint:
                 save_quantized(pipe, run.folder / "checkpoint")
-        result = {
-            "signature": signature(dataclasses.asdict(config), fingerprint(self.model_folder), self.device),
-            "model": self._model(pipe),
+        settled = dataclasses.asdict(config)
+        settled["protect"]["blocks"] = list(report.protected_blocks)
+        return {
+            "signature": signature(settled, model_fingerprint, self.device),
+            "model": {
+                "name": config.model.name,
+                "blocks": report.blocks,
+                "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
+                "fingerprint": model_fingerprint,
+            },
             "quant": dataclasses.asdict(config.quant),
-            **self._conversion(report, calibration),
+            **self._conversion(pipe, report, calibration),
             "metrics": {name: estimate(items).as_json() for name, items in metrics.items()},
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
+            "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
             "gates": {gate.name: gate.as_json() for gate in gate_results},
             "generation": dataclasses.asdict(config.model.generation),
             "memory": {"peak_bytes": peak_memory(self.device)},
             "provenance": {
-                **provenance(self.device),
+                **made,
                 "seeds": config.prompts.seeds,
                 "prompts": config.prompts.texts,
                 "prompt_hash": digest(config.prompts.texts),
             },
         }
-        full = run.finish(result, lambda complete: write_report(run.folder, complete))
-        mirror(config.tracker, run.folder, dataclasses.asdict(config), full)
-        print(summary(full, run.folder))
-        return full
 
-    def _calibrate(self, pipe: WanPipeline) -> Calibration:
+    def _calibrate(self, pipe: Pipeline) -> Calibration:
         settings = self.config.model.generation
         with progress("calibrate", len(self.calibration_pairs) * settings.steps) as tick:
             return calibrate(pipe, self.calibration_pairs, settings, tick)
 
     def _generate(
-        self, pipe: WanPipeline, label: str, perturb: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise
+        self,
+        pipe: Pipeline,
+        label: str,
+        pairs_: list[tuple[str, int]] | None = None,
+        perturb: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise,
     ) -> list[Sample]:
+        pairs_ = self.pairs if pairs_ is None else pairs_
         settings: GenerationConfig = self.config.model.generation
-        with progress(label, len(self.pairs) * settings.steps) as tick:
-            return generate(pipe, self.pairs, settings, tick, perturb)
+        with progress(label, len(pairs_) * settings.steps) as tick:
+            return generate(pipe, pairs_, settings, tick, perturb)
 
-    def _metrics(self, reference: list[Sample], samples: list[Sample], floor: list[Sample]) -> dict[str, list[Item]]:
-        """``psnr``: quantized against BF16. ``floor_ulp.psnr``, ``floor_seed.psnr``: BF16 against itself with
-        the noise moved by one unit in the last place, and with other seeds. ``bf16.color``, ``color``,
-        ``difference.color``: attribute accuracy of BF16, quantized, and their paired difference."""
-        found: dict[str, list[Item]] = {}
+    def _floors(self, pipe: Pipeline, reference: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
+        """BF16 beside itself: the initial noise moved by one unit in its last place, and another seed.
 
-        def add(prefix: str, first: list[Sample], second: list[Sample]) -> None:
-            for a, b in zip(first, second, strict=True):
-                for name, value in fidelity.compare(a, dataclasses.replace(b, seed=a.seed)).items():
-                    found.setdefault(prefix + name, []).append(Item(a.prompt, a.seed, value))
-
-        add("", reference, samples)
-        if floor:
-            add("floor_ulp.", reference, floor)
+        A single seed gets a further one to be compared with; of two, each prompt's pair counts once.
+        """
+        moved = self._generate(pipe, "noise floor: 1 ulp", perturb=_one_ulp_up)
         seeds = self.config.prompts.seeds
-        if floor and len(seeds) > 1:
-            by_pair = {(sample.prompt, sample.seed): sample for sample in reference}
+        known = {(sample.prompt, sample.seed): sample for sample in reference}
+        if len(seeds) == 1:
+            others = [(text, seeds[0] + 1) for text in self.config.prompts.texts]
+            for sample in self._generate(pipe, "noise floor: seed", others):
+                known[sample.prompt, sample.seed] = sample
+            following = {seeds[0]: seeds[0] + 1}
+        else:
             following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
-            add("floor_seed.", reference, [by_pair[s.prompt, following[s.seed]] for s in reference])
+            if len(seeds) == 2:
+                del following[seeds[1]]
+        other = [(s, known[s.prompt, following[s.seed]]) for s in reference if s.seed in following]
+        return {"floor_ulp.": list(zip(reference, moved, strict=True)), "floor_seed.": other}
+
+    def _metrics(
+        self, reference: list[Sample], samples: list[Sample], floors: dict[str, list[tuple[Sample, Sample]]]
+    ) -> dict[str, list[Item]]:
+        """``psnr``: quantized against BF16. ``floor_ulp.psnr``, ``floor_seed.psnr``: see ``_floors``.
+        ``bf16.color``, ``color``, ``difference.color``: attribute accuracy of BF16, quantized, and their
+        paired difference."""
+        found: dict[str, list[Item]] = {}
+        beside = {"": list(zip(reference, samples, strict=True)), **floors}
+        with progress("compare", sum(map(len, beside.values())), "pair") as tick:
+            for prefix, couples in beside.items():
+                for a, b in couples:
+                    for name, value in fidelity.compare(a, b).items():
+                        found.setdefault(prefix + name, []).append(Item(a.prompt, a.seed, value))
+                    tick()
         if self.config.model.language == "scenes":
             for prefix, side in (("bf16.", reference), ("", samples)):
                 for sample in side:
@@ -205,24 +245,22 @@ class _Job:
         folder, fps = self.run_.folder, self.config.model.generation.fps
         labels = ("BF16", f"{self.config.quant.name}, protect {self.config.protect.name}")
         rows = []
-        for number, (a, b) in enumerate(zip(reference, samples, strict=True)):
-            frames = pictures.to_uint8(a.video), pictures.to_uint8(b.video)
-            name = f"{number:03d}-seed{a.seed}.mp4"
-            pictures.write_mp4(folder / "videos" / "bf16" / name, frames[0], fps)
-            pictures.write_mp4(folder / "videos" / "quantized" / name, frames[1], fps)
-            pictures.write_mp4(folder / "videos" / "side_by_side" / name, pictures.side_by_side(frames, labels), fps)
-            rows.append((f"{a.prompt}, seed {a.seed}", (("BF16", frames[0]), (self.config.quant.format, frames[1]))))
+        with progress("write videos", len(samples), "pair") as tick:
+            for number, (a, b) in enumerate(zip(reference, samples, strict=True)):
+                frames = pictures.to_uint8(a.video), pictures.to_uint8(b.video)
+                name = f"{number:03d}-seed{a.seed}.mp4"
+                pictures.write_mp4(folder / "videos" / "bf16" / name, frames[0], fps)
+                pictures.write_mp4(folder / "videos" / "quantized" / name, frames[1], fps)
+                both = pictures.side_by_side(frames, labels)
+                pictures.write_mp4(folder / "videos" / "side_by_side" / name, both, fps)
+                rows.append(
+                    (f"{a.prompt}, seed {a.seed}", (("BF16", frames[0]), (self.config.quant.format, frames[1])))
+                )
+                tick()
         pictures.write_png(folder / "figures" / "contact_sheet.png", pictures.contact_sheet(rows[:SHEET_ROWS]))
 
-    def _model(self, pipe: WanPipeline) -> dict[str, Any]:
-        return {
-            "name": self.config.model.name,
-            "blocks": len(pipe.transformer.blocks),
-            "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
-            "fingerprint": fingerprint(self.model_folder),
-        }
-
-    def _conversion(self, report: ConversionReport, calibration: Calibration) -> dict[str, Any]:
+    def _conversion(self, pipe: Pipeline, report: ConversionReport, calibration: Calibration) -> dict[str, Any]:
+        overflowed = {name: layer.overflowed for name, layer in quantized_linears(pipe.transformer).items()}
         return {
             "protect": {
                 "name": self.config.protect.name,
@@ -231,6 +269,10 @@ class _Job:
                 "fraction_of_flops_quantized": calibration.fraction_of_flops(report),
             },
             "conversion": report.counts(),
+            "overflow": {
+                "elements": sum(overflowed.values()),
+                "modules": {name: count for name, count in overflowed.items() if count},
+            },
             "modules": [dataclasses.asdict(module) for module in report.modules],
             "calibration": {
                 "videos": calibration.videos,

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import nn
 
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.quant.config import parse
+from wanquant.quant.scale import PerTensor
 from wanquant.wan.generate import GenerationConfig
-from wanquant.wan.load import empty_transformer
+from wanquant.wan.load import Transformer, empty_transformer
 
 LEGEND = "P = protected, stays BF16; q = quantized"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes and seconds predicted for one transformer."""
+    """Predicted for one transformer: bytes of its weights, and seconds of matrix products a video."""
 
     report: ConversionReport
     parameters: int
@@ -34,18 +34,19 @@ def make_plan(folder: Path, quant: QuantConfig, protect: ProtectConfig, settings
     """From ``transformer/config.json`` alone: no weight is read."""
     transformer = empty_transformer(folder)
     report = plan_conversion(transformer, protect.blocks, protect.modules)
-    scheme = parse(quant)
+    per_tensor = isinstance(parse(quant).weight_granularity, PerTensor)
     parameters = sum(p.numel() for p in transformer.parameters())
-    weights = rows = 0
+    weights = scales = 0
     for name in report.names("converted"):
         linear = transformer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         weights += linear.weight.numel()
-        rows += linear.out_features
-    packed = 2 * parameters - weights + 4 * rows * (scheme.format.bits // 8)
-    tokens = _tokens(settings, transformer)
-    flops = 2 * tokens * parameters * 2 * settings.steps
-    return Plan(report, parameters, 2 * parameters, packed, flops / _gemm_rate(transformer.proj_out.in_features))
+        scales += 1 if per_tensor else linear.out_features
+    tokens, width = _tokens(settings, transformer), transformer.proj_out.in_features
+    forward = 2 * tokens * parameters + 4 * tokens**2 * width * report.blocks
+    branches = 2 if settings.guidance_scale > 1 else 1
+    seconds = branches * settings.steps * forward / _gemm_rate(width)
+    return Plan(report, parameters, 2 * parameters, 2 * parameters - weights + 4 * scales, seconds)
 
 
 def print_plan(
@@ -56,15 +57,17 @@ def print_plan(
     settings: GenerationConfig,
     videos: int,
 ) -> None:
+    """``videos`` counts all that would be generated: calibration, BF16, noise floor, quantized."""
     plan = make_plan(folder, quant, protect, settings)
     counts = plan.report.counts()
+    seconds = plan.seconds_per_video * videos
     print(config_yaml)
     print(f"blocks      {block_map(plan.report)}   ({LEGEND})")
     print("linears     " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     print(f"transformer {plan.parameters:,} parameters, {_bytes(plan.bf16_bytes)} in BF16")
-    print(f"checkpoint  {_bytes(plan.packed_bytes)} on disk ({plan.packed_bytes / plan.bf16_bytes:.2f} of BF16)")
-    print(f"memory      at least {_bytes(plan.bf16_bytes)} for the weights, while both are generated with")
-    print(f"time        at least {plan.seconds_per_video * videos:,.0f} s for {videos} videos, at this CPU's BF16 rate")
+    print(f"checkpoint  transformer {_bytes(plan.packed_bytes)}, {plan.packed_bytes / plan.bf16_bytes:.2f} of BF16")
+    print(f"memory      {_bytes(plan.bf16_bytes)} for its weights; text encoder, VAE and activations come on top")
+    print(f"time        {seconds:,.0f} s of matrix products for {videos} videos, at this CPU's BF16 rate")
 
 
 def block_map(report: ConversionReport) -> str:
@@ -72,7 +75,7 @@ def block_map(report: ConversionReport) -> str:
     return "".join("P" if index in report.protected_blocks else "q" for index in range(report.blocks))
 
 
-def _tokens(settings: GenerationConfig, transformer: WanTransformer3DModel) -> int:
+def _tokens(settings: GenerationConfig, transformer: Transformer) -> int:
     """Tokens of one video: latents are 4×8×8 smaller, patches take another 1×2×2."""
     frames = (settings.num_frames - 1) // 4 + 1
     patch = transformer.config.patch_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from wanquant.formats.registry import Format, get_format
-from wanquant.quant.scale import Granularity, Rule, parse_granularity, parse_rule
+from wanquant.quant.scale import Direct, Granularity, Rule, parse_granularity, parse_rule
 
 
 @dataclass
@@ -52,6 +52,11 @@ class Scheme:
     overflow: str
     product: str
     packed: bool
+
+    @property
+    def act_may_overflow(self) -> bool:
+        """A step taken from the tensor itself keeps it in range; a fixed one may not."""
+        return self.act_static or isinstance(self.act_rule, Direct)
 
 
 def parse(config: QuantConfig) -> Scheme:

@@ -88,7 +88,7 @@ def plan_conversion(
     for index, block in enumerate(block_list):
         for name, child in block.named_modules():
             if isinstance(child, nn.Linear):
-                inside[f"{blocks}.{index}.{name}"] = (index, name)
+                inside[f"{blocks}.{index}.{name}".rstrip(".")] = (index, name)
     kept = match_names(protected_modules, (name for _, name in inside.values()))
     rows = []
     for name, child in module.named_modules():
@@ -98,6 +98,9 @@ def plan_conversion(
             raise ValueError(f"{name} is quantized already: load the original model to quantize it in another way")
         if name not in inside:
             rows.append(ModuleReport(name, "skipped", f"outside {blocks}"))
+        elif type(child) is not nn.Linear:
+            # A subclass may use its weight otherwise than nn.Linear does, as attention's out_proj.
+            rows.append(ModuleReport(name, "skipped", f"a {type(child).__name__}, not a plain linear"))
         elif inside[name][0] in protected:
             rows.append(ModuleReport(name, "protected", f"block {inside[name][0]}"))
         elif inside[name][1] in kept:

@@ -12,6 +12,8 @@ touches an operand: what is simulated is what the hardware does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,8 +23,15 @@ from wanquant.quant.config import Scheme
 from wanquant.quant.scale import PerTensor
 
 
+def _column(scale: torch.Tensor) -> torch.Tensor:
+    """[rows] to [rows, 1], to stand beside a matrix; [] stays."""
+    return scale[:, None] if scale.ndim else scale
+
+
 class QuantLinear(nn.Linear):
     """Takes the place of an ``nn.Linear``; a subclass of it, so that peft and diffusers recognise it.
+
+    For inference: no gradient passes through the rounding.
 
     weight        [out, in]: BF16 values on the format's grid, or uint8 codes (packed)
     weight_scale  float32 [out], or [] per tensor
@@ -32,11 +41,14 @@ class QuantLinear(nn.Linear):
 
     weight_scale: torch.Tensor
     input_scale: torch.Tensor | None
+    #: Elements, of the weight and of all inputs so far, that fell beyond the format's range.
+    overflowed: int
 
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme) -> None:
         """An empty layer of the right shapes, on meta; ``from_linear`` or a checkpoint fills it."""
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=torch.bfloat16)
         self.scheme = scheme
+        self.overflowed = 0
         dtype = torch.uint8 if scheme.packed else torch.bfloat16
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device="meta"), False)
         scale_shape = () if isinstance(scheme.weight_granularity, PerTensor) else (out_features,)
@@ -56,7 +68,9 @@ class QuantLinear(nn.Linear):
         rounded = scheme.format.scaled_round(source, scale, scheme.overflow)
         self.weight = nn.Parameter(scheme.format.encode(rounded) if scheme.packed else rounded, requires_grad=False)
         self.weight_scale = scale
-        self.bias = linear.bias
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach().to(torch.bfloat16), requires_grad=False)
+        self.overflowed = int((source.float().abs() >= scheme.format.overflow * _column(scale)).sum())
         if scheme.act_static:
             assert input_absmax is not None, "a static scheme needs a calibrated input"
             self.input_scale = scheme.act_rule(torch.tensor(input_absmax, device=source.device))
@@ -74,6 +88,8 @@ class QuantLinear(nn.Linear):
             scale = self.input_scale
         else:
             scale = scheme.act_rule(scheme.act_granularity.reduce(absmax_rows(rows)))
+        if scheme.act_may_overflow:
+            self.overflowed += int((rows.float().abs() >= scheme.format.overflow * _column(scale)).sum())
         return scheme.format.scaled_round(rows, scale, scheme.overflow), scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,10 +100,20 @@ class QuantLinear(nn.Linear):
             product = F.linear(operand.float(), weight.float())
         else:
             product = F.linear(operand, weight).float()
-        product.mul_(scale[:, None] if scale.ndim else scale).mul_(self.weight_scale)
+        product.mul_(_column(scale)).mul_(self.weight_scale)
         if self.bias is not None:
             product.add_(self.bias)
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
+        """Moves like any module, but ``.to(bfloat16)`` and its like leave the scales in float32."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            self._buffers[name] = moved if moved.dtype == torch.float32 else buffer.to(moved.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.weight.dtype == torch.uint8}"

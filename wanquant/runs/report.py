@@ -43,7 +43,7 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
         fidelity_rows=rows,
         fidelity_columns=[(title, unit) for _, title, unit in FIDELITY],
         attributes=[name for name in ATTRIBUTES if name in metrics],
-        failed=[name for name, gate in result["gates"].items() if gate["verdict"] == "fail"],
+        failed=failed_gates(result),
         magnitudes=block_magnitudes(result["calibration"]["block_absmax"], result["protect"]["blocks"]),
         intervals=intervals(sqnr, "latent SQNR, dB") if sqnr else "",
         videos=[(path.stem, _data_uri(path, "video/mp4")) for path in videos],
@@ -78,11 +78,21 @@ def summary(result: dict[str, Any], folder: Path) -> str:
         for name in ATTRIBUTES:
             values = (estimate_text(metrics[prefix + name]) for prefix in ("bf16.", "", "difference."))
             lines.append(f"{name:<28}" + "".join(f"{value:<26}" for value in values))
-    failed = [name for name, gate in result["gates"].items() if gate["verdict"] == "fail"]
+    failed = failed_gates(result)
+    overflow = result["overflow"]
+    if overflow["elements"]:
+        lines += [
+            "",
+            f"overflow: {overflow['elements']:,} elements in {len(overflow['modules'])} modules left the range",
+        ]
     lines += ["", "gates: " + (f"FAILED {', '.join(failed)}" if failed else f"all {len(result['gates'])} passed")]
     if result["demonstration"]:
         lines.append(f"only {metrics['psnr']['n']} (prompt, seed) pairs: a demonstration, compare nothing by it")
     return "\n".join([*lines, f"report: {folder / 'report.html'}"])
+
+
+def failed_gates(result: dict[str, Any]) -> list[str]:
+    return [name for name, gate in result["gates"].items() if gate["verdict"] == "fail"]
 
 
 def estimate_text(metric: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import time
 import traceback
@@ -22,16 +23,29 @@ from typing import Any
 
 import torch
 
+import wanquant
+
 SCHEMA = 1
-#: Config keys that cannot change a number: they are left out of the signature.
-VOLATILE = ("tracker", "dry_run", "checkpoint", "model.device", "model.path")
+#: First line of a run's ``config.yaml``, by which a directory is known to be one.
+HEADER = "# A wanquant run: the resolved config.\n"
+#: Config keys that cannot change a number, and are left out of the signature; ``*`` is any group.
+VOLATILE = (
+    "tracker",
+    "dry_run",
+    "checkpoint",
+    "model.device",
+    "model.path",
+    "model.generation.fps",
+    "*.name",
+    "*.by_language",
+)
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "numba", "torch_npu")
 
 
 def write_atomic(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -58,13 +72,15 @@ def signature(config: dict[str, Any], fingerprint: str, device: torch.device) ->
 
     ``config`` is the resolved config; the model counts by its ``fingerprint``, not by its path.
     """
-    counted = json.loads(json.dumps(clean_json(config)))
+    counted = clean_json(config)
     for key in VOLATILE:
-        *parents, leaf = key.split(".")
-        place = counted
-        for parent in parents:
-            place = place.get(parent, {})
-        place.pop(leaf, None)
+        first, *rest = key.split(".")
+        for group in counted.keys() if first == "*" else [first]:
+            place: Any = counted
+            for name in [group, *rest][:-1]:
+                place = place.get(name, {}) if isinstance(place, dict) else {}
+            if isinstance(place, dict) and (rest or group in counted):
+                place.pop([group, *rest][-1], None)
     return digest(
         {
             "config": counted,
@@ -86,7 +102,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             continue
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "version": importlib.metadata.version("wanquant"),
+        "version": wanquant.__version__,
         **_git(),
         "python": platform.python_version(),
         "packages": versions,
@@ -98,17 +114,41 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def _git() -> dict[str, Any]:
     """Commit and dirtiness of the checkout this package runs from; None where it is an installed one."""
-    here = Path(__file__).resolve().parent
+    root = Path(wanquant.__file__).resolve().parents[1]
 
     def ask(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit, status = ask("rev-parse", "HEAD"), ask("status", "--porcelain")
-    return {"git_commit": commit, "dirty": bool(status) if commit else None}
+    # An installed package may lie inside somebody else's repository.
+    if ask("rev-parse", "--show-toplevel") != str(root):
+        return {"git_commit": None, "dirty": None}
+    return {"git_commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+
+
+def remove_products(folder: Path) -> None:
+    """Removes all that looks like a result."""
+    for name in ("result.json", "report.html", "checkpoint", "checkpoint.partial", "videos", "figures"):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run left in its directory, which would look like this one's.
+
+    ``ValueError`` for a directory that holds anything else: nothing of a user's is ever removed.
+    """
+    present = {path.name for path in folder.iterdir()} - {"log.txt"}
+    config = folder / "config.yaml"
+    if present and not (config.is_file() and config.read_text().startswith(HEADER)):
+        raise ValueError(f"{folder} is neither empty nor a run directory: choose another hydra.run.dir")
+    remove_products(folder)
 
 
 class Run:
@@ -120,16 +160,16 @@ class Run:
         self.timings: dict[str, float] = {}
         self.started = time.time()
         folder.mkdir(parents=True, exist_ok=True)
-        # What an earlier run left here would look like this one's.
-        (folder / "result.json").unlink(missing_ok=True)
-        (folder / "report.html").unlink(missing_ok=True)
-        write_atomic(folder / "config.yaml", config_yaml)
+        _clear(folder)
+        write_atomic(folder / "config.yaml", HEADER + config_yaml)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         begun = time.perf_counter()
-        yield
-        self.timings[name] = time.perf_counter() - begun
+        try:
+            yield
+        finally:
+            self.timings[name] = time.perf_counter() - begun
 
     def finish(self, result: dict[str, Any], publish: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         """Writes ``result.json`` with status ok, after ``publish`` drew what is drawn from it; returns it."""
@@ -141,9 +181,9 @@ class Run:
     def fail(self, error: BaseException) -> None:
         """Writes ``result.json`` with status failed and the traceback to ``log.txt``.
 
-        A disk too full even for that leaves no result.
+        Whatever looks like a result is removed first. A disk too full even for that leaves none.
         """
-        (self.folder / "report.html").unlink(missing_ok=True)
+        remove_products(self.folder)
         try:
             with (self.folder / "log.txt").open("a") as log:
                 traceback.print_exception(error, file=log)
@@ -166,7 +206,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     path = folder / "result.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no result.json: the run was not finished")
-    result: dict[str, Any] = json.loads(path.read_text())
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if result.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {result.get('schema')}, this version reads {SCHEMA}")
     return result

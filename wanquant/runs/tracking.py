@@ -32,11 +32,9 @@ def mirror(config: TrackerConfig, folder: Path, settings: dict[str, Any], result
     """
     if config.name == "none":
         return
-    import wandb
-
     try:
         _send(config, folder, settings, result)
-    except (wandb.Error, OSError) as error:
+    except Exception as error:  # whatever it is, hours of work are not lost to it
         logging.getLogger(__name__).warning("the result is complete, but the tracker failed: %s", error)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     """Writes the whole pipeline, its quantized transformer packed. Returns the folder.
 
     Written under a temporary name and renamed at the end; ``FileExistsError`` if the folder is there.
+    What is neither quantized nor kept in float32 by the model is stored in BF16, whatever it is in memory.
     """
     folder = Path(folder)
     if folder.exists():
@@ -49,6 +51,9 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     temporary.mkdir(parents=True)
     try:
         pipe.save_config(temporary)
+        source = Path(str(pipe.config.get("_name_or_path"))) / "generation.json"
+        if source.is_file():
+            shutil.copy(source, temporary)
         for name, component in pipe.components.items():
             if component is None:
                 continue
@@ -84,15 +89,15 @@ def _save_transformer(transformer: WanTransformer3DModel, folder: Path) -> None:
     )
     transformer.save_config(folder)
     path = folder / "config.json"
-    described = json.loads(path.read_text())
+    described = read_json(path)
     described["quantization_config"] = {
         "quant_method": METHOD,
         "version": wanquant.__version__,
-        "quant": dataclasses.asdict(next(iter(layers.values())).scheme.config),
+        **dataclasses.asdict(next(iter(layers.values())).scheme.config),
         "protected_blocks": [i for i, block in enumerate(transformer.blocks) if not quantized_linears(block)],
         "modules": list(layers),
     }
-    path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _kept_in_fp32(transformer: torch.nn.Module, name: str) -> bool:
@@ -101,28 +106,56 @@ def _kept_in_fp32(transformer: torch.nn.Module, name: str) -> bool:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The ``quantization_config`` of a transformer folder, if it is one of ours."""
-    path = folder / "config.json"
-    described = json.loads(path.read_text()).get("quantization_config") if path.is_file() else None
-    return described if described and described.get("quant_method") == METHOD else None
+    """The ``quantization_config`` of a transformer folder, if it is one of ours; ``ValueError`` if it is damaged."""
+    described = read_json(folder / "config.json").get("quantization_config")
+    if described is None:
+        return None
+    if not isinstance(described, dict) or "quant_method" not in described:
+        raise ValueError(f"{folder / 'config.json'}: its quantization_config is damaged")
+    return described if described["quant_method"] == METHOD else None
+
+
+def config_of(described: dict[str, Any]) -> QuantConfig:
+    """The ``QuantConfig`` a checkpoint was made with."""
+    raw = {field.name: described[field.name] for field in dataclasses.fields(QuantConfig)}
+    return QuantConfig(
+        **{**raw, "weights": WeightConfig(**raw["weights"]), "activations": ActivationConfig(**raw["activations"])}
+    )
 
 
 def load_transformer(folder: Path, described: dict[str, Any]) -> WanTransformer3DModel:
-    """A quantized transformer from its folder, exactly as it was saved."""
-    raw = dict(described["quant"])
-    weights, activations = WeightConfig(**raw.pop("weights")), ActivationConfig(**raw.pop("activations"))
-    config = QuantConfig(**raw, weights=weights, activations=activations)
-    # Weights are stored as codes whatever the run used, and put back into the form the run used.
-    scheme = parse(config)
+    """A quantized transformer from its folder, exactly as it was saved, in the form the run used."""
+    scheme = parse(config_of(described))
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
     empty_like_quantized_(transformer, described["modules"], scheme)
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
-    for name in described["modules"]:
-        if not scheme.packed:
+    check_keys(transformer.state_dict(), tensors, folder)
+    if not scheme.packed:
+        for name in described["modules"]:
             tensors[f"{name}.weight"] = scheme.format.decode(tensors[f"{name}.weight"])
     transformer.load_state_dict(tensors, strict=True, assign=True)
     transformer.requires_grad_(False)
     return transformer.eval()
+
+
+def check_keys(wanted: Collection[str], found: Collection[str], folder: Path) -> None:
+    """``ValueError`` names the first tensor that is missing or unknown."""
+    for problem, names in (("is missing", set(wanted) - set(found)), ("is unknown", set(found) - set(wanted))):
+        if names:
+            raise ValueError(f"{folder}: tensor {min(names)} {problem} ({len(names)} in all)")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ``ValueError`` names the file that is missing, damaged, or holds something else."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the checkpoint is incomplete")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+    return value

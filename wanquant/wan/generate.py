@@ -25,6 +25,19 @@ class GenerationConfig:
     fps: int = 16
     negative_prompt: str = ""
 
+    def __post_init__(self) -> None:
+        """``ValueError`` names what no Wan pipeline can do, before it rounds it to something else."""
+        for name in ("steps", "num_frames", "max_text_length", "fps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"generation.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("height", "width"):
+            if getattr(self, name) < 16 or getattr(self, name) % 16:
+                raise ValueError(f"generation.{name}={getattr(self, name)}: must be a multiple of 16")
+        if (self.num_frames - 1) % 4:
+            raise ValueError(f"generation.num_frames={self.num_frames}: must be one more than a multiple of 4")
+        if not self.flow_shift > 0:
+            raise ValueError(f"generation.flow_shift={self.flow_shift}: must be positive")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -51,8 +64,11 @@ def initial_noise(pipe: WanPipeline, seed: int, settings: GenerationConfig) -> t
 
 def use_flow_shift(pipe: WanPipeline, flow_shift: float) -> None:
     """The shift belongs to the scheduler; asking for another one than the checkpoint's makes a new scheduler."""
-    if pipe.scheduler.config.get("flow_shift") != flow_shift:
-        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=flow_shift)
+    scheduler = pipe.scheduler
+    if not isinstance(scheduler, UniPCMultistepScheduler):
+        raise ValueError(f"the pipeline's scheduler is a {type(scheduler).__name__}; Wan's is UniPCMultistepScheduler")
+    if scheduler.config.flow_shift != flow_shift:
+        pipe.scheduler = UniPCMultistepScheduler.from_config(scheduler.config, flow_shift=flow_shift)
 
 
 @torch.no_grad()
@@ -62,10 +78,12 @@ def generate(
     settings: GenerationConfig,
     on_step: Callable[[], None] = lambda: None,
     perturb: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise,
+    decode: bool = True,
 ) -> list[Sample]:
     """One sample a (prompt, seed) pair, one at a time, so that a result does not depend on its neighbours.
 
-    ``on_step`` is called after each denoising step; ``perturb`` may change the initial noise.
+    ``on_step`` is called after each denoising step; ``perturb`` may change the initial noise;
+    without ``decode`` the videos are empty and the VAE is not run.
     """
     use_flow_shift(pipe, settings.flow_shift)
     samples = []
@@ -77,7 +95,7 @@ def generate(
             on_step()
             return {}
 
-        video = pipe(
+        shown = pipe(
             prompt=prompt,
             negative_prompt=settings.negative_prompt,
             height=settings.height,
@@ -88,8 +106,9 @@ def generate(
             latents=perturb(initial_noise(pipe, seed, settings)).to(pipe.device),
             max_sequence_length=settings.max_text_length,
             callback_on_step_end=remember,
-            output_type="np",
+            output_type="np" if decode else "latent",
         ).frames[0]
+        video = np.asarray(shown, dtype=np.float32) if decode else np.empty((0, settings.height, settings.width, 3))
         latents = final["latents"][0].float().cpu()
-        samples.append(Sample(prompt, seed, latents, np.asarray(video, dtype=np.float32)))
+        samples.append(Sample(prompt, seed, latents, video))
     return samples

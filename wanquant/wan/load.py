@@ -7,22 +7,28 @@ that is the BF16 reference of every comparison.
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from transformers import UMT5EncoderModel
 
 from wanquant.wan import tiny
-from wanquant.wan.checkpoint import TRANSFORMERS, load_transformer, quantization_of
+from wanquant.wan.checkpoint import TRANSFORMERS, load_transformer, quantization_of, read_json
 from wanquant.wan.device import pick_device
 
+#: The classes, for rooms that do not import diffusers.
+Pipeline = WanPipeline
+Transformer = WanTransformer3DModel
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+#: What libraries raise over a damaged checkpoint.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 def load_pipeline(source: str | Path, device: str = "auto") -> WanPipeline:
@@ -35,16 +41,11 @@ def load_pipeline(source: str | Path, device: str = "auto") -> WanPipeline:
     folder = find_folder(source)
     check_folder(folder)
     try:
-        loaded = {
-            name: _transformer(folder / name) for name in TRANSFORMERS if (folder / name / "config.json").is_file()
-        }
-        pipe = WanPipeline.from_pretrained(
-            folder,
-            **loaded,
-            dtype={"vae": torch.float32, "default": torch.bfloat16},
-            local_files_only=True,
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        parts = {name: _transformer(folder / name) for name in TRANSFORMERS if (folder / name).is_dir()}
+        parts["vae"] = _whole(AutoencoderKLWan, folder / "vae", torch.float32)
+        parts["text_encoder"] = _whole(UMT5EncoderModel, folder / "text_encoder", torch.bfloat16)
+        pipe = WanPipeline.from_pretrained(folder, **parts, local_files_only=True)
+    except DAMAGE as error:
         raise ValueError(f"cannot load a Wan pipeline from {folder}: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(target)
@@ -54,51 +55,62 @@ def hush_libraries() -> None:
     """Turns off the progress bars of loading and saving, for programs that show their own progress."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
 
 
-def find_folder(source: str | Path) -> Path:
-    """The local folder of ``source``; a hub id is looked up in the cache and fetched if it is not there."""
+def find_folder(source: str | Path, shapes_only: bool = False) -> Path:
+    """The local folder of ``source``; a hub id is looked up in the cache and fetched only if it is not there.
+
+    ``shapes_only`` is content with the JSON files, which say what the model is without its weights.
+    """
     if str(source) == "tiny":
         return tiny.folder()
-    if Path(source).is_dir():
-        return Path(source)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise ValueError(f"no model folder {source}: give a folder in diffusers layout, a hub id, or tiny")
-    from huggingface_hub import snapshot_download
-
+    wanted = "*.json" if shapes_only else None
     try:
-        return Path(snapshot_download(str(source)))
+        return Path(snapshot_download(str(source), allow_patterns=wanted, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        pass  # not in the cache, or not whole: ask the hub
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
     except Exception as error:  # the hub client raises from a dozen libraries
         raise ValueError(
             f"cannot get {source} from the hub: {_first_line(error)} (model.path takes a folder)"
         ) from error
 
 
-def check_folder(folder: Path) -> None:
-    """``ValueError`` unless ``folder`` is a whole Wan pipeline: names the file that is missing or truncated."""
-    index = folder / "model_index.json"
-    if not index.is_file():
+def check_shape(folder: Path) -> None:
+    """``ValueError`` unless the JSON files in ``folder`` describe a Wan pipeline; weights are not looked at."""
+    if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-    try:
-        described = json.loads(index.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{index} is not JSON: {error}") from None
+    described = read_json(folder / "model_index.json")
     if described.get("_class_name") != "WanPipeline":
         raise ValueError(f"{folder} is a {described.get('_class_name')}, not a WanPipeline")
     for name in COMPONENTS:
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} has no folder {name}: the checkpoint is incomplete")
+    for path in folder.glob("*/*.json"):
+        read_json(path)
+
+
+def check_folder(folder: Path) -> None:
+    """``ValueError`` unless ``folder`` is a whole Wan pipeline: names the file that is missing or truncated."""
+    check_shape(folder)
     for name in ("text_encoder", "vae", *(t for t in TRANSFORMERS if (folder / t).is_dir())):
         _check_weights(folder / name)
 
 
 def _check_weights(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: the checkpoint is incomplete")
+    read_json(folder / "config.json")
     wanted: set[str] = set()
     for index in folder.glob("*.safetensors.index.json"):
-        wanted |= set(json.loads(index.read_text())["weight_map"].values())
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} has no weight_map")
+        wanted |= set(shards.values())
     files = wanted or {path.name for path in folder.glob("*.safetensors")}
     if not files:
         raise ValueError(f"{folder} has no .safetensors file: the checkpoint is incomplete")
@@ -114,15 +126,27 @@ def _check_weights(folder: Path) -> None:
 
 def empty_transformer(folder: Path) -> WanTransformer3DModel:
     """The transformer of a pipeline folder on the meta device: its shape, without reading a weight."""
-    with torch.device("meta"):
-        return WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder / "transformer"))
+    try:
+        with torch.device("meta"):
+            return WanTransformer3DModel.from_config(read_json(folder / "transformer" / "config.json"))
+    except DAMAGE as error:
+        raise ValueError(f"{folder / 'transformer'} is no Wan transformer: {_first_line(error)}") from error
 
 
 def _transformer(folder: Path) -> WanTransformer3DModel:
     described = quantization_of(folder)
     if described is not None:
         return load_transformer(folder, described)
-    return WanTransformer3DModel.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    return _whole(WanTransformer3DModel, folder, torch.bfloat16)
+
+
+def _whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A component, refused if a tensor is missing: the libraries would fill it at random and only warn."""
+    model, info = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"tensor {missing[0]} of {folder.name} is missing ({len(missing)} in all)")
+    return model
 
 
 def fingerprint(folder: Path) -> str:
@@ -137,11 +161,7 @@ def fingerprint(folder: Path) -> str:
 
 def read_generation(folder: Path) -> dict[str, Any]:
     """The ``generation.json`` beside a model: size, frames, steps, guidance scale, flow shift, text length."""
-    path = folder / "generation.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no generation.json")
-    settings: dict[str, Any] = json.loads(path.read_text())
-    return settings
+    return read_json(folder / "generation.json")
 
 
 def _first_line(error: BaseException) -> str:
