@@ -101,11 +101,11 @@ def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
 
 def refuse_unknown_keys(raw: DictConfig, config: Any, path: str = "") -> None:
     """``ValueError`` names a key that ``+key=value`` added and no dataclass has: it would do nothing."""
-    for key, value in raw.items_ex(resolve=False):
-        if not hasattr(config, str(key)):
+    for key, value in ((str(key), value) for key, value in raw.items_ex(resolve=False)):
+        if not hasattr(config, key):
             raise ValueError(f"unknown key {path}{key}: no part of the program reads it")
-        if isinstance(value, DictConfig) and is_dataclass(getattr(config, str(key))):
-            refuse_unknown_keys(value, getattr(config, str(key)), f"{path}{key}.")
+        if isinstance(value, DictConfig) and is_dataclass(getattr(config, key)):
+            refuse_unknown_keys(value, getattr(config, key), f"{path}{key}.")
 
 
 def one_line(error: BaseException) -> str:

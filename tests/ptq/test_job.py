@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from wanquant import config, load_pipeline
+from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.ptq import job
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
@@ -104,7 +105,7 @@ def test_the_saved_checkpoint_makes_the_same_videos(finished: Path) -> None:
     reference = generate(
         load_pipeline("tiny", device="cpu"), [(item["prompt"], item["seed"])], GenerationConfig(**result["generation"])
     )[0]
-    assert job.fidelity.latent_sqnr(reference.latents, sample.latents) == item["value"]
+    assert latent_sqnr(reference.latents, sample.latents) == item["value"]
 
 
 def test_none_converts_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from wanquant.evaluate import attributes, fidelity, gates
+from wanquant.evaluate import gates
+from wanquant.evaluate.compare import measure
 from wanquant.evaluate.prompts import EvalConfig, PromptsConfig, pairs
-from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, difference, estimate
+from wanquant.evaluate.stats import ENOUGH_PAIRS, estimate
 from wanquant.ptq.calibrate import Calibration, calibrate
 from wanquant.ptq.plan import print_plan
 from wanquant.ptq.protect import ProtectConfig
@@ -31,7 +32,7 @@ from wanquant.runs.tracking import TrackerConfig, check_tracker, mirror
 from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.device import peak_memory, pick_device
-from wanquant.wan.generate import GenerationConfig, Sample, generate
+from wanquant.wan.generate import Sample, generate
 from wanquant.wan.load import (
     Pipeline,
     check_folder,
@@ -149,7 +150,9 @@ class _Job:
         with run.stage("generate_quantized"):
             samples = self._generate(pipe, f"generate {config.quant.format}")
         with run.stage("compare"):
-            metrics = self._metrics(reference, samples, floors)
+            beside = {"": list(zip(reference, samples, strict=True)), **floors}
+            with progress("compare", sum(map(len, beside.values())), "pair") as tick:
+                metrics = measure(beside, scenes=config.model.language == "scenes", on_pair=tick)
             gate_results = gates.check(samples, reference)
         with run.stage("write"):
             self._write_videos(reference, samples)
@@ -194,7 +197,7 @@ class _Job:
         perturb: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise,
     ) -> list[Sample]:
         pairs_ = self.pairs if pairs_ is None else pairs_
-        settings: GenerationConfig = self.config.model.generation
+        settings = self.config.model.generation
         with progress(label, len(pairs_) * settings.steps) as tick:
             return generate(pipe, pairs_, settings, tick, perturb)
 
@@ -217,29 +220,6 @@ class _Job:
                 del following[seeds[1]]
         other = [(s, known[s.prompt, following[s.seed]]) for s in reference if s.seed in following]
         return {"floor_ulp.": list(zip(reference, moved, strict=True)), "floor_seed.": other}
-
-    def _metrics(
-        self, reference: list[Sample], samples: list[Sample], floors: dict[str, list[tuple[Sample, Sample]]]
-    ) -> dict[str, list[Item]]:
-        """``psnr``: quantized against BF16. ``floor_ulp.psnr``, ``floor_seed.psnr``: see ``_floors``.
-        ``bf16.color``, ``color``, ``difference.color``: attribute accuracy of BF16, quantized, and their
-        paired difference."""
-        found: dict[str, list[Item]] = {}
-        beside = {"": list(zip(reference, samples, strict=True)), **floors}
-        with progress("compare", sum(map(len, beside.values())), "pair") as tick:
-            for prefix, couples in beside.items():
-                for a, b in couples:
-                    for name, value in fidelity.compare(a, b).items():
-                        found.setdefault(prefix + name, []).append(Item(a.prompt, a.seed, value))
-                    tick()
-        if self.config.model.language == "scenes":
-            for prefix, side in (("bf16.", reference), ("", samples)):
-                for sample in side:
-                    for name, value in attributes.score(sample.video, parse_caption(sample.prompt)).items():
-                        found.setdefault(prefix + name, []).append(Item(sample.prompt, sample.seed, value))
-            for name in (*attributes.ATTRIBUTES, "attributes"):
-                found["difference." + name] = difference(found[name], found["bf16." + name])
-        return found
 
     def _write_videos(self, reference: list[Sample], samples: list[Sample]) -> None:
         folder, fps = self.run_.folder, self.config.model.generation.fps
