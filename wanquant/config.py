@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,9 @@ def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
 
 def refuse_unknown_keys(raw: DictConfig, config: Any, path: str = "") -> None:
     """``ValueError`` names a key that ``+key=value`` added and no dataclass has: it would do nothing."""
+    known = {field.name for field in fields(config)}
     for key, value in ((str(key), value) for key, value in raw.items_ex(resolve=False)):
-        if not hasattr(config, key):
+        if key not in known:
             raise ValueError(f"unknown key {path}{key}: no part of the program reads it")
         if isinstance(value, DictConfig) and is_dataclass(getattr(config, key)):
             refuse_unknown_keys(value, getattr(config, key), f"{path}{key}.")

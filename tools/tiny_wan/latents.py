@@ -1,10 +1,14 @@
-"""The latent space of tiny-wan: whitened principal components of 8×8×4 patches.
+"""The latent space of tiny-wan: principal components of 8×8×4 patches, graded by importance.
 
 A VAE left to choose its own latents on such plain videos chooses badly for a small diffusion model:
 an effective rank of 4.7 in 16 channels, and a first frame coded unlike the others. Principal
 components are linear, of full rank and the same for all frames. So the space is fixed first; the
 VAE is trained to encode into it and to decode from it, better than the components themselves can,
 and the transformer is trained on it without waiting for the VAE.
+
+Each component is divided by the square root of its standard deviation, half-way between leaving
+components as they are (the details drown in the noise until the last steps) and whitening them (the
+loss is spent on sparse details, and motion is not learned): coarse things are settled first.
 
 The first frame stands alone in its latent frame, as Wan's VAE has it: it counts as four equal ones.
 """
@@ -39,19 +43,19 @@ def patches(videos: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Components:
-    """Mean [768], basis [768, 16] and standard deviations [16] of the patches."""
+    """Mean [768] and basis [768, 16] of the patches, and by what each component is divided [16]."""
 
     mean: torch.Tensor
     basis: torch.Tensor
-    std: torch.Tensor
+    scale: torch.Tensor
 
     def encode(self, videos: torch.Tensor) -> torch.Tensor:
-        """[batch, 3, frames, H, W] to latents [batch, 16, frames', H/8, W/8], each channel of unit variance."""
-        return (((patches(videos) - self.mean) @ self.basis) / self.std).permute(0, 4, 1, 2, 3)
+        """[batch, 3, frames, H, W] to latents [batch, 16, frames', H/8, W/8], of unit variance over all channels."""
+        return (((patches(videos) - self.mean) @ self.basis) / self.scale).permute(0, 4, 1, 2, 3)
 
     def decode_patches(self, latents: torch.Tensor) -> torch.Tensor:
         """The linear reconstruction, as ``patches`` would give it."""
-        return (latents.permute(0, 2, 3, 4, 1) * self.std) @ self.basis.T + self.mean
+        return (latents.permute(0, 2, 3, 4, 1) * self.scale) @ self.basis.T + self.mean
 
 
 def fit(seed: int = 0, videos: int = 900) -> Components:
@@ -68,7 +72,9 @@ def fit(seed: int = 0, videos: int = 900) -> Components:
     basis = vectors[:, -CHANNELS:].flip(1)
     # An eigenvector's sign is arbitrary: fixed here, so that every machine agrees on the latents.
     basis = basis * basis.sum(0).sign()
-    return Components(mean.float(), basis.float(), values[-CHANNELS:].flip(0).sqrt().float())
+    std = values[-CHANNELS:].flip(0).sqrt()
+    # The variances of the scaled components are then their standard deviations, made 1 on average.
+    return Components(mean.float(), basis.float(), (std.sqrt() * std.mean().sqrt()).float())
 
 
 def load_or_fit(path: Path, seed: int = 0) -> Components:

@@ -85,7 +85,7 @@ def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 class Recipe:
     """``drop`` is the share of captions replaced by the empty one."""
 
-    steps: int = 2800
+    steps: int = 5000
     batch: int = 16
     lr: float = 1e-3
     drop: float = 0.1
