@@ -10,8 +10,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from wanquant.runs.files import write_atomic
 from wanquant.runs.report import ATTRIBUTES, FIDELITY, FLOORS, estimate_text, failed_gates
-from wanquant.runs.run import read_result, write_atomic
+from wanquant.runs.run import read_result
 
 #: What runs must share to stand in one table.
 SAME = ("quant", "generation", "model.fingerprint", "provenance.prompts", "provenance.seeds", "provenance.packages")

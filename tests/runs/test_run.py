@@ -13,7 +13,8 @@ import torch
 
 from wanquant.ptq.job import PTQConfig
 from wanquant.runs import pictures
-from wanquant.runs.run import Run, clean_json, read_result, signature, write_atomic
+from wanquant.runs.files import write_atomic
+from wanquant.runs.run import Run, clean_json, read_result, signature
 from wanquant.wan.device import pick_device
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wanquant.runs.figures import block_magnitudes, intervals
-from wanquant.runs.run import write_atomic
+from wanquant.runs.files import write_atomic
 
 #: Videos embedded at most; the others are beside the report.
 MAX_VIDEOS = 10

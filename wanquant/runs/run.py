@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 import wanquant
+from wanquant.runs.files import write_atomic
 
 SCHEMA = 1
 #: First line of a run's ``config.yaml``, by which a directory is known to be one.
@@ -40,15 +40,6 @@ VOLATILE = (
     "*.by_language",
 )
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "numba", "torch_npu")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def clean_json(value: Any) -> Any:
