@@ -71,7 +71,10 @@ def find_folder(source: str | Path, shapes_only: bool = False) -> Path:
         raise ValueError(f"no model folder {source}: give a folder in diffusers layout, a hub id, or tiny")
     wanted = "*.json" if shapes_only else None
     try:
-        return Path(snapshot_download(str(source), allow_patterns=wanted, local_files_only=True))
+        cached = Path(snapshot_download(str(source), allow_patterns=wanted, local_files_only=True))
+        # The cache may hold a part only, such as the JSON files of an earlier look at the shapes.
+        (check_shape if shapes_only else check_folder)(cached)
+        return cached
     except (LocalEntryNotFoundError, ValueError):
         pass  # not in the cache, or not whole: ask the hub
     try:
