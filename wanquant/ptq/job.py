@@ -223,7 +223,7 @@ class _Job:
 
     def _write_videos(self, reference: list[Sample], samples: list[Sample]) -> None:
         folder, fps = self.run_.folder, self.config.model.generation.fps
-        labels = ("BF16", f"{self.config.quant.name}, protect {self.config.protect.name}")
+        labels = ("BF16", self.config.quant.format)
         rows = []
         with progress("write videos", len(samples), "pair") as tick:
             for number, (a, b) in enumerate(zip(reference, samples, strict=True)):
