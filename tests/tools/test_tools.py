@@ -69,15 +69,15 @@ def test_the_latent_space_is_graded_and_linear(tmp_path: Path) -> None:
 
 def test_transformer_training_resumes_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train_transformer.TRANSFORMER_CONFIG, "num_layers", 2)
-    monkeypatch.setattr(train_transformer, "SCENES", train_transformer.SCENES[:3])
+    scenes = latents.SCENES[:3]
     components = latents.fit(videos=4)
     train_vae.train(tmp_path / "vae", components, (train_vae.Phase(1, 1, 2, 1e-3),), 0)
-    data = train_transformer.draw_latents(components, per_scene=2, seed=0)
+    data = train_transformer.draw_latents(components, scenes, per_scene=2, seed=0)
     assert data["latents"].shape == (6, 16, 5, 8, 8)
-    recipe = train_transformer.Recipe(steps=3, batch=2)
-    train_transformer.train(tmp_path / "whole", data, recipe, compiled=False)
-    train_transformer.train(tmp_path / "parts", data, recipe, compiled=False, stop_at=2)
-    train_transformer.train(tmp_path / "parts", data, recipe, compiled=False)
+    recipe = train_transformer.Recipe(steps=3, batch=2, two_levels=0.4)
+    train_transformer.train(tmp_path / "whole", data, data, recipe, compiled=False)
+    train_transformer.train(tmp_path / "parts", data, data, recipe, compiled=False, stop_at=2)
+    train_transformer.train(tmp_path / "parts", data, data, recipe, compiled=False)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     export.assemble(tmp_path / "vae", tmp_path / "whole").save_pretrained(tmp_path / "model")
     pipe = WanPipeline.from_pretrained(tmp_path / "model")

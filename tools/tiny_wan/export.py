@@ -2,7 +2,7 @@
 
     python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer
 
-The transformer and text encoder are the exponential moving averages. Written beside the package's
+Written beside the package's
 own weights under a temporary name and renamed, so a run that is cut off leaves the old ones.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
-from torch.optim.swa_utils import AveragedModel
 from transformers import ByT5Tokenizer
 
 from tools.tiny_wan.train_transformer import FLOW_SHIFT, TEXT_LENGTH, TextToVelocity
@@ -37,9 +36,8 @@ GENERATION = {
 
 def assemble(vae_folder: Path, transformer_folder: Path) -> WanPipeline:
     trained = torch.load(transformer_folder / "state.pt", weights_only=True)
-    ema = AveragedModel(TextToVelocity())
-    # The checkpoint holds [model, ema]; the second is the one to ship.
-    ema.load_state_dict({name[2:]: value for name, value in trained["model"].items() if name.startswith("1.")})
+    model = TextToVelocity()
+    model.load_state_dict(trained["model"])
     vae = new_vae()
     vae.load_state_dict(torch.load(vae_folder / "state.pt", weights_only=True)["model"])
     scheduler = UniPCMultistepScheduler(
@@ -47,8 +45,8 @@ def assemble(vae_folder: Path, transformer_folder: Path) -> WanPipeline:
     )
     return WanPipeline(
         tokenizer=ByT5Tokenizer(),
-        text_encoder=ema.module.text_encoder.to(torch.bfloat16),
-        transformer=ema.module.transformer.to(torch.bfloat16),
+        text_encoder=model.text_encoder.to(torch.bfloat16),
+        transformer=model.transformer.to(torch.bfloat16),
         vae=vae.to(torch.bfloat16),
         scheduler=scheduler,
     )

@@ -1,4 +1,4 @@
-"""The latent space of tiny-wan: principal components of 8×8×4 patches, graded by importance.
+"""The latent space of tiny-wan: principal components of 8×8×4 patches, as they are.
 
 A VAE left to choose its own latents on such plain videos chooses badly for a small diffusion model:
 an effective rank of 4.7 in 16 channels, and a first frame coded unlike the others. Principal
@@ -6,9 +6,10 @@ components are linear, of full rank and the same for all frames. So the space is
 VAE is trained to encode into it and to decode from it, better than the components themselves can,
 and the transformer is trained on it without waiting for the VAE.
 
-Each component is divided by the square root of its standard deviation, half-way between leaving
-components as they are (the details drown in the noise until the last steps) and whitening them (the
-loss is spent on sparse details, and motion is not learned): coarse things are settled first.
+All components are divided by one number, so that the channels have unit variance on average and keep
+their proportions: the first, the patch's colour, has a deviation of 3.9, the last of 0.12. Coarse
+things then outlast the noise longest and are settled first. Whitened, the loss is spent on sparse
+details and motion is not learned.
 
 The first frame stands alone in its latent frame, as Wan's VAE has it: it counts as four equal ones.
 """
@@ -43,7 +44,7 @@ def patches(videos: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Components:
-    """Mean [768] and basis [768, 16] of the patches, and by what each component is divided [16]."""
+    """Mean [768] and basis [768, 16] of the patches, and by what the components are divided."""
 
     mean: torch.Tensor
     basis: torch.Tensor
@@ -72,9 +73,7 @@ def fit(seed: int = 0, videos: int = 900) -> Components:
     basis = vectors[:, -CHANNELS:].flip(1)
     # An eigenvector's sign is arbitrary: fixed here, so that every machine agrees on the latents.
     basis = basis * basis.sum(0).sign()
-    std = values[-CHANNELS:].flip(0).sqrt()
-    # The variances of the scaled components are then their standard deviations, made 1 on average.
-    return Components(mean.float(), basis.float(), (std.sqrt() * std.mean().sqrt()).float())
+    return Components(mean.float(), basis.float(), values[-CHANNELS:].mean().sqrt().float())
 
 
 def load_or_fit(path: Path, seed: int = 0) -> Components:

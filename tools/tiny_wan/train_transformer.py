@@ -6,6 +6,12 @@ the captions is dropped to the empty string, for classifier-free guidance. The t
 as ``WanPipeline`` does it, at the same length and with zeros behind the last token, because Wan's
 cross-attention attends to the padding.
 
+Left to itself a model of this size denoises every token alone for thousands of steps, and its shapes
+are scattered tiles that do not move: with one noise level for a whole video, what a token could learn
+from its neighbours is nearly as noisy as what it knows itself. So for the first part of the training
+every video has two noise levels, and each token one of them ("diffusion forcing", arXiv 2407.01392;
+Wan 2.2's per-token timesteps carry it): next to a clean token, looking around pays at once.
+
 The videos are drawn and encoded once; a step reads latents. Batches, noise and dropout are functions of
 (seed, step) alone, so a resumed run goes on with what an uninterrupted one would have seen.
 
@@ -24,15 +30,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from tools.tiny_wan.checkpoint import load_state, log_row, save_state
 from tools.tiny_wan.latents import SCENES, Components, load_or_fit, to_model
+from tools.tiny_wan.muon import Muon
 from tools.tiny_wan.scenes import draw
+from wanquant.wan.tiny import Scene, all_scenes
 
 TEXT_LENGTH = 64
 FLOW_SHIFT = 3.0
+VALIDATION_SIGMAS = (0.9, 0.8, 0.7, 0.5)
 TEXT_CONFIG = {
     "vocab_size": 384,
     "d_model": 128,
@@ -45,8 +53,9 @@ TEXT_CONFIG = {
 }
 TRANSFORMER_CONFIG = {
     "num_layers": 40,
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
+    "num_attention_heads": 8,
+    # Of 32, rotary embedding would give 3 of 16 pairs a frequency that tells 4 positions apart; of 16, 3 of 8.
+    "attention_head_dim": 16,
     "ffn_dim": 512,
     "text_dim": TEXT_CONFIG["d_model"],
     "in_channels": 16,
@@ -54,26 +63,54 @@ TRANSFORMER_CONFIG = {
 }
 
 
+#: The last one is what dropped captions become.
+CAPTIONS = [*(scene.caption for scene in all_scenes()), ""]
+
+
 class TextToVelocity(torch.nn.Module):
-    """Text encoder and transformer as one module: one optimizer, one EMA, one checkpoint."""
+    """Text encoder and transformer as one module with one checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
         self.text_encoder = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG))
         self.transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG)
+        pass_through(self.transformer)
 
     def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """``sigma`` is [batch], or [batch, tokens] for a noise level per token."""
         text = self.text_encoder(ids, mask).last_hidden_state * mask[..., None]
         return self.transformer(noisy, 1000.0 * sigma, text, return_dict=False)[0]
 
 
-def draw_latents(components: Components, per_scene: int, seed: int) -> dict[str, torch.Tensor]:
-    """Latents [videos, 16, 5, 8, 8] of freshly drawn videos, and the index of each one's scene."""
+@torch.no_grad()
+def pass_through(transformer: WanTransformer3DModel) -> None:
+    """Initializes input and output projection so that together they return each token at unit RMS.
+
+    They are an embedding with orthonormal columns of zero mean, which the last layer norm leaves
+    alone but for its length, and its transpose. The velocity of pure noise is then right from the start.
+    """
+    weight = transformer.patch_embedding.weight
+    width, inputs = weight.shape[0], weight[0].numel()
+    basis = torch.randn(width, inputs)
+    basis = torch.linalg.qr(basis - basis.mean(0)).Q
+    embedding = basis.view(weight.shape)
+    weight.copy_(embedding)
+    transformer.patch_embedding.bias.zero_()
+    # [width, channels, t, h, w] to the output's [t, h, w, channels, width].
+    back = embedding.permute(2, 3, 4, 1, 0).reshape(inputs, width)
+    transformer.proj_out.weight.copy_(back * math.sqrt(inputs / width))
+    transformer.proj_out.bias.zero_()
+    transformer.scale_shift_table.zero_()
+
+
+def draw_latents(components: Components, scenes: list[Scene], per_scene: int, seed: int) -> dict[str, torch.Tensor]:
+    """Latents [videos, 16, 5, 8, 8] of freshly drawn videos, and the index of each one's scene in ``CAPTIONS``."""
     latents = []
-    for index, scene in enumerate(SCENES):
-        rng = np.random.default_rng((seed, 1, index))
+    for scene in scenes:
+        rng = np.random.default_rng((seed, 1, CAPTIONS.index(scene.caption)))
         latents.append(components.encode(torch.stack([to_model(draw(scene, rng)) for _ in range(per_scene)])))
-    return {"latents": torch.cat(latents), "scene": torch.arange(len(SCENES)).repeat_interleave(per_scene)}
+    index = torch.tensor([CAPTIONS.index(scene.caption) for scene in scenes])
+    return {"latents": torch.cat(latents), "scene": index.repeat_interleave(per_scene)}
 
 
 def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,72 +120,131 @@ def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``drop`` is the share of captions replaced by the empty one."""
+    """``drop`` is the share of captions replaced by the empty one, ``two_levels`` of steps with two noise levels.
 
-    steps: int = 5000
+    Muon trains the matrices of the blocks, AdamW the rest; norms, biases and modulations of the blocks
+    have a rate of their own, which would else hold everything up.
+    """
+
+    steps: int = 3600
     batch: int = 16
-    lr: float = 1e-3
+    two_levels: float = 0.6
+    lr_matrices: float = 6e-3
+    lr_vectors: float = 1e-2
+    lr_rest: float = 2e-3
     drop: float = 0.1
     seed: int = 0
 
-    def lr_at(self, step: int) -> float:
-        warm, decay = min(1.0, (step + 1) / 200), 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.lr * warm * (0.02 + 0.98 * decay)
+    def rate_at(self, step: int) -> float:
+        """Of the learning rates: a short warm-up, then down to a fiftieth by a cosine."""
+        warm, decay = min(1.0, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return warm * (0.02 + 0.98 * decay)
 
 
 @dataclass(frozen=True)
 class Batch:
+    """``sigma`` is [batch], or [batch, tokens] for a noise level per token."""
+
     noisy: torch.Tensor
     sigma: torch.Tensor
     scene: torch.Tensor
     target: torch.Tensor
 
 
-def draw_batch(data: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Batch:
-    """The batch of one step, a function of (seed, step) alone; ``scene`` one past the last is the empty caption."""
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    pick = torch.randint(len(data["scene"]), (recipe.batch,), generator=generator)
-    clean, scene = data["latents"][pick], data["scene"][pick]
-    scene = torch.where(torch.rand(recipe.batch, generator=generator) < recipe.drop, len(SCENES), scene)
-    # Stratified over the batch: the same distribution, less variance.
-    uniform = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch
-    sigma = FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
-    noise = torch.randn(clean.shape, generator=generator)
-    weight = sigma.view(-1, 1, 1, 1, 1)
+def shift(uniform: torch.Tensor) -> torch.Tensor:
+    return FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
+
+
+def noised(clean: torch.Tensor, sigma: torch.Tensor, scene: torch.Tensor, noise: torch.Tensor) -> Batch:
+    """``sigma`` is [batch], or [batch, frames, rows, columns] of 2×2 latents each."""
+    if sigma.ndim == 1:
+        weight = sigma.view(-1, 1, 1, 1, 1)
+    else:
+        weight = sigma.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
+        sigma = sigma.flatten(1)
     return Batch((1 - weight) * clean + weight * noise, sigma, scene, noise - clean)
 
 
+def draw_batch(data: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Batch:
+    """The batch of one step, a function of (seed, step) alone."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    pick = torch.randint(len(data["scene"]), (recipe.batch,), generator=generator)
+    clean, scene = data["latents"][pick], data["scene"][pick]
+    scene = torch.where(torch.rand(recipe.batch, generator=generator) < recipe.drop, len(CAPTIONS) - 1, scene)
+    # Stratified over the batch: the same distribution, less variance.
+    sigma = shift((torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch)
+    noise = torch.randn(clean.shape, generator=generator)
+    if step < recipe.two_levels * recipe.steps:
+        second = shift(torch.rand(recipe.batch, 1, 1, 1, generator=generator))
+        share = torch.rand(recipe.batch, 1, 1, 1, generator=generator)
+        tokens = (recipe.batch, clean.shape[2], clean.shape[3] // 2, clean.shape[4] // 2)
+        sigma = torch.where(torch.rand(tokens, generator=generator) < share, second, sigma.view(-1, 1, 1, 1))
+    return noised(clean, sigma, scene, noise)
+
+
+def make_optimizers(model: TextToVelocity, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    matrices, vectors, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        in_block = "blocks." in name or ("encoder.block" in name and "relative" not in name)
+        kind = rest if not in_block else matrices if parameter.ndim == 2 else vectors
+        kind.append(parameter)
+    groups = [{"params": vectors, "lr": recipe.lr_vectors}, {"params": rest, "lr": recipe.lr_rest}]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
+    return [Muon(matrices, lr=recipe.lr_matrices), adam]
+
+
+@torch.no_grad()
+def validate(
+    model: TextToVelocity, held_out: dict[str, torch.Tensor], texts: tuple[torch.Tensor, torch.Tensor]
+) -> dict[str, float]:
+    """The loss on held-out combinations at a few noise levels, each one for whole videos."""
+    noise = torch.randn(held_out["latents"].shape, generator=torch.Generator().manual_seed(1))
+    row, scene = {}, held_out["scene"]
+    for sigma in VALIDATION_SIGMAS:
+        batch = noised(held_out["latents"], torch.full((len(scene),), sigma), scene, noise)
+        velocity = model(batch.noisy, batch.sigma, texts[0][scene], texts[1][scene])
+        row[f"loss_{sigma}"] = F.mse_loss(velocity, batch.target).item()
+    return row
+
+
 def train(
-    out: Path, data: dict[str, torch.Tensor], recipe: Recipe, compiled: bool = True, stop_at: int | None = None
+    out: Path,
+    data: dict[str, torch.Tensor],
+    held_out: dict[str, torch.Tensor],
+    recipe: Recipe,
+    compiled: bool = True,
+    stop_at: int | None = None,
 ) -> None:
     """From the last checkpoint in ``out`` to the recipe's last step, or to ``stop_at`` to go on later."""
-    ids, masks = tokenize([scene.caption for scene in SCENES] + [""])
+    ids, masks = tokenize(CAPTIONS)
     torch.manual_seed(recipe.seed)
     model = TextToVelocity()
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    both = torch.nn.ModuleList([model, ema])
-    first, last, started = load_state(out, both, optimizer), stop_at or recipe.steps, time.time()
+    optimizers = make_optimizers(model, recipe)
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    first, last, started = load_state(out, model, optimizers, str(recipe)), stop_at or recipe.steps, time.time()
     if compiled:
         for block in model.transformer.blocks:
             block.compile()
     for step in range(first, last):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr_at(step)
+        for group, lr in zip((g for optimizer in optimizers for g in optimizer.param_groups), rates, strict=True):
+            group["lr"] = lr * recipe.rate_at(step)
         batch = draw_batch(data, recipe, step)
         velocity = model(batch.noisy, batch.sigma, ids[batch.scene], masks[batch.scene])
         loss = F.mse_loss(velocity, batch.target)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update_parameters(model)
+        for optimizer in optimizers:
+            optimizer.step()
         if step % 20 == 0:
             left = (time.time() - started) / (step - first + 1) * (last - step - 1)
             log_row(out / "curve.csv", {"step": step, "loss": loss.item(), "grad_norm": norm.item()})
             print(f"{step}/{last} loss {loss.item():.4f} norm {norm:.2f} left {left / 60:.1f} min", flush=True)
         if (step + 1) % 200 == 0 or step + 1 == last:
-            save_state(out, both, optimizer, step + 1)
+            row = validate(model, held_out, (ids, masks))
+            log_row(out / "held_out.csv", {"step": step, **row})
+            print("held out:", " ".join(f"{name} {value:.4f}" for name, value in row.items()), flush=True)
+            save_state(out, model, optimizers, step + 1, str(recipe))
 
 
 def main() -> None:
@@ -160,8 +256,10 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
     args = parser.parse_args()
     recipe = Recipe(steps=args.steps)
-    data = draw_latents(load_or_fit(args.latents), args.per_scene, recipe.seed)
-    train(args.out, data, recipe, compiled=not args.no_compile)
+    components = load_or_fit(args.latents)
+    data = draw_latents(components, SCENES, args.per_scene, recipe.seed)
+    held_out = draw_latents(components, [scene for scene in all_scenes() if scene.held_out], 2, recipe.seed + 1)
+    train(args.out, data, held_out, recipe, compiled=not args.no_compile)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def train(out: Path, components: Components, phases: Sequence[Phase], seed: int,
     vae = new_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=phases[0].lr, betas=(0.9, 0.99), weight_decay=0.0)
     plan = [(phase, index) for phase in phases for index in range(phase.steps)][:stop_at]
-    first, started = load_state(out, vae, optimizer), time.time()
+    recipe = f"{tuple(phases)} seed={seed}"
+    first, started = load_state(out, vae, [optimizer], recipe), time.time()
     for step, (phase, index) in enumerate(plan[first:], first):
         optimizer.param_groups[0]["lr"] = phase.lr_at(index)
         video = batch(step, seed, phase.batch, phase.frames)
@@ -155,7 +156,7 @@ def train(out: Path, components: Components, phases: Sequence[Phase], seed: int,
                 flush=True,
             )
         if (step + 1) % 100 == 0 or step + 1 == len(plan):
-            save_state(out, vae, optimizer, step + 1)
+            save_state(out, vae, [optimizer], step + 1, recipe)
             print(f"psnr over {NUM_FRAMES} frames: {psnr(vae):.2f} dB", flush=True)
 
 
