@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 
-from tools.tiny_wan import export, latents, train_transformer, train_vae
+from tools.tiny_wan import checkpoint, export, latents, muon, train_transformer, train_vae
 from wanquant.wan import tiny
 
 
@@ -52,7 +52,7 @@ def test_vae_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_the_latent_space_is_graded_and_linear(tmp_path: Path) -> None:
+def test_the_latent_space_is_linear_and_keeps_its_proportions(tmp_path: Path) -> None:
     components = latents.load_or_fit(tmp_path / "latents.pt")
     again = latents.load_or_fit(tmp_path / "latents.pt")
     assert torch.equal(components.basis, again.basis)
@@ -83,3 +83,52 @@ def test_transformer_training_resumes_and_exports(tmp_path: Path, monkeypatch: p
     pipe = WanPipeline.from_pretrained(tmp_path / "model")
     assert (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal) == (8, 4)
     assert len(pipe.transformer.blocks) == 2
+
+
+def test_training_refuses_a_checkpoint_of_another_recipe_and_trims_curves(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    for step in range(5):
+        checkpoint.log_row(tmp_path / "curve.csv", {"step": step, "loss": 1.0})
+    checkpoint.save_state(tmp_path, model, optimizers, 3, "one")
+    with pytest.raises(SystemExit, match="another recipe"):
+        checkpoint.load_state(tmp_path, model, optimizers, "other")
+    assert checkpoint.load_state(tmp_path, model, optimizers, "one") == 3
+    assert (tmp_path / "curve.csv").read_text().split() == ["step,loss", "0,1.0", "1,1.0", "2,1.0"]
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 32, 96), (2, 96, 32)])
+def test_muon_orthogonalizes(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = muon.orthogonalize(matrices)
+    values = torch.linalg.svdvals(made)
+    # The smallest singular values of a square matrix take more than five iterations.
+    assert values.max() < 1.3
+    assert values.median() > 0.65
+    assert (made * matrices).sum() > 0
+
+
+def test_projections_pass_each_token_through_in_its_place() -> None:
+    transformer = WanTransformer3DModel(**{**train_transformer.TRANSFORMER_CONFIG, "num_layers": 1})
+    train_transformer.pass_through(transformer)
+    latents_ = torch.randn(1, 16, 5, 8, 8)
+    with torch.no_grad():
+        hidden = transformer.patch_embedding(latents_)
+        assert hidden.mean(1).abs().max() < 1e-5
+        out = transformer.proj_out(hidden.flatten(2).transpose(1, 2))
+    # As the model itself puts tokens back: [t, h, w, 1, 2, 2, channels].
+    out = out.reshape(1, 5, 4, 4, 1, 2, 2, 16).permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(latents_.shape)
+    torch.testing.assert_close(out, latents_ * (64 / 128) ** 0.5)
+
+
+def test_two_noise_levels_become_one() -> None:
+    recipe = train_transformer.Recipe(steps=10, batch=8)
+    data = {"latents": torch.randn(4, 16, 5, 8, 8), "scene": torch.arange(4)}
+    early, late = (train_transformer.draw_batch(data, recipe, step) for step in (5, 6))
+    assert early.sigma.shape == (8, 80)
+    assert max(row.unique().numel() for row in early.sigma) == 2
+    assert late.sigma.shape == (8,)
+    # Whatever the level, noise and clean latents are those of the target.
+    weight = early.sigma.view(8, 5, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
+    clean = early.noisy - weight * early.target
+    assert all(any(torch.allclose(c, known, atol=1e-5) for known in data["latents"]) for c in clean)

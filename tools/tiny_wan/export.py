@@ -2,8 +2,8 @@
 
     python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer
 
-Written beside the package's
-own weights under a temporary name and renamed, so a run that is cut off leaves the old ones.
+Written beside the package's own weights under a temporary name and renamed, so a run that is cut
+off leaves the old ones.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The latent space of tiny-wan: principal components of 8×8×4 patches, as they are.
 
-A VAE left to choose its own latents on such plain videos chooses badly for a small diffusion model:
-an effective rank of 4.7 in 16 channels, and a first frame coded unlike the others. Principal
-components are linear, of full rank and the same for all frames. So the space is fixed first; the
-VAE is trained to encode into it and to decode from it, better than the components themselves can,
-and the transformer is trained on it without waiting for the VAE.
+A VAE left to choose its own latents on such plain videos has come to an effective rank of 4.7 in 16
+channels, and to a first frame coded unlike the others. Principal components are linear, of full rank
+and the same for all frames. So the space is fixed first; the VAE is trained to encode into it and to
+decode from it, better than the components themselves can, and the transformer is trained on it
+without waiting for the VAE.
 
 All components are divided by one number, so that the channels have unit variance on average and keep
 their proportions: the first, the patch's colour, has a deviation of 3.9, the last of 0.12. Coarse
-things then outlast the noise longest and are settled first. Whitened, the loss is spent on sparse
-details and motion is not learned.
+things then outlast the noise longest and are settled first; whitened, most of the loss is spent on
+sparse details.
 
 The first frame stands alone in its latent frame, as Wan's VAE has it: it counts as four equal ones.
 """

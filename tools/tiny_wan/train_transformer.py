@@ -87,7 +87,8 @@ def pass_through(transformer: WanTransformer3DModel) -> None:
     """Initializes input and output projection so that together they return each token at unit RMS.
 
     They are an embedding with orthonormal columns of zero mean, which the last layer norm leaves
-    alone but for its length, and its transpose. The velocity of pure noise is then right from the start.
+    alone but for its length, and its transpose. Pure noise is then its own velocity from the start, but
+    for what blocks and time embedding add.
     """
     weight = transformer.patch_embedding.weight
     width, inputs = weight.shape[0], weight[0].numel()
@@ -122,8 +123,8 @@ def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 class Recipe:
     """``drop`` is the share of captions replaced by the empty one, ``two_levels`` of steps with two noise levels.
 
-    Muon trains the matrices of the blocks, AdamW the rest; norms, biases and modulations of the blocks
-    have a rate of their own, which would else hold everything up.
+    Muon trains the matrices of the blocks, AdamW the rest: norms, biases and modulations of the blocks
+    (``lr_vectors``) and what lies outside them.
     """
 
     steps: int = 3600
@@ -222,11 +223,13 @@ def train(
     optimizers = make_optimizers(model, recipe)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     first, last, started = load_state(out, model, optimizers, str(recipe)), stop_at or recipe.steps, time.time()
+    # Taken after loading, which replaces them.
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if compiled:
         for block in model.transformer.blocks:
             block.compile()
     for step in range(first, last):
-        for group, lr in zip((g for optimizer in optimizers for g in optimizer.param_groups), rates, strict=True):
+        for group, lr in zip(groups, rates, strict=True):
             group["lr"] = lr * recipe.rate_at(step)
         batch = draw_batch(data, recipe, step)
         velocity = model(batch.noisy, batch.sigma, ids[batch.scene], masks[batch.scene])
