@@ -67,22 +67,39 @@ def test_the_latent_space_is_linear_and_keeps_its_proportions(tmp_path: Path) ->
     assert 26 < -10 * error.square().mean().log10() < 31
 
 
-def test_transformer_training_resumes_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(train_transformer.TRANSFORMER_CONFIG, "num_layers", 2)
-    scenes = latents.SCENES[:3]
+def recipe(blocks: int = 2, steps: int = 3, **rest: float) -> train_transformer.Recipe:
+    rates = {"lr_matrices": 1e-2, "lr_vectors": 1e-2, "lr_rest": 2e-3}
+    return train_transformer.Recipe(blocks, steps, **{"two_levels": 0.4, "batch": 2, **rates, **rest})
+
+
+def test_transformer_training_resumes_grows_and_exports(tmp_path: Path) -> None:
     components = latents.fit(videos=4)
     train_vae.train(tmp_path / "vae", components, (train_vae.Phase(1, 1, 2, 1e-3),), 0)
-    data = train_transformer.draw_latents(components, scenes, per_scene=2, seed=0)
+    data = train_transformer.draw_latents(components, latents.SCENES[:3], per_scene=2, seed=0)
     assert data["latents"].shape == (6, 16, 5, 8, 8)
-    recipe = train_transformer.Recipe(steps=3, batch=2, two_levels=0.4)
-    train_transformer.train(tmp_path / "whole", data, data, recipe, compiled=False)
-    train_transformer.train(tmp_path / "parts", data, data, recipe, compiled=False, stop_at=2)
-    train_transformer.train(tmp_path / "parts", data, data, recipe, compiled=False)
+    train_transformer.train(tmp_path / "whole", data, data, recipe(), compiled=False)
+    train_transformer.train(tmp_path / "parts", data, data, recipe(), compiled=False, stop_at=2)
+    train_transformer.train(tmp_path / "parts", data, data, recipe(), compiled=False)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    export.assemble(tmp_path / "vae", tmp_path / "whole").save_pretrained(tmp_path / "model")
+    train_transformer.train(tmp_path / "grown", data, data, recipe(4, 1), tmp_path / "whole", compiled=False)
+    export.assemble(tmp_path / "vae", tmp_path / "grown").save_pretrained(tmp_path / "model")
     pipe = WanPipeline.from_pretrained(tmp_path / "model")
     assert (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal) == (8, 4)
-    assert len(pipe.transformer.blocks) == 2
+    assert len(pipe.transformer.blocks) == 4
+
+
+def test_a_grown_model_computes_nearly_the_same() -> None:
+    small, large = train_transformer.TextToVelocity(3), train_transformer.TextToVelocity(12)
+    state = small.state_dict()
+    large.load_state_dict(train_transformer.grow(state, 4))
+    assert train_transformer.count_blocks(state) == 3
+    none = train_transformer.TextToVelocity(0)
+    none.load_state_dict({name: tensor for name, tensor in state.items() if ".blocks." not in name})
+    ids, masks = train_transformer.tokenize(train_transformer.CAPTIONS[:2])
+    with torch.no_grad():
+        noisy = torch.randn(2, 16, 5, 8, 8)
+        out = [model(noisy, torch.tensor([0.5, 0.9]), ids, masks) for model in (small, large, none)]
+    assert (out[0] - out[1]).norm() < 0.1 * (out[0] - out[2]).norm()
 
 
 def test_training_refuses_a_checkpoint_of_another_recipe_and_trims_curves(tmp_path: Path) -> None:
@@ -109,7 +126,7 @@ def test_muon_orthogonalizes(shape: tuple[int, int, int]) -> None:
 
 
 def test_projections_pass_each_token_through_in_its_place() -> None:
-    transformer = WanTransformer3DModel(**{**train_transformer.TRANSFORMER_CONFIG, "num_layers": 1})
+    transformer = WanTransformer3DModel(**train_transformer.TRANSFORMER_CONFIG, num_layers=1)
     train_transformer.pass_through(transformer)
     latents_ = torch.randn(1, 16, 5, 8, 8)
     with torch.no_grad():
@@ -122,9 +139,10 @@ def test_projections_pass_each_token_through_in_its_place() -> None:
 
 
 def test_two_noise_levels_become_one() -> None:
-    recipe = train_transformer.Recipe(steps=10, batch=8)
     data = {"latents": torch.randn(4, 16, 5, 8, 8), "scene": torch.arange(4)}
-    early, late = (train_transformer.draw_batch(data, recipe, step) for step in (5, 6))
+    early, late = (
+        train_transformer.draw_batch(data, recipe(steps=10, batch=8, two_levels=0.6), step) for step in (5, 6)
+    )
     assert early.sigma.shape == (8, 80)
     assert max(row.unique().numel() for row in early.sigma) == 2
     assert late.sigma.shape == (8,)

@@ -79,6 +79,28 @@ def test_bytes_and_layout(tmp_path: Path) -> None:
     assert read_generation(folder.parent) == read_generation(tiny.folder())
 
 
+def test_it_is_sharded_like_its_source(tmp_path: Path, settings: GenerationConfig) -> None:
+    shutil.copytree(tiny.folder(), tmp_path / "source")
+    transformer = load_pipeline("tiny", device="cpu").transformer
+    shutil.rmtree(tmp_path / "source" / "transformer")
+    transformer.save_pretrained(tmp_path / "source" / "transformer", max_shard_size="6MB")
+    pipe = load_pipeline(tmp_path / "source", device="cpu")
+    quantize_(pipe.transformer, protected_blocks=(0,))
+    folder = save_quantized(pipe, tmp_path / "saved")
+    before, after = (
+        json.loads((where / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
+        for where in (tmp_path / "source", folder)
+    )
+    assert len(set(before.values())) == 4
+    assert {name: after[name] for name in before} == before
+    scales = after.keys() - before.keys()
+    assert len(scales) == 390
+    assert all(after[name] == before[name.removesuffix("_scale")] for name in scales)
+    assert torch.equal(
+        one_video(pipe, settings).latents, one_video(load_pipeline(folder, device="cpu"), settings).latents
+    )
+
+
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     pipe = load_pipeline("tiny", device="cpu")
     quantize_(pipe.transformer)

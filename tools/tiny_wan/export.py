@@ -1,6 +1,6 @@
 """Puts the trained parts together into a pipeline in diffusers layout, BF16 safetensors.
 
-    python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer
+    python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer/blocks40
 
 Written beside the package's own weights under a temporary name and renamed, so a run that is cut
 off leaves the old ones.
@@ -17,7 +17,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from transformers import ByT5Tokenizer
 
-from tools.tiny_wan.train_transformer import FLOW_SHIFT, TEXT_LENGTH, TextToVelocity
+from tools.tiny_wan.train_transformer import FLOW_SHIFT, TEXT_LENGTH, TextToVelocity, count_blocks
 from tools.tiny_wan.train_vae import new_vae
 from wanquant.wan import tiny
 
@@ -36,7 +36,7 @@ GENERATION = {
 
 def assemble(vae_folder: Path, transformer_folder: Path) -> WanPipeline:
     trained = torch.load(transformer_folder / "state.pt", weights_only=True)
-    model = TextToVelocity()
+    model = TextToVelocity(count_blocks(trained["model"]))
     model.load_state_dict(trained["model"])
     vae = new_vae()
     vae.load_state_dict(torch.load(vae_folder / "state.pt", weights_only=True)["model"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -18,9 +19,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, WanTransformer3DModel
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import wanquant
 from wanquant.quant import QuantConfig, QuantLinear
@@ -28,7 +28,8 @@ from wanquant.quant.config import ActivationConfig, WeightConfig, parse
 from wanquant.quant.convert import empty_like_quantized_
 
 METHOD = "wanquant"
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
 #: The components of a pipeline that may be quantized.
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -42,6 +43,7 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
 
     Written under a temporary name and renamed at the end; ``FileExistsError`` if the folder is there.
     What is neither quantized nor kept in float32 by the model is stored in BF16, whatever it is in memory.
+    A source in several files is written to as many, each tensor where it was.
     """
     folder = Path(folder)
     if folder.exists():
@@ -51,14 +53,14 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     temporary.mkdir(parents=True)
     try:
         pipe.save_config(temporary)
-        source = Path(str(pipe.config.get("_name_or_path"))) / "generation.json"
-        if source.is_file():
-            shutil.copy(source, temporary)
+        source = Path(str(pipe.config.get("_name_or_path")))
+        if (source / "generation.json").is_file():
+            shutil.copy(source / "generation.json", temporary)
         for name, component in pipe.components.items():
             if component is None:
                 continue
             if name in TRANSFORMERS and quantized_linears(component):
-                _save_transformer(component, temporary / name)
+                _save_transformer(component, source / name, temporary / name)
             else:
                 component.save_pretrained(temporary / name)
         temporary.rename(folder)
@@ -69,7 +71,7 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     return folder
 
 
-def _save_transformer(transformer: WanTransformer3DModel, folder: Path) -> None:
+def _save_transformer(transformer: WanTransformer3DModel, source: Path, folder: Path) -> None:
     layers = quantized_linears(transformer)
     packed = {f"{name}.weight": layer.codes() for name, layer in layers.items()}
     tensors = {}
@@ -81,12 +83,7 @@ def _save_transformer(transformer: WanTransformer3DModel, folder: Path) -> None:
         else:
             tensors[name] = tensor if _kept_in_fp32(transformer, name) else tensor.to(torch.bfloat16)
     folder.mkdir()
-    save_torch_state_dict(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder,
-        filename_pattern=WEIGHTS + "{suffix}.safetensors",
-        max_shard_size="10GB",
-    )
+    _write_shards(tensors, source / INDEX, folder)
     transformer.save_config(folder)
     path = folder / "config.json"
     described = read_json(path)
@@ -98,6 +95,24 @@ def _save_transformer(transformer: WanTransformer3DModel, folder: Path) -> None:
         "modules": list(layers),
     }
     path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_shards(tensors: dict[str, torch.Tensor], source_index: Path, folder: Path) -> None:
+    """One file, or those of the source's index: each tensor where it was, a scale beside its weight."""
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    before = read_json(source_index)["weight_map"] if source_index.is_file() else {}
+    first = min(before.values(), default=WEIGHTS)
+    for name, tensor in tensors.items():
+        place = before.get(re.sub(r"\.(weight|input)_scale$", ".weight", name), first)
+        shards.setdefault(place, {})[name] = tensor.contiguous()
+    for place, shard in shards.items():
+        save_file(shard, folder / place, metadata={"format": "pt"})
+    if before:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: place for place, shard in shards.items() for name in shard},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _kept_in_fp32(transformer: torch.nn.Module, name: str) -> bool:
