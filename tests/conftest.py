@@ -20,6 +20,9 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+#: What keeps libraries from the network here, and is not set where a user works.
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")
+
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from wanquant.config import CONF
+from wanquant.config import CONF, name_after_overrides
 from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.job import PTQConfig
 from wanquant.quant import QuantConfig
@@ -68,6 +68,27 @@ def test_nothing_is_measured_on_what_it_was_calibrated_on() -> None:
 def test_generation_settings_are_those_shipped_with_the_weights() -> None:
     shipped = json.loads((tiny.folder() / "generation.json").read_text())
     assert dataclasses.asdict(composed().model.generation) == shipped
+
+
+@pytest.mark.parametrize(
+    ("overrides", "protect", "model"),
+    [
+        ([], "boundary", "tiny"),
+        (["~protect"], "none", "tiny"),
+        (["protect.blocks=[3]"], "blocks=[3]", "tiny"),
+        (["++protect.blocks=[3]"], "blocks=[3]", "tiny"),
+        (["protect=exit", "protect.modules=[ffn.net.2]"], "exit modules=[ffn.net.2]", "tiny"),
+        (["model.path=/models/mine"], "boundary", "mine"),
+        (["model=wan2.1-t2v-14b", "model.path=/models/mine"], "boundary", "wan2.1-t2v-14b"),
+    ],
+)
+def test_names_say_what_was_used(overrides: list[str], protect: str, model: str) -> None:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        raw = compose("ptq", overrides)
+    name_after_overrides(raw, overrides)
+    config = OmegaConf.to_object(raw)
+    assert isinstance(config, PTQConfig)
+    assert (config.protect.name, config.model.name) == (protect, model)
 
 
 @pytest.mark.parametrize(

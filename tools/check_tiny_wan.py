@@ -9,6 +9,7 @@ combinations, and prints the four accuracies with their intervals. Exit status 1
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -47,9 +48,10 @@ def main() -> None:
     hush_libraries()
     try:
         settings = GenerationConfig(**read_generation(find_folder(args.model)))
-        settings.steps = args.steps or settings.steps
+        if args.steps is not None:
+            settings = dataclasses.replace(settings, steps=args.steps)
         pipe, pairs = load_pipeline(args.model), choose_pairs(args.videos)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         parser.error(str(error))
     with progress("generate", len(pairs) * settings.steps) as tick:
         samples = generate(pipe, [(scene.caption, seed) for scene, seed in pairs], settings, tick)

@@ -15,14 +15,22 @@ from wanquant.runs.report import ATTRIBUTES, FIDELITY, FLOORS, estimate_text, fa
 from wanquant.runs.run import read_result
 
 #: What runs must share to stand in one table.
-SAME = ("quant", "generation", "model.fingerprint", "provenance.prompts", "provenance.seeds", "provenance.packages")
+SAME = (
+    *("quant", "generation", "model.fingerprint", "calibration.videos"),
+    *(f"provenance.{key}" for key in ("prompts", "seeds", "packages", "device", "threads", "git_commit", "version")),
+)
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row a configuration, then the noise floor, then how it was measured."""
     attributes = [name for name in ATTRIBUTES if name in results[0]["metrics"]]
-    heads = ["protect", "blocks in BF16", "FLOPs quantized", *(f"{t}{', ' + u if u else ''}" for _, t, u in FIDELITY)]
+    heads = [
+        "protect",
+        "blocks in BF16",
+        "linear FLOPs quantized",
+        *(f"{t}{', ' + u if u else ''}" for _, t, u in FIDELITY),
+    ]
     heads += [f"{name} right" if name != "attributes" else "mean of the four" for name in attributes] + ["gates"]
     keys = [key for key, _, _ in FIDELITY] + attributes
     rows = []
@@ -55,7 +63,7 @@ def protocol(results: list[dict[str, Any]]) -> str:
     pairs = one["metrics"]["psnr"]["n"]
     linears = ", ".join(f"{r['conversion']['converted']} with `{r['protect']['name']}`" for r in results)
     return (
-        f"`quant={one['quant']['name']}` on {one['model']['name']}-wan, {pairs} (prompt, seed) pairs, mean and 95 % "
+        f"`quant={one['quant']['name']}` on {one['model']['name']}, {pairs} (prompt, seed) pairs, mean and 95 % "
         f"bootstrap interval clustered by prompt; {generation['steps']} steps, guidance "
         f"{generation['guidance_scale']}, flow shift {generation['flow_shift']}, {generation['num_frames']} frames of "
         f"{generation['height']}x{generation['width']}. Linears converted: {linears}. {made['device'].upper()}, "
@@ -72,6 +80,8 @@ def read_sweep(sweep: Path) -> list[dict[str, Any]]:
     for folder, result in zip(folders, results, strict=True):
         if result["status"] != "ok":
             raise ValueError(f"{folder} failed: {result['error']}")
+        if result["demonstration"]:
+            raise ValueError(f"{folder} has too few (prompt, seed) pairs to be compared with another run")
         for same in SAME:
             if pick(result, same) != pick(results[0], same):
                 raise ValueError(f"{folder} differs from {folders[0]} in {same}: not one table")
@@ -84,19 +94,23 @@ def pick(result: dict[str, Any], path: str) -> Any:
     return result
 
 
+def replace_table(text: str, new: str) -> str:
+    """``text`` with ``new`` between the markers; ``ValueError`` unless it has them once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the README must hold {BEGIN} and {END}, once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--readme", type=Path, default=Path(__file__).resolve().parent.parent / "README.md")
     args = parser.parse_args()
     try:
-        results = read_sweep(args.sweep)
+        write_atomic(args.readme, replace_table(args.readme.read_text(), table(read_sweep(args.sweep))))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    text = args.readme.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    write_atomic(args.readme, f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
 
 
 if __name__ == "__main__":

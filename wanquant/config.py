@@ -42,8 +42,6 @@ USER_ERRORS = (
     OmegaConfBaseException,
     ValueError,
     OSError,
-    MemoryError,
-    torch.OutOfMemoryError,
 )
 
 
@@ -65,7 +63,9 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
             config = OmegaConf.to_object(raw)
             refuse_unknown_keys(raw, config)
             job(config, folder, OmegaConf.to_yaml(raw, resolve=True))
-        except USER_ERRORS as error:
+        except Exception as error:
+            if not isinstance(error, USER_ERRORS) and not out_of_memory(error):
+                raise
             # Caught here and not outside, where Hydra would have added lines of its own.
             failures.append(error)
             which = f"job {hydra_config.job.num}: " if hydra_config.mode == RunMode.MULTIRUN else ""
@@ -80,7 +80,7 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except USER_ERRORS as error:
+    except USER_ERRORS as error:  # of Hydra, before there was a job
         _complain(error)
         sys.exit(1)
     if failures:
@@ -90,8 +90,12 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
 def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
     """A preset that was changed on the command line is no longer that preset: its name says what was changed.
 
-    ``protect.blocks=[3,17]`` is named ``blocks=[3,17]`` and not after the preset whose blocks it replaced.
+    ``protect.blocks=[3,17]`` is named ``blocks=[3,17]`` and not after the preset whose blocks it replaced;
+    another folder than tiny-wan's is named after the folder.
     """
+    overrides = [override.lstrip("+") for override in overrides]
+    if raw.model.name == "tiny" and raw.model.path != "tiny":
+        raw.model.name = Path(raw.model.path).name
     for group in ("protect", "quant"):
         changes = [o.removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")]
         if changes and not any(change.startswith("name=") for change in changes):
@@ -117,12 +121,17 @@ def one_line(error: BaseException) -> str:
         parts += [line.strip() for line in str(cause).splitlines() if line.strip()]
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         parts.append("free some space, or write elsewhere with hydra.run.dir=<folder>")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if out_of_memory(error):
         parts.append("out of memory: ask for fewer frames or a smaller picture (model.generation.*)")
     # OmegaConf names the key on a line of its own, which is noise where the message names it already.
     hidden = ["object_type=", "reference_type=", "See https://", "Set the environment variable"]
     hidden += ["full_key:"] if any(part.startswith(("Key ", "Could not ")) for part in parts) else []
     return "; ".join(dict.fromkeys(part for part in parts if not part.startswith(tuple(hidden))))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _complain(error: BaseException, which: str = "") -> None:

@@ -36,6 +36,7 @@ COLLAPSED = {
     "black": np.zeros_like(GOOD),
     "constant": np.full_like(GOOD, GOOD.mean()),
     "noise": np.random.default_rng(0).random(GOOD.shape),
+    "static": np.repeat(GOOD[:1], len(GOOD), 0),
     "finite": np.where(np.arange(GOOD.size).reshape(GOOD.shape) == 5, np.nan, GOOD),
 }
 
@@ -44,7 +45,6 @@ COLLAPSED = {
     ("gate", "video"),
     [
         *COLLAPSED.items(),
-        ("static", np.repeat(GOOD[:1], len(GOOD), 0)),
         ("color_shift", np.clip(GOOD + np.array([0.4, 0, 0]), 0, 1)),
     ],
 )

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import OFFLINE
 from wanquant import config, load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.ptq import job
@@ -42,14 +43,29 @@ def ptq(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     return 0
 
 
+def without_network() -> tuple[list[str], dict[str, str]]:
+    """A prefix that leaves a command the loopback only, and a user's environment: no library told to stay offline.
+
+    Where the system forbids it, no prefix and the variables.
+    """
+    prefix = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    try:
+        subprocess.run([*prefix, "true"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return [], dict(os.environ)
+    return prefix, {name: value for name, value in os.environ.items() if name not in OFFLINE}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default job, as a user runs it, in a process of its own."""
+    """The default job, as a user runs it, in a process of its own that can reach no network."""
     folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, "ptq.py", "protect=boundary", TWO, *QUICK, f"hydra.run.dir={folder}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    prefix, environment = without_network()
+    command = [*prefix, sys.executable, "ptq.py", "protect=boundary", TWO, *QUICK, f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for stage in ("calibrate", "generate BF16", "noise floor", "generate hif8"):
+    stages = ["read", "load", "calibrate", "quantize", "compare", "save"]
+    for stage in (*stages, "generate BF16", "noise floor", "generate hif8"):
         assert stage in done.stderr
     assert "left" in done.stderr
     return folder
@@ -126,6 +142,8 @@ def test_dry_run_only_prints(
     printed = capsys.readouterr().out
     assert "PP" + "q" * 35 + "PPP" in printed
     assert "350 converted, 50 protected, 6 skipped" in printed
+    # Two for calibration; five each of BF16, noise moved, another seed, quantized.
+    assert "for 22 videos" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -155,6 +173,10 @@ def truncated_model(folder: Path) -> str:
         ("prompts.seeds=[-1]", "prompts.seeds"),
         ("prompts.texts=[]", "prompts.texts is empty"),
         ("model.device=tpu", "model.device=tpu"),
+        ("model.device=cpu:x", "model.device=cpu:x"),
+        ("model.generation.flow_shift=inf", "generation.flow_shift=inf"),
+        ("model.generation.guidance_scale=nan", "generation.guidance_scale=nan"),
+        ("quant.activations.rule=amax/65536", "quant.activations.rule: target 65536 is beyond the range of hif8"),
         ("tracker.mode=sometimes", "tracker.mode=sometimes"),
     ],
 )
@@ -212,7 +234,7 @@ def test_a_failing_job_of_a_sweep_leaves_the_others(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_failing_tracker_costs_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An unwritable place for W&B's files: a real failure of the real tracker."""
+    """A project name that W&B refuses: a real failure of the real tracker."""
     (tmp_path / "run").mkdir()
     status = ptq(
         monkeypatch, TWO, "model.generation.steps=1", "eval.noise_floor=false", "tracker.project=a/b%c",
@@ -221,3 +243,4 @@ def test_a_failing_tracker_costs_no_result(monkeypatch: pytest.MonkeyPatch, tmp_
     assert status == 0
     assert read_result(tmp_path / "run")["status"] == "ok"
     assert (tmp_path / "run" / "checkpoint").is_dir()
+    assert "the tracker failed" in (tmp_path / "run" / "log.txt").read_text()

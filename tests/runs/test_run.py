@@ -15,7 +15,7 @@ from wanquant.ptq.job import PTQConfig
 from wanquant.runs import pictures
 from wanquant.runs.files import write_atomic
 from wanquant.runs.run import Run, clean_json, read_result, signature
-from wanquant.wan.device import pick_device
+from wanquant.wan.device import forget_peak_memory, peak_memory, pick_device
 
 CPU = torch.device("cpu")
 CONFIG = dataclasses.asdict(PTQConfig())
@@ -38,7 +38,7 @@ def changed(path: str) -> dict[str, Any]:
     return config
 
 
-QUIET = {"dry_run", "checkpoint", "model.device", "model.path", "model.generation.fps"}
+QUIET = {"dry_run", "checkpoint", "quant.packed", "model.device", "model.path", "model.generation.fps"}
 
 
 @pytest.mark.parametrize("path", leaves(CONFIG))
@@ -112,11 +112,30 @@ def test_side_by_side_keeps_the_pixels() -> None:
     assert (row[:, pictures.LABEL_HEIGHT :: 3, : 64 * 3 : 3] == a).all()
 
 
+def test_a_contact_sheet_stays_small_whatever_the_videos() -> None:
+    for size in ((64, 64), (480, 832)):
+        frames = np.zeros((5, *size, 3), np.uint8)
+        sheet = pictures.contact_sheet([("a prompt", (("BF16", frames), ("hif8", frames)))] * 3)
+        assert sheet.width < 1000
+        assert sheet.height < 1400
+
+
+def test_peak_memory_forgets_the_job_before() -> None:
+    block = np.ones(200_000_000, np.uint8)
+    high = peak_memory(CPU)
+    del block
+    forget_peak_memory(CPU)
+    if peak_memory(CPU) == high:
+        pytest.skip("this system does not let a process forget its peak")
+    assert peak_memory(CPU) < high - 100_000_000
+
+
 def test_devices() -> None:
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type in ("cpu", "cuda", "npu")
-    with pytest.raises(ValueError, match="choose one of"):
-        pick_device("tpu")
+    for wrong in ("tpu", "cpu:x", "cuda:x", "auto:3"):
+        with pytest.raises(ValueError, match="choose one of"):
+            pick_device(wrong)
     if pick_device("auto").type == "cpu":
         for name in ("cuda", "npu"):
             with pytest.raises(ValueError, match=f"model.device={name}"):

@@ -2,8 +2,7 @@
 
     python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer/blocks40
 
-Written beside the package's own weights under a temporary name and renamed, so a run that is cut
-off leaves the old ones.
+Written beside the package's own weights under a temporary name, which takes their place when it is whole.
 """
 
 from __future__ import annotations
@@ -59,12 +58,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=tiny.folder())
     args = parser.parse_args()
     pipe = assemble(args.vae, args.transformer)
-    temporary = args.out.with_name(args.out.name + ".partial")
+    if args.out.exists() and not (args.out / "model_index.json").is_file():
+        parser.error(f"{args.out} is no pipeline: it would be replaced")
+    temporary, old = (args.out.with_name(args.out.name + suffix) for suffix in (".partial", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary)
     (temporary / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
-    shutil.rmtree(args.out, ignore_errors=True)
+    if args.out.exists():
+        args.out.rename(old)
     temporary.rename(args.out)
+    shutil.rmtree(old, ignore_errors=True)
     size = sum(path.stat().st_size for path in args.out.rglob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB of weights")
 

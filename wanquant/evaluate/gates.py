@@ -117,6 +117,7 @@ REFERENCE_GATES = (
     Gate("bf16.finite", _share_not_finite, 0.0, "above", "share of values that are NaN or Inf"),
     Gate("bf16.black", _alone(brightness), 0.03, "below", "brightness of BF16"),
     Gate("bf16.constant", _alone(contrast), 0.003, "below", "contrast within frames of BF16"),
+    Gate("bf16.static", _alone(motion), 0.0005, "below", "motion of BF16"),
     Gate("bf16.noise", _alone(roughness), 0.25, "above", "roughness of BF16"),
 )
 

@@ -33,7 +33,7 @@ def pairs(config: PromptsConfig, group: str = "prompts") -> list[tuple[str, int]
 @dataclass
 class EvalConfig:
     """``noise_floor``: also compare BF16 with itself, other seeds and initial noise moved by one unit
-    in the last place; costs one more BF16 video a pair."""
+    in the last place; costs one more BF16 video a pair, and with a single seed two."""
 
     name: str = "fidelity"
     noise_floor: bool = True

@@ -11,10 +11,6 @@ from wanquant import kernels
 from wanquant.formats import hif8
 
 
-class _Round(Protocol):
-    def __call__(self, x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor: ...
-
-
 class _Encode(Protocol):
     def __call__(self, x: torch.Tensor, overflow: str = "inf") -> torch.Tensor: ...
 
@@ -37,7 +33,6 @@ class Format:
 
     name: str
     overflow: float
-    round: _Round
     encode: _Encode
     decode: _Decode
     scaled_round: _ScaledRound
@@ -47,7 +42,6 @@ FORMATS: dict[str, Format] = {
     "hif8": Format(
         name="hif8",
         overflow=hif8.OVERFLOW,
-        round=hif8.round,
         encode=hif8.encode,
         decode=hif8.decode,
         scaled_round=kernels.scaled_round_hif8,

@@ -31,12 +31,14 @@ from wanquant.runs.run import Run, digest, provenance, signature
 from wanquant.runs.tracking import TrackerConfig, check_tracker, mirror
 from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized
 from wanquant.wan.config import ModelConfig
-from wanquant.wan.device import peak_memory, pick_device
+from wanquant.wan.device import forget_peak_memory, peak_memory, pick_device
 from wanquant.wan.generate import Sample, generate
 from wanquant.wan.load import (
+    LOAD_PARTS,
     Pipeline,
     check_folder,
     check_shape,
+    count_files,
     empty_transformer,
     find_folder,
     fingerprint,
@@ -83,7 +85,8 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
     )
     if config.dry_run:
         shape = find_folder(config.model.path, shapes_only=True)
-        videos = len(pairs_) * (3 if config.eval.noise_floor else 2) + len(calibration_pairs)
+        floors = len(pairs_) + len(_other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
+        videos = len(calibration_pairs) + 2 * len(pairs_) + floors
         print_plan(config_yaml, shape, config.quant, config.protect, settings, videos)
         return None
     model_folder = find_folder(config.model.path)
@@ -128,9 +131,13 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         config, run = self.config, self.run_
+        forget_peak_memory(self.device)
         with run.stage("load"):
-            made, model_fingerprint = provenance(self.device), fingerprint(self.model_folder)
-            pipe = load_pipeline(self.model_folder, config.model.device)
+            made = provenance(self.device)
+            with progress("read", count_files(self.model_folder), "file") as tick:
+                model_fingerprint = fingerprint(self.model_folder, tick)
+            with progress("load", LOAD_PARTS, "part") as tick:
+                pipe = load_pipeline(self.model_folder, config.model.device, tick)
         with run.stage("calibrate"):
             calibration = self._calibrate(pipe)
         with run.stage("generate_bf16"):
@@ -140,13 +147,7 @@ class _Job:
             with run.stage("noise_floor"):
                 floors = self._floors(pipe, reference)
         with run.stage("quantize"):
-            report = quantize_(
-                pipe.transformer,
-                config.quant,
-                config.protect.blocks,
-                config.protect.modules,
-                calibration.input_absmax,
-            )
+            report = self._quantize(pipe, calibration)
         with run.stage("generate_quantized"):
             samples = self._generate(pipe, f"generate {config.quant.format}")
         with run.stage("compare"):
@@ -157,7 +158,8 @@ class _Job:
         with run.stage("write"):
             self._write_videos(reference, samples)
             if config.checkpoint:
-                save_quantized(pipe, run.folder / "checkpoint")
+                with progress("save", len(report.names("converted")), "linear") as tick:
+                    save_quantized(pipe, run.folder / "checkpoint", tick)
         settled = dataclasses.asdict(config)
         settled["protect"]["blocks"] = list(report.protected_blocks)
         return {
@@ -189,6 +191,19 @@ class _Job:
         with progress("calibrate", len(self.calibration_pairs) * settings.steps) as tick:
             return calibrate(pipe, self.calibration_pairs, settings, tick)
 
+    def _quantize(self, pipe: Pipeline, calibration: Calibration) -> ConversionReport:
+        config, protect = self.config, self.config.protect
+        plan = plan_conversion(pipe.transformer, protect.blocks, protect.modules)
+        with progress("quantize", len(plan.names("converted")), "linear") as tick:
+            return quantize_(
+                pipe.transformer,
+                config.quant,
+                protect.blocks,
+                protect.modules,
+                calibration.input_absmax,
+                on_linear=tick,
+            )
+
     def _generate(
         self,
         pipe: Pipeline,
@@ -202,22 +217,13 @@ class _Job:
             return generate(pipe, pairs_, settings, tick, perturb)
 
     def _floors(self, pipe: Pipeline, reference: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
-        """BF16 beside itself: the initial noise moved by one unit in its last place, and another seed.
-
-        A single seed gets a further one to be compared with; of two, each prompt's pair counts once.
-        """
+        """BF16 beside itself: the initial noise moved by one unit in its last place, and another seed."""
         moved = self._generate(pipe, "noise floor: 1 ulp", perturb=_one_ulp_up)
-        seeds = self.config.prompts.seeds
         known = {(sample.prompt, sample.seed): sample for sample in reference}
-        if len(seeds) == 1:
-            others = [(text, seeds[0] + 1) for text in self.config.prompts.texts]
-            for sample in self._generate(pipe, "noise floor: seed", others):
+        further, following = _other_seed(self.config.prompts)
+        if further:
+            for sample in self._generate(pipe, "noise floor: seed", further):
                 known[sample.prompt, sample.seed] = sample
-            following = {seeds[0]: seeds[0] + 1}
-        else:
-            following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
-            if len(seeds) == 2:
-                del following[seeds[1]]
         other = [(s, known[s.prompt, following[s.seed]]) for s in reference if s.seed in following]
         return {"floor_ulp.": list(zip(reference, moved, strict=True)), "floor_seed.": other}
 
@@ -261,6 +267,20 @@ class _Job:
                 "input_absmax": calibration.input_absmax,
             },
         }
+
+
+def _other_seed(prompts: PromptsConfig) -> tuple[list[tuple[str, int]], dict[int, int]]:
+    """The videos to generate besides, and with which other seed each seed is compared.
+
+    A single seed gets a further one; of two, each prompt's pair counts once.
+    """
+    seeds = prompts.seeds
+    if len(seeds) == 1:
+        return [(text, seeds[0] + 1) for text in prompts.texts], {seeds[0]: seeds[0] + 1}
+    following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
+    if len(seeds) == 2:
+        del following[seeds[1]]
+    return [], following
 
 
 def _one_ulp_up(noise: torch.Tensor) -> torch.Tensor:

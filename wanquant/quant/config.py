@@ -68,13 +68,18 @@ def parse(config: QuantConfig) -> Scheme:
     act = config.activations
     if act.static and act.granularity != "per_tensor":
         raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
+    format_ = get_format(config.format)
+    rules = {"weights": parse_rule(config.weights.rule), "activations": parse_rule(act.rule)}
+    for side, rule in rules.items():
+        if not isinstance(rule, Direct) and rule.target >= format_.overflow:
+            raise ValueError(f"quant.{side}.rule: target {rule.target:g} is beyond the range of {format_.name}")
     return Scheme(
         config=config,
-        format=get_format(config.format),
+        format=format_,
         weight_granularity=parse_granularity(config.weights.granularity, rows="per_channel"),
-        weight_rule=parse_rule(config.weights.rule),
+        weight_rule=rules["weights"],
         act_granularity=parse_granularity(act.granularity, rows="per_token"),
-        act_rule=parse_rule(act.rule),
+        act_rule=rules["activations"],
         act_static=act.static,
         overflow=config.overflow,
         product=config.product,

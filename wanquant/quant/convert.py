@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -45,6 +45,7 @@ def quantize_(
     protected_modules: Sequence[str] = (),
     stats: Mapping[str, float] | None = None,
     blocks: str = "blocks",
+    on_linear: Callable[[], None] = lambda: None,
 ) -> ConversionReport:
     """Quantizes every linear inside the unprotected blocks of ``module``, in place.
 
@@ -52,6 +53,7 @@ def quantize_(
     protected_modules  patterns (``re.fullmatch``) of names inside a block: ``ffn.net.2``, ``attn1.*``
     stats              largest input magnitude by linear's full name; needed by static activations
     blocks             dotted name of the list of blocks
+    on_linear          called after each linear, for progress
 
     Linears outside the blocks stay as they are. Everything is checked before anything is changed:
     ``ValueError`` names a wrong index, a pattern that matches nothing, or a linear without statistics.
@@ -67,6 +69,7 @@ def quantize_(
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         module.set_submodule(name, QuantLinear.from_linear(linear, scheme, stats.get(name) if stats else None))
+        on_linear()
     return plan
 
 

@@ -7,15 +7,8 @@ what a config can hold, and are parsed once into the small frozen classes below.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-
-
-class Rule(Protocol):
-    """From the largest magnitude of each slice (float32, any shape) to its step, in the same shape."""
-
-    def __call__(self, absmax: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,8 @@ class AmaxTo:
 class PowerOfTwo:
     """s = 2^k, the smallest that brings the largest magnitude to ``target`` or below.
 
-    Scaling is then exact, and ``product=fast`` rounds no more often than ``product=exact``.
+    Scaling is then exact, and ``product=fast`` is as good as ``product=exact`` but for a bias, which is added
+    to a product that was rounded already.
     """
 
     target: float
@@ -54,6 +48,10 @@ class PowerOfTwo:
         mantissa, exponent = torch.frexp(absmax / self.target)
         exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
         return _guard(absmax, torch.ldexp(torch.ones_like(absmax), exponent))
+
+
+Rule = Direct | AmaxTo | PowerOfTwo
+"""From the largest magnitude of each slice (float32, any shape) to its step, in the same shape."""
 
 
 def _guard(absmax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,15 @@ def enlarge(frames: np.ndarray, height: int = VIEW_HEIGHT) -> np.ndarray:
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
+def thumbnail(frame: np.ndarray, height: int = 96) -> np.ndarray:
+    """A small picture enlarged as above, a large one reduced to ``height``."""
+    if frame.shape[0] <= height:
+        large: np.ndarray = enlarge(frame[None], height)[0]
+        return large
+    width = round(frame.shape[1] * height / frame.shape[0])
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
+
+
 def side_by_side(videos: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
     """uint8 videos of one size next to each other, each under its label."""
     panels = []
@@ -75,9 +84,8 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], 
     for title, videos in rows:
         thumbs = []
         for label, frames in videos:
-            large = enlarge(frames, 96)
-            picks = np.linspace(0, len(large) - 1, columns).round().astype(int)
-            thumbs.append((label, np.concatenate([large[i] for i in picks], axis=1)))
+            picks = np.linspace(0, len(frames) - 1, columns).round().astype(int)
+            thumbs.append((label, np.concatenate([thumbnail(frames[i]) for i in picks], axis=1)))
         width, height = 90 + thumbs[0][1].shape[1], 20 + sum(t.shape[0] + 4 for _, t in thumbs)
         line = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(line)

@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from wanquant.runs.figures import block_magnitudes, intervals
 from wanquant.runs.files import write_atomic
 
-#: Videos embedded at most; the others are beside the report.
-MAX_VIDEOS = 10
+#: Videos embedded at most, and their bytes together; the others are beside the report.
+MAX_VIDEOS, MAX_VIDEO_BYTES = 10, 12_000_000
 FIDELITY = (("latent_sqnr", "latent SQNR", "dB"), ("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))
 FLOORS = (("", "quantized"), ("floor_ulp.", "BF16, noise moved by 1 ulp"), ("floor_seed.", "BF16, another seed"))
 ATTRIBUTES = ("color", "shape", "direction", "background", "attributes")
@@ -37,6 +37,8 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
     ]
     sqnr = [(label, m[0]["mean"], *m[0]["ci95"]) for label, m in rows if None not in (m[0]["mean"], *m[0]["ci95"])]
     videos = sorted((folder / "videos" / "side_by_side").glob("*.mp4"))[:MAX_VIDEOS]
+    while sum(path.stat().st_size for path in videos) > MAX_VIDEO_BYTES:
+        videos.pop()
     sheet = folder / "figures" / "contact_sheet.png"
     html = environment.get_template("report.html.j2").render(
         result=result,

@@ -33,6 +33,7 @@ VOLATILE = (
     "tracker",
     "dry_run",
     "checkpoint",
+    "quant.packed",
     "model.device",
     "model.path",
     "model.generation.fps",

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ def quantized_linears(transformer: torch.nn.Module) -> dict[str, QuantLinear]:
     return {name: child for name, child in transformer.named_modules() if isinstance(child, QuantLinear)}
 
 
-def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
+def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Callable[[], None] = lambda: None) -> Path:
     """Writes the whole pipeline, its quantized transformer packed. Returns the folder.
 
     Written under a temporary name and renamed at the end; ``FileExistsError`` if the folder is there.
-    What is neither quantized nor kept in float32 by the model is stored in BF16, whatever it is in memory.
-    A source in several files is written to as many, each tensor where it was.
+    What of the transformer is neither quantized nor kept in float32 by the model is stored in BF16, whatever it
+    is in memory; the other components are stored as they are.
+    A source in several files is written to as many, each tensor where it was. ``on_linear`` is called
+    after each quantized linear is packed, for progress.
     """
     folder = Path(folder)
     if folder.exists():
@@ -60,7 +62,7 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
             if component is None:
                 continue
             if name in TRANSFORMERS and quantized_linears(component):
-                _save_transformer(component, source / name, temporary / name)
+                _save_transformer(component, source / name, temporary / name, on_linear)
             else:
                 component.save_pretrained(temporary / name)
         temporary.rename(folder)
@@ -71,10 +73,14 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     return folder
 
 
-def _save_transformer(transformer: WanTransformer3DModel, source: Path, folder: Path) -> None:
+def _save_transformer(
+    transformer: WanTransformer3DModel, source: Path, folder: Path, on_linear: Callable[[], None]
+) -> None:
     layers = quantized_linears(transformer)
-    packed = {f"{name}.weight": layer.codes() for name, layer in layers.items()}
-    tensors = {}
+    packed, tensors = {}, {}
+    for name, layer in layers.items():
+        packed[f"{name}.weight"] = layer.codes()
+        on_linear()
     for name, tensor in transformer.state_dict().items():
         if name in packed:
             tensors[name] = packed[name]

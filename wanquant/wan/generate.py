@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +28,18 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         """``ValueError`` names what no Wan pipeline can do, before it rounds it to something else."""
-        for name in ("steps", "num_frames", "max_text_length", "fps"):
+        for name in ("steps", "max_text_length", "fps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generation.{name}={getattr(self, name)}: must be at least 1")
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 raise ValueError(f"generation.{name}={getattr(self, name)}: must be a multiple of 16")
-        if (self.num_frames - 1) % 4:
-            raise ValueError(f"generation.num_frames={self.num_frames}: must be one more than a multiple of 4")
-        if not self.flow_shift > 0:
-            raise ValueError(f"generation.flow_shift={self.flow_shift}: must be positive")
+        if self.num_frames < 5 or (self.num_frames - 1) % 4:
+            raise ValueError(f"generation.num_frames={self.num_frames}: must be 5, 9, 13, ... (4n + 1)")
+        if not 0 < self.flow_shift < math.inf:
+            raise ValueError(f"generation.flow_shift={self.flow_shift}: must be positive and finite")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"generation.guidance_scale={self.guidance_scale}: must be finite")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ that is the BF16 reference of every comparison.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,37 @@ from wanquant.wan.device import pick_device
 #: The classes, for rooms that do not import diffusers.
 Pipeline = WanPipeline
 Transformer = WanTransformer3DModel
+#: Transformer, VAE, text encoder, and the rest with the move to the device.
+LOAD_PARTS = 4
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 #: What libraries raise over a damaged checkpoint.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
-def load_pipeline(source: str | Path, device: str = "auto") -> WanPipeline:
+def load_pipeline(source: str | Path, device: str = "auto", on_part: Callable[[], None] = lambda: None) -> WanPipeline:
     """The pipeline at ``source``: ``"tiny"``, a folder in diffusers layout, or a hub id.
 
     A folder is checked before anything is loaded: ``ValueError`` names what is missing or truncated.
-    Only a hub id may reach for the network, and only if it is not in the local cache.
+    Only a hub id may reach for the network, and only if it is not in the local cache. ``on_part`` is called
+    ``LOAD_PARTS`` times, for progress.
     """
     target = pick_device(device)
     folder = find_folder(source)
     check_folder(folder)
     try:
         parts = {name: _transformer(folder / name) for name in TRANSFORMERS if (folder / name).is_dir()}
+        on_part()
         parts["vae"] = _whole(AutoencoderKLWan, folder / "vae", torch.float32)
+        on_part()
         parts["text_encoder"] = _whole(UMT5EncoderModel, folder / "text_encoder", torch.bfloat16)
+        on_part()
         pipe = WanPipeline.from_pretrained(folder, **parts, local_files_only=True)
     except DAMAGE as error:
         raise ValueError(f"cannot load a Wan pipeline from {folder}: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(target)
+    pipe.to(target)
+    on_part()
+    return pipe
 
 
 def hush_libraries() -> None:
@@ -152,13 +161,25 @@ def _whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def fingerprint(folder: Path) -> str:
+def _files(folder: Path) -> list[Path]:
+    """What makes a pipeline what it is; how to ask it for a video (``generation.json``) does not."""
+    kinds = (".safetensors", ".json", ".model")
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in kinds and p.name != "generation.json")
+
+
+def count_files(folder: Path) -> int:
+    """How often ``fingerprint`` calls back."""
+    return len(_files(folder))
+
+
+def fingerprint(folder: Path, on_file: Callable[[], None] = lambda: None) -> str:
     """SHA-256 over the pipeline's files, by name and content, so that other weights are another model."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".json", ".model")):
+    for path in _files(folder):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+        on_file()
     return digest.hexdigest()
 
 

@@ -42,9 +42,9 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 HEIGHT = WIDTH = 64
 NUM_FRAMES = 17
 #: Half the side of a shape's bounding box, in pixels, drawn uniformly from this range.
-RADIUS = (9.0, 14.0)
+RADIUS = (11.0, 14.0)
 #: Least distance, in pixels, that a shape travels between the first and the last frame.
-MIN_TRAVEL = 16.0
+MIN_TRAVEL = 24.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""README's table: from results as a run writes them, and nothing that cannot be compared."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import readme_table
+from tools.readme_table import BEGIN, END
+from wanquant.evaluate.stats import Item, estimate
+from wanquant.runs.run import SCHEMA
+
+ITEMS = [Item(prompt, seed, 20.0 + seed) for prompt in ("a", "b") for seed in range(10)]
+METRIC = estimate(ITEMS).as_json()
+RESULT: dict[str, Any] = {
+    "schema": SCHEMA,
+    "status": "ok",
+    "error": None,
+    "demonstration": False,
+    "model": {"name": "tiny", "fingerprint": "f"},
+    "quant": {"name": "hif8_w8a8"},
+    "protect": {"name": "none", "blocks": [], "fraction_of_flops_quantized": 0.9871},
+    "conversion": {"converted": 400, "protected": 0, "skipped": 6},
+    "calibration": {"videos": 2},
+    "generation": {
+        "steps": 20, "guidance_scale": 3.0, "flow_shift": 3.0, "num_frames": 17, "height": 64, "width": 64
+    },
+    "metrics": {
+        prefix + name: METRIC
+        for prefix, names in {
+            "": ("latent_sqnr", "psnr", "ssim", "shape"),
+            "floor_ulp.": ("latent_sqnr", "psnr", "ssim"),
+            "bf16.": ("shape",),
+        }.items()
+        for name in names
+    },
+    "gates": {"black": {"verdict": "pass"}, "static": {"verdict": "fail"}},
+    "provenance": {
+        "prompts": ["a", "b"], "seeds": list(range(10)), "packages": {"torch": "2"}, "device": "cpu", "threads": 2,
+        "git_commit": None, "version": "0", "prompt_hash": "0123456789abcdef",
+    },
+}  # fmt: skip
+
+
+def sweep(folder: Path, *changes: dict[str, Any]) -> Path:
+    """A sweep of one run as above and one for each dict of changes to it, by dotted key."""
+    for number, change in enumerate(({}, *changes)):
+        result = copy.deepcopy(RESULT)
+        for path, value in change.items():
+            *parents, leaf = path.split(".")
+            place = result
+            for parent in parents:
+                place = place[parent]
+            place[leaf] = value
+        (folder / str(number)).mkdir()
+        (folder / str(number) / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def run(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, readme_table.__file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_table_holds_each_run_and_the_floor(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    sweep(folder, {"protect.name": "ends", "protect.blocks": [0, 39], "conversion.converted": 380})
+    done = run(folder, "--readme", readme)
+    assert done.returncode == 0, done.stderr
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n| protect |")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "old" not in text
+    rows = [line for line in text.splitlines() if line.startswith(("| `", "| *"))]
+    assert [row.split("|")[1].strip() for row in rows] == ["`none`", "`ends`", "*BF16, noise moved by 1 ulp*"]
+    assert "| 98.7 % | 24.50 [24.50, 24.50] |" in rows[0]
+    assert rows[0].endswith("| FAILED: static |")
+    assert "| 0, 39 |" in rows[1]
+    assert "20 (prompt, seed) pairs" in text
+    assert "400 with `none`, 380 with `ends`" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"status": "failed", "error": "out of luck"}, "failed: out of luck"),
+        ({"demonstration": True}, "too few"),
+        ({"provenance.threads": 3}, "differs from .* in provenance.threads"),
+        ({"generation.steps": 30}, "differs from .* in generation"),
+        ({"schema": 0}, "has schema 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        readme_table.read_sweep(sweep(tmp_path, change))
+
+
+def test_an_empty_sweep_and_a_readme_without_markers_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no runs"):
+        readme_table.read_sweep(tmp_path)
+    (tmp_path / "README.md").write_text("nothing")
+    (tmp_path / "sweep").mkdir()
+    done = run(sweep(tmp_path / "sweep"), "--readme", tmp_path / "README.md")
+    assert done.returncode == 2
+    assert "must hold" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
