@@ -8,12 +8,14 @@ cross-attention attends to the padding.
 
 Left to itself a model of this size denoises every token alone for thousands of steps, and its shapes
 are scattered tiles that do not move: with one noise level for a whole video, what a token could learn
-from its neighbours is nearly as noisy as what it knows itself. So for the first part of the training
-every video has two noise levels, and each token one of them ("diffusion forcing", arXiv 2407.01392;
-Wan 2.2's per-token timesteps carry it): next to a clean token, looking around pays at once.
+from its neighbours is nearly as noisy as what it knows itself. Three things help:
 
-And it learns that with ten blocks first, at less than a third of the time a step. Then every block becomes four
-with a quarter of the output each, which computes nearly the same, and the forty go on together.
+- For the first part of the training every video has two noise levels ("diffusion forcing", arXiv
+  2407.01392; Wan 2.2's per-token timesteps carry it), split among its tokens or among its frames. Next to
+  a clean token looking around pays at once, and between a clean frame and a noisy one lies a motion.
+- Each head begins by looking at one neighbour (``look_around``).
+- All this is learned with ten blocks, at less than a third of the time a step. Then every block becomes
+  four with a quarter of the output each (``grow``), and the forty go on together.
 
 The videos are drawn and encoded once; a step reads latents. Batches, noise and dropout are functions of
 (seed, step) alone, so a resumed run goes on with what an uninterrupted one would have seen.
@@ -173,7 +175,7 @@ def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 @dataclass(frozen=True)
 class Recipe:
     """One stage of the training. ``drop`` is the share of captions replaced by the empty one, ``two_levels`` of
-    steps with two noise levels.
+    steps with two noise levels, ``shift`` that of the noise levels: more of them are high.
 
     Muon trains the matrices of the blocks, AdamW the rest: norms, biases and modulations of the blocks
     (``lr_vectors``) and what lies outside them.
@@ -185,6 +187,7 @@ class Recipe:
     lr_matrices: float
     lr_vectors: float
     lr_rest: float
+    shift: float = FLOW_SHIFT
     batch: int = 16
     drop: float = 0.1
     seed: int = 0
@@ -197,7 +200,8 @@ class Recipe:
 
 STAGES = (
     Recipe(blocks=10, steps=2400, two_levels=0.6, lr_matrices=1e-2, lr_vectors=1e-2, lr_rest=2e-3),
-    Recipe(blocks=40, steps=1500, two_levels=0.25, lr_matrices=5e-3, lr_vectors=5e-3, lr_rest=1e-3, seed=1),
+    Recipe(blocks=10, steps=2000, two_levels=0.0, lr_matrices=1e-2, lr_vectors=1e-2, lr_rest=2e-3, shift=4.0, seed=1),
+    Recipe(blocks=40, steps=1000, two_levels=0.0, lr_matrices=5e-3, lr_vectors=5e-3, lr_rest=1e-3, seed=2),
 )
 
 
@@ -211,8 +215,8 @@ class Batch:
     target: torch.Tensor
 
 
-def shift(uniform: torch.Tensor) -> torch.Tensor:
-    return FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)
+def shift(uniform: torch.Tensor, by: float) -> torch.Tensor:
+    return by * uniform / (1 + (by - 1) * uniform)
 
 
 def noised(clean: torch.Tensor, sigma: torch.Tensor, scene: torch.Tensor, noise: torch.Tensor) -> Batch:
@@ -232,7 +236,8 @@ def draw_batch(data: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Batc
     clean, scene = data["latents"][pick], data["scene"][pick]
     scene = torch.where(torch.rand(recipe.batch, generator=generator) < recipe.drop, len(CAPTIONS) - 1, scene)
     # Stratified over the batch: the same distribution, less variance.
-    sigma = shift((torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch)
+    uniform = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch
+    sigma = shift(uniform, recipe.shift)
     noise = torch.randn(clean.shape, generator=generator)
     if step < recipe.two_levels * recipe.steps:
         second = torch.rand(recipe.batch, 1, 1, 1, generator=generator)
@@ -333,8 +338,8 @@ def main() -> None:
     data = draw_latents(components, SCENES, VIDEOS_PER_SCENE, seed=0)
     held_out = draw_latents(components, [scene for scene in all_scenes() if scene.held_out], 2, seed=1)
     before = None
-    for recipe in STAGES:
-        out = args.out / f"blocks{recipe.blocks}"
+    for number, recipe in enumerate(STAGES):
+        out = args.out / f"stage{number}"
         train(out, data, held_out, recipe, before, compiled=not args.no_compile)
         before = out
 
