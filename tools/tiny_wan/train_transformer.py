@@ -14,8 +14,8 @@ from its neighbours is nearly as noisy as what it knows itself. Three things hel
   2407.01392; Wan 2.2's per-token timesteps carry it), split among its tokens or among its frames. Next to
   a clean token looking around pays at once, and between a clean frame and a noisy one lies a motion.
 - Each head begins by looking at one neighbour (``look_around``).
-- All this is learned with ten blocks, at less than a third of the time a step. Then every block becomes
-  four with a quarter of the output each (``grow``), and the forty go on together.
+- All this is learned with ten blocks, at less than a third of the time a step. Then three silent
+  blocks go behind each (``grow``), and the forty go on together.
 
 The videos are drawn and encoded once; a step reads latents. Batches, noise and dropout are functions of
 (seed, step) alone, so a resumed run goes on with what an uninterrupted one would have seen.
@@ -141,9 +141,11 @@ def look_around(transformer: WanTransformer3DModel, content: float = 0.25, gain:
 
 @torch.no_grad()
 def grow(state: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
-    """A ``TextToVelocity`` state in which every block stands ``times`` over, its copies side by side.
+    """A ``TextToVelocity`` state that computes the same with ``times`` as many blocks.
 
-    Each copy adds its share to the residual stream: the three output projections are divided by ``times``.
+    Behind every block stand copies of it whose three output projections are zero, so that they add nothing to
+    the residual stream until they have learned to. (Copies that add a share each do not compute the same: a
+    block's feed-forward part relies on what its attention has just added.)
     """
     grown = {}
     for name, tensor in state.items():
@@ -151,9 +153,10 @@ def grow(state: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
         if place is None:
             grown[name] = tensor
             continue
-        share = tensor / times if re.match(r"(attn[12]\.to_out\.0|ffn\.net\.2)\.", place[2]) else tensor
+        silent = re.match(r"(attn[12]\.to_out\.0|ffn\.net\.2)\.", place[2])
         for copy in range(times):
-            grown[f"transformer.blocks.{int(place[1]) * times + copy}.{place[2]}"] = share.clone()
+            value = torch.zeros_like(tensor) if silent and copy else tensor.clone()
+            grown[f"transformer.blocks.{int(place[1]) * times + copy}.{place[2]}"] = value
     return grown
 
 
@@ -201,7 +204,7 @@ class Recipe:
 STAGES = (
     Recipe(blocks=10, steps=2400, two_levels=0.6, lr_matrices=1e-2, lr_vectors=1e-2, lr_rest=2e-3),
     Recipe(blocks=10, steps=2000, two_levels=0.0, lr_matrices=1e-2, lr_vectors=1e-2, lr_rest=2e-3, shift=4.0, seed=1),
-    Recipe(blocks=40, steps=1000, two_levels=0.0, lr_matrices=5e-3, lr_vectors=5e-3, lr_rest=1e-3, seed=2),
+    Recipe(blocks=40, steps=1000, two_levels=0.0, lr_matrices=5e-3, lr_vectors=5e-3, lr_rest=1e-3, shift=2.0, seed=2),
 )
 
 
