@@ -205,6 +205,7 @@ STAGES = (
     Recipe(blocks=10, steps=2400, two_levels=0.6, lr_matrices=1e-2, lr_vectors=1e-2, lr_rest=2e-3),
     Recipe(blocks=10, steps=2000, two_levels=0.0, lr_matrices=1e-2, lr_vectors=1e-2, lr_rest=2e-3, shift=4.0, seed=1),
     Recipe(blocks=40, steps=1000, two_levels=0.0, lr_matrices=5e-3, lr_vectors=5e-3, lr_rest=1e-3, shift=2.0, seed=2),
+    Recipe(blocks=40, steps=700, two_levels=0.0, lr_matrices=5e-3, lr_vectors=5e-3, lr_rest=1e-3, seed=3),
 )
 
 

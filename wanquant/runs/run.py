@@ -92,7 +92,10 @@ def provenance(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    on_card = device.type != "cpu"
+    name = (
+        getattr(torch, device.type).get_device_name(device) if on_card else platform.processor() or platform.machine()
+    )
     return {
         "version": wanquant.__version__,
         **_git(),
