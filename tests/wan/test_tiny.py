@@ -40,7 +40,6 @@ def test_reference_dtypes() -> None:
     assert pipe.text_encoder.dtype == torch.bfloat16
 
 
-@pytest.mark.xfail(strict=True, reason="tiny-wan is still being trained, see LOG.md")
 def test_it_follows_its_prompts() -> None:
     pipe = load_pipeline("tiny", device="cpu")
     pairs = choose_pairs(6)
