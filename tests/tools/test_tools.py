@@ -86,6 +86,9 @@ def test_transformer_training_resumes_grows_and_exports(tmp_path: Path) -> None:
     pipe = WanPipeline.from_pretrained(tmp_path / "model")
     assert (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal) == (8, 4)
     assert len(pipe.transformer.blocks) == 4
+    trained, shipped = (train_transformer.weights_in(tmp_path / name) for name in ("grown", "model"))
+    assert trained.keys() == shipped.keys()
+    assert all(torch.equal(trained[name].bfloat16().float(), shipped[name]) for name in trained)
 
 
 def test_a_grown_model_computes_the_same() -> None:

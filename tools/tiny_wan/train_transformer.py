@@ -254,6 +254,18 @@ def draw_batch(data: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Batc
     return noised(clean, sigma, scene, noise)
 
 
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The ``TextToVelocity`` state of a stage's folder, or of a pipeline's, in float32."""
+    if (folder / "state.pt").is_file():
+        state: dict[str, torch.Tensor] = torch.load(folder / "state.pt", weights_only=True)["model"]
+        return state
+    parts = {
+        "text_encoder": UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        "transformer": WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
+    }
+    return {f"{part}.{name}": value for part, model in parts.items() for name, value in model.state_dict().items()}
+
+
 def count_blocks(state: dict[str, torch.Tensor]) -> int:
     return len({name.split(".")[2] for name in state if name.startswith("transformer.blocks.")})
 
@@ -294,13 +306,14 @@ def train(
 ) -> None:
     """From the last checkpoint in ``out`` to the recipe's last step, or to ``stop_at`` to go on later.
 
-    It begins with new weights, or with those of the stage ``before``, grown to as many blocks as the recipe says.
+    It begins with new weights, or with those ``before`` (the folder of a stage or of a pipeline), grown to as many
+    blocks as the recipe says.
     """
     ids, masks = tokenize(CAPTIONS)
     torch.manual_seed(recipe.seed)
     model = TextToVelocity(recipe.blocks)
     if before is not None:
-        smaller = torch.load(before / "state.pt", weights_only=True)["model"]
+        smaller = weights_in(before)
         model.load_state_dict(grow(smaller, recipe.blocks // count_blocks(smaller)))
     optimizers = make_optimizers(model, recipe)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -336,13 +349,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--latents", type=Path, required=True, help="file of the latent space, made if it is not there")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--first-stage", type=int, default=0, help="begin with this stage, from 0")
+    parser.add_argument("--weights", type=Path, help="begin with these, a stage's folder or a pipeline's")
     parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
     args = parser.parse_args()
     components = load_or_fit(args.latents)
     data = draw_latents(components, SCENES, VIDEOS_PER_SCENE, seed=0)
     held_out = draw_latents(components, [scene for scene in all_scenes() if scene.held_out], 2, seed=1)
-    before = None
-    for number, recipe in enumerate(STAGES):
+    before = args.weights
+    for number, recipe in enumerate(STAGES[args.first_stage :], args.first_stage):
         out = args.out / f"stage{number}"
         train(out, data, held_out, recipe, before, compiled=not args.no_compile)
         before = out
