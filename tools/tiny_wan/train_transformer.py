@@ -122,7 +122,7 @@ def look_around(transformer: WanTransformer3DModel, content: float = 0.25, gain:
     Rotary embedding turns the first pair of each axis by one radian a position, so that constant queries
     and keys at an angle of ``-offset`` to each other score cos(distance - offset): highest at the neighbour.
     The constants are the biases. ``gain``, the weight of the norms behind them, makes attention sharp: for the
-    sizes above the neighbour scores about 1.3 more, per axis, than the token beside it.
+    sizes above the neighbour scores about 1.1 more, per axis, than the token beside it.
     """
     rope = transformer.rope
     pairs = torch.tensor([0, rope.t_dim, rope.t_dim + rope.h_dim])
@@ -249,8 +249,8 @@ def draw_batch(data: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Batc
         tokens = (recipe.batch, clean.shape[2], clean.shape[3] // 2, clean.shape[4] // 2)
         by_token = torch.rand(tokens, generator=generator)
         by_frame = torch.rand(*tokens[:2], 1, 1, generator=generator)
-        draw = torch.where(torch.rand(recipe.batch, 1, 1, 1, generator=generator) < 0.5, by_frame, by_token)
-        sigma = torch.where(draw < share, second, sigma.view(-1, 1, 1, 1))
+        split = torch.where(torch.rand(recipe.batch, 1, 1, 1, generator=generator) < 0.5, by_frame, by_token)
+        sigma = torch.where(split < share, second, sigma.view(-1, 1, 1, 1))
     return noised(clean, sigma, scene, noise)
 
 

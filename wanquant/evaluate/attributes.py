@@ -17,7 +17,7 @@ ATTRIBUTES = ("color", "shape", "direction", "background")
 CONTRAST = 40.0
 #: A named colour must be met within this distance (of 255, Euclidean); the palette's closest two are 110 apart.
 TOLERANCE = 75.0
-#: Least share of the picture that is a shape (a circle of radius 9 covers 0.062), and the largest.
+#: Least share of the picture that is a shape (the smallest triangle covers 0.059), and the largest.
 AREA = (0.02, 0.5)
 #: Fill ratios between triangle, circle and square. Drawn, they are 0.54 to 0.6, 0.75 to 0.83 and 1; a codec rounds
 #: corners, and of videos through tiny-wan's VAE they are 0.6 to 0.7, 0.78 to 0.84 and 0.93 to 0.95.

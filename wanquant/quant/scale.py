@@ -50,8 +50,8 @@ class PowerOfTwo:
         return _guard(absmax, torch.ldexp(torch.ones_like(absmax), exponent))
 
 
+#: From the largest magnitude of each slice (float32, any shape) to its step, in the same shape.
 Rule = Direct | AmaxTo | PowerOfTwo
-"""From the largest magnitude of each slice (float32, any shape) to its step, in the same shape."""
 
 
 def _guard(absmax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
