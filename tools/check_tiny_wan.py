@@ -55,9 +55,6 @@ def main() -> None:
         parser.error(str(error))
     with progress("generate", len(pairs) * settings.steps) as tick:
         samples = generate(pipe, [(scene.caption, seed) for scene, seed in pairs], settings, tick)
-    if args.sheet:
-        rows = [(s.prompt, (("", to_uint8(s.video)),)) for s in samples[:24]]
-        write_png(args.sheet, contact_sheet(rows))
     scores = [score(sample.video, scene) for sample, (scene, _) in zip(samples, pairs, strict=True)]
     held_out = np.array([scene.held_out for scene, _ in pairs])
     print(f"{len(pairs)} videos, {held_out.sum()} of held-out combinations, {settings.steps} steps")
@@ -72,6 +69,11 @@ def main() -> None:
             f"seen {100 * values[~held_out].mean():5.1f} %, held out {100 * values[held_out].mean():5.1f} %   "
             f"bar {100 * BARS[name]:.0f} %: {'passed' if passed else 'MISSED'}"
         )
+    if args.sheet:
+        try:
+            write_png(args.sheet, contact_sheet([(s.prompt, (("", to_uint8(s.video)),)) for s in samples[:24]]))
+        except OSError as error:
+            parser.error(f"cannot write {args.sheet}: {error}")
     sys.exit(1 if missed else 0)
 
 

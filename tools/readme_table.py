@@ -16,8 +16,9 @@ from wanquant.runs.run import read_result
 
 #: What runs must share to stand in one table.
 SAME = (
-    *("quant", "generation", "model.fingerprint", "calibration.videos"),
-    *(f"provenance.{key}" for key in ("prompts", "seeds", "packages", "device", "threads", "git_commit", "version")),
+    *("quant", "generation", "model.fingerprint", "calibration.videos", "calibration.input_absmax"),
+    *(f"provenance.{key}" for key in ("prompts", "seeds", "packages", "device", "threads", "version")),
+    *(f"provenance.{key}" for key in ("git_commit", "dirty")),
 )
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
@@ -52,7 +53,9 @@ def table(results: list[dict[str, Any]]) -> str:
             values = [estimate_text(first[prefix + key]) for key, _, _ in FIDELITY]
             # What BF16 itself gets right stands once, beside the floor of the same seeds.
             right = [estimate_text(first["bf16." + name]) if prefix == "floor_ulp." else "" for name in attributes]
-            rows.append([f"*{label}*", "all", "0 %", *values, *right, ""])
+            count = first[prefix + FIDELITY[0][0]]["n"]
+            name = f"*{label}*" if count == first["psnr"]["n"] else f"*{label}* ({count} pairs)"
+            rows.append([name, "all", "0 %", *values, *right, ""])
     lines = ["| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *rows]]
     return "\n".join([*lines, "", protocol(results)])
 
@@ -85,6 +88,9 @@ def read_sweep(sweep: Path) -> list[dict[str, Any]]:
         for same in SAME:
             if pick(result, same) != pick(results[0], same):
                 raise ValueError(f"{folder} differs from {folders[0]} in {same}: not one table")
+    named = [result["protect"]["name"] for result in results]
+    if len(set(named)) < len(named):
+        raise ValueError(f"{sweep} holds two runs with protect={max(named, key=named.count)}: not one sweep")
     return results
 
 

@@ -29,6 +29,17 @@ def test_empty_and_broken_videos_show_nothing() -> None:
     assert measure(still)["direction"] is None
 
 
+def test_what_is_none_of_the_shapes_is_none() -> None:
+    video = np.full((17, 64, 64, 3), 0.06)
+    oblong, dots = video.copy(), video.copy()
+    oblong[:, 10:40, 20:38, 0] = 0.8
+    dots[np.random.default_rng(0).random((17, 64, 64)) < 0.1] = (0.8, 0.15, 0.15)
+    for broken in (oblong, dots):
+        shown = measure(broken)
+        assert shown["shape"] is None
+        assert shown["background"] == "black"
+
+
 def test_captions_are_the_grammar() -> None:
     scenes = all_scenes()
     assert len({scene.caption for scene in scenes}) == 216

@@ -24,6 +24,7 @@ from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.ptq import job
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
+from wanquant.wan.checkpoint import quantized_linears
 from wanquant.wan.generate import GenerationConfig, generate
 
 ROOT = Path(config.CONF).parent
@@ -147,6 +148,38 @@ def test_dry_run_only_prints(
     assert not (tmp_path / "run").exists()
 
 
+def test_static_activations_go_from_calibration_into_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And a refused run in the same directory takes the result of the former with it."""
+    where = f"hydra.run.dir={tmp_path}"
+    status = ptq(
+        monkeypatch, "quant=static_per_tensor", "quant.overflow=saturate", TWO, "model.generation.steps=1",
+        "tracker=none", "eval.noise_floor=false", where,
+    )  # fmt: skip
+    assert status == 0
+    result = read_result(tmp_path)
+    assert result["quant"]["name"] == "static_per_tensor overflow=saturate"
+    pipe = load_pipeline(tmp_path / "checkpoint", device="cpu")
+    layers = quantized_linears(pipe.transformer)
+    assert len(layers) == 350
+    for name, layer in layers.items():
+        assert layer.input_scale is not None
+        assert layer.input_scale.item() == torch.tensor(result["calibration"]["input_absmax"][name] / 15).item()
+        assert layer.scheme.overflow == "saturate"
+    item = result["metrics"]["latent_sqnr"]["per_item"][0]
+    settings = GenerationConfig(**result["generation"])
+    reference, sample = (
+        generate(p, [(item["prompt"], item["seed"])], settings)[0] for p in (load_pipeline("tiny", "cpu"), pipe)
+    )
+    assert latent_sqnr(reference.latents, sample.latents) == item["value"]
+
+    assert ptq(monkeypatch, "protect.blocks=[40]", where) == 1
+    with pytest.raises(ValueError, match="not finished"):
+        read_result(tmp_path)
+    assert not (tmp_path / "checkpoint").exists()
+
+
 def truncated_model(folder: Path) -> str:
     shutil.copytree(tiny.folder(), folder / "model")
     weights = folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -161,6 +194,7 @@ def truncated_model(folder: Path) -> str:
         ("protect=boundry", "boundry"),
         ("protect.blocks=[3,40]", "protected block 40 is out of range: the model has 40 blocks"),
         ("protect.modules=[ffn]", "pattern 'ffn' matches nothing"),
+        ("protect.modules=['.*']", "protect leaves no linear to quantize"),
         ("quant.weights.rule=amax", "scale rule 'amax'"),
         ("model.path=./nowhere", "no model folder ./nowhere"),
         (truncated_model, "truncated"),

@@ -37,6 +37,14 @@ def test_everything_else_stays_bit_identical() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_shared_linear_is_refused() -> None:
+    """Protected in one block and converted in another, it would be both."""
+    model = wan_transformer(3)
+    model.blocks[1].ffn.net[2] = model.blocks[0].ffn.net[2]
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.net\.2 is the same linear as blocks\.0\.ffn\.net\.2"):
+        quantize_(model, QuantConfig(), (0,))
+
+
 def test_quantized_model_runs_and_is_close() -> None:
     model = wan_transformer(4)
     inputs = wan_inputs()

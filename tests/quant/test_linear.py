@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from wanquant.formats import hif8
+from wanquant.formats import hif8, reference
 from wanquant.kernels import absmax_rows, eager, scaled_round_hif8
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig
 from wanquant.quant.config import parse
@@ -27,14 +27,16 @@ def make(
 
 
 def by_hand(linear: nn.Linear, x: torch.Tensor, config: QuantConfig) -> torch.Tensor:
-    """DESIGN's formula in float64, one slice at a time, from the scalar pieces."""
+    """y = s_x s_w (Q(x / s_x) Q(w / s_w)ᵀ) + b in float64, rounded by the scalar reference, with the scheme's steps."""
     scheme = parse(config)
     weight = linear.weight.detach().to(torch.bfloat16)
     s_w = scheme.weight_rule(scheme.weight_granularity.reduce(weight.float().abs().amax(1)))
     s_x = scheme.act_rule(scheme.act_granularity.reduce(x.float().abs().amax(1)))
     s_w, s_x = s_w.expand(len(weight)), s_x.expand(len(x))
-    q_w = hif8.round(weight.float() / s_w[:, None]).double()
-    q_x = hif8.round(x.float() / s_x[:, None]).double()
+    q_w, q_x = (
+        torch.tensor([[reference.round(value) for value in row] for row in (m.float() / s[:, None]).tolist()]).double()
+        for m, s in ((weight, s_w), (x, s_x))
+    )
     y = (q_x @ q_w.T) * s_x.double()[:, None] * s_w.double()
     return y if linear.bias is None else y + linear.bias.double()
 
@@ -103,7 +105,12 @@ def test_scales_stay_float32_when_the_model_is_cast() -> None:
     layer.to(torch.bfloat16)
     assert torch.equal(layer.weight_scale, scales[0])
     assert torch.equal(layer.input_scale, scales[1])
-    assert layer(torch.randn(2, 16).to(torch.bfloat16)).isfinite().all()
+    x = torch.randn(2, 16).to(torch.bfloat16)
+    before = layer(x)
+    assert before.isfinite().all()
+    layer.float()
+    assert layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer(x.float()).to(torch.bfloat16), before)
 
 
 def test_overflow_is_counted() -> None:

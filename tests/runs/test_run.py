@@ -52,6 +52,13 @@ def test_json_knows_no_nan() -> None:
     assert clean_json({"a": (math.nan, math.inf, 1.0), 2: "x"}) == {"a": [None, None, 1.0], "2": "x"}
 
 
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "holds a list")])
+def test_a_damaged_result_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=f"result.json {message}"):
+        read_result(tmp_path)
+
+
 def test_a_run_that_failed_looks_like_nothing_else(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "ptq", "a: 1\n")
     with pytest.raises(ValueError, match="not finished"):

@@ -27,7 +27,7 @@ RESULT: dict[str, Any] = {
     "quant": {"name": "hif8_w8a8"},
     "protect": {"name": "none", "blocks": [], "fraction_of_flops_quantized": 0.9871},
     "conversion": {"converted": 400, "protected": 0, "skipped": 6},
-    "calibration": {"videos": 2},
+    "calibration": {"videos": 2, "input_absmax": {"a": 1.0}},
     "generation": {
         "steps": 20, "guidance_scale": 3.0, "flow_shift": 3.0, "num_frames": 17, "height": 64, "width": 64
     },
@@ -43,7 +43,7 @@ RESULT: dict[str, Any] = {
     "gates": {"black": {"verdict": "pass"}, "static": {"verdict": "fail"}},
     "provenance": {
         "prompts": ["a", "b"], "seeds": list(range(10)), "packages": {"torch": "2"}, "device": "cpu", "threads": 2,
-        "git_commit": None, "version": "0", "prompt_hash": "0123456789abcdef",
+        "git_commit": None, "dirty": None, "version": "0", "prompt_hash": "0123456789abcdef",
     },
 }  # fmt: skip
 
@@ -97,6 +97,8 @@ def test_the_table_holds_each_run_and_the_floor(tmp_path: Path) -> None:
         ({"provenance.threads": 3}, "differs from .* in provenance.threads"),
         ({"generation.steps": 30}, "differs from .* in generation"),
         ({"schema": 0}, "has schema 0"),
+        ({"provenance.dirty": True}, "differs from .* in provenance.dirty"),
+        ({}, "two runs with protect=none"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

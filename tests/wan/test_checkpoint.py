@@ -108,6 +108,31 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
         save_quantized(pipe, tmp_path)
 
 
+def test_nothing_quantized_is_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing in this pipeline is quantized"):
+        save_quantized(load_pipeline("tiny", device="cpu"), tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_beside_the_weights_is_not_read_and_a_wrong_module_is_named(tmp_path: Path) -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    quantize_(pipe.transformer)
+    pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, flow_shift=5.0)
+    folder = save_quantized(pipe, tmp_path / "saved")
+    assert read_generation(folder)["flow_shift"] == 5.0
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    changed = {name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}
+    save_file(changed, weights.with_name("another.safetensors"), metadata={"format": "pt"})
+    bias = load_pipeline(folder, device="cpu").transformer.proj_out.bias
+    assert torch.equal(bias, pipe.transformer.proj_out.bias)
+    config = folder / "transformer" / "config.json"
+    described = json.loads(config.read_text())
+    described["quantization_config"]["modules"][0] = "blocks.0.norm1"
+    config.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"blocks\.0\.norm1 is a FP32LayerNorm, not a linear"):
+        load_pipeline(folder, device="cpu")
+
+
 def broken(tmp_path: Path, name: str, damage: object) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(tiny.folder(), folder)

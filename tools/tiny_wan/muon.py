@@ -1,7 +1,7 @@
 """Muon (https://kellerjordan.github.io/posts/muon), all matrices of one shape at a time.
 
 torch's own ``torch.optim.Muon`` takes the 414 matrices of tiny-wan one by one, 0.45 s a step on the
-CPU; stacked, and orthogonalized in BF16, they take a tenth of that.
+CPU; here they are stacked, and orthogonalized in BF16.
 """
 
 from __future__ import annotations

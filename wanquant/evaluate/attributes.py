@@ -22,6 +22,9 @@ AREA = (0.02, 0.5)
 #: Fill ratios between triangle, circle and square. Drawn, they are 0.54 to 0.6, 0.75 to 0.83 and 1; a codec rounds
 #: corners, and of videos through tiny-wan's VAE they are 0.6 to 0.7, 0.78 to 0.84 and 0.93 to 0.95.
 TRIANGLE_CIRCLE, CIRCLE_SQUARE = 0.72, 0.87
+#: Least fill ratio of a shape (scattered pixels fill less), and the most its box may be longer than wide: all three
+#: shapes have a square one.
+LEAST_FILL, MOST_OBLONG = 0.45, 1.25
 
 
 def nearest(color: np.ndarray, table: dict[str, tuple[int, int, int]]) -> str | None:
@@ -59,15 +62,23 @@ def measure(video: np.ndarray) -> dict[str, str | None]:
     return {name: found[name] for name in ATTRIBUTES}
 
 
-def _shape(masks: list[np.ndarray]) -> str:
-    """By the median over frames of area / bounding box; rows and columns of a single pixel are strays."""
-    fills = []
+def _shape(masks: list[np.ndarray]) -> str | None:
+    """By the medians over frames of area / bounding box and of the box's sides; None for what is none of the three.
+
+    Rows and columns of a single pixel are strays.
+    """
+    fills, aspects = [], []
     for mask in masks:
         rows, columns = np.nonzero(mask.sum(1) >= 2)[0], np.nonzero(mask.sum(0) >= 2)[0]
         if len(rows) and len(columns):
-            box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
-            fills.append(mask.sum() / box)
-    fill = float(np.median(fills)) if fills else 0.0
+            height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+            fills.append(mask.sum() / (height * width))
+            aspects.append(height / width)
+    if not fills:
+        return None
+    fill, aspect = float(np.median(fills)), float(np.median(aspects))
+    if fill < LEAST_FILL or not 1 / MOST_OBLONG <= aspect <= MOST_OBLONG:
+        return None
     return "triangle" if fill < TRIANGLE_CIRCLE else "circle" if fill < CIRCLE_SQUARE else "square"
 
 

@@ -27,7 +27,7 @@ from wanquant.quant.config import parse
 from wanquant.runs import pictures
 from wanquant.runs.progress import progress
 from wanquant.runs.report import summary, write_report
-from wanquant.runs.run import Run, digest, provenance, signature
+from wanquant.runs.run import Run, digest, forget_last_run, provenance, signature
 from wanquant.runs.tracking import TrackerConfig, check_tracker, mirror
 from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized
 from wanquant.wan.config import ModelConfig
@@ -73,6 +73,8 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
 
     ``ValueError`` and ``OSError`` are the user's; whatever else goes wrong, ``result.json`` says failed.
     """
+    if not config.dry_run:
+        forget_last_run(folder)  # before anything is refused, lest its result pass for this run's
     pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
     device = pick_device(config.model.device)
     _check(config, pairs_ + calibration_pairs)
@@ -117,7 +119,9 @@ def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
         raise ValueError(f"{folder} is quantized already: model.path must be the original model")
     if (folder / "transformer_2").is_dir():
         raise ValueError(f"{folder} has two transformers (Wan2.2), of which this version would quantize only one")
-    plan_conversion(empty_transformer(folder), config.protect.blocks, config.protect.modules)
+    plan = plan_conversion(empty_transformer(folder), config.protect.blocks, config.protect.modules)
+    if not plan.names("converted"):
+        raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
 
 
 @dataclass

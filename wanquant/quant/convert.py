@@ -92,6 +92,10 @@ def plan_conversion(
         for name, child in block.named_modules():
             if isinstance(child, nn.Linear):
                 inside[f"{blocks}.{index}.{name}".rstrip(".")] = (index, name)
+    names: dict[int, str] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, nn.Linear) and names.setdefault(id(child), name) != name:
+            raise ValueError(f"{name} is the same linear as {names[id(child)]}: shared linears cannot be quantized")
     kept = match_names(protected_modules, (name for _, name in inside.values()))
     rows = []
     for name, child in module.named_modules():
@@ -117,6 +121,7 @@ def empty_like_quantized_(module: nn.Module, names: Sequence[str], scheme: Schem
     """Puts empty ``QuantLinear`` layers (on meta) at ``names``, for a checkpoint to fill."""
     for name in names:
         linear = module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{name} is a {type(linear).__name__}, not a linear")
         layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, scheme)
         module.set_submodule(name, layer)

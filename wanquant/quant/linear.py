@@ -36,7 +36,7 @@ class QuantLinear(nn.Linear):
     weight        [out, in]: BF16 values on the format's grid, or uint8 codes (packed)
     weight_scale  float32 [out], or [] per tensor
     input_scale   float32 [], with static activations only
-    bias          as it was
+    bias          BF16
     """
 
     weight_scale: torch.Tensor
@@ -106,9 +106,12 @@ class QuantLinear(nn.Linear):
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
-        """Moves like any module, but ``.to(bfloat16)`` and its like leave the scales in float32."""
+        """Moves like any module, but a change of type leaves the scales in float32 and the weight what it is."""
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        weight = self.weight.data
         super()._apply(fn, recurse)
+        if self.weight.dtype != weight.dtype:
+            self.weight = nn.Parameter(weight.to(self.weight.device), requires_grad=False)
         for name, buffer in kept.items():
             moved = self._buffers[name]
             assert moved is not None

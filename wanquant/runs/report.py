@@ -31,7 +31,7 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
     environment.filters["estimate"] = estimate_text
     metrics = result["metrics"]
     rows = [
-        (label, [metrics[prefix + key] for key, _, _ in FIDELITY])
+        (label + _pairs_if_other(metrics, prefix), [metrics[prefix + key] for key, _, _ in FIDELITY])
         for prefix, label in FLOORS
         if prefix + FIDELITY[0][0] in metrics
     ]
@@ -73,8 +73,8 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     ]
     for prefix, label in FLOORS:
         if prefix + FIDELITY[0][0] in metrics:
-            values = (estimate_text(metrics[prefix + key]) for key, _, _ in FIDELITY)
-            lines.append(f"{label:<28}" + "".join(f"{value:<26}" for value in values))
+            values = "".join(f"{estimate_text(metrics[prefix + key]):<26}" for key, _, _ in FIDELITY)
+            lines.append(f"{label:<28}{values}{_pairs_if_other(metrics, prefix)}")
     if "attributes" in metrics:
         lines += ["", f"{'prompts followed, share':<28}{'BF16':<26}{'quantized':<26}{'difference':<26}"]
         for name in ATTRIBUTES:
@@ -91,6 +91,12 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     if result["demonstration"]:
         lines.append(f"only {metrics['psnr']['n']} (prompt, seed) pairs: a demonstration, compare nothing by it")
     return "\n".join([*lines, f"report: {folder / 'report.html'}"])
+
+
+def _pairs_if_other(metrics: dict[str, Any], prefix: str) -> str:
+    """How many pairs stand behind a row of the table, if not as many as behind the first."""
+    count = metrics[prefix + FIDELITY[0][0]]["n"]
+    return "" if count == metrics[FIDELITY[0][0]]["n"] else f" ({count} pairs)"
 
 
 def failed_gates(result: dict[str, Any]) -> list[str]:

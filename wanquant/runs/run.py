@@ -134,11 +134,13 @@ def remove_products(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier run left in its directory, which would look like this one's.
+def forget_last_run(folder: Path) -> None:
+    """Removes what an earlier run left in this directory, if there is one: it would look like this one's.
 
     ``ValueError`` for a directory that holds anything else: nothing of a user's is ever removed.
     """
+    if not folder.is_dir():
+        return
     present = {path.name for path in folder.iterdir()} - {"log.txt"}
     config = folder / "config.yaml"
     if present and not (config.is_file() and config.read_text().startswith(HEADER)):
@@ -155,7 +157,7 @@ class Run:
         self.timings: dict[str, float] = {}
         self.started = time.time()
         folder.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
+        forget_last_run(folder)
         write_atomic(folder / "config.yaml", HEADER + config_yaml)
 
     @contextmanager
@@ -201,7 +203,12 @@ def read_result(folder: Path) -> dict[str, Any]:
     path = folder / "result.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no result.json: the run was not finished")
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(result, dict):
+        raise ValueError(f"{path} holds a {type(result).__name__}, not an object")
     if result.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {result.get('schema')}, this version reads {SCHEMA}")
     return result

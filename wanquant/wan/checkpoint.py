@@ -41,7 +41,8 @@ def quantized_linears(transformer: torch.nn.Module) -> dict[str, QuantLinear]:
 def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Callable[[], None] = lambda: None) -> Path:
     """Writes the whole pipeline, its quantized transformer packed. Returns the folder.
 
-    Written under a temporary name and renamed at the end; ``FileExistsError`` if the folder is there.
+    Written under a temporary name and renamed at the end; ``FileExistsError`` if the folder is there, ``ValueError``
+    if nothing in the pipeline is quantized.
     What of the transformer is neither quantized nor kept in float32 by the model is stored in BF16, whatever it
     is in memory; the other components are stored as they are.
     A source in several files is written to as many, each tensor where it was. ``on_linear`` is called
@@ -50,6 +51,8 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: choose another folder, or remove it")
+    if not any(name in TRANSFORMERS and part and quantized_linears(part) for name, part in pipe.components.items()):
+        raise ValueError("nothing in this pipeline is quantized: save it with its own save_pretrained")
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -57,7 +60,9 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
         pipe.save_config(temporary)
         source = Path(str(pipe.config.get("_name_or_path")))
         if (source / "generation.json").is_file():
-            shutil.copy(source / "generation.json", temporary)
+            # The shift is the scheduler's, which may have been asked for another one than the source's.
+            settings = {**read_json(source / "generation.json"), "flow_shift": pipe.scheduler.config.flow_shift}
+            (temporary / "generation.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for name, component in pipe.components.items():
             if component is None:
                 continue
@@ -151,8 +156,9 @@ def load_transformer(folder: Path, described: dict[str, Any]) -> WanTransformer3
         transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
     empty_like_quantized_(transformer, described["modules"], scheme)
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
+    files = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else {WEIGHTS}
+    for name in sorted(files):
+        tensors |= load_file(folder / name)
     check_keys(transformer.state_dict(), tensors, folder)
     if not scheme.packed:
         for name in described["modules"]:

@@ -74,7 +74,7 @@ class Scene:
 
 
 def caption(color: str, shape: str, direction: str, background: str) -> str:
-    """The one sentence of the grammar, at most 51 bytes: the prompt tiny-wan was trained on."""
+    """The one sentence of the grammar, at most 52 bytes: the prompt tiny-wan was trained on."""
     return f"a {color} {shape} moving {direction} on a {background} background"
 
 
