@@ -73,8 +73,8 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     ]
     for prefix, label in FLOORS:
         if prefix + FIDELITY[0][0] in metrics:
-            values = "".join(f"{estimate_text(metrics[prefix + key]):<26}" for key, _, _ in FIDELITY)
-            lines.append(f"{label:<28}{values}{_pairs_if_other(metrics, prefix)}")
+            row = "".join(f"{estimate_text(metrics[prefix + key]):<26}" for key, _, _ in FIDELITY)
+            lines.append(f"{label:<28}{row}{_pairs_if_other(metrics, prefix)}")
     if "attributes" in metrics:
         lines += ["", f"{'prompts followed, share':<28}{'BF16':<26}{'quantized':<26}{'difference':<26}"]
         for name in ATTRIBUTES:
