@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_the_latent_space_is_linear_and_keeps_its_proportions(tmp_path: Path) ->
     assert 26 < -10 * error.square().mean().log10() < 31
 
 
-def recipe(blocks: int = 2, steps: int = 3, **rest: float) -> train_transformer.Recipe:
+def recipe(blocks: int = 2, steps: int = 3, **rest: Any) -> train_transformer.Recipe:
     rates = {"lr_matrices": 1e-2, "lr_vectors": 1e-2, "lr_rest": 2e-3}
     return train_transformer.Recipe(blocks, steps, **{"two_levels": 0.4, "batch": 2, **rates, **rest})
 
@@ -77,11 +78,17 @@ def test_transformer_training_resumes_grows_and_exports(tmp_path: Path) -> None:
     train_vae.train(tmp_path / "vae", components, (train_vae.Phase(1, 1, 2, 1e-3),), 0)
     data = train_transformer.draw_latents(components, latents.SCENES[:3], per_scene=2, seed=0)
     assert data["latents"].shape == (6, 16, 5, 8, 8)
-    train_transformer.train(tmp_path / "whole", data, data, recipe(), compiled=False)
-    train_transformer.train(tmp_path / "parts", data, data, recipe(), compiled=False, stop_at=2)
-    train_transformer.train(tmp_path / "parts", data, data, recipe(), compiled=False)
+    train_transformer.train(tmp_path / "whole", components, data, data, recipe(), compiled=False)
+    train_transformer.train(tmp_path / "parts", components, data, data, recipe(), compiled=False, stop_at=2)
+    train_transformer.train(tmp_path / "parts", components, data, data, recipe(), compiled=False)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    train_transformer.train(tmp_path / "grown", data, data, recipe(4, 1), tmp_path / "whole", compiled=False)
+    batch = train_transformer.draw_batch(components, data, recipe(fresh=True), 4)
+    again, other = (train_transformer.draw_batch(components, data, recipe(fresh=True), step) for step in (4, 5))
+    assert torch.equal(batch.noisy, again.noisy)
+    assert not torch.equal(batch.target, other.target)
+    train_transformer.train(
+        tmp_path / "grown", components, data, data, recipe(4, 1), tmp_path / "whole", compiled=False
+    )
     export.assemble(tmp_path / "vae", tmp_path / "grown").save_pretrained(tmp_path / "model")
     pipe = WanPipeline.from_pretrained(tmp_path / "model")
     assert (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal) == (8, 4)

@@ -1,6 +1,6 @@
 """Puts the trained parts together into a pipeline in diffusers layout, BF16 safetensors.
 
-    python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer/stage3
+    python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer/stage5
 
 Written beside the package's own weights under a temporary name, which takes their place when it is whole.
 """
@@ -25,7 +25,7 @@ GENERATION = {
     "width": tiny.WIDTH,
     "num_frames": tiny.NUM_FRAMES,
     "steps": 20,
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.0,
     "flow_shift": FLOW_SHIFT,
     "max_text_length": TEXT_LENGTH,
     "fps": 8,

@@ -1,9 +1,9 @@
 """Trains tiny-wan's transformer together with its text encoder, by flow matching.
 
-x_sigma = (1 - sigma) x_0 + sigma e,  target v = e - x_0,  sigma = 3u / (1 + 2u) with u uniform:
-the flow shift of generation, applied in training too (arXiv 2403.03206, section 5.3.2). A tenth of
-the captions is dropped to the empty string, for classifier-free guidance. The text is encoded just
-as ``WanPipeline`` does it, at the same length and with zeros behind the last token, because Wan's
+x_sigma = (1 - sigma) x_0 + sigma e,  target v = e - x_0,  sigma = su / (1 + (s - 1) u) with u uniform:
+the flow shift of generation, applied in training too (arXiv 2403.03206, section 5.3.2), with s = 3 or near it as
+``STAGES`` says. A tenth of the captions is dropped to the empty string, for classifier-free guidance. The text is
+encoded just as ``WanPipeline`` does it, at the same length and with zeros behind the last token, because Wan's
 cross-attention attends to the padding.
 
 Left to itself a model of this size denoises every token alone for thousands of steps, and its shapes
@@ -17,8 +17,10 @@ from its neighbours is nearly as noisy as what it knows itself. Three things hel
 - All this is learned with ten blocks, at less than a third of the time a step. Then three silent
   blocks go behind each (``grow``), and the forty go on together.
 
-The videos are drawn and encoded once; a step reads latents. Batches, noise and dropout are functions of
-(seed, step) alone, so a resumed run goes on with what an uninterrupted one would have seen.
+Most stages read latents of videos that were drawn and encoded once. That is enough to learn what moves where, but in
+the end the model knows those videos by heart (LOG.md), so the last stage draws new ones in every step. Batches, noise
+and dropout are functions of (seed, step) alone, so a resumed run goes on with what an uninterrupted one would have
+seen.
 
     python -m tools.tiny_wan.train_transformer --latents outputs/tiny_wan/latents.pt --out outputs/tiny_wan/transformer
 """
@@ -178,7 +180,8 @@ def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 @dataclass(frozen=True)
 class Recipe:
     """One stage of the training. ``drop`` is the share of captions replaced by the empty one, ``two_levels`` of
-    steps with two noise levels, ``shift`` that of the noise levels: more of them are high.
+    steps with two noise levels, ``shift`` that of the noise levels: more of them are high. ``fresh`` has every
+    step draw its videos anew.
 
     Muon trains the matrices of the blocks, AdamW the rest: norms, biases and modulations of the blocks
     (``lr_vectors``) and what lies outside them.
@@ -194,6 +197,7 @@ class Recipe:
     batch: int = 16
     drop: float = 0.1
     seed: int = 0
+    fresh: bool = False
 
     def rate_at(self, step: int) -> float:
         """Of the learning rates: a short warm-up, then down to a fiftieth by a cosine."""
@@ -206,6 +210,8 @@ STAGES = (
     Recipe(blocks=10, steps=2000, two_levels=0.0, lr_matrices=1e-2, lr_vectors=1e-2, lr_rest=2e-3, shift=4.0, seed=1),
     Recipe(blocks=40, steps=1000, two_levels=0.0, lr_matrices=5e-3, lr_vectors=5e-3, lr_rest=1e-3, shift=2.0, seed=2),
     Recipe(blocks=40, steps=700, two_levels=0.0, lr_matrices=5e-3, lr_vectors=5e-3, lr_rest=1e-3, seed=3),
+    Recipe(blocks=40, steps=2800, two_levels=0.0, lr_matrices=4e-3, lr_vectors=4e-3, lr_rest=8e-4, seed=4),
+    Recipe(blocks=40, steps=1700, two_levels=0.0, lr_matrices=2e-3, lr_vectors=2e-3, lr_rest=4e-4, seed=5, fresh=True),
 )
 
 
@@ -233,11 +239,22 @@ def noised(clean: torch.Tensor, sigma: torch.Tensor, scene: torch.Tensor, noise:
     return Batch((1 - weight) * clean + weight * noise, sigma, scene, noise - clean)
 
 
-def draw_batch(data: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Batch:
+def draw_fresh(components: Components, count: int, seed: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of ``count`` new videos of training scenes, and the index of each one's scene in ``CAPTIONS``."""
+    rng = np.random.default_rng((seed[0], 3, seed[1]))
+    scenes = [SCENES[i] for i in rng.integers(len(SCENES), size=count)]
+    latents = components.encode(torch.stack([to_model(draw(scene, rng)) for scene in scenes]))
+    return latents, torch.tensor([CAPTIONS.index(scene.caption) for scene in scenes])
+
+
+def draw_batch(components: Components, data: dict[str, torch.Tensor], recipe: Recipe, step: int) -> Batch:
     """The batch of one step, a function of (seed, step) alone."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    pick = torch.randint(len(data["scene"]), (recipe.batch,), generator=generator)
-    clean, scene = data["latents"][pick], data["scene"][pick]
+    if recipe.fresh:
+        clean, scene = draw_fresh(components, recipe.batch, (recipe.seed, step))
+    else:
+        pick = torch.randint(len(data["scene"]), (recipe.batch,), generator=generator)
+        clean, scene = data["latents"][pick], data["scene"][pick]
     scene = torch.where(torch.rand(recipe.batch, generator=generator) < recipe.drop, len(CAPTIONS) - 1, scene)
     # Stratified over the batch: the same distribution, less variance.
     uniform = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch
@@ -297,6 +314,7 @@ def validate(
 
 def train(
     out: Path,
+    components: Components,
     data: dict[str, torch.Tensor],
     held_out: dict[str, torch.Tensor],
     recipe: Recipe,
@@ -326,7 +344,7 @@ def train(
     for step in range(first, last):
         for group, lr in zip(groups, rates, strict=True):
             group["lr"] = lr * recipe.rate_at(step)
-        batch = draw_batch(data, recipe, step)
+        batch = draw_batch(components, data, recipe, step)
         velocity = model(batch.noisy, batch.sigma, ids[batch.scene], masks[batch.scene])
         loss = F.mse_loss(velocity, batch.target)
         model.zero_grad(set_to_none=True)
@@ -350,16 +368,20 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, required=True, help="file of the latent space, made if it is not there")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first-stage", type=int, default=0, help="begin with this stage, from 0")
-    parser.add_argument("--weights", type=Path, help="begin with these, a stage's folder or a pipeline's")
+    parser.add_argument("--weights", type=Path, help="begin with these, a stage's or a pipeline's folder")
     parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
     args = parser.parse_args()
     components = load_or_fit(args.latents)
     data = draw_latents(components, SCENES, VIDEOS_PER_SCENE, seed=0)
     held_out = draw_latents(components, [scene for scene in all_scenes() if scene.held_out], 2, seed=1)
     before = args.weights
+    if before is None and args.first_stage:
+        before = args.out / f"stage{args.first_stage - 1}"
+        if not (before / "state.pt").is_file():
+            parser.error(f"stage {args.first_stage} goes on from another: {before} has no state.pt, give --weights")
     for number, recipe in enumerate(STAGES[args.first_stage :], args.first_stage):
         out = args.out / f"stage{number}"
-        train(out, data, held_out, recipe, before, compiled=not args.no_compile)
+        train(out, components, data, held_out, recipe, before, compiled=not args.no_compile)
         before = out
 
 
