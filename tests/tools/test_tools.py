@@ -148,9 +148,11 @@ def test_projections_pass_each_token_through_in_its_place() -> None:
 
 
 def test_two_noise_levels_become_one() -> None:
+    components = latents.fit(videos=4)
     data = {"latents": torch.randn(4, 16, 5, 8, 8), "scene": torch.arange(4)}
     early, late = (
-        train_transformer.draw_batch(data, recipe(steps=10, batch=8, two_levels=0.6), step) for step in (5, 6)
+        train_transformer.draw_batch(components, data, recipe(steps=10, batch=8, two_levels=0.6), step)
+        for step in (5, 6)
     )
     assert early.sigma.shape == (8, 80)
     assert max(row.unique().numel() for row in early.sigma) == 2
