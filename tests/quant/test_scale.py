@@ -5,24 +5,26 @@ import math
 import pytest
 import torch
 
+from wanquant.formats.registry import get_format
 from wanquant.quant.scale import AmaxTo, Direct, PerRow, PerTensor, PowerOfTwo, parse_granularity, parse_rule
 
 INF, NAN = float("inf"), float("nan")
+HIF8 = get_format("hif8")
 
 
 def test_rules_parse_to_their_classes() -> None:
-    assert parse_rule("direct") == Direct()
-    assert parse_rule("amax/15") == AmaxTo(15.0)
-    assert parse_rule("pow2") == PowerOfTwo(15.0)
-    assert parse_rule("pow2/16") == PowerOfTwo(16.0)
-    assert parse_granularity("per_channel", "per_channel") == PerRow()
-    assert parse_granularity("per_tensor", "per_token") == PerTensor()
+    assert parse_rule("direct", HIF8) == Direct()
+    assert parse_rule("amax", HIF8) == parse_rule("amax/15", HIF8) == AmaxTo(15.0)
+    assert parse_rule("pow2", HIF8) == PowerOfTwo(15.0)
+    assert parse_rule("pow2/16", HIF8) == PowerOfTwo(16.0)
+    assert parse_granularity("per_channel", "per_channel", HIF8) == PerRow()
+    assert parse_granularity("per_tensor", "per_token", HIF8) == PerTensor()
 
 
-@pytest.mark.parametrize("text", ["amax", "amax/x", "amax/0", "amax/-1", "direct/2", "max/15", ""])
+@pytest.mark.parametrize("text", ["amax/", "amax/x", "amax/0", "amax/-1", "direct/2", "max/15", ""])
 def test_a_wrong_rule_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="scale rule"):
-        parse_rule(text)
+        parse_rule(text, HIF8)
 
 
 def test_amax_puts_the_largest_on_the_target() -> None:

@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import math
 
 import torch
 
 from wanquant import kernels
 from wanquant.formats import hif8
+from wanquant.formats.base import Format
+from wanquant.formats.integer import Int8
+from wanquant.formats.minifloat import E4M3, E5M2, MXFP8
 
 
-class _Encode(Protocol):
-    def __call__(self, x: torch.Tensor, overflow: str = "inf") -> torch.Tensor: ...
+class HiF8(Format):
+    """``wanquant.formats.hif8`` as a ``Format``. 15 keeps a slice within the zone of three mantissa bits."""
+
+    name = "hif8"
+    overflow = kernels.OVERFLOW
+    target = 15.0
+    default_overflow = "inf"
+
+    def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        return hif8.round(x, overflow)
+
+    def encode(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        return hif8.encode(x, overflow)
+
+    def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return hif8.decode(codes, dtype)
+
+    def scaled_round(self, x: torch.Tensor, scale: torch.Tensor, overflow: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.scaled_round_hif8(x, scale, overflow)
+
+    def quantize_rows(
+        self, x: torch.Tensor, target: float, power_of_two: bool, overflow: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.quantize_rows_hif8(x, target, power_of_two, overflow)
 
 
-class _Decode(Protocol):
-    def __call__(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor: ...
+class BFloat16(Format):
+    """Not a quantization: the control in which every linear stays what it is."""
+
+    name = "bf16"
+    overflow = math.inf
+    target = 1.0
+    keeps_all = True
+
+    def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        return x.to(torch.bfloat16).to(x.dtype)
+
+    def encode(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        raise ValueError("bf16 has no 8-bit codes")
+
+    def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        raise ValueError("bf16 has no 8-bit codes")
 
 
-class _ScaledRound(Protocol):
-    def __call__(self, x: torch.Tensor, scale: torch.Tensor, overflow: str = "inf") -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class Format:
-    """An 8-bit float.
-
-    ``overflow`` is the least magnitude that rounds beyond the largest finite value;
-    ``scaled_round`` is round(x / scale) of a matrix as BF16 with one scale a row or one for all.
-    """
-
-    name: str
-    overflow: float
-    encode: _Encode
-    decode: _Decode
-    scaled_round: _ScaledRound
-
-
-FORMATS: dict[str, Format] = {
-    "hif8": Format(
-        name="hif8",
-        overflow=hif8.OVERFLOW,
-        encode=hif8.encode,
-        decode=hif8.decode,
-        scaled_round=kernels.scaled_round_hif8,
-    ),
-}
+FORMATS: dict[str, Format] = {format_.name: format_ for format_ in (HiF8(), E4M3, E5M2, MXFP8, Int8(), BFloat16())}
 
 
 def get_format(name: str) -> Format:

@@ -1,5 +1,26 @@
-"""How rounding is made fast: one set of functions, an implementation per device."""
+"""How rounding is made fast: one set of torch ops, an implementation per device."""
 
-from wanquant.kernels.dispatch import absmax_rows, decode_hif8, encode_hif8, round_hif8, scaled_round_hif8
+from wanquant.kernels.dispatch import (
+    absmax_rows,
+    decode_hif8,
+    descale,
+    encode_hif8,
+    quantize_rows_hif8,
+    round_hif8,
+    round_hif8_stochastic,
+    scaled_round_hif8,
+)
+from wanquant.kernels.eager import OVERFLOW, step
 
-__all__ = ["absmax_rows", "decode_hif8", "encode_hif8", "round_hif8", "scaled_round_hif8"]
+__all__ = [
+    "OVERFLOW",
+    "absmax_rows",
+    "decode_hif8",
+    "descale",
+    "encode_hif8",
+    "quantize_rows_hif8",
+    "round_hif8",
+    "round_hif8_stochastic",
+    "scaled_round_hif8",
+    "step",
+]

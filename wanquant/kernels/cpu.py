@@ -1,4 +1,4 @@
-"""The CPU kernels: numba loops over bit patterns, on chunks, on threads of our own.
+"""The kernels of the CPU, one function per op: numba loops on chunks, on threads of our own.
 
 The loops are serial and release the GIL; chunks of large tensors run on a small pool of Python
 threads. numba's own parallel loops are avoided on purpose: on OpenMP they bring a second runtime
@@ -10,126 +10,146 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache
 from itertools import pairwise
 
-import numba
-import numpy as np
 import torch
 
 from wanquant.kernels.eager import narrow
+from wanquant.kernels.loops import DESCALE, LOOPS, stochastic
 from wanquant.kernels.tables import decode_table, encode_table
 
 #: Elements below which one thread is quicker than waking another.
-_CHUNK = 1 << 16
-_TABLES: dict[torch.dtype, np.ndarray] = {}
+_CHUNK = 1 << 17
 _pool: ThreadPoolExecutor | None = None
 
-_njit = partial(numba.njit, nogil=True, cache=True, boundscheck=False, error_model="numpy")
+
+def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
+    source = _fit(x)
+    out = torch.empty_like(source)
+    _round_into(source, out, saturate)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-@_njit(inline="always")
-def _round_bits32(bits, over):
-    """HiF8 rounding of one float32 pattern (uint32); ``over`` is the pattern of an overflow."""
-    magnitude = bits & np.uint32(0x7FFFFFFF)
-    biased = magnitude >> np.uint32(23)
-    distance = biased - np.uint32(127) if biased > np.uint32(127) else np.uint32(127) - biased
-    half = np.uint32(1 << 19)
-    if distance > np.uint32(3):
-        half = np.uint32(1 << 20)
-    if distance > np.uint32(7):
-        half = np.uint32(1 << 21)
-    if distance > np.uint32(15):
-        half = np.uint32(1 << 22)
-    rounded = (magnitude + half) & ~(np.uint32(2) * half - np.uint32(1))
-    rounded = max(rounded, np.uint32(105 << 23))
-    if magnitude < np.uint32(104 << 23):
-        rounded = np.uint32(0)
-    if rounded > np.uint32(142 << 23):
-        rounded = over
-    if magnitude == np.uint32(0x7F800000):
-        rounded = np.uint32(0x7F800000)
-    sign = bits & np.uint32(0x80000000)
-    if rounded == np.uint32(0):
-        sign = np.uint32(0)
-    rounded = rounded | sign
-    if magnitude > np.uint32(0x7F800000):
-        rounded = np.uint32(0x7FC00000)
-    return rounded
+def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
+    source = _fit(x)
+    if out.is_contiguous() and out.dtype == source.dtype:
+        _round_into(source, out, saturate)
+    else:
+        out.copy_(round_hif8(source, saturate))
 
 
-@_njit()
-def _round32(source, target, over):
-    for i in range(source.size):
-        target[i] = _round_bits32(source[i], over)
+def _round_into(x: torch.Tensor, out: torch.Tensor, saturate: bool) -> None:
+    loop, source, target, size = LOOPS[x.dtype].round, x.data_ptr(), out.data_ptr(), x.element_size()
+    _run(lambda a, b: loop(source + a * size, target + a * size, b - a, saturate), x.numel(), x.numel())
 
 
-@_njit()
-def _round16(source, target, over):
-    for i in range(source.size):
-        target[i] = np.uint16(_round_bits32(np.uint32(source[i]) << np.uint32(16), over) >> np.uint32(16))
+def round_hif8_stochastic(x: torch.Tensor, noise: torch.Tensor, saturate: bool) -> torch.Tensor:
+    values, bits = x.float().contiguous(), noise.contiguous()
+    out = torch.empty_like(values)
+    source, random, target = values.data_ptr(), bits.data_ptr(), out.data_ptr()
+
+    def call(a: int, b: int) -> None:
+        stochastic(source + 4 * a, random + 4 * a, target + 4 * a, b - a, saturate)
+
+    _run(call, x.numel(), x.numel())
+    return out if x.dtype == torch.float32 else narrow(out, x.dtype)
 
 
-@_njit()
-def _encode32(source, target, over, table):
-    for i in range(source.size):
-        target[i] = table[_round_bits32(source[i], over) >> np.uint32(20)]
+def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
+    values = _fit(x)
+    out = torch.empty(values.shape, dtype=torch.uint8)
+    loop, source, target, size = LOOPS[values.dtype].encode, values.data_ptr(), out.data_ptr(), values.element_size()
+    table = encode_table().data_ptr()
+    _run(lambda a, b: loop(source + a * size, target + a, b - a, saturate, table), x.numel(), x.numel())
+    return out
 
 
-@_njit()
-def _encode16(source, target, over, table):
-    for i in range(source.size):
-        target[i] = table[_round_bits32(np.uint32(source[i]) << np.uint32(16), over) >> np.uint32(20)]
+def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.float16:
+        return decode_hif8(codes, torch.float32).to(dtype)
+    codes = codes.contiguous()
+    out = torch.empty(codes.shape, dtype=dtype)
+    loop, source, target, size = LOOPS[dtype].decode, codes.data_ptr(), out.data_ptr(), out.element_size()
+    table = _values(dtype).data_ptr()
+    _run(lambda a, b: loop(source + a, target + a * size, b - a, table), codes.numel(), codes.numel())
+    return out
 
 
-@_njit()
-def _decode(source, target, table):
-    for i in range(source.size):
-        target[i] = table[source[i]]
+@cache
+def _values(dtype: torch.dtype) -> torch.Tensor:
+    return narrow(decode_table(), dtype)
 
 
-@_njit()
-def _absmax16(source, target):
-    for row in range(source.shape[0]):
-        best = np.uint16(0)
-        for column in range(source.shape[1]):
-            best = max(best, source[row, column] & np.uint16(0x7FFF))
-        target[row] = np.uint32(best) << np.uint32(16)
+def absmax_rows(x: torch.Tensor) -> torch.Tensor:
+    x = _fit(x)
+    out = torch.empty(x.shape[0], dtype=torch.float32)
+    loop, source, target, columns = LOOPS[x.dtype].absmax_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
+    pitch = columns * x.element_size()
+    _run(lambda a, b: loop(source + a * pitch, target + 4 * a, b - a, columns), x.shape[0], x.numel())
+    return out
 
 
-@_njit()
-def _absmax32(source, target):
-    for row in range(source.shape[0]):
-        best = np.uint32(0)
-        for column in range(source.shape[1]):
-            best = max(best, source[row, column] & np.uint32(0x7FFFFFFF))
-        target[row] = best
+def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x, scale = _fit(x), scale.contiguous()
+    out, over = torch.empty(x.shape, dtype=torch.bfloat16), torch.empty(x.shape[0], dtype=torch.int64)
+    loop, source, target, columns = LOOPS[x.dtype].scaled_round, x.data_ptr(), out.data_ptr(), x.shape[1]
+    pitch, scales, counts, step = columns * x.element_size(), scale.data_ptr(), over.data_ptr(), scale.ndim
+
+    def call(a: int, b: int) -> None:
+        part = (source + a * pitch, scales + 4 * a * step, step, target + 2 * a * columns, counts + 8 * a)
+        loop(*part, b - a, columns, saturate)
+
+    _run(call, x.shape[0], x.numel())
+    return out, over.sum()
 
 
-@_njit()
-def _scaled16(source, target, scale, over):
-    """BF16 patterns in and out. ``scale`` holds one value a row."""
-    for row in range(source.shape[0]):
-        step = scale[row]
-        wide = np.empty(source.shape[1], np.uint32)
-        for column in range(source.shape[1]):
-            wide[column] = np.uint32(source[row, column]) << np.uint32(16)
-        values = wide.view(np.float32)
-        for column in range(source.shape[1]):
-            values[column] = values[column] / step
-        for column in range(source.shape[1]):
-            target[row, column] = np.uint16(_round_bits32(wide[column], over) >> np.uint32(16))
+def quantize_rows_hif8(
+    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = _fit(x)
+    out, scale = torch.empty(x.shape, dtype=torch.bfloat16), torch.empty(x.shape[0], dtype=torch.float32)
+    loop, source, target, columns = LOOPS[x.dtype].quantize_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
+    pitch, scales = columns * x.element_size(), scale.data_ptr()
+
+    def call(a: int, b: int) -> None:
+        part = (source + a * pitch, target + 2 * a * columns, scales + 4 * a)
+        loop(*part, b - a, columns, goal, power_of_two, saturate)
+
+    _run(call, x.shape[0], x.numel())
+    return out, scale
 
 
-@_njit()
-def _scaled32(source, target, scale, over):
-    """float32 values in, BF16 patterns out. ``scale`` holds one value a row."""
-    for row in range(source.shape[0]):
-        step = scale[row]
-        values = source[row] / step
-        wide = values.view(np.uint32)
-        for column in range(source.shape[1]):
-            target[row, column] = np.uint16(_round_bits32(wide[column], over) >> np.uint32(16))
+def descale(
+    product: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if dtype == torch.float16:
+        return descale(product, row_scale, column_scale, bias, torch.float32).to(dtype)
+    product, row_scale, column_scale = _fit(product), row_scale.contiguous(), column_scale.contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    out = torch.empty(product.shape, dtype=dtype)
+    loop, (rows, columns) = DESCALE[product.dtype, dtype], product.shape
+    source, target, offset = product.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr()
+    pitch, out_pitch = columns * product.element_size(), columns * out.element_size()
+    by_row, row_step, by_column = row_scale.data_ptr(), row_scale.ndim, column_scale.data_ptr()
+
+    def call(a: int, b: int) -> None:
+        scales = (by_row + 4 * a * row_step, row_step, by_column, column_scale.ndim)
+        loop(source + a * pitch, *scales, offset, bias is not None, target + a * out_pitch, b - a, columns)
+
+    _run(call, rows, product.numel())
+    return out
+
+
+def _fit(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and in a type there are loops for: float16 goes through float32, because it has subnormals
+    where HiF8 has values."""
+    return (x.float() if x.dtype == torch.float16 else x).contiguous()
 
 
 def _forget_pool() -> None:
@@ -141,69 +161,18 @@ def _forget_pool() -> None:
 os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _run(
-    kernel: Callable[..., None], source: np.ndarray, target: np.ndarray, *rest: object, rows: np.ndarray | None = None
-) -> None:
-    """Runs the kernel over chunks of the first axis, on as many threads as torch uses.
-
-    ``rows``, where given, is an array sliced with the chunks and passed behind the target.
-    """
-    threads = min(torch.get_num_threads(), source.size // _CHUNK, source.shape[0])
-    middle: tuple[np.ndarray, ...] = () if rows is None else (rows,)
+def _run(call: Callable[[int, int], None], count: int, elements: int) -> None:
+    """Calls ``call(first, past)`` for chunks of ``range(count)`` that hold ``elements`` in all, on torch's number
+    of threads."""
+    threads = min(torch.get_num_threads(), elements // _CHUNK, count)
     if threads <= 1:
-        kernel(source, target, *middle, *rest)
+        call(0, count)
         return
     global _pool
     if _pool is None or _pool._max_workers < threads - 1:
         _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="hif8")
-    edges = np.linspace(0, source.shape[0], threads + 1).astype(np.int64)
-    parts = [slice(a, b) for a, b in pairwise(edges)]
-    tasks = [_pool.submit(kernel, source[part], target[part], *(m[part] for m in middle), *rest) for part in parts[1:]]
-    kernel(source[parts[0]], target[parts[0]], *(m[parts[0]] for m in middle), *rest)
+    edges = [count * part // threads for part in range(threads + 1)]
+    tasks = [_pool.submit(call, *chunk) for chunk in list(pairwise(edges))[1:]]
+    call(edges[0], edges[1])
     for task in tasks:
         task.result()
-
-
-def _bits(x: torch.Tensor) -> np.ndarray:
-    """The bit patterns of a contiguous tensor as unsigned integers, without a copy."""
-    if x.element_size() == 2:
-        return x.detach().view(torch.int16).numpy().view(np.uint16)
-    return x.detach().view(torch.int32).numpy().view(np.uint32)
-
-
-def _over(saturate: bool) -> np.uint32:
-    return np.uint32((142 << 23) if saturate else 0x7F800000)
-
-
-def round_any(x: torch.Tensor, out: torch.Tensor, saturate: bool) -> None:
-    """Both contiguous, one dimension, BF16 or float32."""
-    kernel = _round16 if x.dtype == torch.bfloat16 else _round32
-    _run(kernel, _bits(x), _bits(out), _over(saturate))
-
-
-def encode(x: torch.Tensor, out: torch.Tensor, saturate: bool) -> None:
-    kernel = _encode16 if x.dtype == torch.bfloat16 else _encode32
-    _run(kernel, _bits(x), out.numpy(), _over(saturate), encode_table().numpy())
-
-
-def decode(codes: torch.Tensor, out: torch.Tensor) -> None:
-    if out.dtype not in _TABLES:
-        _TABLES[out.dtype] = _bits(narrow(decode_table(), out.dtype))
-    _run(_decode, codes.detach().numpy(), _bits(out), _TABLES[out.dtype])
-
-
-def absmax_rows(x: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(x.shape[0], dtype=torch.float32)
-    kernel = _absmax16 if x.dtype == torch.bfloat16 else _absmax32
-    _run(kernel, _bits(x), _bits(out))
-    return out
-
-
-def scaled_round(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=torch.bfloat16)
-    per_row = scale.expand(x.shape[0]).contiguous().numpy()
-    if x.dtype == torch.bfloat16:
-        _run(_scaled16, _bits(x), _bits(out), _over(saturate), rows=per_row)
-    else:
-        _run(_scaled32, x.detach().numpy(), _bits(out), _over(saturate), rows=per_row)
-    return out

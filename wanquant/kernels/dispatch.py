@@ -1,18 +1,21 @@
-"""Chooses a kernel by device and makes the tensor fit it: contiguous, flat, in a type it knows.
+"""What the other rooms call: arguments checked, then the op of the tensor's device (``wanquant.kernels.ops``).
 
-All functions are free of autograd and take float32, bfloat16 or float16.
+All functions are free of autograd and take float32, bfloat16 or float16 of any layout.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from wanquant.kernels import cpu, eager
+from wanquant.kernels import ops  # noqa: F401  registers torch.ops.wanquant
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_OPS: Any = torch.ops.wanquant
 
 
-def _check(x: torch.Tensor, overflow: str) -> bool:
+def _saturates(x: torch.Tensor, overflow: str) -> bool:
     """Refuses what no kernel computes exactly; returns whether an overflow saturates."""
     if x.dtype not in FLOATS:
         raise TypeError(f"HiF8 takes float32, bfloat16 or float16, not {x.dtype}")
@@ -21,72 +24,68 @@ def _check(x: torch.Tensor, overflow: str) -> bool:
     return overflow == "saturate"
 
 
-def _compiled(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() > 0
-
-
-@torch.no_grad()
 def round_hif8(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor:
-    saturate = _check(x, overflow)
-    if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
+    saturate = _saturates(x, overflow)
+    if out is None:
+        return _tensor(_OPS.round_hif8.default(x, saturate))
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(f"out must be {tuple(x.shape)} {x.dtype} on {x.device}")
-    if not _compiled(x):
-        result = eager.round_any(x, saturate)
-        return result if out is None else out.copy_(result)
-    # float16 has subnormals where HiF8 has values, so it goes through float32, which is exact.
-    source = x.float() if x.dtype == torch.float16 else x
-    source = source.contiguous().view(-1)
-    direct = out is not None and out.is_contiguous() and out.dtype == source.dtype
-    target = out.view(-1) if direct and out is not None else torch.empty_like(source)
-    cpu.round_any(source, target, saturate)
-    if direct and out is not None:
-        return out
-    result = target.view(x.shape).to(x.dtype)
-    return result if out is None else out.copy_(result)
+    _OPS.round_hif8_out.default(x, saturate, out)
+    return out
 
 
-@torch.no_grad()
+def round_hif8_stochastic(
+    x: torch.Tensor, generator: torch.Generator | None = None, overflow: str = "inf"
+) -> torch.Tensor:
+    """The random bits are drawn on the generator's device, so a CPU generator gives the same on every device."""
+    saturate = _saturates(x, overflow)
+    device = x.device if generator is None else generator.device
+    noise = torch.randint(-(2**31), 2**31, x.shape, generator=generator, device=device, dtype=torch.int32)
+    return _OPS.round_hif8_stochastic.default(x, noise.to(x.device), saturate)
+
+
 def encode_hif8(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
-    saturate = _check(x, overflow)
-    if not _compiled(x):
-        return eager.encode(x, saturate)
-    source = (x.float() if x.dtype == torch.float16 else x).contiguous().view(-1)
-    out = torch.empty(source.shape, dtype=torch.uint8)
-    cpu.encode(source, out, saturate)
-    return out.view(x.shape)
+    return _OPS.encode_hif8.default(x, _saturates(x, overflow))
 
 
-@torch.no_grad()
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     if codes.dtype != torch.uint8:
         raise TypeError(f"HiF8 codes are uint8, not {codes.dtype}")
     if dtype not in FLOATS:
         raise TypeError(f"HiF8 decodes to float32, bfloat16 or float16, not {dtype}")
-    if not _compiled(codes):
-        return eager.decode(codes, dtype)
-    out = torch.empty(codes.numel(), dtype=dtype)
-    cpu.decode(codes.contiguous().view(-1), out)
-    return out.view(codes.shape)
+    return _OPS.decode_hif8.default(codes, dtype)
 
 
-@torch.no_grad()
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each row of a matrix, float32 [rows]; NaN where the row holds one."""
-    _check(x, "inf")
-    if not _compiled(x) or x.dtype == torch.float16:
-        return eager.absmax_rows(x)
-    return cpu.absmax_rows(x.contiguous())
+    return _OPS.absmax_rows.default(x)
 
 
-@torch.no_grad()
-def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
-    """round(x / scale) of a matrix [rows, columns] as BF16, the division in float32.
+def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, overflow: str = "inf") -> tuple[torch.Tensor, torch.Tensor]:
+    """round(x / scale) of a matrix [rows, columns] as BF16, the division in float32; int64 [], how many overflowed.
 
     ``scale`` is float32, [rows] or of no dimension. There is no BF16 step between the division and
     the rounding, so nothing is rounded twice.
     """
-    saturate = _check(x, overflow)
-    if not _compiled(x):
-        return eager.scaled_round(x, scale, saturate)
-    source = x.float() if x.dtype == torch.float16 else x
-    return cpu.scaled_round(source.contiguous(), scale, saturate)
+    return _OPS.scaled_round_hif8.default(x, scale, _saturates(x, overflow))
+
+
+def quantize_rows_hif8(
+    x: torch.Tensor, goal: float, power_of_two: bool, overflow: str = "inf"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``scaled_round_hif8`` by ``step`` of each row's absmax, in one pass: BF16 [rows, columns], scales [rows]."""
+    return _OPS.quantize_rows_hif8.default(x, goal, power_of_two, _saturates(x, overflow))
+
+
+def descale(
+    product: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """product · row scale · column scale + bias in float32, rounded once to ``dtype``.
+
+    ``product`` is [rows, columns]; the scales are float32, [rows] and [columns] or of no dimension.
+    """
+    return _OPS.descale.default(product, row_scale, column_scale, bias, dtype)

@@ -1,4 +1,4 @@
-"""The eager kernels: plain torch on integers, for any device. Exact, not fast."""
+"""The kernels of any device, one function per op: plain torch on integers. Exact, not fast."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ _NAN = 0x7FC00000
 _MAX = 142 << 23  # 2^15 = 32768, the largest finite value
 _TINY = 104 << 23  # 2^-23: below it, zero
 _SMALLEST = 105 << 23  # 2^-22, the smallest positive value
+#: The magnitude from which rounding goes beyond 32768, the largest finite value.
+OVERFLOW = 40960.0
 
 
 def round_float32(x: torch.Tensor, saturate: bool) -> torch.Tensor:
@@ -22,11 +24,20 @@ def round_float32(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     """
     bits = x.view(torch.int32)
     magnitude = bits & _MAGNITUDE
-    distance = ((magnitude >> 23) - 127).abs()
-    # 3 mantissa bits kept up to |E| = 3, 2 up to 7, 1 up to 15, none in the denormal zone.
-    drop = 20 + (distance > 3).int() + (distance > 7).int() + (distance > 15).int()
+    drop = _dropped_bits(magnitude)
     rounded = ((magnitude + (1 << (drop - 1))) >> drop) << drop
     rounded = torch.where(magnitude < _TINY, 0, rounded.clamp_min(_SMALLEST))
+    return _finish(bits, magnitude, rounded, saturate)
+
+
+def _dropped_bits(magnitude: torch.Tensor) -> torch.Tensor:
+    """3 mantissa bits are kept up to |E| = 3, 2 up to 7, 1 up to 15, none in the denormal zone."""
+    distance = ((magnitude >> 23) - 127).abs()
+    return 20 + (distance > 3).int() + (distance > 7).int() + (distance > 15).int()
+
+
+def _finish(bits: torch.Tensor, magnitude: torch.Tensor, rounded: torch.Tensor, saturate: bool) -> torch.Tensor:
+    """Overflow, sign, the one zero and NaN."""
     over = (rounded > _MAX) & (magnitude != _INF) if saturate else rounded > _MAX
     rounded = torch.where(over, _MAX if saturate else _INF, rounded)
     signed = torch.where(rounded == 0, 0, rounded | (bits & ~_MAGNITUDE))
@@ -40,25 +51,79 @@ def narrow(rounded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (rounded.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def round_any(x: torch.Tensor, saturate: bool) -> torch.Tensor:
+def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     return narrow(round_float32(x.to(torch.float32).contiguous(), saturate), x.dtype)
 
 
-def encode(x: torch.Tensor, saturate: bool) -> torch.Tensor:
+def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
+    out.copy_(round_hif8(x, saturate))
+
+
+def round_hif8_stochastic(x: torch.Tensor, noise: torch.Tensor, saturate: bool) -> torch.Tensor:
+    """To one of the two neighbours, the nearer the likelier, by 32 random bits an element (int32).
+
+    The integer below which the upper neighbour is taken is the part of the magnitude that is cut off, so the
+    expectation is exact; between 0 and 2^-22 the share is compared with 24 of the bits.
+    """
+    wide = x.to(torch.float32).contiguous()
+    bits, noise = wide.view(torch.int32), noise.contiguous()
+    magnitude = bits & _MAGNITUDE
+    drop = _dropped_bits(magnitude)
+    rounded = ((magnitude + (noise & ((1 << drop) - 1))) >> drop) << drop
+    share = magnitude.view(torch.float32) * 2.0**22
+    # Of the upper 24 bits, which float32 holds exactly.
+    up = share > ((noise >> 8) & 0xFFFFFF).float() * 2.0**-24
+    rounded = torch.where(magnitude < _SMALLEST, up.int() * _SMALLEST, rounded)
+    return narrow(_finish(bits, magnitude, rounded, saturate), x.dtype)
+
+
+def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     rounded = round_float32(x.to(torch.float32).contiguous(), saturate)
     index = (rounded.view(torch.int32) >> 20) & 0xFFF
     # The upper twelve bits of a float32 are those of its BF16.
     return encode_table().to(x.device)[index.long()]
 
 
-def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return narrow(decode_table(), dtype).to(codes.device)[codes.long()]
 
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
-    return x.abs().amax(dim=1).float()
+    return x.abs().amax(dim=1).float() if x.shape[1] else x.new_zeros(x.shape[0], dtype=torch.float32)
 
 
-def scaled_round(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> torch.Tensor:
+def step(absmax: torch.Tensor, goal: float, power_of_two: bool) -> torch.Tensor:
+    """The scale that brings each absmax to ``goal``, or the smallest power of two that brings it no higher.
+
+    1 for a slice of zeros (or one whose step would vanish), NaN for a slice that is not finite: on purpose the
+    whole slice turns NaN, so that a broken activation cannot look repaired.
+    """
+    scale = absmax / goal
+    if power_of_two:
+        # frexp, not log2, which is wrong just below powers of two: x = m 2^e with 0.5 <= m < 1.
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return torch.where(torch.isfinite(absmax), torch.where(scale == 0, 1.0, scale), torch.nan)
+
+
+def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
     scaled = x.float() / (scale[:, None] if scale.ndim else scale)
-    return narrow(round_float32(scaled, saturate), torch.bfloat16)
+    return narrow(round_float32(scaled, saturate), torch.bfloat16), (scaled.abs() >= OVERFLOW).sum()
+
+
+def quantize_rows_hif8(
+    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = step(absmax_rows(x), goal, power_of_two)
+    return scaled_round_hif8(x, scale, saturate)[0], scale
+
+
+def descale(
+    product: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    scaled = product.float() * (row_scale[:, None] if row_scale.ndim else row_scale) * column_scale
+    return (scaled if bias is None else scaled + bias).to(dtype)

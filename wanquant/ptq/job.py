@@ -23,7 +23,7 @@ from wanquant.ptq.calibrate import Calibration, calibrate
 from wanquant.ptq.plan import print_plan
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
-from wanquant.quant.config import parse
+from wanquant.quant.config import parse, settle
 from wanquant.runs import pictures
 from wanquant.runs.progress import progress
 from wanquant.runs.report import summary, write_report
@@ -75,6 +75,7 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
     """
     if not config.dry_run:
         forget_last_run(folder)  # before anything is refused, lest its result pass for this run's
+    config = dataclasses.replace(config, quant=settle(config.quant))
     pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
     device = pick_device(config.model.device)
     _check(config, pairs_ + calibration_pairs)
@@ -108,7 +109,7 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
 
 def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     """Refuses what can be refused by the config and the model's shape, before a weight is read or fetched."""
-    parse(config.quant)
+    scheme = parse(config.quant)
     check_tracker(config.tracker)
     if config.model.language == "scenes":
         for prompt, _ in videos:
@@ -119,8 +120,10 @@ def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
         raise ValueError(f"{folder} is quantized already: model.path must be the original model")
     if (folder / "transformer_2").is_dir():
         raise ValueError(f"{folder} has two transformers (Wan2.2), of which this version would quantize only one")
-    plan = plan_conversion(empty_transformer(folder), config.protect.blocks, config.protect.modules)
-    if not plan.names("converted"):
+    plan = plan_conversion(
+        empty_transformer(folder), config.protect.blocks, config.protect.modules, format_=scheme.format
+    )
+    if not plan.names("converted") and not scheme.format.keeps_all:
         raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
 
 
@@ -161,7 +164,7 @@ class _Job:
             gate_results = gates.check(samples, reference)
         with run.stage("write"):
             self._write_videos(reference, samples)
-            if config.checkpoint:
+            if config.checkpoint and report.names("converted"):
                 with progress("save", len(report.names("converted")), "linear") as tick:
                     save_quantized(pipe, run.folder / "checkpoint", tick)
         settled = dataclasses.asdict(config)
@@ -197,7 +200,7 @@ class _Job:
 
     def _quantize(self, pipe: Pipeline, calibration: Calibration) -> ConversionReport:
         config, protect = self.config, self.config.protect
-        plan = plan_conversion(pipe.transformer, protect.blocks, protect.modules)
+        plan = plan_conversion(pipe.transformer, protect.blocks, protect.modules, format_=parse(config.quant).format)
         with progress("quantize", len(plan.names("converted")), "linear") as tick:
             return quantize_(
                 pipe.transformer,
@@ -250,7 +253,7 @@ class _Job:
         pictures.write_png(folder / "figures" / "contact_sheet.png", pictures.contact_sheet(rows[:SHEET_ROWS]))
 
     def _conversion(self, pipe: Pipeline, report: ConversionReport, calibration: Calibration) -> dict[str, Any]:
-        overflowed = {name: layer.overflowed for name, layer in quantized_linears(pipe.transformer).items()}
+        overflowed = {name: int(layer.overflowed) for name, layer in quantized_linears(pipe.transformer).items()}
         return {
             "protect": {
                 "name": self.config.protect.name,

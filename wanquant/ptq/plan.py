@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import nn
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.quant.config import parse
-from wanquant.quant.scale import PerTensor
 from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.load import Transformer, empty_transformer
 
@@ -33,15 +33,15 @@ class Plan:
 def make_plan(folder: Path, quant: QuantConfig, protect: ProtectConfig, settings: GenerationConfig) -> Plan:
     """From ``transformer/config.json`` alone: no weight is read."""
     transformer = empty_transformer(folder)
-    report = plan_conversion(transformer, protect.blocks, protect.modules)
-    per_tensor = isinstance(parse(quant).weight_granularity, PerTensor)
+    scheme = parse(quant)
+    report = plan_conversion(transformer, protect.blocks, protect.modules, format_=scheme.format)
     parameters = sum(p.numel() for p in transformer.parameters())
     weights = scales = 0
     for name in report.names("converted"):
         linear = transformer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         weights += linear.weight.numel()
-        scales += 1 if per_tensor else linear.out_features
+        scales += math.prod(scheme.weight_granularity.scale_shape(linear.out_features, linear.in_features))
     tokens, width = _tokens(settings, transformer), transformer.proj_out.in_features
     forward = 2 * tokens * parameters + 4 * tokens**2 * width * report.blocks
     branches = 2 if settings.guidance_scale > 1 else 1

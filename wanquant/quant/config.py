@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from wanquant.formats.registry import Format, get_format
-from wanquant.quant.scale import Direct, Granularity, Rule, parse_granularity, parse_rule
+from wanquant.quant.scale import (
+    AmaxTo,
+    Granularity,
+    PowerOfTwo,
+    Rule,
+    SharedExponent,
+    parse_granularity,
+    parse_rule,
+)
+
+#: The format's own choice. ``Scheme.config`` names what it was.
+DEFAULT = "default"
 
 
 @dataclass
 class WeightConfig:
-    granularity: str = "per_channel"
-    rule: str = "amax/15"
+    granularity: str = DEFAULT
+    rule: str = DEFAULT
 
 
 @dataclass
 class ActivationConfig:
-    granularity: str = "per_token"
-    rule: str = "amax/15"
+    granularity: str = DEFAULT
+    rule: str = DEFAULT
     #: A static step comes from calibration and needs ``granularity=per_tensor``.
     static: bool = False
 
@@ -31,7 +42,7 @@ class QuantConfig:
     weights: WeightConfig = field(default_factory=WeightConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     #: ``inf`` or ``saturate``: what a magnitude beyond the format's range becomes.
-    overflow: str = "inf"
+    overflow: str = DEFAULT
     #: ``fast``: a BF16 product, scaled in float32; ``exact``: a float32 product, the reference.
     product: str = "fast"
     #: Keep weights as uint8 codes and decode them in every forward.
@@ -40,7 +51,7 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A ``QuantConfig``, checked and parsed once. Keeps the config it came from, for checkpoints to name."""
+    """A ``QuantConfig``, checked and parsed once. Keeps the config, its defaults settled, for checkpoints to name."""
 
     config: QuantConfig
     format: Format
@@ -53,32 +64,52 @@ class Scheme:
     product: str
     packed: bool
 
-    @property
-    def act_may_overflow(self) -> bool:
-        """A step taken from the tensor itself keeps it in range; a fixed one may not."""
-        return self.act_static or isinstance(self.act_rule, Direct)
+
+def settle(config: QuantConfig) -> QuantConfig:
+    """The config with the format's own choices where it says ``default``."""
+    format_ = get_format(config.format)
+
+    def choose(value: str, own: str) -> str:
+        return own if value == DEFAULT else value
+
+    rule = "mx" if format_.block else f"amax/{format_.target:g}"
+    rows = {side: "per_block" if format_.block else name for side, name in (("w", "per_channel"), ("a", "per_token"))}
+    weights, act = config.weights, config.activations
+    return replace(
+        config,
+        weights=replace(weights, granularity=choose(weights.granularity, rows["w"]), rule=choose(weights.rule, rule)),
+        activations=replace(act, granularity=choose(act.granularity, rows["a"]), rule=choose(act.rule, rule)),
+        overflow=choose(config.overflow, format_.default_overflow),
+    )
 
 
 def parse(config: QuantConfig) -> Scheme:
     """``ValueError`` names the key at fault and what it may be."""
+    config = settle(config)
+    format_ = get_format(config.format)
     if config.overflow not in ("inf", "saturate"):
         raise ValueError(f"quant.overflow={config.overflow}: choose inf or saturate")
+    try:
+        format_.check_overflow(config.overflow)
+    except ValueError as error:
+        raise ValueError(f"quant.overflow={config.overflow}: {error}") from None
     if config.product not in ("fast", "exact"):
         raise ValueError(f"quant.product={config.product}: choose fast or exact")
-    act = config.activations
+    weights, act = config.weights, config.activations
     if act.static and act.granularity != "per_tensor":
         raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
-    format_ = get_format(config.format)
-    rules = {"weights": parse_rule(config.weights.rule), "activations": parse_rule(act.rule)}
+    rules = {"weights": parse_rule(weights.rule, format_), "activations": parse_rule(act.rule, format_)}
     for side, rule in rules.items():
-        if not isinstance(rule, Direct) and rule.target >= format_.overflow:
+        if isinstance(rule, AmaxTo | PowerOfTwo) and rule.target >= format_.overflow:
             raise ValueError(f"quant.{side}.rule: target {rule.target:g} is beyond the range of {format_.name}")
+        if format_.block and not isinstance(rule, PowerOfTwo | SharedExponent):
+            raise ValueError(f"quant.{side}.rule: the steps of {format_.name} are powers of two, choose mx or pow2")
     return Scheme(
         config=config,
         format=format_,
-        weight_granularity=parse_granularity(config.weights.granularity, rows="per_channel"),
+        weight_granularity=parse_granularity(weights.granularity, "per_channel", format_),
         weight_rule=rules["weights"],
-        act_granularity=parse_granularity(act.granularity, rows="per_token"),
+        act_granularity=parse_granularity(act.granularity, "per_token", format_),
         act_rule=rules["activations"],
         act_static=act.static,
         overflow=config.overflow,

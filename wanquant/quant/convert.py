@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from wanquant.formats.base import Format
 from wanquant.quant.config import QuantConfig, Scheme, parse
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.select import match_names, resolve_blocks
@@ -58,8 +59,8 @@ def quantize_(
     Linears outside the blocks stay as they are. Everything is checked before anything is changed:
     ``ValueError`` names a wrong index, a pattern that matches nothing, or a linear without statistics.
     """
-    plan = plan_conversion(module, protected_blocks, protected_modules, blocks)
     scheme = parse(config or QuantConfig())
+    plan = plan_conversion(module, protected_blocks, protected_modules, blocks, scheme.format)
     todo = plan.names("converted")
     if scheme.act_static:
         missing = [name for name in todo if stats is None or name not in stats]
@@ -78,8 +79,9 @@ def plan_conversion(
     protected_blocks: Sequence[int] = (),
     protected_modules: Sequence[str] = (),
     blocks: str = "blocks",
+    format_: Format | None = None,
 ) -> ConversionReport:
-    """What ``quantize_`` would do, without doing it; works on meta tensors."""
+    """What ``quantize_`` would do, without doing it; works on meta tensors. Without a format, to an 8-bit one."""
     try:
         block_list = module.get_submodule(blocks)
     except AttributeError:
@@ -112,6 +114,8 @@ def plan_conversion(
             rows.append(ModuleReport(name, "protected", f"block {inside[name][0]}"))
         elif inside[name][1] in kept:
             rows.append(ModuleReport(name, "protected", "module pattern"))
+        elif format_ is not None and format_.keeps_all:
+            rows.append(ModuleReport(name, "skipped", f"{format_.name} is no quantization"))
         else:
             rows.append(ModuleReport(name, "converted", f"block {inside[name][0]}"))
     return ConversionReport(tuple(rows), len(block_list), protected)

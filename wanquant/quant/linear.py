@@ -6,6 +6,8 @@ Q rounds to an 8-bit format whose values are exact in BF16, so a BF16 product of
 accumulation has exact products, provided the scales are applied after it. ``product=fast`` takes
 that product in BF16, whose output is rounded once more; ``product=exact`` takes it in float32.
 
+Block formats (MXFP8) are the exception: their scales, powers of two, go into the operands, where they are exact.
+
 Differs from the usual fake quantization (dequantize both operands, then multiply) in that no scale
 touches an operand: what is simulated is what the hardware does.
 """
@@ -18,14 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from wanquant.kernels import absmax_rows
+from wanquant.kernels import descale
 from wanquant.quant.config import Scheme
-from wanquant.quant.scale import PerTensor
-
-
-def _column(scale: torch.Tensor) -> torch.Tensor:
-    """[rows] to [rows, 1], to stand beside a matrix; [] stays."""
-    return scale[:, None] if scale.ndim else scale
+from wanquant.quant.scale import PerBlock, quantize_matrix
 
 
 class QuantLinear(nn.Linear):
@@ -34,26 +31,26 @@ class QuantLinear(nn.Linear):
     For inference: no gradient passes through the rounding.
 
     weight        [out, in]: BF16 values on the format's grid, or uint8 codes (packed)
-    weight_scale  float32 [out], or [] per tensor
+    weight_scale  float32 [out], or [] per tensor, or [out, in / block]
     input_scale   float32 [], with static activations only
     bias          BF16
+    overflowed    int64 []: elements, of the weight and of all inputs so far, that fell beyond the format's range
     """
 
     weight_scale: torch.Tensor
     input_scale: torch.Tensor | None
-    #: Elements, of the weight and of all inputs so far, that fell beyond the format's range.
-    overflowed: int
+    overflowed: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme) -> None:
         """An empty layer of the right shapes, on meta; ``from_linear`` or a checkpoint fills it."""
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=torch.bfloat16)
         self.scheme = scheme
-        self.overflowed = 0
         dtype = torch.uint8 if scheme.packed else torch.bfloat16
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device="meta"), False)
-        scale_shape = () if isinstance(scheme.weight_granularity, PerTensor) else (out_features,)
-        self.register_buffer("weight_scale", torch.empty(scale_shape, device="meta"))
+        shape = scheme.weight_granularity.scale_shape(out_features, in_features)
+        self.register_buffer("weight_scale", torch.empty(shape, device="meta"))
         self.register_buffer("input_scale", torch.empty((), device="meta") if scheme.act_static else None)
+        self.register_buffer("overflowed", torch.zeros((), dtype=torch.int64, device="cpu"), persistent=False)
 
     @classmethod
     @torch.no_grad()
@@ -64,46 +61,66 @@ class QuantLinear(nn.Linear):
         """
         self = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme)
         source = linear.weight.detach().to(torch.bfloat16)
-        scale = scheme.weight_rule(scheme.weight_granularity.reduce(absmax_rows(source)))
-        rounded = scheme.format.scaled_round(source, scale, scheme.overflow)
-        self.weight = nn.Parameter(scheme.format.encode(rounded) if scheme.packed else rounded, requires_grad=False)
-        self.weight_scale = scale
+        rounded, self.weight_scale, over = quantize_matrix(
+            source, scheme.weight_granularity, scheme.weight_rule, scheme.format, scheme.overflow
+        )
+        self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.packed else rounded, False)
+        self.overflowed = torch.zeros_like(self.weight_scale, dtype=torch.int64).sum() if over is None else over
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach().to(torch.bfloat16), requires_grad=False)
-        self.overflowed = int((source.float().abs() >= scheme.format.overflow * _column(scale)).sum())
         if scheme.act_static:
             assert input_absmax is not None, "a static scheme needs a calibrated input"
             self.input_scale = scheme.act_rule(torch.tensor(input_absmax, device=source.device))
         self.train(linear.training)
         return self
 
+    @property
+    def is_packed(self) -> bool:
+        return self.weight.dtype == torch.uint8
+
     def codes(self) -> torch.Tensor:
         """The weights as uint8 codes [out, in], packed or not; exact."""
-        return self.weight.data if self.weight.dtype == torch.uint8 else self.scheme.format.encode(self.weight.data)
+        return self.weight.data if self.is_packed else self.scheme.format.encode(self.weight.data, self.scheme.overflow)
+
+    @torch.no_grad()
+    def pack_(self) -> QuantLinear:
+        """Keeps the weights as codes, half the memory; they are decoded in every forward."""
+        self.weight = nn.Parameter(self.codes(), requires_grad=False)
+        return self
+
+    @torch.no_grad()
+    def unpack_(self) -> QuantLinear:
+        """Keeps the weights as BF16 values. Nothing is lost either way."""
+        if self.is_packed:
+            self.weight = nn.Parameter(self.scheme.format.decode(self.weight.data), requires_grad=False)
+        return self
 
     def quantize_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens] or []."""
+        """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens], [] or [tokens, in / block]."""
         scheme = self.scheme
         if self.input_scale is not None:
             scale = self.input_scale
+            operand, over = scheme.format.scaled_round(rows, scale, scheme.overflow)
         else:
-            scale = scheme.act_rule(scheme.act_granularity.reduce(absmax_rows(rows)))
-        if scheme.act_may_overflow:
-            self.overflowed += int((rows.float().abs() >= scheme.format.overflow * _column(scale)).sum())
-        return scheme.format.scaled_round(rows, scale, scheme.overflow), scale
+            operand, scale, over = quantize_matrix(
+                rows, scheme.act_granularity, scheme.act_rule, scheme.format, scheme.overflow
+            )
+        if over is not None:
+            self.overflowed += over
+        return operand, scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
-        operand, scale = self.quantize_input(rows)
-        weight = self.scheme.format.decode(self.weight) if self.weight.dtype == torch.uint8 else self.weight
+        operand, scale = self.quantize_input(x.reshape(-1, self.in_features))
+        weight = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
+        weight_scale = self.weight_scale
+        if isinstance(self.scheme.weight_granularity, PerBlock):
+            operand, scale = _into_operand(operand, scale)
+            weight, weight_scale = _into_operand(weight, weight_scale)
         if self.scheme.product == "exact":
             product = F.linear(operand.float(), weight.float())
         else:
-            product = F.linear(operand, weight).float()
-        product.mul_(_column(scale)).mul_(self.weight_scale)
-        if self.bias is not None:
-            product.add_(self.bias)
-        return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+            product = F.linear(operand, weight)
+        return descale(product, scale, weight_scale, self.bias, x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
         """Moves like any module, but a change of type leaves the scales in float32 and the weight what it is."""
@@ -119,4 +136,10 @@ class QuantLinear(nn.Linear):
         return self
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.weight.dtype == torch.uint8}"
+        return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.is_packed}"
+
+
+def _into_operand(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps of blocks cannot wait until after the product; they are powers of two, so the operand stays exact."""
+    blocks = values.view(*scale.shape, -1) * scale[..., None].to(torch.bfloat16)
+    return blocks.view(values.shape), scale.new_ones(())

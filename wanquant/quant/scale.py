@@ -6,9 +6,13 @@ what a config can hold, and are parsed once into the small frozen classes below.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+from wanquant import kernels
+from wanquant.formats.base import Format
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Direct:
     """s = 1: the format's own range has to do. The challenge's simulator; AMCT *Cast*."""
 
     def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
-        return _guard(absmax, torch.ones_like(absmax))
+        return torch.where(torch.isfinite(absmax), 1.0, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,10 @@ class AmaxTo:
     """
 
     target: float
+    power_of_two = False
 
     def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
-        return _guard(absmax, absmax / self.target)
+        return kernels.step(absmax, self.target, False)
 
 
 @dataclass(frozen=True)
@@ -42,25 +47,31 @@ class PowerOfTwo:
     """
 
     target: float
+    power_of_two = True
 
     def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
-        # frexp, not log2, which is wrong just below powers of two: x = m 2^e with 0.5 <= m < 1.
-        mantissa, exponent = torch.frexp(absmax / self.target)
-        exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-        return _guard(absmax, torch.ldexp(torch.ones_like(absmax), exponent))
+        return kernels.step(absmax, self.target, True)
 
 
-#: From the largest magnitude of each slice (float32, any shape) to its step, in the same shape.
-Rule = Direct | AmaxTo | PowerOfTwo
+@dataclass(frozen=True)
+class SharedExponent:
+    """s = 2^(floor(log2 absmax) - floor(log2 max)), at least 2^-127: the rule of OCP Microscaling 1.0, section 6.3.
 
-
-def _guard(absmax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """1 for a slice of zeros (or one whose step would vanish), NaN for a slice that is not finite.
-
-    NaN on purpose: the whole slice turns NaN, so that a broken activation cannot look repaired.
+    The largest magnitude lands between the power of two below the format's maximum and the next one, so a part
+    of it is beyond the maximum and saturates. ``max_exponent`` is 8 for E4M3, whose maximum is 448.
     """
-    scale = torch.where(scale == 0, 1.0, scale)
-    return torch.where(torch.isfinite(absmax), scale, torch.nan)
+
+    max_exponent: int
+
+    def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
+        exponent = torch.frexp(absmax).exponent - 1 - self.max_exponent
+        scale = torch.ldexp(torch.ones_like(absmax), exponent.clamp_min(-127))
+        return torch.where(torch.isfinite(absmax), torch.where(absmax == 0, 1.0, scale), torch.nan)
+
+
+#: From the largest magnitude of each slice (float32, any shape) to its step, in the same shape. A slice of zeros
+#: gets 1; one that is not finite gets NaN and turns NaN whole, so that a broken activation cannot look repaired.
+Rule = Direct | AmaxTo | PowerOfTwo | SharedExponent
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,9 @@ class PerTensor:
 
     def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
         return absmax_of_rows.amax()
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -81,33 +95,76 @@ class PerRow:
     def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
         return absmax_of_rows
 
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return (rows,)
 
-Granularity = PerTensor | PerRow
-DEFAULT_TARGET = 15.0
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One step for ``size`` elements in a row: [rows, columns] → [rows, columns / size]."""
+
+    size: int
+
+    def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
+        return absmax_of_rows
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        if columns % self.size:
+            raise ValueError(f"rows of {columns} elements do not divide into blocks of {self.size}")
+        return (rows, columns // self.size)
 
 
-def parse_rule(text: str) -> Rule:
-    """``direct``, ``amax/15``, ``amax/16``, ``pow2`` or ``pow2/16``; the number is the target."""
-    name, _, target_text = text.partition("/")
+Granularity = PerTensor | PerRow | PerBlock
+
+
+def parse_rule(text: str, format_: Format) -> Rule:
+    """``direct``, ``amax/15``, ``pow2/16``, ``mx``; the number is the target, without one it is the format's own."""
+    name, slash, target_text = text.partition("/")
     try:
-        target = float(target_text) if target_text else DEFAULT_TARGET
+        target = float(target_text) if slash else format_.target
     except ValueError:
         raise ValueError(f"scale rule {text!r}: the target {target_text!r} is not a number") from None
     if not 0 < target < float("inf"):
         raise ValueError(f"scale rule {text!r}: the target must be positive")
-    if name == "direct" and not target_text:
+    if name == "direct" and not slash:
         return Direct()
-    if name == "amax" and target_text:
+    if name == "amax":
         return AmaxTo(target)
     if name == "pow2":
         return PowerOfTwo(target)
-    raise ValueError(f"unknown scale rule {text!r}: choose direct, amax/TARGET (amax/15) or pow2[/TARGET]")
+    if name == "mx" and not slash:
+        return SharedExponent(math.frexp(format_.target)[1] - 1)
+    raise ValueError(f"unknown scale rule {text!r}: choose direct, amax[/TARGET] (amax/15), pow2[/TARGET] or mx")
 
 
-def parse_granularity(text: str, rows: str) -> Granularity:
-    """``per_tensor`` or the name ``rows`` stands for: ``per_channel`` of weights, ``per_token`` of activations."""
+def parse_granularity(text: str, rows: str, format_: Format) -> Granularity:
+    """``per_tensor``, ``per_block`` or the name ``rows`` stands for: ``per_channel`` of weights, ``per_token`` of
+    activations."""
+    if text == "per_block" and format_.block:
+        return PerBlock(format_.block)
+    if format_.block:
+        raise ValueError(f"{format_.name} has a scale for every {format_.block} elements: the granularity is per_block")
     if text == "per_tensor":
         return PerTensor()
     if text == rows:
         return PerRow()
     raise ValueError(f"unknown granularity {text!r}: choose per_tensor or {rows}")
+
+
+def quantize_matrix(
+    x: torch.Tensor, granularity: Granularity, rule: Rule, format_: Format, overflow: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Q(x / s) of a matrix as BF16 values on the grid, its steps s, and how many overflowed (None: none could).
+
+    A step taken from the slice itself keeps it in range, so then there is nothing to count.
+    """
+    slices = x.reshape(-1, granularity.size) if isinstance(granularity, PerBlock) else x
+    if isinstance(rule, AmaxTo | PowerOfTwo) and not isinstance(granularity, PerTensor):
+        rounded, scale = format_.quantize_rows(slices, rule.target, rule.power_of_two, overflow)
+        over = None
+    else:
+        scale = rule(granularity.reduce(kernels.absmax_rows(slices)))
+        rounded, over = format_.scaled_round(slices, scale, overflow)
+    if isinstance(granularity, PerBlock):
+        return rounded.view(x.shape), scale.view(len(x), -1), over
+    return rounded, scale, over

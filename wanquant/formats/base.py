@@ -1,0 +1,59 @@
+"""What every number format can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from wanquant import kernels
+
+
+class Format(ABC):
+    """An 8-bit number format, whose values are all exact in BF16.
+
+    overflow          the least magnitude that rounds beyond the largest finite value
+    target            where a scale rule without a target of its own brings the largest magnitude
+    default_overflow  ``inf`` or ``saturate``, what becomes of such a magnitude unless told otherwise
+    keeps_all         no linear is converted to it
+    block             how many elements of a row share a scale, where the format itself says so
+    """
+
+    name: str
+    overflow: float
+    target: float
+    default_overflow: str = "saturate"
+    keeps_all: bool = False
+    block: int | None = None
+
+    @abstractmethod
+    def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        """Nearest value of each element, in the shape and dtype of ``x``; NaN stays NaN."""
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        """uint8 codes of the rounded elements, in their shape."""
+
+    @abstractmethod
+    def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """The values of uint8 codes, in their shape."""
+
+    def check_overflow(self, overflow: str) -> None:
+        """``ValueError`` if the format has no such way to overflow."""
+        if overflow not in ("inf", "saturate"):
+            raise ValueError(f"overflow must be 'inf' or 'saturate', not {overflow!r}")
+
+    def scaled_round(self, x: torch.Tensor, scale: torch.Tensor, overflow: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """round(x / scale) of a matrix as BF16, the division in float32; and how many overflowed (int64 []).
+
+        ``scale`` is float32, [rows] or of no dimension.
+        """
+        scaled = x.float() / (scale[:, None] if scale.ndim else scale)
+        return self.round(scaled, overflow).to(torch.bfloat16), (scaled.abs() >= self.overflow).sum()
+
+    def quantize_rows(
+        self, x: torch.Tensor, target: float, power_of_two: bool, overflow: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``scaled_round`` by the step that brings each row's absmax to ``target``: BF16 values, steps [rows]."""
+        scale = kernels.step(kernels.absmax_rows(x), target, power_of_two)
+        return self.scaled_round(x, scale, overflow)[0], scale

@@ -1,0 +1,45 @@
+"""The 8-bit floats of the Open Compute Project (OFP8), by torch's own types: to nearest, ties to even.
+
+E4M3 has no infinity: what overflows becomes NaN with ``overflow="inf"``, ±448 with ``overflow="saturate"``, and a
+true infinity NaN either way. E5M2 overflows to infinity or to ±57344, and a true infinity stays one. Both have a -0.
+
+MXFP8 is E4M3 with a power of two as step for every 32 elements of a row (OCP Microscaling 1.0). The steps are
+exact in BF16 and go into the operands; an element below 2^-133 after that, of a block whose magnitudes are below
+2^-119, is lost.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from wanquant.formats.base import Format
+
+
+class Minifloat(Format):
+    def __init__(self, name: str, dtype: torch.dtype, overflow: float, block: int | None = None) -> None:
+        self.name, self.dtype, self.overflow, self.block = name, dtype, overflow, block
+        self.target = torch.finfo(dtype).max
+
+    def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        return self._cast(x, overflow).to(x.dtype)
+
+    def encode(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        return self._cast(x, overflow).view(torch.uint8)
+
+    def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return codes.view(self.dtype).to(dtype)
+
+    def _cast(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        self.check_overflow(overflow)
+        if overflow == "saturate":
+            x = torch.where(x.isinf(), x, x.clamp(-self.target, self.target))
+        return x.to(self.dtype)
+
+
+#: 464 lies in the middle of 448 and the 480 that is not there; the tie goes to 448, whose last bit is 0.
+E4M3 = Minifloat("e4m3", torch.float8_e4m3fn, overflow=math.nextafter(464.0, 465.0))
+MXFP8 = Minifloat("mxfp8", torch.float8_e4m3fn, overflow=E4M3.overflow, block=32)
+#: 61440 lies in the middle of 57344 and 65536; the tie goes to the latter.
+E5M2 = Minifloat("e5m2", torch.float8_e5m2, overflow=61440.0)
