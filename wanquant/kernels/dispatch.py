@@ -27,11 +27,26 @@ def _saturates(x: torch.Tensor, overflow: str) -> bool:
 def round_hif8(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor:
     saturate = _saturates(x, overflow)
     if out is None:
-        return _tensor(_OPS.round_hif8.default(x, saturate))
+        return _OPS.round_hif8.default(x, saturate)
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(f"out must be {tuple(x.shape)} {x.dtype} on {x.device}")
+    if out is not x and _overlap(x, out):
+        raise ValueError("out overlaps x: it may be x itself, or must lie elsewhere")
     _OPS.round_hif8_out.default(x, saturate, out)
     return out
+
+
+def _overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether writing one element of ``out`` may change another of ``x``. False for two views of the same elements."""
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() or not x.numel():
+        return False
+    if x.data_ptr() == out.data_ptr() and x.stride() == out.stride():
+        return False
+    (x_first, x_past), (out_first, out_past) = (
+        (t.storage_offset(), t.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride())))
+        for t in (x, out)
+    )
+    return x_first < out_past and out_first < x_past
 
 
 def round_hif8_stochastic(

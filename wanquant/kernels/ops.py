@@ -9,7 +9,12 @@ dispatch, more than rounding the input of a small linear.
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from collections.abc import Callable
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -27,19 +32,37 @@ SCHEMAS = (
     "quantize_rows_hif8(Tensor x, float goal, bool power_of_two, bool saturate) -> (Tensor, Tensor)",
     "descale(Tensor product, Tensor row_scale, Tensor column_scale, Tensor? bias, ScalarType dtype) -> Tensor",
 )
+NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+#: Those with a Triton kernel; the others are few elements, or plain torch does them well.
+ON_CUDA = ("round_hif8", "round_hif8_out", "encode_hif8", "decode_hif8", "scaled_round_hif8", "quantize_rows_hif8")
 _LIBRARY = torch.library.Library("wanquant", "DEF")
 
 
 def _implement(key: str, device: ModuleType) -> None:
-    for schema in SCHEMAS:
-        name = schema.partition("(")[0]
-        if hasattr(device, name):
-            _LIBRARY.impl(name, getattr(device, name), key)
+    for name in NAMES:
+        _LIBRARY.impl(name, getattr(device, name), key)
+
+
+@cache
+def _cuda() -> ModuleType:
+    """The Triton kernels, imported by the first tensor that needs them; the eager path where there is no Triton."""
+    try:
+        return importlib.import_module("wanquant.kernels.cuda")
+    except ImportError as error:
+        warnings.warn(f"HiF8 on CUDA runs without its kernels, exact but slow: {error}", stacklevel=2)
+        return eager
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    return lambda *args: getattr(_cuda(), name)(*args)
 
 
 for _schema in SCHEMAS:
     _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
-    _LIBRARY.impl(_schema.partition("(")[0], torch.library.fallthrough_kernel, "Autograd")
+for _name in NAMES:
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+for _name in ON_CUDA:
+    _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
 _implement("CompositeExplicitAutograd", eager)
 _implement("CPU", cpu)
 _implement("Meta", shapes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from wanquant.formats.registry import Format, get_format
+from wanquant.formats.base import Format
+from wanquant.formats.registry import get_format
 from wanquant.quant.scale import (
     AmaxTo,
     Granularity,

@@ -1,0 +1,161 @@
+"""The registered ops: every device's implementation against the eager one, shapes, compilation, autograd."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import wan_inputs, wan_transformer
+from tests.kernels.inputs import MATRICES, WIDE, assert_same_bits
+from wanquant.formats import hif8
+from wanquant.kernels import cpu, eager, ops, shapes
+from wanquant.quant import QuantConfig, QuantLinear, quantize_
+from wanquant.quant.config import parse
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def test_every_device_has_every_op() -> None:
+    for module in (cpu, eager, shapes):
+        assert all(callable(getattr(module, name)) for name in ops.NAMES)
+
+
+@pytest.mark.parametrize("saturate", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_cpu_equals_eager(dtype: torch.dtype, saturate: bool) -> None:
+    noise = torch.randint(-(2**31), 2**31, WIDE.shape, dtype=torch.int32)
+    x = WIDE.to(dtype)
+    assert_same_bits(cpu.round_hif8_stochastic(x, noise, saturate), eager.round_hif8_stochastic(x, noise, saturate))
+    for x in (matrix.to(dtype) for matrix in MATRICES):
+        for power_of_two in (False, True):
+            got = cpu.quantize_rows_hif8(x, 15.0, power_of_two, saturate)
+            expected = eager.quantize_rows_hif8(x, 15.0, power_of_two, saturate)
+            assert_same_bits(got[0], expected[0])
+            assert_same_bits(got[1], expected[1])
+        for scale in (torch.tensor(0.37), torch.rand(len(x)) + 0.01):
+            got = cpu.scaled_round_hif8(x, scale, saturate)
+            expected = eager.scaled_round_hif8(x, scale, saturate)
+            assert_same_bits(got[0], expected[0])
+            assert got[1] == expected[1]
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(48).to(torch.bfloat16)])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
+def test_descale_equals_eager(product: torch.dtype, dtype: torch.dtype, bias: torch.Tensor | None) -> None:
+    x = (torch.randn(33, 48) * 100).to(product)
+    for row_scale in (torch.tensor(0.3), torch.rand(33)):
+        for column_scale in (torch.tensor(0.7), torch.rand(48)):
+            got = cpu.descale(x, row_scale, column_scale, bias, dtype)
+            assert_same_bits(got, eager.descale(x, row_scale, column_scale, bias, dtype))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("columns", [0, 1, 48])
+def test_small_and_empty_matrices(rows: int, columns: int) -> None:
+    x = torch.randn(rows, columns)
+    for module in (cpu, eager):
+        values, scale = module.quantize_rows_hif8(x, 15.0, False, False)
+        assert values.shape == x.shape
+        assert scale.shape == (rows,)
+        assert module.absmax_rows(x).shape == (rows,)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_layout_does_not_matter(strided: bool) -> None:
+    x = torch.randn(40, 30).to(torch.bfloat16)
+    view = x.T if strided else x[::2, 3:]
+    whole = view.contiguous()
+    assert_same_bits(
+        cpu.quantize_rows_hif8(view, 15.0, False, False)[0], cpu.quantize_rows_hif8(whole, 15.0, False, False)[0]
+    )
+    assert_same_bits(cpu.absmax_rows(view), cpu.absmax_rows(whole))
+    assert torch.equal(cpu.encode_hif8(view, False), cpu.encode_hif8(whole, False))
+
+
+def test_ops_keep_their_contract() -> None:
+    """torch's own check: schema, mutation, shapes under FakeTensorMode, AOT dispatch."""
+    x, codes = torch.randn(6, 32), torch.arange(64, dtype=torch.uint8)
+    calls = {
+        "round_hif8": (x, False),
+        "round_hif8_out": (x, False, torch.empty_like(x)),
+        "round_hif8_stochastic": (x, torch.zeros(6, 32, dtype=torch.int32), True),
+        "encode_hif8": (x.to(torch.bfloat16), True),
+        "decode_hif8": (codes, torch.bfloat16),
+        "absmax_rows": (x,),
+        "scaled_round_hif8": (x, torch.rand(6), False),
+        "quantize_rows_hif8": (x, 15.0, True, False),
+        "descale": (x, torch.rand(6), torch.rand(32), None, torch.bfloat16),
+    }
+    assert set(calls) == set(ops.NAMES)
+    for name, args in calls.items():
+        torch.library.opcheck(getattr(torch.ops.wanquant, name).default, args)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [QuantConfig(), QuantConfig(packed=True, product="exact"), QuantConfig(format="e4m3"), QuantConfig(format="mxfp8")],
+    ids=["hif8", "packed", "e4m3", "mxfp8"],
+)
+def test_a_quantized_linear_compiles_whole(config: QuantConfig) -> None:
+    layer = QuantLinear.from_linear(nn.Linear(64, 48, dtype=torch.bfloat16), parse(config))
+    x = torch.randn(3, 7, 64).to(torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(x), layer(x))
+
+
+def test_a_static_linear_counts_overflow_when_compiled() -> None:
+    config = QuantConfig()
+    config.activations.granularity, config.activations.static = "per_tensor", True
+    layer = QuantLinear.from_linear(nn.Linear(16, 8, dtype=torch.bfloat16), parse(config), input_absmax=15.0)
+    x = torch.full((2, 16), 1e5).to(torch.bfloat16)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert layer.overflowed == 32
+
+
+def test_a_quantized_transformer_compiles_whole() -> None:
+    model = wan_transformer(2)
+    quantize_(model)
+    inputs = wan_inputs()
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).sample
+    assert_same_bits(got, expected)
+
+
+def test_autograd_falls_through() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    assert not hif8.round(x).requires_grad
+    assert not hif8.encode(x).requires_grad
+    assert not torch.ops.wanquant.quantize_rows_hif8(x, 15.0, False, False)[0].requires_grad
+
+
+def test_out_may_be_x_but_not_overlap_it() -> None:
+    x = torch.randn(100)
+    with pytest.raises(ValueError, match="overlaps"):
+        hif8.round(x[:-1], out=x[1:])
+    with pytest.raises(ValueError, match="overlaps"):
+        hif8.round(x.view(10, 10), out=x.view(10, 10).T)
+    expected = hif8.round(x[:50])
+    hif8.round(x[:50], out=x[50:])
+    assert torch.equal(x[50:], expected)
+    hif8.round(x[:50], out=x[:50])
+    assert torch.equal(x[:50], expected)
+
+
+def test_triton_equals_eager_under_its_interpreter() -> None:
+    """In a process of its own, because the interpreter has to be asked for before Triton is imported."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.triton_check"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("all equal\n")

@@ -1,0 +1,60 @@
+"""The CPU kernels where there is more than one thread, or more than one process."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.kernels.inputs import assert_same_bits
+from wanquant.formats import hif8
+
+LARGE = torch.randn(1 << 20).to(torch.bfloat16)
+
+
+def digest_of_rounded(_: int) -> str:
+    """Without further torch operations: those that run in parallel hang in a forked child, on their own account."""
+    return hashlib.sha256(hif8.round(LARGE).view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_in_a_forked_child() -> None:
+    """After torch and our own threads have been at work in the parent."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = digest_of_rounded(0)
+        torch.mm(torch.randn(256, 256), torch.randn(256, 256))
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map_async(digest_of_rounded, range(4)).get(timeout=60) == [expected] * 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_from_several_threads_at_once() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        inputs = [torch.randn(1 << 19) * 10**k for k in range(6)]
+        expected = [hif8.round(x) for x in inputs]
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(5):
+                for got, wanted in zip(pool.map(hif8.round, inputs), expected, strict=True):
+                    assert_same_bits(got, wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_beside_torchs_own_threads() -> None:
+    """Rounding in one thread while products run in another: both come out as they do alone."""
+    a = torch.randn(400, 400)
+    product, rounded = torch.mm(a, a), hif8.round(LARGE)
+    with ThreadPoolExecutor(2) as pool:
+        products = [pool.submit(torch.mm, a, a) for _ in range(20)]
+        roundings = [pool.submit(hif8.round, LARGE) for _ in range(20)]
+        assert all(torch.equal(task.result(), product) for task in products)
+        assert all(torch.equal(task.result(), rounded) for task in roundings)

@@ -1,0 +1,40 @@
+"""Run by ``test_ops`` under TRITON_INTERPRET=1: every Triton kernel against the eager one, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.kernels.inputs import ALL16, MATRICES, WIDE, assert_same_bits
+from wanquant.kernels import cuda, eager
+
+
+def main() -> None:
+    for saturate in (False, True):
+        for x in (WIDE[:20], ALL16.view(torch.bfloat16), ALL16.view(torch.float16), WIDE[:0], WIDE[:20].T):
+            assert_same_bits(cuda.round_hif8(x, saturate), eager.round_hif8(x, saturate))
+            assert_same_bits(cuda.encode_hif8(x, saturate), eager.encode_hif8(x, saturate))
+            out = torch.empty_like(x)
+            cuda.round_hif8_out(x, saturate, out)
+            assert_same_bits(out, eager.round_hif8(x, saturate))
+        for x in (matrix[:60].to(dtype) for matrix in MATRICES for dtype in (torch.float32, torch.bfloat16)):
+            for power_of_two in (False, True):
+                pairs = zip(
+                    cuda.quantize_rows_hif8(x, 15.0, power_of_two, saturate),
+                    eager.quantize_rows_hif8(x, 15.0, power_of_two, saturate),
+                    strict=True,
+                )
+                for got, expected in pairs:
+                    assert_same_bits(got, expected)
+            for scale in (torch.tensor(0.37), torch.rand(len(x)) + 0.01):
+                got, over = cuda.scaled_round_hif8(x, scale, saturate)
+                expected, expected_over = eager.scaled_round_hif8(x, scale, saturate)
+                assert_same_bits(got, expected)
+                assert over == expected_over
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert_same_bits(cuda.decode_hif8(codes, dtype), eager.decode_hif8(codes, dtype))
+    print("all equal")
+
+
+if __name__ == "__main__":
+    main()
