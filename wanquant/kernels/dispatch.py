@@ -42,11 +42,9 @@ def _overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
         return False
     if x.data_ptr() == out.data_ptr() and x.stride() == out.stride():
         return False
-    (x_first, x_past), (out_first, out_past) = (
-        (t.storage_offset(), t.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride())))
-        for t in (x, out)
-    )
-    return x_first < out_past and out_first < x_past
+    last_x, last_out = (sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in (x, out))
+    first_x, first_out = x.storage_offset(), out.storage_offset()
+    return bool(first_x <= first_out + last_out and first_out <= first_x + last_x)
 
 
 def round_hif8_stochastic(

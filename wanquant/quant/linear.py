@@ -97,7 +97,8 @@ class QuantLinear(nn.Linear):
 
     def quantize_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens], [] or [tokens, in / block]."""
-        scheme = self.scheme
+        scheme, over = self.scheme, None
+        scale: torch.Tensor
         if self.input_scale is not None:
             scale = self.input_scale
             operand, over = scheme.format.scaled_round(rows, scale, scheme.overflow)
@@ -111,7 +112,7 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         operand, scale = self.quantize_input(x.reshape(-1, self.in_features))
-        weight = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
+        weight: torch.Tensor = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
         weight_scale = self.weight_scale
         if isinstance(self.scheme.weight_granularity, PerBlock):
             operand, scale = _into_operand(operand, scale)
