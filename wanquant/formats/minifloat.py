@@ -33,9 +33,11 @@ class Minifloat(Format):
 
     def _cast(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
         self.check_overflow(overflow)
-        if overflow == "saturate":
-            x = torch.where(x.isinf(), x, x.clamp(-self.target, self.target))
-        return x.to(self.dtype)
+        # Said here and not left to torch, whose casts have overflowed to NaN in one version and saturated in another.
+        wide = x.float()
+        beyond = wide.isinf() if overflow == "saturate" else wide.abs() >= self.overflow
+        special = wide * torch.inf if self.dtype == torch.float8_e5m2 else torch.nan
+        return torch.where(beyond, special, wide.clamp(-self.target, self.target)).to(self.dtype)
 
 
 #: 464 lies in the middle of 448 and the 480 that is not there; the tie goes to 448, whose last bit is 0.

@@ -16,6 +16,7 @@ from wanquant.quant.scale import (
     parse_rule,
 )
 
+ATTENTION = ("off", "qkv", "qkvp")
 #: The format's own choice. ``Scheme.config`` names what it was.
 DEFAULT = "default"
 
@@ -46,6 +47,8 @@ class QuantConfig:
     overflow: str = DEFAULT
     #: ``fast``: a BF16 product, scaled in float32; ``exact``: a float32 product, the reference.
     product: str = "fast"
+    #: ``qkv``: attention takes Q, K and V in the format; ``qkvp``: and multiplies V by probabilities in it.
+    attention: str = "off"
     #: Keep weights as uint8 codes and decode them in every forward.
     packed: bool = False
 
@@ -63,6 +66,7 @@ class Scheme:
     act_static: bool
     overflow: str
     product: str
+    attention: str
     packed: bool
 
 
@@ -96,6 +100,10 @@ def parse(config: QuantConfig) -> Scheme:
         raise ValueError(f"quant.overflow={config.overflow}: {error}") from None
     if config.product not in ("fast", "exact"):
         raise ValueError(f"quant.product={config.product}: choose fast or exact")
+    if config.attention not in ATTENTION:
+        raise ValueError(f"quant.attention={config.attention}: choose {', '.join(ATTENTION)}")
+    if config.attention != "off" and (format_.block or format_.keeps_all):
+        raise ValueError(f"quant.attention={config.attention}: {format_.name} has no attention of its own")
     weights, act = config.weights, config.activations
     if act.static and act.granularity != "per_tensor":
         raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
@@ -115,5 +123,6 @@ def parse(config: QuantConfig) -> Scheme:
         act_static=act.static,
         overflow=config.overflow,
         product=config.product,
+        attention=config.attention,
         packed=config.packed,
     )

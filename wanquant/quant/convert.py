@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from wanquant.formats.base import Format
+from wanquant.quant.attention import QuantAttention
 from wanquant.quant.config import QuantConfig, Scheme, parse
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.select import match_names, resolve_blocks
@@ -56,12 +58,15 @@ def quantize_(
     blocks             dotted name of the list of blocks
     on_linear          called after each linear, for progress
 
-    Linears outside the blocks stay as they are. Everything is checked before anything is changed:
+    Linears outside the blocks stay as they are. With ``config.attention``, attention itself is quantized where its
+    ``to_q``, ``to_k`` and ``to_v`` are. Everything is checked before anything is changed:
     ``ValueError`` names a wrong index, a pattern that matches nothing, or a linear without statistics.
     """
     scheme = parse(config or QuantConfig())
     plan = plan_conversion(module, protected_blocks, protected_modules, blocks, scheme.format)
     todo = plan.names("converted")
+    if scheme.attention != "off" and not attentions(todo):
+        raise ValueError(f"quant.attention={scheme.attention}: no attention has its to_q, to_k and to_v quantized")
     if scheme.act_static:
         missing = [name for name in todo if stats is None or name not in stats]
         if missing:
@@ -71,6 +76,7 @@ def quantize_(
         assert isinstance(linear, nn.Linear)
         module.set_submodule(name, QuantLinear.from_linear(linear, scheme, stats.get(name) if stats else None))
         on_linear()
+    _set_attention(module, todo, scheme)
     return plan
 
 
@@ -121,6 +127,19 @@ def plan_conversion(
     return ConversionReport(tuple(rows), len(block_list), protected)
 
 
+def attentions(converted: Sequence[str]) -> list[str]:
+    """The modules whose ``to_q``, ``to_k`` and ``to_v`` are all among the names."""
+    names = set(converted)
+    owners = [name.removesuffix(".to_q") for name in converted if name.endswith(".to_q")]
+    return [owner for owner in owners if {f"{owner}.to_k", f"{owner}.to_v"} <= names]
+
+
+def _set_attention(module: nn.Module, converted: Sequence[str], scheme: Scheme) -> None:
+    for name in attentions(converted) if scheme.attention != "off" else ():
+        attention: Any = module.get_submodule(name)
+        attention.set_processor(QuantAttention(scheme))
+
+
 def empty_like_quantized_(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
     """Puts empty ``QuantLinear`` layers (on meta) at ``names``, for a checkpoint to fill."""
     for name in names:
@@ -129,3 +148,4 @@ def empty_like_quantized_(module: nn.Module, names: Sequence[str], scheme: Schem
             raise ValueError(f"{name} is a {type(linear).__name__}, not a linear")
         layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, scheme)
         module.set_submodule(name, layer)
+    _set_attention(module, names, scheme)

@@ -1,0 +1,100 @@
+"""Attention on 8-bit operands: Q, K and V rounded as they enter it, and optionally the probabilities too.
+
+A processor in the sense of diffusers' attention interface; it takes the place of Wan's own and computes the same,
+but for the rounding. The steps are powers of two, so they go into the BF16 operands exactly, and any attention
+backend then sees the values that 8-bit hardware would:
+
+    Q, K   one step per token and head: their product contracts over the head's channels
+    V      one step per head: its product contracts over the tokens, so a step per token could not follow it
+    P      softmax numerators exp(l - max), at most 1, with the fixed step 1 / target's power of two; their sum, by
+           which the product is divided, is that of the unrounded ones (``qkvp`` only)
+
+Differs from rounding the outputs of ``to_q``, ``to_k`` and ``to_v`` in that norm and rotary embedding come first, as
+in the challenge and in OSP-Next (arXiv 2605.28691): what is rounded is what is multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from wanquant.quant.config import Scheme
+
+#: Float32 scores held at a time by ``qkvp``; queries are taken in as many chunks as that needs.
+SCORES_AT_ONCE = 1 << 26
+
+
+class QuantAttention:
+    """The processor. Attention with image tokens beside the text (Wan's image-to-video) is refused."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if attn.add_k_proj is not None or getattr(attn, "fused_projections", False):
+            raise ValueError("quantized attention takes text-to-video Wan with separate projections")
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(source)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(source).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            query, key = (rotate(x, *rotary_emb) for x in (query, key))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key, value = self.per_token(query), self.per_token(key), self.per_head(value)
+        if self.scheme.attention == "qkvp":
+            mixed = self.attend(query, key, value, attention_mask)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attention_mask)
+        mixed = mixed.transpose(1, 2).flatten(2, 3).to(hidden_states.dtype)
+        for layer in attn.to_out:
+            mixed = layer(mixed)
+        return mixed
+
+    def per_token(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, heads, tokens, channels] rounded with a power of two for each of the channels' vectors."""
+        return self._round_rows(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def per_head(self, x: torch.Tensor) -> torch.Tensor:
+        return self._round_rows(x.reshape(x.shape[0] * x.shape[1], -1)).view(x.shape)
+
+    def _round_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        scheme = self.scheme
+        values, steps = scheme.format.quantize_rows(rows, scheme.format.target, True, scheme.overflow)
+        return values * steps[:, None].to(torch.bfloat16)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """softmax(q kᵀ / √channels) v with rounded probabilities, [batch, heads, tokens, channels], BF16."""
+        if mask is not None:
+            raise ValueError("quantized attention probabilities take no mask")
+        scheme = self.scheme
+        batch, heads, queries, channels = query.shape
+        step = torch.tensor(2.0 ** -math.floor(math.log2(scheme.format.target)), device=query.device)
+        chunk = max(1, SCORES_AT_ONCE // (batch * heads * key.shape[2]))
+        parts = []
+        for first in range(0, queries, chunk):
+            scores = (query[:, :, first : first + chunk] @ key.mT).float() / math.sqrt(channels)
+            numerators = (scores - scores.amax(-1, keepdim=True)).exp()
+            rounded, _ = scheme.format.scaled_round(numerators.flatten(0, 2), step, scheme.overflow)
+            product = (rounded.view(numerators.shape) @ value).float() * step
+            parts.append((product / numerators.sum(-1, keepdim=True)).to(torch.bfloat16))
+        return torch.cat(parts, dim=2)
+
+
+def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (arXiv 2104.09864) of neighbouring pairs of channels, as Wan has it; [..., heads, channels]."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = cosines[..., 0::2], sines[..., 1::2]
+    turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
