@@ -10,8 +10,6 @@ exact in BF16 and go into the operands; an element below 2^-133 after that, of a
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from wanquant.formats.base import Format
@@ -40,8 +38,9 @@ class Minifloat(Format):
         return torch.where(beyond, special, wide.clamp(-self.target, self.target)).to(self.dtype)
 
 
-#: 464 lies in the middle of 448 and the 480 that is not there; the tie goes to 448, whose last bit is 0.
-E4M3 = Minifloat("e4m3", torch.float8_e4m3fn, overflow=math.nextafter(464.0, 465.0))
+#: 464 lies in the middle of 448 and the 480 that is not there; the tie goes to 448, whose last bit is 0. The next
+#: float32 overflows.
+E4M3 = Minifloat("e4m3", torch.float8_e4m3fn, overflow=464.0 + 2.0**-15)
 MXFP8 = Minifloat("mxfp8", torch.float8_e4m3fn, overflow=E4M3.overflow, block=32)
 #: 61440 lies in the middle of 57344 and 65536; the tie goes to the latter.
 E5M2 = Minifloat("e5m2", torch.float8_e5m2, overflow=61440.0)
