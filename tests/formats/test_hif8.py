@@ -152,3 +152,43 @@ def test_refusals() -> None:
 def test_no_autograd() -> None:
     x = torch.randn(4, requires_grad=True)
     assert not hif8.round(x).requires_grad
+
+
+def test_stochastic_rounding_is_unbiased() -> None:
+    """Means of a million draws: within 5 standard errors of x, in every zone of the format."""
+    generator = torch.Generator().manual_seed(3)
+    draws = 1 << 20
+    for value in (
+        1.03,
+        -1.03,
+        7.3,
+        17.0,
+        200.0,
+        -300.0,
+        20_000.0,
+        2.0**-9 * 1.3,
+        2.0**-19 * 1.7,
+        2.0**-24 * 1.3,
+        2.0**-30,
+    ):
+        got = hif8.round_stochastic(torch.full((draws,), value), generator).double()
+        found = got.unique()
+        assert len(found) <= 2
+        assert torch.equal(hif8.round(found.float()).double(), found)
+        spread = float(found.max() - found.min())
+        assert abs(float(got.mean()) - value) <= 5 * spread / 2 / draws**0.5
+        assert float(found.min()) <= value <= float(found.max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_rounding_repeats_and_keeps_what_is_on_the_grid(dtype: torch.dtype) -> None:
+    x = (torch.randn(4, 1000) * torch.logspace(-4, 3, 1000)).to(dtype)
+    a, b = (hif8.round_stochastic(x, torch.Generator().manual_seed(s)) for s in (1, 1))
+    assert_same_bits(a, b)
+    other = hif8.round_stochastic(x, torch.Generator().manual_seed(2))
+    assert 0.05 < (other != a).float().mean() < 0.6
+    on_grid = hif8.decode(torch.arange(256, dtype=torch.int32).to(torch.uint8), dtype)
+    assert_same_bits(hif8.round_stochastic(on_grid), hif8.round(on_grid))
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e38 if dtype != torch.float16 else 6e4]).to(dtype)
+    assert_same_bits(hif8.round_stochastic(special), hif8.round(special))
+    assert_same_bits(hif8.round_stochastic(special, overflow="saturate"), hif8.round(special, "saturate"))

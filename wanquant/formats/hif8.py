@@ -31,6 +31,17 @@ def round(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = Non
     return kernels.round_hif8(x, overflow, out)
 
 
+def round_stochastic(x: torch.Tensor, generator: torch.Generator | None = None, overflow: str = "inf") -> torch.Tensor:
+    """One of the two HiF8 neighbours of each element, the nearer the likelier, so that the expectation is ``x``.
+
+    For gradients, whose small steps rounding to nearest would lose. The random bits come from ``generator``, never
+    from the input's own low bits; the same seed gives the same result, with a CPU generator on every device. The
+    probability is exact, to 2^-24 between 0 and 2^-22. Beyond 32768 there is no upper neighbour to balance: the
+    choice is between 32768 and what ``overflow`` says, as if that were 49152.
+    """
+    return kernels.round_hif8_stochastic(x, generator, overflow)
+
+
 def encode(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
     """The uint8 code of each element, rounded first, in the shape of ``x``."""
     return kernels.encode_hif8(x, overflow)

@@ -2,9 +2,11 @@
 
 from wanquant.kernels.dispatch import (
     absmax_rows,
+    check_native,
     decode_hif8,
     descale,
     encode_hif8,
+    native_product,
     quantize_rows_hif8,
     round_hif8,
     round_hif8_stochastic,
@@ -15,9 +17,11 @@ from wanquant.kernels.eager import OVERFLOW, step
 __all__ = [
     "OVERFLOW",
     "absmax_rows",
+    "check_native",
     "decode_hif8",
     "descale",
     "encode_hif8",
+    "native_product",
     "quantize_rows_hif8",
     "round_hif8",
     "round_hif8_stochastic",

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from wanquant.kernels import ops  # noqa: F401  registers torch.ops.wanquant
+from wanquant.kernels import npu
+from wanquant.kernels import ops as _registered  # noqa: F401  torch.ops.wanquant
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _OPS: Any = torch.ops.wanquant
@@ -102,3 +103,22 @@ def descale(
     ``product`` is [rows, columns]; the scales are float32, [rows] and [columns] or of no dimension.
     """
     return _OPS.descale.default(product, row_scale, column_scale, bias, dtype)
+
+
+def check_native(device: torch.device) -> None:
+    """``ValueError`` unless the device multiplies HiF8 itself."""
+    if device.type != "npu" or not npu.multiplies(device):
+        raise ValueError(f"{device} has no HiF8 matrix product of its own: choose quant.product=fast or exact")
+
+
+def native_product(
+    operand: torch.Tensor,
+    weight_codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The device's own product of HiF8 values [rows, k] with codes [columns, k], scaled and biased."""
+    check_native(operand.device)
+    return npu.multiply(encode_hif8(operand), weight_codes, row_scale, column_scale, bias, dtype)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from wanquant.kernels import cpu, eager, shapes
+from wanquant.kernels import cpu, eager, npu, shapes
 
 #: Each device's module has a function of each name. ``saturate``: an overflow gives 32768 instead of infinity.
 SCHEMAS = (
@@ -35,6 +35,8 @@ SCHEMAS = (
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 #: Those with a Triton kernel; the others are few elements, or plain torch does them well.
 ON_CUDA = ("round_hif8", "round_hif8_out", "encode_hif8", "decode_hif8", "scaled_round_hif8", "quantize_rows_hif8")
+#: Those for which the chip may have a cast of its own.
+ON_NPU = ("round_hif8", "round_hif8_out", "encode_hif8", "scaled_round_hif8", "quantize_rows_hif8")
 _LIBRARY = torch.library.Library("wanquant", "DEF")
 
 
@@ -63,6 +65,8 @@ for _name in NAMES:
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 for _name in ON_CUDA:
     _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
+for _name in ON_NPU:
+    _LIBRARY.impl(_name, getattr(npu, _name), "PrivateUse1")  # torch's key for devices of other packages
 _implement("CompositeExplicitAutograd", eager)
 _implement("CPU", cpu)
 _implement("Meta", shapes)

@@ -19,6 +19,7 @@ from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.prompts import EvalConfig, PromptsConfig, pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS, estimate
+from wanquant.kernels import check_native
 from wanquant.ptq.calibrate import Calibration, calibrate
 from wanquant.ptq.plan import print_plan
 from wanquant.ptq.protect import ProtectConfig
@@ -79,6 +80,8 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
     pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
     device = pick_device(config.model.device)
     _check(config, pairs_ + calibration_pairs)
+    if config.quant.product == "native":
+        check_native(device)
     settings = config.model.generation
     print(
         f"{config.quant.name} on {config.model.name} ({device.type}, {torch.get_num_threads()} threads), protect "

@@ -16,6 +16,7 @@ from wanquant.quant.scale import (
     parse_rule,
 )
 
+PRODUCTS = ("fast", "exact", "native")
 ATTENTION = ("off", "qkv", "qkvp")
 #: The format's own choice. ``Scheme.config`` names what it was.
 DEFAULT = "default"
@@ -45,7 +46,8 @@ class QuantConfig:
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     #: ``inf`` or ``saturate``: what a magnitude beyond the format's range becomes.
     overflow: str = DEFAULT
-    #: ``fast``: a BF16 product, scaled in float32; ``exact``: a float32 product, the reference.
+    #: ``fast``: a BF16 product, scaled in float32; ``exact``: a float32 product, the reference; ``native``: the
+    #: chip's own product of codes, where it has one.
     product: str = "fast"
     #: ``qkv``: attention takes Q, K and V in the format; ``qkvp``: and multiplies V by probabilities in it.
     attention: str = "off"
@@ -98,8 +100,10 @@ def parse(config: QuantConfig) -> Scheme:
         format_.check_overflow(config.overflow)
     except ValueError as error:
         raise ValueError(f"quant.overflow={config.overflow}: {error}") from None
-    if config.product not in ("fast", "exact"):
-        raise ValueError(f"quant.product={config.product}: choose fast or exact")
+    if config.product not in PRODUCTS:
+        raise ValueError(f"quant.product={config.product}: choose {', '.join(PRODUCTS)}")
+    if config.product == "native" and config.format != "hif8":
+        raise ValueError(f"quant.product=native: there is none for {config.format}")
     if config.attention not in ATTENTION:
         raise ValueError(f"quant.attention={config.attention}: choose {', '.join(ATTENTION)}")
     if config.attention != "off" and (format_.block or format_.keeps_all):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from wanquant.kernels import descale
+from wanquant.kernels import descale, native_product
 from wanquant.quant.config import Scheme
 from wanquant.quant.scale import PerBlock, quantize_matrix
 
@@ -112,6 +112,9 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         operand, scale = self.quantize_input(x.reshape(-1, self.in_features))
+        if self.scheme.product == "native":
+            y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
+            return y.view(*x.shape[:-1], self.out_features)
         weight: torch.Tensor = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
         weight_scale = self.weight_scale
         if isinstance(self.scheme.weight_granularity, PerBlock):
