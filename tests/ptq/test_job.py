@@ -195,7 +195,7 @@ def truncated_model(folder: Path) -> str:
         ("protect.blocks=[3,40]", "protected block 40 is out of range: the model has 40 blocks"),
         ("protect.modules=[ffn]", "pattern 'ffn' matches nothing"),
         ("protect.modules=['.*']", "protect leaves no linear to quantize"),
-        ("quant.weights.rule=amax", "scale rule 'amax'"),
+        ("quant.weights.rule=absmax", "scale rule 'absmax'"),
         ("model.path=./nowhere", "no model folder ./nowhere"),
         (truncated_model, "truncated"),
         (lambda folder: f"model.path={folder}", "no diffusers pipeline"),
