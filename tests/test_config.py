@@ -14,7 +14,7 @@ from wanquant.config import CONF, name_after_overrides
 from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.job import PTQConfig
 from wanquant.quant import QuantConfig
-from wanquant.quant.config import parse
+from wanquant.quant.config import parse, settle
 from wanquant.runs.tracking import check_tracker
 from wanquant.wan import tiny
 
@@ -45,7 +45,7 @@ def test_every_choice_composes_and_is_valid(group: str, name: str) -> None:
 
 def test_defaults_are_the_librarys() -> None:
     config = composed()
-    assert config.quant == QuantConfig()
+    assert config.quant == settle(QuantConfig())
     assert config.protect.blocks == [0, 1, -3, -2, -1]
     assert len(pairs(config.prompts)) == 5
 
