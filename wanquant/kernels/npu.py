@@ -70,9 +70,11 @@ def multiplies(device: torch.device) -> bool:
     codes = [eager.encode_hif8(part, False) for part in (x, w)]
     values = [eager.decode_hif8(part, torch.float32).double() for part in codes]
     expected = values[0] @ values[1].T * row_scale[:, None] * column_scale + bias
-    arguments = (*codes, row_scale, column_scale, bias)
+    x_codes, w_codes, row_scale, column_scale, bias = (
+        tensor.to(device) for tensor in (*codes, row_scale, column_scale, bias)
+    )
     try:
-        got = multiply(*(argument.to(device) for argument in arguments), torch.bfloat16).cpu().double()
+        got = multiply(x_codes, w_codes, row_scale, column_scale, bias, torch.bfloat16).cpu().double()
     except (RuntimeError, AttributeError, TypeError, ImportError):
         return False
     return bool(torch.allclose(got, expected, rtol=2**-7, atol=2**-6))
