@@ -180,6 +180,43 @@ def test_static_activations_go_from_calibration_into_the_checkpoint(
     assert not (tmp_path / "checkpoint").exists()
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [["quant=mxfp8_w8a8", "quant.packed=true"], ["quant=int8_w8a8", "quant.attention=qkvp"]],
+    ids=["mxfp8 packed", "int8 with attention"],
+)
+def test_other_formats_make_the_same_videos_from_their_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str]
+) -> None:
+    status = ptq(
+        monkeypatch, *overrides, TWO, "model.generation.steps=1", "tracker=none", "eval.noise_floor=false",
+        f"hydra.run.dir={tmp_path}",
+    )  # fmt: skip
+    assert status == 0
+    result = read_result(tmp_path)
+    item = result["metrics"]["latent_sqnr"]["per_item"][0]
+    settings = GenerationConfig(**result["generation"])
+    reference, sample = (
+        generate(load_pipeline(source, "cpu"), [(item["prompt"], item["seed"])], settings)[0]
+        for source in ("tiny", tmp_path / "checkpoint")
+    )
+    assert latent_sqnr(reference.latents, sample.latents) == item["value"]
+
+
+def test_the_control_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    status = ptq(
+        monkeypatch, "quant=bf16", TWO, "model.generation.steps=1", "tracker=none", f"hydra.run.dir={tmp_path}"
+    )
+    assert status == 0
+    result = read_result(tmp_path)
+    assert result["conversion"] == {"converted": 0, "protected": 50, "skipped": 356}
+    # What equal videos get.
+    assert result["metrics"]["latent_sqnr"]["mean"] == 100.0
+    assert result["metrics"]["ssim"]["mean"] == 1.0
+    assert result["verdict"] == "pass"
+    assert not (tmp_path / "checkpoint").exists()
+
+
 def truncated_model(folder: Path) -> str:
     shutil.copytree(tiny.folder(), folder / "model")
     weights = folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
