@@ -3,7 +3,8 @@
     python -m benchmarks.kernels                 prints the table; takes some minutes
     python -m benchmarks.kernels --write         and writes it to benchmarks/results/
 
-Everything is a ratio to something timed in turn with it. ``pip install -e '.[bench]'`` brings what is compared with.
+Every time is a ratio to something timed in turn with it, but for a process's first call, which has a bar in seconds.
+``pip install -e '.[bench]'`` brings what is compared with.
 """
 
 from __future__ import annotations
@@ -180,6 +181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     args = parser.parse_args()
+    path = Path(__file__).parent / "results" / f"{datetime.date.today()}-kernels-{os.cpu_count()}-core.md"
+    path.parent.mkdir(exist_ok=True)
     rows: list[Row] = []
     with torch.no_grad():
         for part in (first_call, elementwise, transformer, linears, large_bytes):
@@ -189,8 +192,6 @@ def main() -> None:
     text = f"{table(rows)}\n\n{machine()}\n"
     print(text)
     if args.write:
-        name = f"{datetime.date.today()}-kernels-{os.cpu_count()}-core-{platform.machine()}.md"
-        path = Path(__file__).parent / "results" / name
         path.write_text(f"# The price of HiF8\n\n`python -m benchmarks.kernels --write`\n\n{text}")
         print(path)
     sys.exit(1 if any(row.verdict == "MISSED" for row in rows) else 0)

@@ -45,9 +45,18 @@ def test_every_choice_composes_and_is_valid(group: str, name: str) -> None:
 
 def test_defaults_are_the_librarys() -> None:
     config = composed()
-    assert config.quant == settle(QuantConfig())
+    assert config.quant == QuantConfig()
     assert config.protect.blocks == [0, 1, -3, -2, -1]
     assert len(pairs(config.prompts)) == 5
+
+
+@pytest.mark.parametrize("format_", ["hif8", "e4m3", "e5m2", "int8", "mxfp8"])
+def test_a_format_brings_its_own_choices(format_: str) -> None:
+    """By its preset, by its name on the command line, and from Python."""
+    library = settle(QuantConfig(format=format_))
+    for override in (f"quant={format_}_w8a8", f"quant.format={format_}"):
+        config = settle(composed(override).quant)
+        assert dataclasses.replace(config, name=library.name) == library
 
 
 def test_prompts_follow_the_models_language() -> None:

@@ -21,6 +21,8 @@ def _rows() -> torch.Tensor:
 
 
 MATRICES = (_rows(), WIDE)
+#: Enough for several threads, in rows that do not divide evenly.
+LARGE = torch.randn(601, 1000, generator=_generator) * torch.logspace(-6, 6, 601)[:, None]
 
 
 def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:

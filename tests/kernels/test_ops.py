@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
 from tests.conftest import wan_inputs, wan_transformer
-from tests.kernels.inputs import MATRICES, WIDE, assert_same_bits
+from tests.kernels.inputs import LARGE, MATRICES, WIDE, assert_same_bits
+from wanquant import kernels
 from wanquant.formats import hif8
 from wanquant.kernels import cpu, eager, ops, shapes
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
@@ -42,6 +44,49 @@ def test_cpu_equals_eager(dtype: torch.dtype, saturate: bool) -> None:
             expected = eager.scaled_round_hif8(x, scale, saturate)
             assert_same_bits(got[0], expected[0])
             assert got[1] == expected[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_of_several_threads_equal_eager(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    threads(3)
+    x, noise = LARGE.to(dtype), torch.randint(-(2**31), 2**31, LARGE.shape, dtype=torch.int32)
+    scales, columns = torch.rand(len(x)) + 0.01, torch.rand(x.shape[1])
+    codes = eager.encode_hif8(x, False)
+    calls = {
+        "round_hif8": (x, False),
+        "round_hif8_stochastic": (x, noise, False),
+        "encode_hif8": (x, False),
+        "decode_hif8": (codes, dtype),
+        "absmax_rows": (x,),
+        "scaled_round_hif8": (x, scales, False),
+        "quantize_rows_hif8": (x, 15.0, False, False),
+        "descale": (x, scales, columns, columns.to(torch.bfloat16), torch.bfloat16),
+    }
+    for name, args in calls.items():
+        got, expected = (getattr(module, name)(*args) for module in (cpu, eager))
+        for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, expected)), strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count() -> None:
+    """Round, encode and decode 2^31 + 5 values, 13 GB: those at both ends, and either side of 2^31."""
+    count = 2**31 + 5
+    places = torch.tensor([0, 1, 2**31 - 1, 2**31, count - 1])
+    values = torch.tensor([1.3, -500.0, 3e-6, torch.inf, 0.77]).to(torch.bfloat16)
+    x = torch.zeros(count, dtype=torch.bfloat16)
+    x[places] = values
+    codes = hif8.encode(x)
+    assert torch.equal(codes[places], hif8.encode(values))
+    assert codes.count_nonzero() == len(places)
+    assert hif8.round(x, out=x) is x
+    assert torch.equal(x[places], hif8.round(values))
+    x.zero_()
+    x.copy_(hif8.decode(codes))
+    assert torch.equal(x[places], hif8.round(values))
+    assert x.count_nonzero() == len(places)
+    row = kernels.quantize_rows_hif8(x[None], 15.0, False)[0]
+    assert torch.equal(row[0, places].isnan(), torch.ones(len(places), dtype=torch.bool))
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(48).to(torch.bfloat16)])
@@ -133,6 +178,48 @@ def test_autograd_falls_through() -> None:
     assert not hif8.round(x).requires_grad
     assert not hif8.encode(x).requires_grad
     assert not torch.ops.wanquant.quantize_rows_hif8(x, 15.0, False, False)[0].requires_grad
+
+
+def test_out_when_compiled_and_on_meta() -> None:
+    x, out = torch.randn(8, 6), torch.empty(8, 6)
+    compiled = torch.compile(lambda a, b: hif8.round(a, out=b), fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(x, out), hif8.round(x))
+    assert_same_bits(out, hif8.round(x))
+    meta = torch.empty(8, 6, device="meta")
+    hif8.round(meta, out=torch.empty(6, 8, device="meta").T)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.ones(5, dtype=torch.bfloat16), "scales are float32"),
+        (torch.ones(5, 1), "not \\(5, 1\\)"),
+        (torch.ones(4), "not \\(4,\\)"),
+        (torch.ones(5, device="meta"), "scales are on meta"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(scale: torch.Tensor, message: str) -> None:
+    """The kernels read addresses, and would read whatever lies there."""
+    x = torch.randn(5, 5)
+    with pytest.raises((TypeError, ValueError), match=message):
+        kernels.scaled_round_hif8(x, scale)
+    for scales in ((scale, torch.ones(5)), (torch.ones(5), scale)):
+        with pytest.raises((TypeError, ValueError), match=message):
+            kernels.descale(x, *scales, None, torch.bfloat16)
+
+
+def test_matrices_and_biases_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"not torch\.float64"):
+        kernels.absmax_rows(torch.ones(2, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="a matrix"):
+        kernels.quantize_rows_hif8(torch.ones(4), 15.0, False)
+    with pytest.raises(ValueError, match="the bias has to be"):
+        kernels.descale(torch.ones(2, 3), torch.ones(2), torch.ones(3), torch.ones(2), torch.bfloat16)
+
+
+def test_powers_of_two_down_to_the_smallest() -> None:
+    exponents = torch.arange(-149, 128)
+    assert kernels.two_to(exponents).tolist() == [2.0**k for k in range(-149, 128)]
 
 
 def test_out_may_be_x_but_not_overlap_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -22,31 +23,23 @@ def digest_of_rounded(_: int) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_in_a_forked_child() -> None:
+def test_in_a_forked_child(threads: Callable[[int], None]) -> None:
     """After torch and our own threads have been at work in the parent."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        expected = digest_of_rounded(0)
-        torch.mm(torch.randn(256, 256), torch.randn(256, 256))
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert pool.map_async(digest_of_rounded, range(4)).get(timeout=60) == [expected] * 4
-    finally:
-        torch.set_num_threads(before)
+    threads(2)
+    expected = digest_of_rounded(0)
+    torch.mm(torch.randn(256, 256), torch.randn(256, 256))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map_async(digest_of_rounded, range(4)).get(timeout=60) == [expected] * 4
 
 
-def test_from_several_threads_at_once() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        inputs = [torch.randn(1 << 19) * 10**k for k in range(6)]
-        expected = [hif8.round(x) for x in inputs]
-        with ThreadPoolExecutor(6) as pool:
-            for _ in range(5):
-                for got, wanted in zip(pool.map(hif8.round, inputs), expected, strict=True):
-                    assert_same_bits(got, wanted)
-    finally:
-        torch.set_num_threads(before)
+def test_from_several_threads_at_once(threads: Callable[[int], None]) -> None:
+    threads(3)
+    inputs = [torch.randn(1 << 19) * 10**k for k in range(6)]
+    expected = [hif8.round(x) for x in inputs]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            for got, wanted in zip(pool.map(hif8.round, inputs), expected, strict=True):
+                assert_same_bits(got, wanted)
 
 
 def test_beside_torchs_own_threads() -> None:

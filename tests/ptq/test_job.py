@@ -151,7 +151,7 @@ def test_dry_run_only_prints(
 def test_static_activations_go_from_calibration_into_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """And a refused run in the same directory takes the result of the former with it."""
+    """And a refused run in the same directory puts the result of the former aside."""
     where = f"hydra.run.dir={tmp_path}"
     status = ptq(
         monkeypatch, "quant=static_per_tensor", "quant.overflow=saturate", TWO, "model.generation.steps=1",
@@ -175,6 +175,9 @@ def test_static_activations_go_from_calibration_into_the_checkpoint(
     assert latent_sqnr(reference.latents, sample.latents) == item["value"]
 
     assert ptq(monkeypatch, "protect.blocks=[40]", where) == 1
+    assert json.loads((tmp_path / "result.previous.json").read_text()) == result
+    assert (tmp_path / "report.previous.html").is_file()
+    assert (tmp_path / "checkpoint").is_dir()
     with pytest.raises(ValueError, match="not finished"):
         read_result(tmp_path)
     assert not (tmp_path / "checkpoint").exists()

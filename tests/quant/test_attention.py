@@ -12,7 +12,6 @@ from wanquant.formats import hif8
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
 from wanquant.quant.attention import QuantAttention
 from wanquant.quant.config import parse
-from wanquant.quant.convert import attentions
 from wanquant.quant.scale import PowerOfTwo
 
 
@@ -55,19 +54,50 @@ def test_operands_are_hif8_times_powers_of_two() -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_rounded_probabilities(monkeypatch: pytest.MonkeyPatch, chunked: bool) -> None:
+@pytest.mark.parametrize("product", ["fast", "exact"])
+def test_rounded_probabilities(monkeypatch: pytest.MonkeyPatch, product: str, chunked: bool) -> None:
+    """Against float64: of the logits nothing is rounded, of the exact product only the end."""
     if chunked:
         monkeypatch.setattr("wanquant.quant.attention.SCORES_AT_ONCE", 100)
-    processor = QuantAttention(parse(QuantConfig(attention="qkvp")))
+    processor = QuantAttention(parse(QuantConfig(attention="qkvp", product=product)))
     query, key, value = (torch.randn(2, 3, n, 16).to(torch.bfloat16) for n in (7, 9, 9))
     got = processor.attend(query, key, value, None)
-    scores = (query.float() @ key.float().mT).to(torch.bfloat16).float() / math.sqrt(16)
+    scores = query.double() @ key.double().mT / math.sqrt(16)
     numerators = (scores - scores.amax(-1, keepdim=True)).exp()
-    rounded = hif8.round(numerators * 8) / 8
-    expected = rounded.double() @ value.double() / numerators.double().sum(-1, keepdim=True)
-    torch.testing.assert_close(got.double(), expected, rtol=2**-7, atol=2**-9)
+    rounded = hif8.round((numerators * 8).float()).double() / 8
+    products, sums = rounded @ value.double(), numerators.sum(-1, keepdim=True)
+    # Half a unit of BF16 for each of its roundings, and float32's of K terms.
+    units = (2**-8 if product == "exact" else 2**-7) * (products / sums).abs()
+    small = 2**-20 * (rounded @ value.double().abs()) / sums
+    assert ((got.double() - products / sums).abs() <= units + small).all()
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value).double()
     assert 0 < (got - plain).norm() / plain.norm() < 0.05
+
+
+def test_the_exact_product_is_nearer_to_float64() -> None:
+    model = wan_transformer(1)
+    attention, x = model.blocks[0].attn1, torch.randn(1, 24, 48).to(torch.bfloat16)
+    outputs = {}
+    for product in ("fast", "exact"):
+        attention.set_processor(Nothing(parse(QuantConfig(attention="qkv", product=product))))
+        outputs[product] = attention(x).double()
+    attention.double()
+    truth = attention(x.double())
+    assert (outputs["exact"] - truth).norm() < (outputs["fast"] - truth).norm()
+
+
+def test_what_it_does_not_do_is_refused() -> None:
+    model = wan_transformer(1)
+    quantize_(model, QuantConfig(attention="qkv"))
+    model.set_attention_backend("native")
+    run(model)
+    model.set_attention_backend("_native_math")
+    with pytest.raises(ValueError, match="runs on torch's own"):
+        run(model)
+    model.set_attention_backend("native")
+    model.blocks[0].attn1.processor._parallel_config = object()
+    with pytest.raises(ValueError, match="in parallel"):
+        run(model)
 
 
 @pytest.mark.parametrize("mode", ["qkv", "qkvp"])
@@ -75,7 +105,12 @@ def test_it_goes_where_the_projections_are_quantized(mode: str) -> None:
     model = wan_transformer(4)
     expected = run(model)
     report = quantize_(model, QuantConfig(attention=mode), (0,), ("attn2.to_k",))
-    assert attentions(report.names("converted")) == [f"blocks.{i}.attn1" for i in (1, 2, 3)]
+    rows = {row.name: (row.status, row.reason) for row in report.attentions}
+    assert rows == {
+        **{f"blocks.0.{name}": ("protected", "block 0") for name in ("attn1", "attn2")},
+        **{f"blocks.{i}.attn1": ("converted", f"block {i}") for i in (1, 2, 3)},
+        **{f"blocks.{i}.attn2": ("protected", "not all of its to_q, to_k and to_v are quantized") for i in (1, 2, 3)},
+    }
     kinds = [[isinstance(a.processor, QuantAttention) for a in (b.attn1, b.attn2)] for b in model.blocks]
     assert kinds == [[False, False], [True, False], [True, False], [True, False]]
     error = (run(model) - expected).norm() / expected.norm()

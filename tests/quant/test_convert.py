@@ -16,7 +16,7 @@ BOUNDARY = (0, 1, -3, -2, -1)
 def test_boundary_on_real_depths(blocks: int, expected: set[int]) -> None:
     with torch.device("meta"):
         model = wan_transformer(blocks)
-    plan = plan_conversion(model, BOUNDARY)
+    plan = plan_conversion(model, None, BOUNDARY)
     assert set(plan.protected_blocks) == expected
     counts = plan.counts()
     assert counts == {"converted": 10 * (blocks - 5), "protected": 50, "skipped": 6}
@@ -82,6 +82,15 @@ def test_refusals_leave_the_model_alone() -> None:
         quantize_(model, blocks="layers")
     with pytest.raises(ValueError, match="not a list of blocks"):
         quantize_(model, blocks="proj_out")
+    with pytest.raises(ValueError, match="has no HiF8 matrix product"):
+        quantize_(model, QuantConfig(product="native"))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn1\.to_q cannot be quantized to mxfp8: rows of 48"):
+        quantize_(model, QuantConfig(format="mxfp8"))
+    weight = model.blocks[1].ffn.net[2].weight
+    weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.net\.2 has weights that are not finite.*int8"):
+        quantize_(model, QuantConfig(format="int8"))
+    weight.data[0, 0] = 1.0
     assert not any(isinstance(child, QuantLinear) for child in model.modules())
     quantize_(model)
     with pytest.raises(ValueError, match="quantized already"):

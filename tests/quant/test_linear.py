@@ -73,6 +73,17 @@ def test_fast_product_rounds_once_more_and_pow2_does_not_mind() -> None:
     assert (exact == fast).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_touch_the_product(dtype: torch.dtype) -> None:
+    layer = QuantLinear.from_linear(nn.Linear(256, 48, dtype=torch.bfloat16), parse(QuantConfig(product="exact")))
+    x = torch.randn(9, 256)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=dtype):
+        got = layer(x)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
 def test_weights_are_on_the_grid_and_packing_loses_nothing() -> None:
     linear = nn.Linear(64, 32, dtype=torch.bfloat16)
     x = torch.randn(2, 5, 64).to(torch.bfloat16)

@@ -82,10 +82,6 @@ def test_transformer_training_resumes_grows_and_exports(tmp_path: Path) -> None:
     train_transformer.train(tmp_path / "parts", components, data, data, recipe(), compiled=False, stop_at=2)
     train_transformer.train(tmp_path / "parts", components, data, data, recipe(), compiled=False)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    batch = train_transformer.draw_batch(components, data, recipe(fresh=True), 4)
-    again, other = (train_transformer.draw_batch(components, data, recipe(fresh=True), step) for step in (4, 5))
-    assert torch.equal(batch.noisy, again.noisy)
-    assert not torch.equal(batch.target, other.target)
     train_transformer.train(
         tmp_path / "grown", components, data, data, recipe(4, 1), tmp_path / "whole", compiled=False
     )
@@ -96,6 +92,25 @@ def test_transformer_training_resumes_grows_and_exports(tmp_path: Path) -> None:
     trained, shipped = (train_transformer.weights_in(tmp_path / name) for name in ("grown", "model"))
     assert trained.keys() == shipped.keys()
     assert all(torch.equal(trained[name].bfloat16().float(), shipped[name]) for name in trained)
+
+
+def clean_latents(batch: train_transformer.Batch) -> torch.Tensor:
+    """What the noise was added to."""
+    return batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * batch.target
+
+
+def test_fresh_videos_are_new_and_repeatable() -> None:
+    components = latents.fit(videos=4)
+    data = train_transformer.draw_latents(components, latents.SCENES[:3], per_scene=2, seed=0)
+    for fresh in (False, True):
+        settings = recipe(fresh=fresh, two_levels=0.0)
+        first, again, other = (
+            clean_latents(train_transformer.draw_batch(components, data, settings, step)) for step in (1, 1, 2)
+        )
+        assert torch.equal(first, again)
+        stored = [any(torch.allclose(c, known, atol=1e-4) for known in data["latents"]) for c in (*first, *other)]
+        assert stored == [not fresh] * 4
+        assert not fresh or not any(torch.allclose(a, b, atol=1e-4) for a in first for b in other)
 
 
 def test_a_grown_model_computes_the_same() -> None:

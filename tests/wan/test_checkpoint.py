@@ -47,6 +47,48 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path, settings: GenerationConfig
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_it_loads_packed_and_with_another_product(tmp_path: Path) -> None:
+    """Packed is half the memory and the same model; a checkpoint for a chip's own product runs elsewhere too."""
+    pipe = load_pipeline("tiny", device="cpu")
+    quantize_(pipe.transformer, QuantConfig(product="exact"), (0, 1, -3, -2, -1))
+    folder = save_quantized(pipe, tmp_path / "saved")
+    path = folder / "transformer" / "config.json"
+    described = json.loads(path.read_text())
+    assert described["quantization_config"]["product"] == "exact"
+    described["quantization_config"]["product"] = "native"
+    path.write_text(json.dumps(described))
+    layer = load_pipeline(folder, device="cpu").transformer.blocks[5].ffn.net[2]
+    x = torch.randn(4, layer.in_features).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="has no HiF8 matrix product of its own"):
+        layer(x)
+    again = load_pipeline(folder, device="cpu", packed=True, product="exact")
+    for name, layer in pipe.transformer.named_modules():
+        if isinstance(layer, QuantLinear):
+            loaded = again.transformer.get_submodule(name)
+            assert loaded.is_packed
+            assert torch.equal(loaded.weight, layer.codes())
+    layer, loaded = (p.transformer.blocks[5].ffn.net[2] for p in (pipe, again))
+    assert torch.equal(layer(x), loaded(x))
+    with pytest.raises(ValueError, match="packed and product are for a quantized model"):
+        load_pipeline("tiny", device="cpu", packed=True)
+
+
+def test_a_checkpoint_that_was_cast_is_refused_and_an_older_one_is_not(tmp_path: Path) -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    quantize_(pipe.transformer, QuantConfig(), (0, 1, -3, -2, -1))
+    folder = save_quantized(pipe, tmp_path / "saved") / "transformer"
+    described = json.loads((folder / "config.json").read_text())
+    del described["quantization_config"]["attention"]
+    (folder / "config.json").write_text(json.dumps(described))
+    assert load_pipeline(tmp_path / "saved", device="cpu").transformer.blocks[5].ffn.net[2].scheme.attention == "off"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    name = "blocks.5.attn1.to_q.weight_scale"
+    save_file({**tensors, name: tensors[name].bfloat16()}, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} is torch\.bfloat16, not torch\.float32"):
+        load_pipeline(tmp_path / "saved", device="cpu")
+
+
 def test_bytes_and_layout(tmp_path: Path) -> None:
     pipe = load_pipeline("tiny", device="cpu")
     source = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}

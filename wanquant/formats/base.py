@@ -16,6 +16,7 @@ class Format(ABC):
     target            where a scale rule without a target of its own brings the largest magnitude
     default_overflow  ``inf`` or ``saturate``, what becomes of such a magnitude unless told otherwise
     keeps_all         no linear is converted to it
+    codes_all         NaN and infinity have codes
     block             how many elements of a row share a scale, where the format itself says so
     """
 
@@ -24,6 +25,7 @@ class Format(ABC):
     target: float
     default_overflow: str = "saturate"
     keeps_all: bool = False
+    codes_all: bool = True
     block: int | None = None
 
     @abstractmethod
@@ -41,7 +43,7 @@ class Format(ABC):
     def check_overflow(self, overflow: str) -> None:
         """``ValueError`` if the format has no such way to overflow."""
         if overflow not in ("inf", "saturate"):
-            raise ValueError(f"overflow must be 'inf' or 'saturate', not {overflow!r}")
+            raise ValueError("choose inf or saturate")
 
     def scaled_round(self, x: torch.Tensor, scale: torch.Tensor, overflow: str) -> tuple[torch.Tensor, torch.Tensor]:
         """round(x / scale) of a matrix as BF16, the division in float32; and how many overflowed (int64 []).

@@ -18,9 +18,6 @@ import torch
 
 from wanquant import kernels
 
-#: The magnitude from which rounding goes beyond 32768, the largest finite value.
-OVERFLOW = 40960.0
-
 
 def round(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor:
     """Nearest HiF8 value of each element, in the shape and dtype of ``x``.

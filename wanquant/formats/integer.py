@@ -1,7 +1,7 @@
 """Symmetric INT8: whole numbers from -127 to 127, to nearest, ties to even.
 
-It has neither infinity nor NaN. ``round`` leaves a NaN what it is, so that a broken tensor still looks broken;
-``encode`` refuses one.
+It has neither infinity nor NaN. ``round`` turns both into NaN, so that a broken tensor still looks broken;
+``encode`` refuses them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ class Int8(Format):
     name = "int8"
     overflow = 127.5
     target = 127.0
+    codes_all = False
 
     def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
         self.check_overflow(overflow)
         # Adding 0 turns the -0 that rounding leaves into +0, as an integer has only one.
-        return x.round().clamp(-127, 127) + 0.0
+        return torch.where(x.isinf(), torch.nan, x.round().clamp(-127, 127) + 0.0)
 
     def encode(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
-        if x.isnan().any():
-            raise ValueError("int8 has no code for NaN")
-        return self.round(x, overflow).to(torch.int8).view(torch.uint8)
+        rounded = self.round(x, overflow)
+        if rounded.isnan().any():
+            raise ValueError("int8 has no code for what is not finite")
+        return rounded.to(torch.int8).view(torch.uint8)
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return codes.view(torch.int8).to(dtype)
 
     def check_overflow(self, overflow: str) -> None:
         if overflow != "saturate":
-            raise ValueError(f"int8 has no infinity: overflow must be 'saturate', not {overflow!r}")
+            raise ValueError("int8 has no infinity, choose saturate")

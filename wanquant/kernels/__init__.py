@@ -12,7 +12,7 @@ from wanquant.kernels.dispatch import (
     round_hif8_stochastic,
     scaled_round_hif8,
 )
-from wanquant.kernels.eager import OVERFLOW, step
+from wanquant.kernels.eager import OVERFLOW, step, two_to
 
 __all__ = [
     "OVERFLOW",
@@ -27,4 +27,5 @@ __all__ = [
     "round_hif8_stochastic",
     "scaled_round_hif8",
     "step",
+    "two_to",
 ]

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import torch
 
-from wanquant.kernels.eager import narrow
+from wanquant.kernels.eager import fit
 from wanquant.kernels.loops import DESCALE, LOOPS, stochastic
-from wanquant.kernels.tables import decode_table, encode_table
+from wanquant.kernels.tables import decode_table, encode_table, narrow
 
 #: Elements below which one thread is quicker than waking another.
 _CHUNK = 1 << 17
@@ -25,14 +24,14 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
-    source = _fit(x)
+    source = fit(x)
     out = torch.empty_like(source)
     _round_into(source, out, saturate)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
-    source = _fit(x)
+    source = fit(x)
     if out.is_contiguous() and out.dtype == source.dtype:
         _round_into(source, out, saturate)
     else:
@@ -57,7 +56,7 @@ def round_hif8_stochastic(x: torch.Tensor, noise: torch.Tensor, saturate: bool) 
 
 
 def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
-    values = _fit(x)
+    values = fit(x)
     out = torch.empty(values.shape, dtype=torch.uint8)
     loop, source, target, size = LOOPS[values.dtype].encode, values.data_ptr(), out.data_ptr(), values.element_size()
     table = encode_table().data_ptr()
@@ -71,18 +70,13 @@ def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     codes = codes.contiguous()
     out = torch.empty(codes.shape, dtype=dtype)
     loop, source, target, size = LOOPS[dtype].decode, codes.data_ptr(), out.data_ptr(), out.element_size()
-    table = _values(dtype).data_ptr()
+    table = decode_table(dtype).data_ptr()
     _run(lambda a, b: loop(source + a, target + a * size, b - a, table), codes.numel(), codes.numel())
     return out
 
 
-@cache
-def _values(dtype: torch.dtype) -> torch.Tensor:
-    return narrow(decode_table(), dtype)
-
-
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
-    x = _fit(x)
+    x = fit(x)
     out = torch.empty(x.shape[0], dtype=torch.float32)
     loop, source, target, columns = LOOPS[x.dtype].absmax_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
     pitch = columns * x.element_size()
@@ -91,7 +85,7 @@ def absmax_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    x, scale = _fit(x), scale.contiguous()
+    x, scale = fit(x), scale.contiguous()
     out, over = torch.empty(x.shape, dtype=torch.bfloat16), torch.empty(x.shape[0], dtype=torch.int64)
     loop, source, target, columns = LOOPS[x.dtype].scaled_round, x.data_ptr(), out.data_ptr(), x.shape[1]
     pitch, scales, counts, step = columns * x.element_size(), scale.data_ptr(), over.data_ptr(), scale.ndim
@@ -107,7 +101,7 @@ def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> t
 def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x = _fit(x)
+    x = fit(x)
     out, scale = torch.empty(x.shape, dtype=torch.bfloat16), torch.empty(x.shape[0], dtype=torch.float32)
     loop, source, target, columns = LOOPS[x.dtype].quantize_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
     pitch, scales = columns * x.element_size(), scale.data_ptr()
@@ -129,7 +123,7 @@ def descale(
 ) -> torch.Tensor:
     if dtype == torch.float16:
         return descale(product, row_scale, column_scale, bias, torch.float32).to(dtype)
-    product, row_scale, column_scale = _fit(product), row_scale.contiguous(), column_scale.contiguous()
+    product, row_scale, column_scale = fit(product), row_scale.contiguous(), column_scale.contiguous()
     if bias is not None:
         bias = bias.float().contiguous()
     out = torch.empty(product.shape, dtype=dtype)
@@ -144,12 +138,6 @@ def descale(
 
     _run(call, rows, product.numel())
     return out
-
-
-def _fit(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and in a type there are loops for: float16 goes through float32, because it has subnormals
-    where HiF8 has values."""
-    return (x.float() if x.dtype == torch.float16 else x).contiguous()
 
 
 def _forget_pool() -> None:
@@ -173,6 +161,9 @@ def _run(call: Callable[[int, int], None], count: int, elements: int) -> None:
         _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="hif8")
     edges = [count * part // threads for part in range(threads + 1)]
     tasks = [_pool.submit(call, *chunk) for chunk in list(pairwise(edges))[1:]]
-    call(edges[0], edges[1])
+    try:
+        call(edges[0], edges[1])
+    finally:  # the tasks hold addresses: no tensor may go before they end, not even when interrupted
+        wait(tasks)
     for task in tasks:
         task.result()

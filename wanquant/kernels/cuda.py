@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from wanquant.kernels.eager import narrow
-from wanquant.kernels.tables import decode_table, encode_table
+from wanquant.kernels.eager import fit
+from wanquant.kernels.tables import decode_table, encode_table, narrow
 
 _BLOCK = 1024
 
@@ -135,7 +135,7 @@ def _scaled_kernel(
 
 
 def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
-    source = _fit(x)
+    source = fit(x)
     out = torch.empty_like(source)
     if source.numel():
         _round_kernel[_grid(source)](_bits(source), _bits(out), source.numel(), _is16(source), saturate, _BLOCK)
@@ -143,7 +143,7 @@ def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
 
 
 def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
-    source = _fit(x)
+    source = fit(x)
     if out.is_contiguous() and out.dtype == source.dtype and source.numel():
         _round_kernel[_grid(source)](_bits(source), _bits(out), source.numel(), _is16(source), saturate, _BLOCK)
     else:
@@ -151,10 +151,10 @@ def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
 
 
 def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
-    source = _fit(x)
+    source = fit(x)
     out = torch.empty(source.shape, dtype=torch.uint8, device=x.device)
     if source.numel():
-        table = encode_table().to(x.device)
+        table = encode_table(x.device)
         _encode_kernel[_grid(source)](_bits(source), out, table, source.numel(), _is16(source), saturate, _BLOCK)
     return out
 
@@ -163,7 +163,7 @@ def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     codes = codes.contiguous()
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if codes.numel():
-        table = _bits(narrow(decode_table(), dtype).to(codes.device))
+        table = _bits(decode_table(dtype, codes.device))
         _decode_kernel[_grid(codes)](codes, _bits(out), table, codes.numel(), _BLOCK)
     return out
 
@@ -171,7 +171,7 @@ def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x = _fit(x)
+    x = fit(x)
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0]:
@@ -182,7 +182,7 @@ def quantize_rows_hif8(
 
 
 def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    x, scale = _fit(x), scale.contiguous()
+    x, scale = fit(x), scale.contiguous()
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     over = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     if x.shape[0]:
@@ -190,10 +190,6 @@ def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> t
             _bits(x), _bits(out), scale, over, x.shape[1], bool(scale.ndim), _is16(x), saturate, _BLOCK
         )
     return out, over.sum()
-
-
-def _fit(x: torch.Tensor) -> torch.Tensor:
-    return (x.float() if x.dtype == torch.float16 else x).contiguous()
 
 
 def _is16(x: torch.Tensor) -> bool:

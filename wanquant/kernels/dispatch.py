@@ -25,13 +25,33 @@ def _saturates(x: torch.Tensor, overflow: str) -> bool:
     return overflow == "saturate"
 
 
+def _check_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    """Refuses what a kernel would read past the end of, or take for other numbers."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"HiF8 takes float32, bfloat16 or float16, not {x.dtype}")
+    if x.ndim != 2:
+        raise ValueError(f"rows come as a matrix, not in the shape {tuple(x.shape)}")
+    if scale is not None:
+        _check_scale(scale, x.shape[0], "rows", x.device)
+
+
+def _check_scale(scale: torch.Tensor, count: int, what: str, device: torch.device) -> None:
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scales are float32, not {scale.dtype}")
+    if scale.ndim > 1 or (scale.ndim and scale.shape[0] != count):
+        raise ValueError(f"scales come as [{count}] for the {what} or as one number, not {tuple(scale.shape)}")
+    if scale.device != device:
+        raise ValueError(f"scales are on {scale.device}, the values on {device}")
+
+
 def round_hif8(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor:
     saturate = _saturates(x, overflow)
     if out is None:
         return _OPS.round_hif8.default(x, saturate)
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(f"out must be {tuple(x.shape)} {x.dtype} on {x.device}")
-    if out is not x and _overlap(x, out):
+    # Addresses are known only where something is computed.
+    if out is not x and not torch.compiler.is_compiling() and not x.is_meta and _overlap(x, out):
         raise ValueError("out overlaps x: it may be x itself, or must lie elsewhere")
     _OPS.round_hif8_out.default(x, saturate, out)
     return out
@@ -72,6 +92,7 @@ def decode_hif8(codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> tor
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each row of a matrix, float32 [rows]; NaN where the row holds one."""
+    _check_rows(x)
     return _OPS.absmax_rows.default(x)
 
 
@@ -81,6 +102,7 @@ def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, overflow: str = "inf
     ``scale`` is float32, [rows] or of no dimension. There is no BF16 step between the division and
     the rounding, so nothing is rounded twice.
     """
+    _check_rows(x, scale)
     return _OPS.scaled_round_hif8.default(x, scale, _saturates(x, overflow))
 
 
@@ -88,6 +110,7 @@ def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, overflow: str = "inf"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``scaled_round_hif8`` by ``step`` of each row's absmax, in one pass: BF16 [rows, columns], scales [rows]."""
+    _check_rows(x)
     return _OPS.quantize_rows_hif8.default(x, goal, power_of_two, _saturates(x, overflow))
 
 
@@ -102,6 +125,10 @@ def descale(
 
     ``product`` is [rows, columns]; the scales are float32, [rows] and [columns] or of no dimension.
     """
+    _check_rows(product, row_scale)
+    _check_scale(column_scale, product.shape[1], "columns", product.device)
+    if bias is not None and (bias.shape != product.shape[1:] or bias.device != product.device):
+        raise ValueError(f"the bias has to be [{product.shape[1]}] on {product.device}")
     return _OPS.descale.default(product, row_scale, column_scale, bias, dtype)
 
 

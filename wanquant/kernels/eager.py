@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from wanquant.kernels.tables import decode_table, encode_table
+from wanquant.kernels.tables import decode_table, encode_table, narrow
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
@@ -44,11 +44,10 @@ def _finish(bits: torch.Tensor, magnitude: torch.Tensor, rounded: torch.Tensor, 
     return torch.where(magnitude > _INF, _NAN, signed).view(torch.float32)
 
 
-def narrow(rounded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Exact float32 values in a 16-bit type. BF16 by its bits: torch's own cast has two kinds of NaN."""
-    if dtype != torch.bfloat16:
-        return rounded.to(dtype)
-    return (rounded.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+def fit(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and in a type the compiled kernels read: float16 goes through float32, because it has subnormals
+    where HiF8 has values."""
+    return (x.float() if x.dtype == torch.float16 else x).contiguous()
 
 
 def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
@@ -81,11 +80,11 @@ def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     rounded = round_float32(x.to(torch.float32).contiguous(), saturate)
     index = (rounded.view(torch.int32) >> 20) & 0xFFF
     # The upper twelve bits of a float32 are those of its BF16.
-    return encode_table().to(x.device)[index.long()]
+    return encode_table(x.device)[index.long()]
 
 
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return narrow(decode_table(), dtype).to(codes.device)[codes.long()]
+    return decode_table(dtype, codes.device)[codes.long()]
 
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
@@ -98,12 +97,21 @@ def step(absmax: torch.Tensor, goal: float, power_of_two: bool) -> torch.Tensor:
     1 for a slice of zeros (or one whose step would vanish), NaN for a slice that is not finite: on purpose the
     whole slice turns NaN, so that a broken activation cannot look repaired.
     """
-    scale = absmax / goal
+    # By a tensor: some devices divide by a number as a product with its reciprocal, another step in the last bit.
+    scale = absmax / torch.full_like(absmax, goal)
     if power_of_two:
         # frexp, not log2, which is wrong just below powers of two: x = m 2^e with 0.5 <= m < 1.
         mantissa, exponent = torch.frexp(scale)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+        scale = two_to(exponent - (mantissa == 0.5).to(exponent.dtype))
     return torch.where(torch.isfinite(absmax), torch.where(scale == 0, 1.0, scale), torch.nan)
+
+
+def two_to(exponent: torch.Tensor) -> torch.Tensor:
+    """2^exponent as float32, from -149 on: by its bits, because ``ldexp`` is a power function on some devices."""
+    exponent = exponent.to(torch.int32)
+    normal = (exponent + 127) << 23
+    subnormal = 1 << (exponent + 149).clamp(0, 22)
+    return torch.where(exponent >= -126, normal, subnormal).to(torch.int32).view(torch.float32)
 
 
 def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,9 @@
 """The kernels of Ascend NPUs: the chip's own HiF8 cast and quantized product where it has them, by trial.
 
 Which chips have them (Ascend 950, not 910B) and whether their cast overflows to infinity or saturates is not read off
-a name: each call is tried once on every BF16 pattern and used only if all of its codes are those of the format's
-definition. Everything else runs on the eager integer path, which is exact on any chip.
+a name: each cast is tried once, on every BF16 pattern or on the float32 values beside every tie and many others, and
+used only if all of its codes are those of the format's definition. Everything else runs on the eager integer path,
+which is exact on any chip; a warning says so and why.
 
 Written against the signatures in the ``torch_npu`` 2.14 wheel (a test reads them where it is installed) and not run
 on hardware. ``torch_npu`` is imported by the first tensor on an NPU.
@@ -11,6 +12,7 @@ on hardware. ``torch_npu`` is imported by the first tensor on an NPU.
 from __future__ import annotations
 
 import importlib
+import warnings
 from functools import cache
 from typing import Any
 
@@ -18,15 +20,18 @@ import torch
 
 from wanquant.kernels import eager
 
+#: What torch and torch_npu raise for a call they or the chip do not have.
+_ABSENT = (RuntimeError, AttributeError, TypeError, ImportError)
+
 
 def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
-    if x.dtype != torch.float16 and casts_exactly(x.device, saturate):
+    if casts_exactly(x.device, x.dtype, saturate):
         return _cast(x)
     return eager.encode_hif8(x, saturate)
 
 
 def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
-    if x.dtype != torch.float16 and casts_exactly(x.device, saturate):
+    if casts_exactly(x.device, x.dtype, saturate):
         return eager.decode_hif8(_cast(x), x.dtype)
     return eager.round_hif8(x, saturate)
 
@@ -36,7 +41,7 @@ def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
 
 
 def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if not casts_exactly(x.device, saturate):
+    if not casts_exactly(x.device, torch.float32, saturate):
         return eager.scaled_round_hif8(x, scale, saturate)
     scaled = x.float() / (scale[:, None] if scale.ndim else scale)
     return eager.decode_hif8(_cast(scaled), torch.bfloat16), (scaled.abs() >= eager.OVERFLOW).sum()
@@ -50,14 +55,37 @@ def quantize_rows_hif8(
 
 
 @cache
-def casts_exactly(device: torch.device, saturate: bool) -> bool:
-    """Whether the chip's cast gives the code of the definition for every BF16 pattern, as BF16 and as float32."""
-    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    expected = eager.encode_hif8(patterns, saturate)
+def casts_exactly(device: torch.device, dtype: torch.dtype, saturate: bool) -> bool:
+    """Whether the chip's cast from this type gives the codes of the definition for all of ``trial_inputs``."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return False
+    inputs = trial_inputs(dtype)
     try:
-        return all(torch.equal(_cast(x.to(device)).cpu(), expected) for x in (patterns, patterns.float()))
-    except (RuntimeError, AttributeError, TypeError, ImportError):
-        return False  # no such cast on this chip, or in this torch_npu
+        wrong = int((_cast(inputs.to(device)).cpu() != eager.encode_hif8(inputs, saturate)).sum())
+        why = f"its cast gives another code for {wrong} of {len(inputs)} inputs"
+    except torch.OutOfMemoryError:
+        raise
+    except _ABSENT as error:  # no such cast on this chip, or in this torch_npu
+        wrong, why = 1, _first_line(error)
+    if wrong:
+        kind = f"{str(dtype).removeprefix('torch.')}{', saturating,' if saturate else ''}"
+        warnings.warn(f"HiF8 from {kind} on {device} runs on the slower integer path: {why}", stacklevel=2)
+    return not wrong
+
+
+def trial_inputs(dtype: torch.dtype) -> torch.Tensor:
+    """Every BF16 pattern; of float32 also what lies just beside every tie, which a cast by way of BF16 would round
+    twice, and 2^16 random patterns."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    if dtype == torch.bfloat16:
+        return patterns
+    values = eager.decode_hif8(torch.arange(256), torch.float32)
+    values = values[values.isfinite()].sort().values
+    ties = torch.cat([(values[1:] + values[:-1]) / 2, torch.tensor([eager.OVERFLOW, -eager.OVERFLOW])])
+    beside = [torch.nextafter(ties, torch.full_like(ties, limit)) for limit in (-torch.inf, torch.inf)]
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(-(2**31), 2**31, (1 << 16,), generator=generator, dtype=torch.int32).view(torch.float32)
+    return torch.cat([patterns.float(), ties, *beside, random])
 
 
 @cache
@@ -75,7 +103,9 @@ def multiplies(device: torch.device) -> bool:
     )
     try:
         got = multiply(x_codes, w_codes, row_scale, column_scale, bias, torch.bfloat16).cpu().double()
-    except (RuntimeError, AttributeError, TypeError, ImportError):
+    except torch.OutOfMemoryError:
+        raise
+    except _ABSENT:
         return False
     return bool(torch.allclose(got, expected, rtol=2**-7, atol=2**-6))
 
@@ -108,6 +138,10 @@ def multiply(
         x2_dtype=npu.hifloat8,
     )
     return product
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _npu() -> Any:

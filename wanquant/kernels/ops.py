@@ -56,7 +56,11 @@ def _cuda() -> ModuleType:
 
 
 def _on_cuda(name: str) -> Callable[..., Any]:
-    return lambda *args: getattr(_cuda(), name)(*args)
+    def call(x: torch.Tensor, *args: Any) -> Any:
+        with torch.cuda.device(x.device):  # Triton launches on the current device, whatever the tensor's
+            return getattr(_cuda(), name)(x, *args)
+
+    return call
 
 
 for _schema in SCHEMAS:

@@ -35,14 +35,25 @@ def _code_value(code: int) -> float:
     return sign * 2.0**exponent * (1 + fraction)
 
 
-@cache
-def decode_table() -> torch.Tensor:
-    """float32 [256]: the value of every code. Each is exact in BF16 and FP16."""
-    return torch.tensor([_code_value(code) for code in range(256)], dtype=torch.float32)
+CPU = torch.device("cpu")
+
+
+def narrow(rounded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Exact float32 values in a 16-bit type. BF16 by its bits: torch's own cast has two kinds of NaN."""
+    if dtype != torch.bfloat16:
+        return rounded.to(dtype)
+    return (rounded.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 @cache
-def encode_table() -> torch.Tensor:
+def decode_table(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> torch.Tensor:
+    """[256]: the value of every code, exact in float32, BF16 and FP16."""
+    values = torch.tensor([_code_value(code) for code in range(256)], dtype=torch.float32)
+    return narrow(values, dtype).to(device)
+
+
+@cache
+def encode_table(device: torch.device = CPU) -> torch.Tensor:
     """uint8 [4096]: the code of every rounded value, by the upper twelve bits of its BF16 pattern.
 
     -0 has the code of zero; patterns that are no HiF8 value, all NaN among them, have that of NaN.
@@ -53,4 +64,4 @@ def encode_table() -> torch.Tensor:
         if code != NAN_CODE:
             table[values[code] >> 4] = code
     table[0x8000 >> 4] = 0
-    return torch.from_numpy(table)
+    return torch.from_numpy(table).to(device)

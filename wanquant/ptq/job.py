@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from wanquant.quant.config import parse, settle
 from wanquant.runs import pictures
 from wanquant.runs.progress import progress
 from wanquant.runs.report import summary, write_report
-from wanquant.runs.run import Run, digest, forget_last_run, provenance, signature
+from wanquant.runs.run import Run, digest, provenance, refused_leave_no_result, signature
 from wanquant.runs.tracking import TrackerConfig, check_tracker, mirror
 from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized
 from wanquant.wan.config import ModelConfig
@@ -74,14 +75,13 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
 
     ``ValueError`` and ``OSError`` are the user's; whatever else goes wrong, ``result.json`` says failed.
     """
-    if not config.dry_run:
-        forget_last_run(folder)  # before anything is refused, lest its result pass for this run's
-    config = dataclasses.replace(config, quant=settle(config.quant))
-    pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
-    device = pick_device(config.model.device)
-    _check(config, pairs_ + calibration_pairs)
-    if config.quant.product == "native":
-        check_native(device)
+    with refused_leave_no_result(folder) if not config.dry_run else nullcontext():
+        config = dataclasses.replace(config, quant=settle(config.quant))
+        pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
+        device = pick_device(config.model.device)
+        _check(config, pairs_ + calibration_pairs)
+        if config.quant.product == "native" and not config.dry_run:
+            check_native(device)
     settings = config.model.generation
     print(
         f"{config.quant.name} on {config.model.name} ({device.type}, {torch.get_num_threads()} threads), protect "
@@ -123,9 +123,7 @@ def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
         raise ValueError(f"{folder} is quantized already: model.path must be the original model")
     if (folder / "transformer_2").is_dir():
         raise ValueError(f"{folder} has two transformers (Wan2.2), of which this version would quantize only one")
-    plan = plan_conversion(
-        empty_transformer(folder), config.protect.blocks, config.protect.modules, format_=scheme.format
-    )
+    plan = plan_conversion(empty_transformer(folder), config.quant, config.protect.blocks, config.protect.modules)
     if not plan.names("converted") and not scheme.format.keeps_all:
         raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
 
@@ -203,7 +201,7 @@ class _Job:
 
     def _quantize(self, pipe: Pipeline, calibration: Calibration) -> ConversionReport:
         config, protect = self.config, self.config.protect
-        plan = plan_conversion(pipe.transformer, protect.blocks, protect.modules, format_=parse(config.quant).format)
+        plan = plan_conversion(pipe.transformer, config.quant, protect.blocks, protect.modules)
         with progress("quantize", len(plan.names("converted")), "linear") as tick:
             return quantize_(
                 pipe.transformer,
@@ -265,6 +263,10 @@ class _Job:
                 "fraction_of_flops_quantized": calibration.fraction_of_flops(report),
             },
             "conversion": report.counts(),
+            "attention": {
+                **report.attention_counts(),
+                "modules": [dataclasses.asdict(module) for module in report.attentions],
+            },
             "overflow": {
                 "elements": sum(overflowed.values()),
                 "modules": {name: count for name, count in overflowed.items() if count},

@@ -16,7 +16,7 @@ from wanquant.quant.config import parse
 from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.load import Transformer, empty_transformer
 
-LEGEND = "P = protected, stays BF16; q = quantized"
+LEGEND = "P = protected, stays BF16; q = quantized; - = nothing of it quantized"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def make_plan(folder: Path, quant: QuantConfig, protect: ProtectConfig, settings
     """From ``transformer/config.json`` alone: no weight is read."""
     transformer = empty_transformer(folder)
     scheme = parse(quant)
-    report = plan_conversion(transformer, protect.blocks, protect.modules, format_=scheme.format)
+    report = plan_conversion(transformer, quant, protect.blocks, protect.modules)
     parameters = sum(p.numel() for p in transformer.parameters())
     weights = scales = 0
     for name in report.names("converted"):
@@ -72,7 +72,11 @@ def print_plan(
 
 def block_map(report: ConversionReport) -> str:
     """One letter a block: ``PPqq...qqPPP``."""
-    return "".join("P" if index in report.protected_blocks else "q" for index in range(report.blocks))
+    quantized = {module.reason for module in report.modules if module.status == "converted"}
+    return "".join(
+        "P" if index in report.protected_blocks else "q" if f"block {index}" in quantized else "-"
+        for index in range(report.blocks)
+    )
 
 
 def _tokens(settings: GenerationConfig, transformer: Transformer) -> int:

@@ -1,13 +1,16 @@
 """Attention on 8-bit operands: Q, K and V rounded as they enter it, and optionally the probabilities too.
 
 A processor in the sense of diffusers' attention interface; it takes the place of Wan's own and computes the same,
-but for the rounding. The steps are powers of two, so they go into the BF16 operands exactly, and any attention
-backend then sees the values that 8-bit hardware would:
+but for the rounding. The steps are powers of two, so they go into the BF16 operands exactly, and torch's own
+attention then sees the values that 8-bit hardware would:
 
     Q, K   one step per token and head: their product contracts over the head's channels
     V      one step per head: its product contracts over the tokens, so a step per token could not follow it
     P      softmax numerators exp(l - max), at most 1, with the fixed step 1 / target's power of two; their sum, by
            which the product is divided, is that of the unrounded ones (``qkvp`` only)
+
+The logits are float32 sums of exact products, as they are in hardware. ``product=fast`` takes the product with V in
+BF16, ``product=exact`` in float32.
 
 Differs from rounding the outputs of ``to_q``, ``to_k`` and ``to_v`` in that norm and rotary embedding come first, as
 in the challenge and in OSP-Next (arXiv 2605.28691): what is rounded is what is multiplied.
@@ -28,7 +31,12 @@ SCORES_AT_ONCE = 1 << 26
 
 
 class QuantAttention:
-    """The processor. Attention with image tokens beside the text (Wan's image-to-video) is refused."""
+    """The processor. Refused: image tokens beside the text (Wan's image-to-video), another attention backend than
+    torch's own, context parallelism."""
+
+    # diffusers sets these on every processor that has them.
+    _attention_backend: Any = None
+    _parallel_config: Any = None
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
@@ -43,6 +51,10 @@ class QuantAttention:
     ) -> torch.Tensor:
         if attn.add_k_proj is not None or getattr(attn, "fused_projections", False):
             raise ValueError("quantized attention takes text-to-video Wan with separate projections")
+        if self._parallel_config is not None:
+            raise ValueError("quantized attention does not run in parallel over the context")
+        if self._attention_backend is not None and str(self._attention_backend).rpartition(".")[2].lower() != "native":
+            raise ValueError(f"quantized attention runs on torch's own, not on {self._attention_backend}")
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(source)).unflatten(2, (attn.heads, -1))
@@ -54,6 +66,8 @@ class QuantAttention:
         if self.scheme.attention == "qkvp":
             mixed = self.attend(query, key, value, attention_mask)
         else:
+            if self.scheme.product == "exact":
+                query, key, value = query.float(), key.float(), value.float()
             mixed = F.scaled_dot_product_attention(query, key, value, attention_mask)
         mixed = mixed.transpose(1, 2).flatten(2, 3).to(hidden_states.dtype)
         for layer in attn.to_out:
@@ -84,10 +98,14 @@ class QuantAttention:
         chunk = max(1, SCORES_AT_ONCE // (batch * heads * key.shape[2]))
         parts = []
         for first in range(0, queries, chunk):
-            scores = (query[:, :, first : first + chunk] @ key.mT).float() / math.sqrt(channels)
+            scores = query[:, :, first : first + chunk].float() @ key.float().mT / math.sqrt(channels)
             numerators = (scores - scores.amax(-1, keepdim=True)).exp()
             rounded, _ = scheme.format.scaled_round(numerators.flatten(0, 2), step, scheme.overflow)
-            product = (rounded.view(numerators.shape) @ value).float() * step
+            operands = rounded.view(numerators.shape), value
+            if scheme.product == "exact":
+                product = operands[0].float() @ operands[1].float() * step
+            else:
+                product = (operands[0] @ operands[1]).float() * step
             parts.append((product / numerators.sum(-1, keepdim=True)).to(torch.bfloat16))
         return torch.cat(parts, dim=2)
 

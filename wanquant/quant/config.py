@@ -94,8 +94,6 @@ def parse(config: QuantConfig) -> Scheme:
     """``ValueError`` names the key at fault and what it may be."""
     config = settle(config)
     format_ = get_format(config.format)
-    if config.overflow not in ("inf", "saturate"):
-        raise ValueError(f"quant.overflow={config.overflow}: choose inf or saturate")
     try:
         format_.check_overflow(config.overflow)
     except ValueError as error:

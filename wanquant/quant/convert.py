@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from wanquant.formats.base import Format
+from wanquant.kernels import check_native
 from wanquant.quant.attention import QuantAttention
 from wanquant.quant.config import QuantConfig, Scheme, parse
 from wanquant.quant.linear import QuantLinear
@@ -18,7 +18,7 @@ from wanquant.quant.select import match_names, resolve_blocks
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What became of one linear: ``converted``, ``protected`` or ``skipped``, and why."""
+    """What became of one linear or attention: ``converted``, ``protected`` or ``skipped``, and why."""
 
     name: str
     status: str
@@ -27,18 +27,26 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every linear of the module, in the order of ``named_modules``."""
+    """Every linear of the module, in the order of ``named_modules``; every attention, if that is asked for too."""
 
     modules: tuple[ModuleReport, ...]
     blocks: int
     protected_blocks: tuple[int, ...]
+    attentions: tuple[ModuleReport, ...] = ()
 
     def names(self, status: str) -> list[str]:
         return [module.name for module in self.modules if module.status == status]
 
     def counts(self) -> dict[str, int]:
-        counted = Counter(module.status for module in self.modules)
-        return {status: counted[status] for status in ("converted", "protected", "skipped")}
+        return _count(self.modules)
+
+    def attention_counts(self) -> dict[str, int]:
+        return _count(self.attentions)
+
+
+def _count(rows: Sequence[ModuleReport]) -> dict[str, int]:
+    counted = Counter(row.status for row in rows)
+    return {status: counted[status] for status in ("converted", "protected", "skipped")}
 
 
 def quantize_(
@@ -60,13 +68,17 @@ def quantize_(
 
     Linears outside the blocks stay as they are. With ``config.attention``, attention itself is quantized where its
     ``to_q``, ``to_k`` and ``to_v`` are. Everything is checked before anything is changed:
-    ``ValueError`` names a wrong index, a pattern that matches nothing, or a linear without statistics.
+    ``ValueError`` names a wrong index, a pattern that matches nothing, a linear that cannot be quantized so.
     """
     scheme = parse(config or QuantConfig())
-    plan = plan_conversion(module, protected_blocks, protected_modules, blocks, scheme.format)
+    plan = plan_conversion(module, config, protected_blocks, protected_modules, blocks)
     todo = plan.names("converted")
-    if scheme.attention != "off" and not attentions(todo):
-        raise ValueError(f"quant.attention={scheme.attention}: no attention has its to_q, to_k and to_v quantized")
+    for name in todo:
+        weight = module.get_submodule(name).get_parameter("weight")
+        if scheme.product == "native":
+            check_native(weight.device)
+        if not scheme.format.codes_all and not weight.isfinite().all():
+            raise ValueError(f"{name} has weights that are not finite, for which {scheme.format.name} has no code")
     if scheme.act_static:
         missing = [name for name in todo if stats is None or name not in stats]
         if missing:
@@ -76,18 +88,19 @@ def quantize_(
         assert isinstance(linear, nn.Linear)
         module.set_submodule(name, QuantLinear.from_linear(linear, scheme, stats.get(name) if stats else None))
         on_linear()
-    _set_attention(module, todo, scheme)
+    _set_attention(module, [row.name for row in plan.attentions if row.status == "converted"], scheme)
     return plan
 
 
 def plan_conversion(
     module: nn.Module,
+    config: QuantConfig | None = None,
     protected_blocks: Sequence[int] = (),
     protected_modules: Sequence[str] = (),
     blocks: str = "blocks",
-    format_: Format | None = None,
 ) -> ConversionReport:
-    """What ``quantize_`` would do, without doing it; works on meta tensors. Without a format, to an 8-bit one."""
+    """What ``quantize_`` would do, without doing it, and with its refusals; works on meta tensors."""
+    scheme = parse(config or QuantConfig())
     try:
         block_list = module.get_submodule(blocks)
     except AttributeError:
@@ -120,22 +133,38 @@ def plan_conversion(
             rows.append(ModuleReport(name, "protected", f"block {inside[name][0]}"))
         elif inside[name][1] in kept:
             rows.append(ModuleReport(name, "protected", "module pattern"))
-        elif format_ is not None and format_.keeps_all:
-            rows.append(ModuleReport(name, "skipped", f"{format_.name} is no quantization"))
+        elif scheme.format.keeps_all:
+            rows.append(ModuleReport(name, "skipped", f"{scheme.format.name} is no quantization"))
         else:
+            try:
+                scheme.weight_granularity.scale_shape(child.out_features, child.in_features)
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be quantized to {scheme.format.name}: {error}") from None
             rows.append(ModuleReport(name, "converted", f"block {inside[name][0]}"))
-    return ConversionReport(tuple(rows), len(block_list), protected)
+    attentions = _plan_attention(rows) if scheme.attention != "off" else []
+    if scheme.attention != "off" and all(row.status != "converted" for row in attentions):
+        raise ValueError(f"quant.attention={scheme.attention}: no attention has its to_q, to_k and to_v quantized")
+    return ConversionReport(tuple(rows), len(block_list), protected, tuple(attentions))
 
 
-def attentions(converted: Sequence[str]) -> list[str]:
-    """The modules whose ``to_q``, ``to_k`` and ``to_v`` are all among the names."""
-    names = set(converted)
-    owners = [name.removesuffix(".to_q") for name in converted if name.endswith(".to_q")]
-    return [owner for owner in owners if {f"{owner}.to_k", f"{owner}.to_v"} <= names]
+def _plan_attention(linears: Sequence[ModuleReport]) -> list[ModuleReport]:
+    """An attention is quantized where its three projections are."""
+    rows, known = [], {row.name: row for row in linears}
+    for name in known:
+        owner = name.removesuffix(".to_q")
+        if owner == name:
+            continue
+        three = [known.get(f"{owner}.{part}") for part in ("to_q", "to_k", "to_v")]
+        found = {(row.status, row.reason) for row in three if row is not None}
+        if None not in three and len(found) == 1:
+            rows.append(ModuleReport(owner, *found.pop()))
+        else:
+            rows.append(ModuleReport(owner, "protected", "not all of its to_q, to_k and to_v are quantized"))
+    return rows
 
 
-def _set_attention(module: nn.Module, converted: Sequence[str], scheme: Scheme) -> None:
-    for name in attentions(converted) if scheme.attention != "off" else ():
+def _set_attention(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
+    for name in names:
         attention: Any = module.get_submodule(name)
         attention.set_processor(QuantAttention(scheme))
 
@@ -148,4 +177,6 @@ def empty_like_quantized_(module: nn.Module, names: Sequence[str], scheme: Schem
             raise ValueError(f"{name} is a {type(linear).__name__}, not a linear")
         layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, scheme)
         module.set_submodule(name, layer)
-    _set_attention(module, names, scheme)
+    if scheme.attention != "off":
+        owners = [name.removesuffix(".to_q") for name in names if name.endswith(".to_q")]
+        _set_attention(module, [o for o in owners if {f"{o}.to_k", f"{o}.to_v"} <= set(names)], scheme)

@@ -111,6 +111,13 @@ class QuantLinear(nn.Linear):
         return operand, scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            # It would take the exact product in 16 bits, and cast scales.
+            with torch.autocast(x.device.type, enabled=False):
+                return self._multiply(x)
+        return self._multiply(x)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         operand, scale = self.quantize_input(x.reshape(-1, self.in_features))
         if self.scheme.product == "native":
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)

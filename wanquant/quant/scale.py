@@ -65,7 +65,7 @@ class SharedExponent:
 
     def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
         exponent = torch.frexp(absmax).exponent - 1 - self.max_exponent
-        scale = torch.ldexp(torch.ones_like(absmax), exponent.clamp_min(-127))
+        scale = kernels.two_to(exponent.clamp_min(-127))
         return torch.where(torch.isfinite(absmax), torch.where(absmax == 0, 1.0, scale), torch.nan)
 
 

@@ -60,13 +60,14 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
 
 def summary(result: dict[str, Any], folder: Path) -> str:
     """What the terminal shows when a run has ended: counts, table, gates, and where the report is."""
-    metrics, counts = result["metrics"], result["conversion"]
+    metrics, counts, attention = result["metrics"], result["conversion"], result["attention"]
     lines = [
         "",
         f"{result['quant']['name']} on {result['model']['name']}, protect {result['protect']['name']}: blocks "
         f"{{{', '.join(map(str, result['protect']['blocks']))}}} of {result['model']['blocks']} protected",
         ", ".join(f"{counts[status]} linears {status}" for status in counts)
-        + f"; {100 * result['protect']['fraction_of_flops_quantized']:.1f} % of their FLOPs quantized",
+        + f"; {100 * result['protect']['fraction_of_flops_quantized']:.1f} % of their FLOPs quantized"
+        + (f"; {attention['converted']} attentions quantized" if attention["converted"] else ""),
         "",
         f"{'mean [95 % interval]':<28}"
         + "".join(f"{title + (', ' + unit if unit else ''):<26}" for _, title, unit in FIDELITY),

@@ -40,6 +40,8 @@ VOLATILE = (
     "*.name",
     "*.by_language",
 )
+#: By which a directory is known to hold a finished run.
+SUMMARIES = ("result.json", "report.html")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "numba", "torch_npu")
 
 
@@ -126,26 +128,41 @@ def _git() -> dict[str, Any]:
 
 def remove_products(folder: Path) -> None:
     """Removes all that looks like a result."""
-    for name in ("result.json", "report.html", "checkpoint", "checkpoint.partial", "videos", "figures"):
-        path = folder / name
+    summaries = [path for name in SUMMARIES for path in (folder / name, _previous(folder / name))]
+    for path in (*summaries, *(folder / name for name in ("checkpoint", "checkpoint.partial", "videos", "figures"))):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
-def forget_last_run(folder: Path) -> None:
-    """Removes what an earlier run left in this directory, if there is one: it would look like this one's.
+@contextmanager
+def refused_leave_no_result(folder: Path) -> Iterator[None]:
+    """For the checks before a run. If they refuse it, an earlier run's result in this directory, which would look
+    like this one's, gets the name ``result.previous.json``; nothing of it is lost."""
+    refuse_foreign(folder)
+    try:
+        yield
+    except Exception:
+        for name in SUMMARIES:
+            path = folder / name
+            if path.is_file():
+                path.replace(_previous(path))
+        raise
 
-    ``ValueError`` for a directory that holds anything else: nothing of a user's is ever removed.
-    """
+
+def _previous(path: Path) -> Path:
+    return path.with_suffix(f".previous{path.suffix}")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """``ValueError`` for a directory that holds anything but a run: nothing of a user's is ever removed."""
     if not folder.is_dir():
         return
     present = {path.name for path in folder.iterdir()} - {"log.txt"}
     config = folder / "config.yaml"
     if present and not (config.is_file() and config.read_text().startswith(HEADER)):
         raise ValueError(f"{folder} is neither empty nor a run directory: choose another hydra.run.dir")
-    remove_products(folder)
 
 
 class Run:
@@ -157,7 +174,8 @@ class Run:
         self.timings: dict[str, float] = {}
         self.started = time.time()
         folder.mkdir(parents=True, exist_ok=True)
-        forget_last_run(folder)
+        refuse_foreign(folder)
+        remove_products(folder)
         write_atomic(folder / "config.yaml", HEADER + config_yaml)
 
     @contextmanager

@@ -142,16 +142,25 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
 
 
 def config_of(described: dict[str, Any]) -> QuantConfig:
-    """The ``QuantConfig`` a checkpoint was made with."""
-    raw = {field.name: described[field.name] for field in dataclasses.fields(QuantConfig)}
+    """The ``QuantConfig`` a checkpoint was made with; what an older one does not mention was not there to choose."""
+    raw = {field.name: described[field.name] for field in dataclasses.fields(QuantConfig) if field.name in described}
     return QuantConfig(
         **{**raw, "weights": WeightConfig(**raw["weights"]), "activations": ActivationConfig(**raw["activations"])}
     )
 
 
-def load_transformer(folder: Path, described: dict[str, Any]) -> WanTransformer3DModel:
-    """A quantized transformer from its folder, exactly as it was saved, in the form the run used."""
-    scheme = parse(config_of(described))
+def load_transformer(
+    folder: Path, described: dict[str, Any], packed: bool | None = None, product: str | None = None
+) -> WanTransformer3DModel:
+    """A quantized transformer from its folder, exactly as it was saved, in the form the run used or the one given."""
+    config = config_of(described)
+    scheme = parse(
+        dataclasses.replace(
+            config,
+            packed=config.packed if packed is None else packed,
+            product=config.product if product is None else product,
+        )
+    )
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
     empty_like_quantized_(transformer, described["modules"], scheme)
@@ -160,12 +169,23 @@ def load_transformer(folder: Path, described: dict[str, Any]) -> WanTransformer3
     for name in sorted(files):
         tensors |= load_file(folder / name)
     check_keys(transformer.state_dict(), tensors, folder)
+    for name in described["modules"]:
+        _check_type(f"{name}.weight", tensors[f"{name}.weight"], torch.uint8, folder)
+        for scale in (f"{name}.weight_scale", f"{name}.input_scale"):
+            if scale in tensors:
+                _check_type(scale, tensors[scale], torch.float32, folder)
     if not scheme.packed:
         for name in described["modules"]:
             tensors[f"{name}.weight"] = scheme.format.decode(tensors[f"{name}.weight"])
     transformer.load_state_dict(tensors, strict=True, assign=True)
     transformer.requires_grad_(False)
     return transformer.eval()
+
+
+def _check_type(name: str, tensor: torch.Tensor, wanted: torch.dtype, folder: Path) -> None:
+    """``ValueError`` for a tensor that was cast on the way, as a general-purpose loader or converter may do."""
+    if tensor.dtype != wanted:
+        raise ValueError(f"{folder}: tensor {name} is {tensor.dtype}, not {wanted}: something has cast this checkpoint")
 
 
 def check_keys(wanted: Collection[str], found: Collection[str], folder: Path) -> None:

@@ -34,18 +34,28 @@ COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
-def load_pipeline(source: str | Path, device: str = "auto", on_part: Callable[[], None] = lambda: None) -> WanPipeline:
+def load_pipeline(
+    source: str | Path,
+    device: str = "auto",
+    on_part: Callable[[], None] = lambda: None,
+    packed: bool | None = None,
+    product: str | None = None,
+) -> WanPipeline:
     """The pipeline at ``source``: ``"tiny"``, a folder in diffusers layout, or a hub id.
 
     A folder is checked before anything is loaded: ``ValueError`` names what is missing or truncated.
     Only a hub id may reach for the network, and only if it is not in the local cache. ``on_part`` is called
     ``LOAD_PARTS`` times, for progress.
+    A quantized transformer comes as it was made, unless told otherwise: ``packed`` keeps its weights as one byte
+    each, which halves its memory and changes no value; ``product`` is for another device than it was made for.
     """
     target = pick_device(device)
     folder = find_folder(source)
     check_folder(folder)
     try:
-        parts = {name: _transformer(folder / name) for name in TRANSFORMERS if (folder / name).is_dir()}
+        parts = {
+            name: _transformer(folder / name, packed, product) for name in TRANSFORMERS if (folder / name).is_dir()
+        }
         on_part()
         parts["vae"] = _whole(AutoencoderKLWan, folder / "vae", torch.float32)
         on_part()
@@ -145,10 +155,12 @@ def empty_transformer(folder: Path) -> WanTransformer3DModel:
         raise ValueError(f"{folder / 'transformer'} is no Wan transformer: {_first_line(error)}") from error
 
 
-def _transformer(folder: Path) -> WanTransformer3DModel:
+def _transformer(folder: Path, packed: bool | None, product: str | None) -> WanTransformer3DModel:
     described = quantization_of(folder)
     if described is not None:
-        return load_transformer(folder, described)
+        return load_transformer(folder, described, packed, product)
+    if packed is not None or product is not None:
+        raise ValueError("packed and product are for a quantized model, and this one is not")
     return _whole(WanTransformer3DModel, folder, torch.bfloat16)
 
 
