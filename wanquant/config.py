@@ -52,10 +52,13 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
     returned, 1 after an error, 130 when interrupted.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # "full" means: raised here, not printed there
-    failures = []
+    failures: dict[str, Exception] = {}
+    jobs = 0
 
     @hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")
     def compose(raw: DictConfig) -> None:
+        nonlocal jobs
+        jobs += 1
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
         try:
@@ -67,14 +70,14 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
             if not isinstance(error, USER_ERRORS) and not out_of_memory(error):
                 raise
             # Caught here and not outside, where Hydra would have added lines of its own.
-            failures.append(error)
             which = f"job {hydra_config.job.num}: " if hydra_config.mode == RunMode.MULTIRUN else ""
+            failures[which] = error
             _complain(error, which)
         finally:
             _remove_if_empty(folder)
 
     # So that `kill` ends a run as an interrupt does, through its clean-up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         compose()
     except KeyboardInterrupt:
@@ -84,7 +87,16 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
         _complain(error)
         sys.exit(1)
     if failures:
+        if jobs > 1:  # again, since other jobs have written since
+            print(f"{len(failures)} of {jobs} jobs failed:", file=sys.stderr)
+            for which, failure in failures.items():
+                _complain(failure, which)
         sys.exit(1)
+
+
+def _terminate(*_: object) -> None:
+    print("terminated", file=sys.stderr)
+    sys.exit(143)
 
 
 def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
@@ -125,8 +137,14 @@ def one_line(error: BaseException) -> str:
         parts.append("out of memory: ask for fewer frames or a smaller picture (model.generation.*)")
     # OmegaConf names the key on a line of its own, which is noise where the message names it already.
     hidden = ["object_type=", "reference_type=", "See https://", "Set the environment variable"]
+    # Nor are the places searched for a preset of use, or the advice to add a misspelt key.
+    hidden += ["Config search path:", "provider=", "To append to your config use"]
     hidden += ["full_key:"] if any(part.startswith(("Key ", "Could not ")) for part in parts) else []
-    return "; ".join(dict.fromkeys(part for part in parts if not part.startswith(tuple(hidden))))
+    shown = list(dict.fromkeys(part for part in parts if not part.startswith(tuple(hidden))))
+    for place, part in enumerate(shown):
+        if part.startswith("Available options in"):
+            return "; ".join([*shown[:place], f"choose {', '.join(shown[place + 1 :])}"])
+    return "; ".join(shown)
 
 
 def out_of_memory(error: BaseException) -> bool:

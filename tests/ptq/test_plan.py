@@ -12,7 +12,12 @@ from wanquant.quant import QuantConfig, plan_conversion
 
 @pytest.mark.parametrize(
     ("config", "modules", "expected"),
-    [(QuantConfig(), (), "PqqqqP"), (QuantConfig(), (".*",), "P----P"), (QuantConfig(format="bf16"), (), "P----P")],
+    [
+        (QuantConfig(), (), "PqqqqP"),
+        (QuantConfig(), ("ffn.net.2",), "PmmmmP"),
+        (QuantConfig(), (".*",), "P----P"),
+        (QuantConfig(format="bf16"), (), "P----P"),
+    ],
 )
 def test_the_map_shows_what_becomes_of_each_block(config: QuantConfig, modules: tuple[str, ...], expected: str) -> None:
     with torch.device("meta"):

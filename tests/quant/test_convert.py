@@ -60,7 +60,7 @@ def test_whole_names_only() -> None:
     names = ["ffn.net.2", "ffn.net.0.proj", "attn1.to_q", "attn1.to_out.0"]
     assert match_names(["ffn.net.2"], names) == {"ffn.net.2"}
     assert match_names(["attn1.*"], names) == {"attn1.to_q", "attn1.to_out.0"}
-    with pytest.raises(ValueError, match=r"pattern 'ffn' matches nothing"):
+    with pytest.raises(ValueError, match=r"pattern 'ffn' of protected modules matches nothing"):
         match_names(["ffn"], names)
     with pytest.raises(ValueError, match="not a regular expression"):
         match_names(["("], names)

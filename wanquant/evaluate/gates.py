@@ -38,6 +38,7 @@ class GateResult:
     passed: bool
     figure: float
     threshold: float
+    bad_if: str
     worst: int
     meaning: str
 
@@ -46,6 +47,7 @@ class GateResult:
             "verdict": "pass" if self.passed else "fail",
             "figure": self.figure,
             "threshold": self.threshold,
+            "bad_if": self.bad_if,
             "worst_item": self.worst,
             "meaning": self.meaning,
         }
@@ -135,4 +137,4 @@ def _run(gate: Gate, pairs: list[tuple[Sample, Sample]]) -> GateResult:
     badness = np.array([-figure if gate.bad_if == "below" else figure for figure in figures])
     worst = int(np.argmax(np.where(np.isnan(badness), np.inf, badness)))
     passed = not any(gate.fails(figure) for figure in figures)
-    return GateResult(gate.name, passed, figures[worst], gate.threshold, worst, gate.meaning)
+    return GateResult(gate.name, passed, figures[worst], gate.threshold, gate.bad_if, worst, gate.meaning)

@@ -16,7 +16,7 @@ from wanquant.quant.config import parse
 from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.load import Transformer, empty_transformer
 
-LEGEND = "P = protected, stays BF16; q = quantized; - = nothing of it quantized"
+LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,19 @@ def print_plan(
     print(f"transformer {plan.parameters:,} parameters, {_bytes(plan.bf16_bytes)} in BF16")
     print(f"checkpoint  transformer {_bytes(plan.packed_bytes)}, {plan.packed_bytes / plan.bf16_bytes:.2f} of BF16")
     print(f"memory      {_bytes(plan.bf16_bytes)} for its weights; text encoder, VAE and activations come on top")
-    print(f"time        {seconds:,.0f} s of matrix products for {videos} videos, at this CPU's BF16 rate")
+    print(f"time        {max(1, seconds):,.0f} s at least: matrix products of {videos} videos at this CPU's BF16 rate")
 
 
 def block_map(report: ConversionReport) -> str:
     """One letter a block: ``PPqq...qqPPP``."""
-    quantized = {module.reason for module in report.modules if module.status == "converted"}
+    found: dict[int, set[str]] = {index: set() for index in range(report.blocks)}
+    for module in report.modules:
+        if module.block is not None:
+            found[module.block].add(module.status)
+    letters = {frozenset({"converted"}): "q", frozenset({"protected"}): "-", frozenset({"skipped"}): "-"}
     return "".join(
-        "P" if index in report.protected_blocks else "q" if f"block {index}" in quantized else "-"
-        for index in range(report.blocks)
+        "P" if index in report.protected_blocks else letters.get(frozenset(statuses), "m")
+        for index, statuses in found.items()
     )
 
 

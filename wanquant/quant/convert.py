@@ -23,6 +23,7 @@ class ModuleReport:
     name: str
     status: str
     reason: str
+    block: int | None
 
 
 @dataclass(frozen=True)
@@ -125,22 +126,25 @@ def plan_conversion(
         if isinstance(child, QuantLinear):
             raise ValueError(f"{name} is quantized already: load the original model to quantize it in another way")
         if name not in inside:
-            rows.append(ModuleReport(name, "skipped", f"outside {blocks}"))
-        elif type(child) is not nn.Linear:
+            rows.append(ModuleReport(name, "skipped", f"outside {blocks}", None))
+            continue
+        index, name_inside = inside[name]
+        if type(child) is not nn.Linear:
             # A subclass may use its weight otherwise than nn.Linear does, as attention's out_proj.
-            rows.append(ModuleReport(name, "skipped", f"a {type(child).__name__}, not a plain linear"))
-        elif inside[name][0] in protected:
-            rows.append(ModuleReport(name, "protected", f"block {inside[name][0]}"))
-        elif inside[name][1] in kept:
-            rows.append(ModuleReport(name, "protected", "module pattern"))
+            found = "skipped", f"a {type(child).__name__}, not a plain linear"
+        elif index in protected:
+            found = "protected", f"block {index}"
+        elif name_inside in kept:
+            found = "protected", "module pattern"
         elif scheme.format.keeps_all:
-            rows.append(ModuleReport(name, "skipped", f"{scheme.format.name} is no quantization"))
+            found = "skipped", f"{scheme.format.name} is no quantization"
         else:
             try:
                 scheme.weight_granularity.scale_shape(child.out_features, child.in_features)
             except ValueError as error:
                 raise ValueError(f"{name} cannot be quantized to {scheme.format.name}: {error}") from None
-            rows.append(ModuleReport(name, "converted", f"block {inside[name][0]}"))
+            found = "converted", f"block {index}"
+        rows.append(ModuleReport(name, *found, index))
     attentions = _plan_attention(rows) if scheme.attention != "off" else []
     if scheme.attention != "off" and all(row.status != "converted" for row in attentions):
         raise ValueError(f"quant.attention={scheme.attention}: no attention has its to_q, to_k and to_v quantized")
@@ -156,10 +160,14 @@ def _plan_attention(linears: Sequence[ModuleReport]) -> list[ModuleReport]:
             continue
         three = [known.get(f"{owner}.{part}") for part in ("to_q", "to_k", "to_v")]
         found = {(row.status, row.reason) for row in three if row is not None}
-        if None not in three and len(found) == 1:
-            rows.append(ModuleReport(owner, *found.pop()))
-        else:
-            rows.append(ModuleReport(owner, "protected", "not all of its to_q, to_k and to_v are quantized"))
+        same = found.pop() if None not in three and len(found) == 1 else None
+        rows.append(
+            ModuleReport(
+                owner,
+                *(same or ("protected", "not all of its to_q, to_k and to_v are quantized")),
+                known[name].block,
+            )
+        )
     return rows
 
 

@@ -36,10 +36,11 @@ def match_names(patterns: Sequence[str], names: Iterable[str], what: str = "modu
         try:
             hits = {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
-            raise ValueError(f"protected_{what} pattern {pattern!r} is not a regular expression: {error}") from None
+            raise ValueError(f"pattern {pattern!r} of protected {what} is not a regular expression: {error}") from None
         if not hits:
             raise ValueError(
-                f"protected_{what} pattern {pattern!r} matches nothing: the names are {', '.join(sorted(set(names)))}"
+                f"pattern {pattern!r} of protected {what} matches nothing (a whole name has to match: attn1.* and not "
+                f"attn1): the names are {', '.join(sorted(set(names)))}"
             )
         found |= hits
     return found

@@ -16,6 +16,8 @@ from wanquant.runs.files import write_atomic
 MAX_VIDEOS, MAX_VIDEO_BYTES = 10, 12_000_000
 FIDELITY = (("latent_sqnr", "latent SQNR", "dB"), ("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))
 FLOORS = (("", "quantized"), ("floor_ulp.", "BF16, noise moved by 1 ulp"), ("floor_seed.", "BF16, another seed"))
+#: Share of its prompts that BF16 has to follow before a loss could be seen.
+FOLLOWED = 0.5
 ATTRIBUTES = ("color", "shape", "direction", "background", "attributes")
 
 
@@ -46,6 +48,7 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
         fidelity_columns=[(title, unit) for _, title, unit in FIDELITY],
         attributes=[name for name in ATTRIBUTES if name in metrics],
         failed=failed_gates(result),
+        cautions=cautions(result),
         magnitudes=block_magnitudes(result["calibration"]["block_absmax"], result["protect"]["blocks"]),
         intervals=intervals(sqnr, "latent SQNR, dB") if sqnr else "",
         videos=[(path.stem, _data_uri(path, "video/mp4")) for path in videos],
@@ -80,7 +83,8 @@ def summary(result: dict[str, Any], folder: Path) -> str:
         lines += ["", f"{'prompts followed, share':<28}{'BF16':<26}{'quantized':<26}{'difference':<26}"]
         for name in ATTRIBUTES:
             values = (estimate_text(metrics[prefix + name]) for prefix in ("bf16.", "", "difference."))
-            lines.append(f"{name:<28}" + "".join(f"{value:<26}" for value in values))
+            label = "mean of the four" if name == "attributes" else name
+            lines.append(f"{label:<28}" + "".join(f"{value:<26}" for value in values))
     failed = failed_gates(result)
     overflow = result["overflow"]
     if overflow["elements"]:
@@ -89,9 +93,21 @@ def summary(result: dict[str, Any], folder: Path) -> str:
             f"overflow: {overflow['elements']:,} elements in {len(overflow['modules'])} modules left the range",
         ]
     lines += ["", "gates: " + (f"FAILED {', '.join(failed)}" if failed else f"all {len(result['gates'])} passed")]
-    if result["demonstration"]:
-        lines.append(f"only {metrics['psnr']['n']} (prompt, seed) pairs: a demonstration, compare nothing by it")
+    lines += [f"caution: {text}" for text in cautions(result)]
     return "\n".join([*lines, f"report: {folder / 'report.html'}"])
+
+
+def cautions(result: dict[str, Any]) -> list[str]:
+    """What a reader has to know before believing the numbers."""
+    metrics, texts = result["metrics"], []
+    if result["demonstration"]:
+        texts.append(f"{metrics['psnr']['n']} (prompt, seed) pairs are a demonstration, compare nothing by them")
+    followed = metrics.get("bf16.attributes", {}).get("mean")
+    if followed is not None and followed < FOLLOWED:
+        texts.append(
+            f"BF16 itself follows its prompts to {100 * followed:.0f} % only, so this run cannot show what is lost"
+        )
+    return texts
 
 
 def _pairs_if_other(metrics: dict[str, Any], prefix: str) -> str:

@@ -202,7 +202,8 @@ class Run:
         try:
             with (self.folder / "log.txt").open("a") as log:
                 traceback.print_exception(error, file=log)
-            self._write(self._full("failed", f"{type(error).__name__}: {error}", {}))
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            self._write(self._full("failed", "interrupted" if stopped else f"{type(error).__name__}: {error}", {}))
         except OSError:
             (self.folder / "result.json").unlink(missing_ok=True)
 

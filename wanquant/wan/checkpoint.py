@@ -70,6 +70,10 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
                 _save_transformer(component, source / name, temporary / name, on_linear)
             else:
                 component.save_pretrained(temporary / name)
+        # safetensors gives its files to their owner alone; they are no more secret than the configs beside them.
+        mode = (temporary / "model_index.json").stat().st_mode
+        for path in temporary.rglob("*.safetensors"):
+            path.chmod(mode)
         temporary.rename(folder)
     except SafetensorError as error:
         raise OSError(f"cannot write {folder}: {error}") from error
