@@ -63,6 +63,15 @@ def elementwise() -> Iterator[Row]:
         1 / 6,
         rounds=7,
     )
+    eight, out, back = (torch.empty_like(values, dtype=t) for t in (torch.float8_e4m3fn, values.dtype, values.dtype))
+    yield compare(
+        "round bfloat16, out=",
+        lambda: hif8.round(values, out=out),
+        "float8_e4m3fn and back, into warm tensors",
+        lambda: back.copy_(eight.copy_(values)),
+        1 / 6,
+        rounds=7,
+    )
     part = x[: ELEMENTS // 8].numpy()
     yield compare(
         "round float32, 4 M",

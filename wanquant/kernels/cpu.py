@@ -16,7 +16,7 @@ import torch
 
 from wanquant.kernels.eager import fit
 from wanquant.kernels.loops import DESCALE, LOOPS, stochastic
-from wanquant.kernels.tables import decode_table, encode_table, narrow
+from wanquant.kernels.tables import decode_table, narrow
 
 #: Elements below which one thread is quicker than waking another.
 _CHUNK = 1 << 17
@@ -59,8 +59,7 @@ def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     values = fit(x)
     out = torch.empty(values.shape, dtype=torch.uint8)
     loop, source, target, size = LOOPS[values.dtype].encode, values.data_ptr(), out.data_ptr(), values.element_size()
-    table = encode_table().data_ptr()
-    _run(lambda a, b: loop(source + a * size, target + a, b - a, saturate, table), x.numel(), x.numel())
+    _run(lambda a, b: loop(source + a * size, target + a, b - a, saturate), x.numel(), x.numel())
     return out
 
 
@@ -77,7 +76,7 @@ def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
     x = fit(x)
-    out = torch.empty(x.shape[0], dtype=torch.float32)
+    out = x.new_empty(x.shape[0], dtype=torch.float32)
     loop, source, target, columns = LOOPS[x.dtype].absmax_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
     pitch = columns * x.element_size()
     _run(lambda a, b: loop(source + a * pitch, target + 4 * a, b - a, columns), x.shape[0], x.numel())
@@ -86,7 +85,7 @@ def absmax_rows(x: torch.Tensor) -> torch.Tensor:
 
 def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
     x, scale = fit(x), scale.contiguous()
-    out, over = torch.empty(x.shape, dtype=torch.bfloat16), torch.empty(x.shape[0], dtype=torch.int64)
+    out, over = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.shape[0], dtype=torch.int64)
     loop, source, target, columns = LOOPS[x.dtype].scaled_round, x.data_ptr(), out.data_ptr(), x.shape[1]
     pitch, scales, counts, step = columns * x.element_size(), scale.data_ptr(), over.data_ptr(), scale.ndim
 
@@ -102,7 +101,7 @@ def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = fit(x)
-    out, scale = torch.empty(x.shape, dtype=torch.bfloat16), torch.empty(x.shape[0], dtype=torch.float32)
+    out, scale = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.shape[0], dtype=torch.float32)
     loop, source, target, columns = LOOPS[x.dtype].quantize_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
     pitch, scales = columns * x.element_size(), scale.data_ptr()
 
@@ -123,17 +122,19 @@ def descale(
 ) -> torch.Tensor:
     if dtype == torch.float16:
         return descale(product, row_scale, column_scale, bias, torch.float32).to(dtype)
-    product, row_scale, column_scale = fit(product), row_scale.contiguous(), column_scale.contiguous()
+    product, row_scale = fit(product), row_scale.contiguous()
+    rows, columns = product.shape
+    column_scale = (column_scale if column_scale.ndim else column_scale.expand(columns)).contiguous()
     if bias is not None:
-        bias = bias.float().contiguous()
-    out = torch.empty(product.shape, dtype=dtype)
-    loop, (rows, columns) = DESCALE[product.dtype, dtype], product.shape
+        bias = fit(bias)
+    out = torch.empty_like(product, dtype=dtype)
+    loop = DESCALE[product.dtype, product.dtype if bias is None else bias.dtype, dtype]
     source, target, offset = product.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr()
     pitch, out_pitch = columns * product.element_size(), columns * out.element_size()
     by_row, row_step, by_column = row_scale.data_ptr(), row_scale.ndim, column_scale.data_ptr()
 
     def call(a: int, b: int) -> None:
-        scales = (by_row + 4 * a * row_step, row_step, by_column, column_scale.ndim)
+        scales = (by_row + 4 * a * row_step, row_step, by_column)
         loop(source + a * pitch, *scales, offset, bias is not None, target + a * out_pitch, b - a, columns)
 
     _run(call, rows, product.numel())

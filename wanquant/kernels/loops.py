@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
+
+from wanquant.kernels.tables import INF_CODE, NAN_CODE
 
 _INF_BITS = np.uint32(0x7F800000)
 #: 40960, from which rounding overflows.
@@ -68,6 +71,58 @@ def _emit_round(builder: ir.IRBuilder, bits: ir.Value, noise: ir.Value | None, s
     signed = builder.select(builder.icmp_unsigned("==", rounded, constant(0)), rounded, signed)
     quiet = constant((0xFF << mantissa) | 1 << (mantissa - 1))
     return builder.select(less(inf, magnitude), quiet, signed)
+
+
+def _emit_encode(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """The code (i8) of a rounded BF16 pattern (i16), in instructions of that width; a look-up in a table would be one
+    load after the other.
+
+    Within a zone of k mantissa bits and one sign of the exponent, codes are consecutive: they rise with the
+    pattern where exponents are positive, and where they are negative exponents fall while mantissas still rise.
+    """
+    word = ir.IntType(16)
+
+    def constant(value: int) -> ir.Constant:
+        return ir.Constant(word, value & 0xFFFF)
+
+    def power(exponent: int) -> ir.Constant:
+        return constant((exponent + 127) << 7)
+
+    magnitude = builder.and_(bits, constant(0x7FFF))
+    negative = builder.icmp_unsigned("<", magnitude, power(0))
+    # Powers of two below 2^-15: codes 1 to 7, and 0 for zero, whose exponent is below all of them.
+    steps = builder.lshr(magnitude, constant(7))
+    code = builder.sub(
+        builder.select(builder.icmp_unsigned("<", steps, constant(104)), constant(104), steps), constant(104)
+    )
+    # Smallest |exponent|, bits of the exponent field (its sign's among them), of the mantissa, and first code.
+    for low, field, kept, first in ((8, 4, 1, 96), (4, 3, 2, 64), (2, 2, 3, 32), (1, 1, 3, 16), (0, 0, 3, 8)):
+        high = 2 * low - 1 if low else 0
+        inside = builder.icmp_unsigned("<", builder.sub(magnitude, power(-high)), constant((2 * high + 1) << 7))
+        steps = builder.lshr(magnitude, constant(7 - kept))  # exponent and the mantissa bits kept
+        rising = builder.add(steps, constant(first - ((127 + low) << kept)))
+        if low:
+            mantissa = builder.and_(steps, constant((1 << kept) - 1))
+            falling = builder.sub(builder.shl(mantissa, constant(1)), steps)
+            offset = first + (1 << (field - 1 + kept)) + ((127 - low) << kept)
+            rising = builder.select(negative, builder.add(falling, constant(offset)), rising)
+        code = builder.select(inside, rising, code)
+    inf = power(128)
+    code = builder.select(builder.icmp_unsigned("==", magnitude, inf), constant(INF_CODE), code)
+    sign = builder.lshr(builder.and_(bits, constant(0x8000)), constant(8))
+    code = builder.select(builder.icmp_unsigned("==", magnitude, constant(0)), constant(0), builder.or_(code, sign))
+    code = builder.select(builder.icmp_unsigned("<", inf, magnitude), constant(NAN_CODE), code)
+    return builder.trunc(code, ir.IntType(8))
+
+
+@intrinsic
+def _encode(context: Any, bits: Any) -> Any:
+    """encode(rounded: uint16) -> uint8."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> ir.Value:
+        return _emit_encode(builder, args[0])
+
+    return types.uint8(types.uint16), emit
 
 
 @intrinsic
@@ -141,7 +196,7 @@ def _bfloat16(bits):
 def _loops(word: type) -> SimpleNamespace:
     """The loops that read patterns of BF16 (``word`` uint16) or float32 (uint32). All arrays come as addresses."""
     wide = np.uint32(0 if word is np.uint32 else 16)
-    top = np.uint32(20 if word is np.uint32 else 4)
+    narrow = np.uint32(16 if word is np.uint32 else 0)
     magnitude_bits = word(0x7FFFFFFF >> wide)
 
     @_njit
@@ -151,11 +206,10 @@ def _loops(word: type) -> SimpleNamespace:
             y[i] = _round(x[i], saturate)
 
     @_njit
-    def encode(source, target, count, saturate, codes):
+    def encode(source, target, count, saturate):
         x, y = carray(_pointer(source), count, word), carray(_pointer(target), count, np.uint8)
-        table = carray(_pointer(codes), 4096, np.uint8)
         for i in range(count):
-            y[i] = table[_round(x[i], saturate) >> top]
+            y[i] = _encode(np.uint16(_round(x[i], saturate) >> narrow))
 
     @_njit
     def decode(source, target, count, values):
@@ -212,32 +266,38 @@ def _loops(word: type) -> SimpleNamespace:
     )
 
 
-def _descale_loop(product_word: type, out_word: type) -> Any:
+def _descale_loop(product_word: type, bias_word: type, out_word: type) -> Any:
     """The loop of ``descale`` from patterns of one type to patterns of another."""
     wide = np.uint32(0 if product_word is np.uint32 else 16)
+    bias_wide = np.uint32(0 if bias_word is np.uint32 else 16)
     narrow_out = out_word is np.uint16
 
     @_njit
-    def descale(source, row_scales, row_step, column_scales, column_step, bias, has_bias, target, rows, columns):
+    def descale(source, row_scales, row_step, column_scales, bias, has_bias, target, rows, columns):
+        """Two loops and no step for columns: a condition or an unknown stride within would keep them from vectors."""
         x = carray(_pointer(source), (rows, columns), product_word)
         y = carray(_pointer(target), (rows, columns), out_word)
         by_row = carray(_pointer(row_scales), rows, np.float32)
         by_column = carray(_pointer(column_scales), columns, np.float32)
-        offset = carray(_pointer(bias), columns, np.float32)
+        offset = carray(_pointer(bias), columns, bias_word)
         for row in range(rows):
             factor = by_row[row * row_step]
-            for column in range(columns):
-                value = _to_float(np.uint32(x[row, column]) << wide) * factor * by_column[column * column_step]
-                if has_bias:
-                    value += offset[column]
-                bits = _to_bits(value)
-                y[row, column] = _bfloat16(bits) if narrow_out else bits
+            if has_bias:
+                for column in range(columns):
+                    value = _to_float(np.uint32(x[row, column]) << wide) * factor * by_column[column]
+                    bits = _to_bits(value + _to_float(np.uint32(offset[column]) << bias_wide))
+                    y[row, column] = _bfloat16(bits) if narrow_out else bits
+            else:
+                for column in range(columns):
+                    bits = _to_bits(_to_float(np.uint32(x[row, column]) << wide) * factor * by_column[column])
+                    y[row, column] = _bfloat16(bits) if narrow_out else bits
 
     return descale
 
 
 LOOPS = {torch.bfloat16: _loops(np.uint16), torch.float32: _loops(np.uint32)}
-DESCALE = {(product, out): _descale_loop(_WORDS[product], _WORDS[out]) for product in _WORDS for out in _WORDS}
+#: By the types of product, bias and result.
+DESCALE = {types_: _descale_loop(*(_WORDS[t] for t in types_)) for types_ in product(_WORDS, repeat=3)}
 
 
 @_njit

@@ -24,6 +24,9 @@ from wanquant.kernels import descale, native_product
 from wanquant.quant.config import Scheme
 from wanquant.quant.scale import PerBlock, quantize_matrix
 
+#: Weights that ``product=exact`` keeps in float32 at a time, 8 MB of them.
+WIDENED_AT_ONCE = 1 << 21
+
 
 class QuantLinear(nn.Linear):
     """Takes the place of an ``nn.Linear``; a subclass of it, so that peft and diffusers recognise it.
@@ -122,15 +125,14 @@ class QuantLinear(nn.Linear):
         if self.scheme.product == "native":
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
             return y.view(*x.shape[:-1], self.out_features)
-        weight: torch.Tensor = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
-        weight_scale = self.weight_scale
-        if isinstance(self.scheme.weight_granularity, PerBlock):
+        scheme, weight_scale = self.scheme, self.weight_scale
+        weight: torch.Tensor = self.weight
+        if weight.dtype == torch.uint8:
+            weight = scheme.format.decode(weight)
+        if isinstance(scheme.weight_granularity, PerBlock):
             operand, scale = _into_operand(operand, scale)
             weight, weight_scale = _into_operand(weight, weight_scale)
-        if self.scheme.product == "exact":
-            product = F.linear(operand.float(), weight.float())
-        else:
-            product = F.linear(operand, weight)
+        product = _exact_product(operand, weight) if scheme.product == "exact" else F.linear(operand, weight)
         return descale(product, scale, weight_scale, self.bias, x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
@@ -148,6 +150,19 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.is_packed}"
+
+
+def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """float32 [rows, out] of BF16 values [rows, in] and [out, in]. Large weights are widened some rows at a time into
+    the same memory, because a fresh float32 copy of all of them costs a seventh of the product."""
+    wide, rows = operand.float(), max(1, WIDENED_AT_ONCE // weight.shape[1])
+    if len(weight) <= rows:
+        return F.linear(wide, weight.float())
+    product, part = wide.new_empty(len(wide), len(weight)), wide.new_empty(rows, weight.shape[1])
+    for first in range(0, len(weight), rows):
+        past = min(first + rows, len(weight))
+        torch.mm(wide, part[: past - first].copy_(weight[first:past]).T, out=product[:, first:past])
+    return product
 
 
 def _into_operand(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
