@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import statistics
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,3 +53,26 @@ def test_beside_torchs_own_threads() -> None:
         roundings = [pool.submit(hif8.round, LARGE) for _ in range(20)]
         assert all(torch.equal(task.result(), product) for task in products)
         assert all(torch.equal(task.result(), rounded) for task in roundings)
+
+
+@pytest.mark.slow
+def test_neither_slows_the_other(threads: Callable[[int], None]) -> None:
+    """Products and roundings by turns take the time of both alone: neither's threads spin in the other's way."""
+    threads(2)
+    a, out = torch.randn(600, 600), torch.empty_like(LARGE)
+
+    def both() -> None:
+        torch.mm(a, a)
+        hif8.round(LARGE, out=out)
+
+    calls = (lambda: torch.mm(a, a), lambda: hif8.round(LARGE, out=out), both)
+    times: list[list[float]] = [[], [], []]
+    for _ in range(60):
+        for call, kept in zip(calls, times, strict=True):
+            call()
+            begun = time.perf_counter()
+            for _ in range(5):
+                call()
+            kept.append(time.perf_counter() - begun)
+    product, rounding, together = (statistics.median(kept) for kept in times)
+    assert together < 1.3 * (product + rounding)
