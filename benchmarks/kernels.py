@@ -190,7 +190,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     args = parser.parse_args()
-    path = Path(__file__).parent / "results" / f"{datetime.date.today()}-kernels-{os.cpu_count()}-core.md"
+    name = f"{datetime.datetime.now():%Y-%m-%d-%H%M}-kernels-{os.cpu_count()}-core.md"
+    path = Path(__file__).parent / "results" / name
     path.parent.mkdir(exist_ok=True)
     rows: list[Row] = []
     with torch.no_grad():

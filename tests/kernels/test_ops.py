@@ -85,8 +85,14 @@ def test_more_elements_than_32_bits_count() -> None:
     x.copy_(hif8.decode(codes))
     assert torch.equal(x[places], hif8.round(values))
     assert x.count_nonzero() == len(places)
-    row = kernels.quantize_rows_hif8(x[None], 15.0, False)[0]
-    assert torch.equal(row[0, places].isnan(), torch.ones(len(places), dtype=torch.bool))
+    del codes
+    values[3] = 70.0
+    x[places] = values
+    row, scale = kernels.quantize_rows_hif8(x[None], 15.0, False)
+    expected = eager.quantize_rows_hif8(values[None], 15.0, False, False)
+    assert torch.equal(scale, expected[1])
+    assert torch.equal(row[0, places], expected[0][0])
+    assert row.count_nonzero() == len(places)
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(48).to(torch.bfloat16)])
@@ -215,6 +221,8 @@ def test_matrices_and_biases_that_do_not_fit_are_refused() -> None:
         kernels.quantize_rows_hif8(torch.ones(4), 15.0, False)
     with pytest.raises(ValueError, match="the bias has to be"):
         kernels.descale(torch.ones(2, 3), torch.ones(2), torch.ones(3), torch.ones(2), torch.bfloat16)
+    with pytest.raises(TypeError, match=r"not torch\.float64"):
+        kernels.descale(torch.ones(2, 3), torch.ones(2), torch.ones(3), torch.ones(3).double(), torch.bfloat16)
 
 
 def test_powers_of_two_down_to_the_smallest() -> None:

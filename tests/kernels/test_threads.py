@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import torch
 
 from tests.kernels.inputs import assert_same_bits
 from wanquant.formats import hif8
+from wanquant.kernels import cpu
 
 LARGE = torch.randn(1 << 20).to(torch.bfloat16)
 
@@ -53,6 +56,22 @@ def test_beside_torchs_own_threads() -> None:
         roundings = [pool.submit(hif8.round, LARGE) for _ in range(20)]
         assert all(torch.equal(task.result(), product) for task in products)
         assert all(torch.equal(task.result(), rounded) for task in roundings)
+
+
+def test_an_interrupt_does_not_free_what_is_still_written(threads: Callable[[int], None]) -> None:
+    threads(2)
+    ended: list[int] = []
+
+    def call(first: int, past: int) -> None:
+        if first:  # on the other thread, when the interrupt has come
+            time.sleep(0.3)
+            ended.append(first)
+        else:
+            threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu._run(call, 2, 1 << 20)
+    assert ended == [1]
 
 
 @pytest.mark.slow

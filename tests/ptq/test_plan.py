@@ -17,6 +17,7 @@ from wanquant.quant import QuantConfig, plan_conversion
         (QuantConfig(), ("ffn.net.2",), "PmmmmP"),
         (QuantConfig(), (".*",), "P----P"),
         (QuantConfig(format="bf16"), (), "P----P"),
+        (QuantConfig(format="bf16"), ("ffn.net.2",), "P----P"),
     ],
 )
 def test_the_map_shows_what_becomes_of_each_block(config: QuantConfig, modules: tuple[str, ...], expected: str) -> None:

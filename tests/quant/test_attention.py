@@ -98,6 +98,12 @@ def test_what_it_does_not_do_is_refused() -> None:
     model.blocks[0].attn1.processor._parallel_config = object()
     with pytest.raises(ValueError, match="in parallel"):
         run(model)
+    # Said before: the processor that was told so is about to be replaced.
+    model = wan_transformer(1)
+    model.set_attention_backend("_native_math")
+    with pytest.raises(ValueError, match="runs on torch's own"):
+        quantize_(model, QuantConfig(attention="qkv"))
+    assert not any(isinstance(child, QuantLinear) for child in model.modules())
 
 
 @pytest.mark.parametrize("mode", ["qkv", "qkvp"])

@@ -84,6 +84,21 @@ def test_autocast_does_not_touch_the_product(dtype: torch.dtype) -> None:
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("format_", ["hif8", "int8"])
+def test_an_exact_product_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch, format_: str) -> None:
+    """Also compiled, on meta, and for an input that wants a gradient, which it does not get."""
+    config = QuantConfig(format=format_, product="exact")
+    layer = QuantLinear.from_linear(nn.Linear(64, 50, dtype=torch.bfloat16), parse(config))
+    x = torch.randn(3, 7, 64)
+    expected = layer(x)
+    monkeypatch.setattr("wanquant.quant.linear.WIDENED_AT_ONCE", 64 * 16)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    assert not layer(x.clone().requires_grad_()).requires_grad
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)
+    assert layer.to("meta")(x.to("meta")).shape == (3, 7, 50)
+
+
 def test_weights_are_on_the_grid_and_packing_loses_nothing() -> None:
     linear = nn.Linear(64, 32, dtype=torch.bfloat16)
     x = torch.randn(2, 5, 64).to(torch.bfloat16)

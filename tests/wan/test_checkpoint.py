@@ -81,6 +81,16 @@ def test_a_checkpoint_that_was_cast_is_refused_and_an_older_one_is_not(tmp_path:
     del described["quantization_config"]["attention"]
     (folder / "config.json").write_text(json.dumps(described))
     assert load_pipeline(tmp_path / "saved", device="cpu").transformer.blocks[5].ffn.net[2].scheme.attention == "off"
+    for part, key in (
+        (described["quantization_config"], "format"),
+        (described["quantization_config"]["weights"], "rule"),
+    ):
+        lost = part.pop(key)
+        (folder / "config.json").write_text(json.dumps(described))
+        with pytest.raises(ValueError, match=key):
+            load_pipeline(tmp_path / "saved", device="cpu")
+        part[key] = lost
+    (folder / "config.json").write_text(json.dumps(described))
     weights = folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     name = "blocks.5.attn1.to_q.weight_scale"

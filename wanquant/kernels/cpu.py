@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import torch
@@ -161,10 +161,25 @@ def _run(call: Callable[[int, int], None], count: int, elements: int) -> None:
     if _pool is None or _pool._max_workers < threads - 1:
         _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="hif8")
     edges = [count * part // threads for part in range(threads + 1)]
-    tasks = [_pool.submit(call, *chunk) for chunk in list(pairwise(edges))[1:]]
+    tasks: list[Future[None]] = []
     try:
+        for chunk in list(pairwise(edges))[1:]:
+            tasks.append(_pool.submit(call, *chunk))
         call(edges[0], edges[1])
-    finally:  # the tasks hold addresses: no tensor may go before they end, not even when interrupted
-        wait(tasks)
+    finally:
+        _outwait(tasks)
     for task in tasks:
         task.result()
+
+
+def _outwait(tasks: list[Future[None]]) -> None:
+    """Waits for the tasks whatever comes between, and raises that afterwards: they hold addresses of tensors, which
+    must not be freed before."""
+    interrupt: BaseException | None = None
+    while any(not task.done() for task in tasks):
+        try:
+            wait(tasks)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

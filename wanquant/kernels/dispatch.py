@@ -127,6 +127,9 @@ def descale(
     """
     _check_rows(product, row_scale)
     _check_scale(column_scale, product.shape[1], "columns", product.device)
+    if dtype not in FLOATS or (bias is not None and bias.dtype not in FLOATS):
+        kind = dtype if dtype not in FLOATS or bias is None else bias.dtype
+        raise TypeError(f"bias and result are float32, bfloat16 or float16, not {kind}")
     if bias is not None and (bias.shape != product.shape[1:] or bias.device != product.device):
         raise ValueError(f"the bias has to be [{product.shape[1]}] on {product.device}")
     return _OPS.descale.default(product, row_scale, column_scale, bias, dtype)

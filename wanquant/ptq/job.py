@@ -80,8 +80,11 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
         pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
         device = pick_device(config.model.device)
         _check(config, pairs_ + calibration_pairs)
-        if config.quant.product == "native" and not config.dry_run:
-            check_native(device)
+        if not config.dry_run:
+            if config.quant.product == "native":
+                check_native(device)
+            model_folder = find_folder(config.model.path)
+            check_folder(model_folder)
     settings = config.model.generation
     print(
         f"{config.quant.name} on {config.model.name} ({device.type}, {torch.get_num_threads()} threads), protect "
@@ -95,8 +98,6 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
         videos = len(calibration_pairs) + 2 * len(pairs_) + floors
         print_plan(config_yaml, shape, config.quant, config.protect, settings, videos)
         return None
-    model_folder = find_folder(config.model.path)
-    check_folder(model_folder)
     hush_libraries()
     run = Run(folder, "ptq", config_yaml)
     try:

@@ -76,11 +76,13 @@ def block_map(report: ConversionReport) -> str:
     for module in report.modules:
         if module.block is not None:
             found[module.block].add(module.status)
-    letters = {frozenset({"converted"}): "q", frozenset({"protected"}): "-", frozenset({"skipped"}): "-"}
-    return "".join(
-        "P" if index in report.protected_blocks else letters.get(frozenset(statuses), "m")
-        for index, statuses in found.items()
-    )
+
+    def letter(index: int, statuses: set[str]) -> str:
+        if index in report.protected_blocks:
+            return "P"
+        return "q" if statuses == {"converted"} else "m" if "converted" in statuses else "-"
+
+    return "".join(letter(index, statuses) for index, statuses in found.items())
 
 
 def _tokens(settings: GenerationConfig, transformer: Transformer) -> int:

@@ -51,10 +51,7 @@ class QuantAttention:
     ) -> torch.Tensor:
         if attn.add_k_proj is not None or getattr(attn, "fused_projections", False):
             raise ValueError("quantized attention takes text-to-video Wan with separate projections")
-        if self._parallel_config is not None:
-            raise ValueError("quantized attention does not run in parallel over the context")
-        if self._attention_backend is not None and str(self._attention_backend).rpartition(".")[2].lower() != "native":
-            raise ValueError(f"quantized attention runs on torch's own, not on {self._attention_backend}")
+        check_processor(self)
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(source)).unflatten(2, (attn.heads, -1))
@@ -108,6 +105,15 @@ class QuantAttention:
                 product = (operands[0] @ operands[1]).float() * step
             parts.append((product / numerators.sum(-1, keepdim=True)).to(torch.bfloat16))
         return torch.cat(parts, dim=2)
+
+
+def check_processor(processor: Any) -> None:
+    """``ValueError`` if diffusers was told to run this attention in a way the quantized one does not."""
+    backend = getattr(processor, "_attention_backend", None)
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise ValueError("quantized attention does not run in parallel over the context")
+    if backend is not None and str(backend).rpartition(".")[2].lower() != "native":
+        raise ValueError(f"quantized attention runs on torch's own, not on {backend}")
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from wanquant.kernels import check_native
-from wanquant.quant.attention import QuantAttention
+from wanquant.quant.attention import QuantAttention, check_processor
 from wanquant.quant.config import QuantConfig, Scheme, parse
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.select import match_names, resolve_blocks
@@ -148,6 +148,9 @@ def plan_conversion(
     attentions = _plan_attention(rows) if scheme.attention != "off" else []
     if scheme.attention != "off" and all(row.status != "converted" for row in attentions):
         raise ValueError(f"quant.attention={scheme.attention}: no attention has its to_q, to_k and to_v quantized")
+    for row in attentions:
+        if row.status == "converted":
+            check_processor(getattr(module.get_submodule(row.name), "processor", None))
     return ConversionReport(tuple(rows), len(block_list), protected, tuple(attentions))
 
 

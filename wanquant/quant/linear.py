@@ -114,7 +114,7 @@ class QuantLinear(nn.Linear):
         return operand, scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             # It would take the exact product in 16 bits, and cast scales.
             with torch.autocast(x.device.type, enabled=False):
                 return self._multiply(x)
@@ -155,8 +155,8 @@ class QuantLinear(nn.Linear):
 def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """float32 [rows, out] of BF16 values [rows, in] and [out, in]. Large weights are widened some rows at a time into
     the same memory, because a fresh float32 copy of all of them costs a seventh of the product."""
-    wide, rows = operand.float(), max(1, WIDENED_AT_ONCE // weight.shape[1])
-    if len(weight) <= rows:
+    wide, weight, rows = operand.detach().float(), weight.detach(), max(1, WIDENED_AT_ONCE // weight.shape[1])
+    if len(weight) <= rows or torch.compiler.is_compiling():  # the compiler refuses to write into columns
         return F.linear(wide, weight.float())
     product, part = wide.new_empty(len(wide), len(weight)), wide.new_empty(rows, weight.shape[1])
     for first in range(0, len(weight), rows):

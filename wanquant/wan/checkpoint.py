@@ -30,6 +30,8 @@ from wanquant.quant.convert import empty_like_quantized_
 METHOD = "wanquant"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
+#: Keys of a ``quantization_config`` that the first checkpoints do not have, and what those were made with.
+ADDED_LATER = {"attention": "off"}
 #: The components of a pipeline that may be quantized.
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -146,8 +148,11 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
 
 
 def config_of(described: dict[str, Any]) -> QuantConfig:
-    """The ``QuantConfig`` a checkpoint was made with; what an older one does not mention was not there to choose."""
-    raw = {field.name: described[field.name] for field in dataclasses.fields(QuantConfig) if field.name in described}
+    """The ``QuantConfig`` a checkpoint was made with; ``KeyError`` names what is lost, for nothing is guessed."""
+    raw = {field.name: {**ADDED_LATER, **described}[field.name] for field in dataclasses.fields(QuantConfig)}
+    for kind, part in ((WeightConfig, "weights"), (ActivationConfig, "activations")):
+        for field in dataclasses.fields(kind):
+            raw[part][field.name]  # a KeyError if it is not there
     return QuantConfig(
         **{**raw, "weights": WeightConfig(**raw["weights"]), "activations": ActivationConfig(**raw["activations"])}
     )
