@@ -92,7 +92,7 @@ def test_more_elements_than_32_bits_count() -> None:
     expected = eager.quantize_rows_hif8(values[None], 15.0, False, False)
     assert torch.equal(scale, expected[1])
     assert torch.equal(row[0, places], expected[0][0])
-    assert row.count_nonzero() == len(places)
+    assert row.count_nonzero() == expected[0].count_nonzero()
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(48).to(torch.bfloat16)])
