@@ -190,9 +190,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     args = parser.parse_args()
-    name = f"{datetime.datetime.now():%Y-%m-%d-%H%M}-kernels-{os.cpu_count()}-core.md"
-    path = Path(__file__).parent / "results" / name
-    path.parent.mkdir(exist_ok=True)
     rows: list[Row] = []
     with torch.no_grad():
         for part in (first_call, elementwise, transformer, linears, large_bytes):
@@ -202,6 +199,9 @@ def main() -> None:
     text = f"{table(rows)}\n\n{machine()}\n"
     print(text)
     if args.write:
+        name = f"{datetime.datetime.now():%Y-%m-%d-%H%M}-kernels-{os.cpu_count()}-core.md"
+        path = Path(__file__).parent / "results" / name
+        path.parent.mkdir(exist_ok=True)
         path.write_text(f"# The price of HiF8\n\n`python -m benchmarks.kernels --write`\n\n{text}")
         print(path)
     sys.exit(1 if any(row.verdict == "MISSED" for row in rows) else 0)

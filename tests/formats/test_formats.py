@@ -18,7 +18,7 @@ CODES = torch.arange(256, dtype=torch.int32).to(torch.uint8)
 MINIFLOATS = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "mxfp8": ml_dtypes.float8_e4m3fn}
 
 
-def equal(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> None:
+def assert_equal(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> None:
     """Values and signs, NaN beside NaN."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     np.testing.assert_array_equal(a, b)
@@ -29,14 +29,14 @@ def equal(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> None:
 @pytest.mark.parametrize("name", MINIFLOATS)
 def test_minifloats_are_those_of_ml_dtypes(name: str) -> None:
     format_, dtype = get_format(name), MINIFLOATS[name]
-    equal(format_.decode(CODES, torch.float32), CODES.numpy().view(dtype).astype(np.float32))
+    assert_equal(format_.decode(CODES, torch.float32), CODES.numpy().view(dtype).astype(np.float32))
     for x in (ALL16.view(torch.bfloat16).float(), ALL16.view(torch.float16).float(), MATRICES[0], MATRICES[1]):
         with np.errstate(over="ignore", invalid="ignore"):
             expected = x.numpy().astype(dtype).astype(np.float32)
-        equal(format_.round(x, "inf"), expected)
+        assert_equal(format_.round(x, "inf"), expected)
         finite = np.where(x.isinf(), x.numpy(), np.clip(x.numpy(), -format_.target, format_.target))
         with np.errstate(over="ignore", invalid="ignore"):
-            equal(format_.round(x, "saturate"), finite.astype(dtype).astype(np.float32))
+            assert_equal(format_.round(x, "saturate"), finite.astype(dtype).astype(np.float32))
 
 
 def test_int8_is_whole_numbers() -> None:
@@ -59,11 +59,11 @@ def test_what_every_format_promises(name: str) -> None:
     values = format_.decode(CODES, torch.float32)
     # Exact in BF16, and fixed points of rounding; -128, which symmetric INT8 does not use, is none.
     used = values.isfinite() & (values.abs() <= format_.target if name == "int8" else True)
-    equal(format_.decode(CODES).float(), values)
-    equal(format_.round(values[used], overflow), values[used])
+    assert_equal(format_.decode(CODES).float(), values)
+    assert_equal(format_.round(values[used], overflow), values[used])
     for x in (ALL16.view(torch.bfloat16), MATRICES[0]):
         x = x.nan_to_num(0.0, posinf=1.0, neginf=1.0)
-        equal(format_.decode(format_.encode(x, overflow), torch.float32), format_.round(x, overflow).float())
+        assert_equal(format_.decode(format_.encode(x, overflow), torch.float32), format_.round(x, overflow).float())
     below = torch.tensor(format_.overflow).nextafter(torch.tensor(0.0))
     largest = values[used].max()
     assert format_.round(below, overflow) == largest
@@ -82,9 +82,9 @@ def test_mxfp8_is_microscaling() -> None:
     shared = np.exp2(np.floor(np.log2(np.where(largest == 0, 256.0, largest).astype(np.float64))) - 8)
     scale = shared.astype(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     elements = np.clip(blocks / scale[..., None], -448, 448).astype(ml_dtypes.float8_e4m3fn)
-    equal(layer.weight_scale, scale)
-    equal(layer.weight.float(), elements.astype(np.float32).reshape(8, 96))
-    equal(layer.codes(), elements.view(np.uint8).reshape(8, 96))
+    assert_equal(layer.weight_scale, scale)
+    assert_equal(layer.weight.float(), elements.astype(np.float32).reshape(8, 96))
+    assert_equal(layer.codes(), elements.view(np.uint8).reshape(8, 96))
     assert layer.overflowed > 0
     x = torch.randn(5, 96).to(torch.bfloat16)
     operand, x_scale = layer.quantize_input(x)

@@ -16,10 +16,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _OPS: Any = torch.ops.wanquant
 
 
-def _saturates(x: torch.Tensor, overflow: str) -> bool:
-    """Refuses what no kernel computes exactly; returns whether an overflow saturates."""
+def _check_float(x: torch.Tensor) -> None:
+    """Refuses what no kernel computes exactly."""
     if x.dtype not in FLOATS:
         raise TypeError(f"HiF8 takes float32, bfloat16 or float16, not {x.dtype}")
+
+
+def _saturates(overflow: str) -> bool:
     if overflow not in ("inf", "saturate"):
         raise ValueError(f"overflow must be 'inf' or 'saturate', not {overflow!r}")
     return overflow == "saturate"
@@ -27,8 +30,7 @@ def _saturates(x: torch.Tensor, overflow: str) -> bool:
 
 def _check_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> None:
     """Refuses what a kernel would read past the end of, or take for other numbers."""
-    if x.dtype not in FLOATS:
-        raise TypeError(f"HiF8 takes float32, bfloat16 or float16, not {x.dtype}")
+    _check_float(x)
     if x.ndim != 2:
         raise ValueError(f"rows come as a matrix, not in the shape {tuple(x.shape)}")
     if scale is not None:
@@ -45,7 +47,8 @@ def _check_scale(scale: torch.Tensor, count: int, what: str, device: torch.devic
 
 
 def round_hif8(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor:
-    saturate = _saturates(x, overflow)
+    _check_float(x)
+    saturate = _saturates(overflow)
     if out is None:
         return _OPS.round_hif8.default(x, saturate)
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
@@ -72,14 +75,16 @@ def round_hif8_stochastic(
     x: torch.Tensor, generator: torch.Generator | None = None, overflow: str = "inf"
 ) -> torch.Tensor:
     """The random bits are drawn on the generator's device, so a CPU generator gives the same on every device."""
-    saturate = _saturates(x, overflow)
+    _check_float(x)
+    saturate = _saturates(overflow)
     device = x.device if generator is None else generator.device
     noise = torch.randint(-(2**31), 2**31, x.shape, generator=generator, device=device, dtype=torch.int32)
     return _OPS.round_hif8_stochastic.default(x, noise.to(x.device), saturate)
 
 
 def encode_hif8(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
-    return _OPS.encode_hif8.default(x, _saturates(x, overflow))
+    _check_float(x)
+    return _OPS.encode_hif8.default(x, _saturates(overflow))
 
 
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -103,7 +108,7 @@ def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, overflow: str = "inf
     the rounding, so nothing is rounded twice.
     """
     _check_rows(x, scale)
-    return _OPS.scaled_round_hif8.default(x, scale, _saturates(x, overflow))
+    return _OPS.scaled_round_hif8.default(x, scale, _saturates(overflow))
 
 
 def quantize_rows_hif8(
@@ -111,7 +116,7 @@ def quantize_rows_hif8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``scaled_round_hif8`` by ``step`` of each row's absmax, in one pass: BF16 [rows, columns], scales [rows]."""
     _check_rows(x)
-    return _OPS.quantize_rows_hif8.default(x, goal, power_of_two, _saturates(x, overflow))
+    return _OPS.quantize_rows_hif8.default(x, goal, power_of_two, _saturates(overflow))
 
 
 def descale(
@@ -127,11 +132,12 @@ def descale(
     """
     _check_rows(product, row_scale)
     _check_scale(column_scale, product.shape[1], "columns", product.device)
-    if dtype not in FLOATS or (bias is not None and bias.dtype not in FLOATS):
-        kind = dtype if dtype not in FLOATS or bias is None else bias.dtype
-        raise TypeError(f"bias and result are float32, bfloat16 or float16, not {kind}")
-    if bias is not None and (bias.shape != product.shape[1:] or bias.device != product.device):
-        raise ValueError(f"the bias has to be [{product.shape[1]}] on {product.device}")
+    if bias is not None:
+        _check_float(bias)
+        if bias.shape != product.shape[1:] or bias.device != product.device:
+            raise ValueError(f"the bias has to be [{product.shape[1]}] on {product.device}")
+    if dtype not in FLOATS:
+        raise TypeError(f"products are scaled to float32, bfloat16 or float16, not {dtype}")
     return _OPS.descale.default(product, row_scale, column_scale, bias, dtype)
 
 

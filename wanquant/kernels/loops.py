@@ -193,11 +193,9 @@ def _bfloat16(bits):
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-def _loops(word: type) -> SimpleNamespace:
-    """The loops that read patterns of BF16 (``word`` uint16) or float32 (uint32). All arrays come as addresses."""
-    wide = np.uint32(0 if word is np.uint32 else 16)
+def _element_loops(word: type) -> dict[str, Any]:
+    """Loops over patterns of BF16 (``word`` uint16) or float32 (uint32). All arrays come as addresses."""
     narrow = np.uint32(16 if word is np.uint32 else 0)
-    magnitude_bits = word(0x7FFFFFFF >> wide)
 
     @_njit
     def round_(source, target, count, saturate):
@@ -217,6 +215,14 @@ def _loops(word: type) -> SimpleNamespace:
         table = carray(_pointer(values), 256, word)
         for i in range(count):
             y[i] = table[x[i]]
+
+    return {"round": round_, "encode": encode, "decode": decode}
+
+
+def _row_loops(word: type) -> dict[str, Any]:
+    """Loops over matrices of such patterns, row by row."""
+    wide = np.uint32(0 if word is np.uint32 else 16)
+    magnitude_bits = word(0x7FFFFFFF >> wide)
 
     @_njit
     def absmax_rows(source, target, rows, columns):
@@ -256,14 +262,7 @@ def _loops(word: type) -> SimpleNamespace:
                 bits = _to_bits(_to_float(np.uint32(x[row, column]) << wide) / divisor)
                 y[row, column] = np.uint16(_round(bits, saturate) >> np.uint32(16))
 
-    return SimpleNamespace(
-        round=round_,
-        encode=encode,
-        decode=decode,
-        absmax_rows=absmax_rows,
-        scaled_round=scaled_round,
-        quantize_rows=quantize_rows,
-    )
+    return {"absmax_rows": absmax_rows, "scaled_round": scaled_round, "quantize_rows": quantize_rows}
 
 
 def _descale_loop(product_word: type, bias_word: type, out_word: type) -> Any:
@@ -295,7 +294,7 @@ def _descale_loop(product_word: type, bias_word: type, out_word: type) -> Any:
     return descale
 
 
-LOOPS = {torch.bfloat16: _loops(np.uint16), torch.float32: _loops(np.uint32)}
+LOOPS = {dtype: SimpleNamespace(**_element_loops(word), **_row_loops(word)) for dtype, word in _WORDS.items()}
 #: By the types of product, bias and result.
 DESCALE = {types_: _descale_loop(*(_WORDS[t] for t in types_)) for types_ in product(_WORDS, repeat=3)}
 

@@ -66,7 +66,7 @@ def casts_exactly(device: torch.device, dtype: torch.dtype, saturate: bool) -> b
     except torch.OutOfMemoryError:
         raise
     except _ABSENT as error:  # no such cast on this chip, or in this torch_npu
-        wrong, why = 1, _first_line(error)
+        wrong, why = 1, f"{type(error).__name__}: {error}".partition("\n")[0]
     if wrong:
         kind = f"{str(dtype).removeprefix('torch.')}{', saturating,' if saturate else ''}"
         warnings.warn(f"HiF8 from {kind} on {device} runs on the slower integer path: {why}", stacklevel=2)
@@ -138,10 +138,6 @@ def multiply(
         x2_dtype=npu.hifloat8,
     )
     return product
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _npu() -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -154,23 +154,20 @@ def plan_conversion(
     return ConversionReport(tuple(rows), len(block_list), protected, tuple(attentions))
 
 
+def _attentions(converted: Iterable[str]) -> list[str]:
+    """The modules whose ``to_q``, ``to_k`` and ``to_v`` are all among the names: their attention is quantized."""
+    names = list(converted)
+    owners = [name.removesuffix(".to_q") for name in names if name.endswith(".to_q")]
+    return [owner for owner in owners if {f"{owner}.to_k", f"{owner}.to_v"} <= set(names)]
+
+
 def _plan_attention(linears: Sequence[ModuleReport]) -> list[ModuleReport]:
-    """An attention is quantized where its three projections are."""
-    rows, known = [], {row.name: row for row in linears}
-    for name in known:
-        owner = name.removesuffix(".to_q")
-        if owner == name:
-            continue
-        three = [known.get(f"{owner}.{part}") for part in ("to_q", "to_k", "to_v")]
-        found = {(row.status, row.reason) for row in three if row is not None}
-        same = found.pop() if None not in three and len(found) == 1 else None
-        rows.append(
-            ModuleReport(
-                owner,
-                *(same or ("protected", "not all of its to_q, to_k and to_v are quantized")),
-                known[name].block,
-            )
-        )
+    """Every attention with the fate of its projections; of one that is not quantized, what kept the first of them."""
+    known, rows = {row.name: row for row in linears}, []
+    for owner in _attentions(known):
+        three = [known[f"{owner}.{part}"] for part in ("to_q", "to_k", "to_v")]
+        decisive = next((row for row in three if row.status != "converted"), three[0])
+        rows.append(replace(decisive, name=owner))
     return rows
 
 
@@ -189,5 +186,4 @@ def empty_like_quantized_(module: nn.Module, names: Sequence[str], scheme: Schem
         layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, scheme)
         module.set_submodule(name, layer)
     if scheme.attention != "off":
-        owners = [name.removesuffix(".to_q") for name in names if name.endswith(".to_q")]
-        _set_attention(module, [o for o in owners if {f"{o}.to_k", f"{o}.to_v"} <= set(names)], scheme)
+        _set_attention(module, _attentions(names), scheme)

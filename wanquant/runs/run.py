@@ -144,7 +144,7 @@ def refused_leave_no_result(folder: Path) -> Iterator[None]:
     refuse_foreign(folder)
     try:
         yield
-    except Exception:
+    except BaseException:  # an interrupted download too
         for name in SUMMARIES:
             path = folder / name
             if path.is_file():

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -26,6 +26,8 @@ import wanquant
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig, WeightConfig, parse
 from wanquant.quant.convert import empty_like_quantized_
+
+T = TypeVar("T")
 
 METHOD = "wanquant"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -148,28 +150,30 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
 
 
 def config_of(described: dict[str, Any]) -> QuantConfig:
-    """The ``QuantConfig`` a checkpoint was made with; ``KeyError`` names what is lost, for nothing is guessed."""
-    raw = {field.name: {**ADDED_LATER, **described}[field.name] for field in dataclasses.fields(QuantConfig)}
-    for kind, part in ((WeightConfig, "weights"), (ActivationConfig, "activations")):
-        for field in dataclasses.fields(kind):
-            raw[part][field.name]  # a KeyError if it is not there
-    return QuantConfig(
-        **{**raw, "weights": WeightConfig(**raw["weights"]), "activations": ActivationConfig(**raw["activations"])}
-    )
+    """The ``QuantConfig`` a checkpoint was made with; ``ValueError`` names what is lost, for nothing is guessed."""
+    names = {field.name for field in dataclasses.fields(QuantConfig)}
+    raw = {name: value for name, value in {**ADDED_LATER, **described}.items() if name in names}
+    for part, kind in (("weights", WeightConfig), ("activations", ActivationConfig)):
+        raw[part] = _exactly(kind, raw.get(part, {}))
+    return _exactly(QuantConfig, raw)
+
+
+def _exactly(kind: type[T], values: dict[str, Any]) -> T:
+    """The dataclass from values for all of its fields and for no others."""
+    odd = {field.name for field in dataclasses.fields(kind)} ^ set(values)  # type: ignore[arg-type]
+    if odd:
+        raise ValueError(f"its quantization_config has lost, or this version does not know, {min(odd)}")
+    return kind(**values)
 
 
 def load_transformer(
     folder: Path, described: dict[str, Any], packed: bool | None = None, product: str | None = None
 ) -> WanTransformer3DModel:
     """A quantized transformer from its folder, exactly as it was saved, in the form the run used or the one given."""
-    config = config_of(described)
-    scheme = parse(
-        dataclasses.replace(
-            config,
-            packed=config.packed if packed is None else packed,
-            product=config.product if product is None else product,
-        )
-    )
+    asked: dict[str, Any] = {
+        name: value for name, value in (("packed", packed), ("product", product)) if value is not None
+    }
+    scheme = parse(dataclasses.replace(config_of(described), **asked))
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
     empty_like_quantized_(transformer, described["modules"], scheme)
