@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -86,6 +87,14 @@ def test_the_exact_product_is_nearer_to_float64() -> None:
     assert (outputs["exact"] - truth).norm() < (outputs["fast"] - truth).norm()
 
 
+@pytest.fixture
+def own_backend() -> Iterator[None]:
+    """diffusers remembers the backend that any model was last told to use, for all models."""
+    yield
+    wan_transformer(1).set_attention_backend("native")
+
+
+@pytest.mark.usefixtures("own_backend")
 def test_what_it_does_not_do_is_refused() -> None:
     model = wan_transformer(1)
     quantize_(model, QuantConfig(attention="qkv"))
