@@ -163,7 +163,7 @@ def test_a_quantized_linear_compiles_whole(config: QuantConfig) -> None:
 def test_a_static_linear_counts_overflow_when_compiled() -> None:
     config = QuantConfig()
     config.activations.granularity, config.activations.static = "per_tensor", True
-    layer = QuantLinear.from_linear(nn.Linear(16, 8, dtype=torch.bfloat16), parse(config), input_absmax=15.0)
+    layer = QuantLinear.from_linear(nn.Linear(16, 8, dtype=torch.bfloat16), parse(config), seen=15.0)
     x = torch.full((2, 16), 1e5).to(torch.bfloat16)
     torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     assert layer.overflowed == 32

@@ -70,7 +70,7 @@ def test_an_interrupt_does_not_free_what_is_still_written(threads: Callable[[int
             threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
 
     with pytest.raises(KeyboardInterrupt):
-        cpu._run(call, 2, 1 << 20)
+        cpu.run_chunks(call, 2, 1 << 20)
     assert ended == [1]
 
 

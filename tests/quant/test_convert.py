@@ -6,8 +6,9 @@ from torch import nn
 
 from tests.conftest import wan_inputs, wan_transformer
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, plan_conversion, quantize_
-from wanquant.quant.observe import ActivationObserver
+from wanquant.quant.observe import Observer
 from wanquant.quant.select import match_names, resolve_blocks
+from wanquant.quant.statistics import Layout
 
 BOUNDARY = (0, 1, -3, -2, -1)
 
@@ -117,16 +118,18 @@ def test_static_statistics_come_from_the_observer() -> None:
     model, inputs = wan_transformer(2), wan_inputs()
     seen: list[torch.Tensor] = []
     probe = model.blocks[1].ffn.net[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with ActivationObserver(model) as observer, torch.no_grad():
+    layout = Layout(("one",), steps=1, bins=1, branches=1, full=False)
+    with Observer(model, layout, lambda: (0, 0, 0)) as observer, torch.no_grad():
         model(**inputs)
         model(**inputs)
     probe.remove()
     name = "blocks.1.ffn.net.2"
-    assert observer.input_absmax[name] == seen[0].abs().max().item()
-    assert observer.rows[name] == 2 * seen[0].shape[1]
-    assert set(observer.block_absmax) == {0, 1}
+    absmax = observer.statistics.input_absmax()
+    assert absmax[name] == seen[0].abs().max().item()
+    assert observer.statistics.rows()[name] == 2 * seen[0].shape[1]
+    assert {"blocks.0:residual", "blocks.1:residual"} < set(observer.statistics.sites)
     assert not any(module._forward_pre_hooks for module in model.modules())
     config = QuantConfig(activations=ActivationConfig("per_tensor", "amax/15", True))
-    quantize_(model, config, stats=observer.input_absmax)
+    quantize_(model, config, stats=absmax)
     layer = model.get_submodule(name)
-    assert layer.input_scale == torch.tensor(observer.input_absmax[name]) / 15
+    assert layer.input_scale == torch.tensor(absmax[name]) / 15

@@ -125,7 +125,7 @@ def test_float32_source_equals_bfloat16_source() -> None:
 
 def test_scales_stay_float32_when_the_model_is_cast() -> None:
     layer = QuantLinear.from_linear(
-        nn.Linear(16, 8, dtype=torch.bfloat16), parse(make(act_rows="per_tensor", static=True)), input_absmax=3.1
+        nn.Linear(16, 8, dtype=torch.bfloat16), parse(make(act_rows="per_tensor", static=True)), seen=3.1
     )
     scales = layer.weight_scale.clone(), layer.input_scale.clone()
     layer.to(torch.bfloat16)
@@ -151,7 +151,7 @@ def test_overflow_is_counted() -> None:
 
 def test_static_scale_is_used_for_every_token() -> None:
     linear = nn.Linear(16, 8, dtype=torch.bfloat16)
-    layer = QuantLinear.from_linear(linear, parse(make(act_rows="per_tensor", static=True)), input_absmax=30.0)
+    layer = QuantLinear.from_linear(linear, parse(make(act_rows="per_tensor", static=True)), seen=30.0)
     assert layer.input_scale is not None
     assert layer.input_scale.item() == 2.0
     operand, scale = layer.quantize_input(torch.full((3, 16), 4.0))

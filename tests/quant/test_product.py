@@ -29,7 +29,7 @@ def make(shape: tuple[int, int], weights: str, activations: str, product: str) -
         activations=ActivationConfig("per_tensor" if static else activations, static=static),
         product=product,
     )
-    return QuantLinear.from_linear(linear, parse(config), input_absmax=40.0 if static else None)
+    return QuantLinear.from_linear(linear, parse(config), seen=40.0 if static else None)
 
 
 def inputs(columns: int) -> torch.Tensor:

@@ -70,6 +70,30 @@ def estimate(items: Sequence[Item], seed: int = 0) -> Estimate:
     return Estimate(float(values.mean()), float(low), float(high), tuple(items))
 
 
+def rank_correlation(a: Sequence[float], b: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Spearman's: of the ranks of two measures of the same things, with a 95 % interval from drawing the things with
+    replacement. NaN where one of them is constant or not finite."""
+    x, y = np.array(a, float), np.array(b, float)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return float("nan"), float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).integers(len(x), size=(RESAMPLES // 5, len(x)))
+    found = np.array([_correlation(_ranks(x[draw]), _ranks(y[draw])) for draw in drawn])
+    low, high = np.nanquantile(found, [0.025, 0.975]) if np.isfinite(found).any() else (np.nan, np.nan)
+    return _correlation(_ranks(x), _ranks(y)), float(low), float(high)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 0; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    means: np.ndarray = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+    return means
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    spread = x.std() * y.std()
+    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else float("nan")
+
+
 def difference(ours: Sequence[Item], reference: Sequence[Item]) -> list[Item]:
     """ours - reference, pair by pair; ``ValueError`` unless both hold the same pairs."""
     known = {(item.prompt, item.seed): item.value for item in reference}

@@ -45,17 +45,20 @@ class Format(ABC):
         if overflow not in ("inf", "saturate"):
             raise ValueError("choose inf or saturate")
 
-    def scaled_round(self, x: torch.Tensor, scale: torch.Tensor, overflow: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def scaled_round(
+        self, x: torch.Tensor, scale: torch.Tensor, overflow: str, factors: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """round(x / scale) of a matrix as BF16, the division in float32; and how many overflowed (int64 []).
 
-        ``scale`` is float32, [rows] or of no dimension.
+        ``scale`` is float32, [rows] or of no dimension; ``factors``, float32 [columns], powers of two, come first.
         """
-        scaled = x.float() / (scale[:, None] if scale.ndim else scale)
+        scaled = kernels.times(x, factors) / (scale[:, None] if scale.ndim else scale)
         return self.round(scaled, overflow).to(torch.bfloat16), (scaled.abs() >= self.overflow).sum()
 
     def quantize_rows(
-        self, x: torch.Tensor, target: float, power_of_two: bool, overflow: str
+        self, x: torch.Tensor, target: float, power_of_two: bool, overflow: str, factors: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``scaled_round`` by the step that brings each row's absmax to ``target``: BF16 values, steps [rows]."""
+        x = kernels.times(x, factors)
         scale = kernels.step(kernels.absmax_rows(x), target, power_of_two)
         return self.scaled_round(x, scale, overflow)[0], scale

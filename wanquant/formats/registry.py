@@ -30,13 +30,15 @@ class HiF8(Format):
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return hif8.decode(codes, dtype)
 
-    def scaled_round(self, x: torch.Tensor, scale: torch.Tensor, overflow: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernels.scaled_round_hif8(x, scale, overflow)
+    def scaled_round(
+        self, x: torch.Tensor, scale: torch.Tensor, overflow: str, factors: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.scaled_round_hif8(x, scale, overflow, factors)
 
     def quantize_rows(
-        self, x: torch.Tensor, target: float, power_of_two: bool, overflow: str
+        self, x: torch.Tensor, target: float, power_of_two: bool, overflow: str, factors: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernels.quantize_rows_hif8(x, target, power_of_two, overflow)
+        return kernels.quantize_rows_hif8(x, target, power_of_two, overflow, factors)
 
 
 class BFloat16(Format):

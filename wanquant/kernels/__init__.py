@@ -12,7 +12,7 @@ from wanquant.kernels.dispatch import (
     round_hif8_stochastic,
     scaled_round_hif8,
 )
-from wanquant.kernels.eager import OVERFLOW, step, two_to
+from wanquant.kernels.eager import OVERFLOW, step, times, two_to
 
 __all__ = [
     "OVERFLOW",
@@ -27,5 +27,6 @@ __all__ = [
     "round_hif8_stochastic",
     "scaled_round_hif8",
     "step",
+    "times",
     "two_to",
 ]

@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 
 from wanquant.kernels.eager import fit
-from wanquant.kernels.loops import DESCALE, LOOPS, stochastic
+from wanquant.kernels.loops import DESCALE, FACTORED, LOOPS, stochastic
 from wanquant.kernels.tables import decode_table, narrow
 
 #: Elements below which one thread is quicker than waking another.
@@ -40,7 +41,7 @@ def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
 
 def _round_into(x: torch.Tensor, out: torch.Tensor, saturate: bool) -> None:
     loop, source, target, size = LOOPS[x.dtype].round, x.data_ptr(), out.data_ptr(), x.element_size()
-    _run(lambda a, b: loop(source + a * size, target + a * size, b - a, saturate), x.numel(), x.numel())
+    run_chunks(lambda a, b: loop(source + a * size, target + a * size, b - a, saturate), x.numel(), x.numel())
 
 
 def round_hif8_stochastic(x: torch.Tensor, noise: torch.Tensor, saturate: bool) -> torch.Tensor:
@@ -51,7 +52,7 @@ def round_hif8_stochastic(x: torch.Tensor, noise: torch.Tensor, saturate: bool) 
     def call(a: int, b: int) -> None:
         stochastic(source + 4 * a, random + 4 * a, target + 4 * a, b - a, saturate)
 
-    _run(call, x.numel(), x.numel())
+    run_chunks(call, x.numel(), x.numel())
     return out if x.dtype == torch.float32 else narrow(out, x.dtype)
 
 
@@ -59,7 +60,7 @@ def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     values = fit(x)
     out = torch.empty(values.shape, dtype=torch.uint8)
     loop, source, target, size = LOOPS[values.dtype].encode, values.data_ptr(), out.data_ptr(), values.element_size()
-    _run(lambda a, b: loop(source + a * size, target + a, b - a, saturate), x.numel(), x.numel())
+    run_chunks(lambda a, b: loop(source + a * size, target + a, b - a, saturate), x.numel(), x.numel())
     return out
 
 
@@ -70,7 +71,7 @@ def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(codes.shape, dtype=dtype)
     loop, source, target, size = LOOPS[dtype].decode, codes.data_ptr(), out.data_ptr(), out.element_size()
     table = decode_table(dtype).data_ptr()
-    _run(lambda a, b: loop(source + a, target + a * size, b - a, table), codes.numel(), codes.numel())
+    run_chunks(lambda a, b: loop(source + a, target + a * size, b - a, table), codes.numel(), codes.numel())
     return out
 
 
@@ -79,37 +80,48 @@ def absmax_rows(x: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(x.shape[0], dtype=torch.float32)
     loop, source, target, columns = LOOPS[x.dtype].absmax_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
     pitch = columns * x.element_size()
-    _run(lambda a, b: loop(source + a * pitch, target + 4 * a, b - a, columns), x.shape[0], x.numel())
+    run_chunks(lambda a, b: loop(source + a * pitch, target + 4 * a, b - a, columns), x.shape[0], x.numel())
     return out
 
 
-def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    x, scale = fit(x), scale.contiguous()
+def scaled_round_hif8(
+    x: torch.Tensor, scale: torch.Tensor, saturate: bool, factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, scale, (loops, by_column) = fit(x), scale.contiguous(), _loops(x, factors)
     out, over = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.shape[0], dtype=torch.int64)
-    loop, source, target, columns = LOOPS[x.dtype].scaled_round, x.data_ptr(), out.data_ptr(), x.shape[1]
+    loop, source, target, columns = loops.scaled_round, x.data_ptr(), out.data_ptr(), x.shape[1]
     pitch, scales, counts, step = columns * x.element_size(), scale.data_ptr(), over.data_ptr(), scale.ndim
 
     def call(a: int, b: int) -> None:
         part = (source + a * pitch, scales + 4 * a * step, step, target + 2 * a * columns, counts + 8 * a)
-        loop(*part, b - a, columns, saturate)
+        loop(*part, b - a, columns, saturate, by_column)
 
-    _run(call, x.shape[0], x.numel())
+    run_chunks(call, x.shape[0], x.numel())
     return out, over.sum()
 
 
+def _loops(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[SimpleNamespace, int]:
+    """The loops over rows of that type, with or without factors, and the address of the factors."""
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    if factors is None:
+        return LOOPS[dtype], 0
+    assert factors.is_contiguous()
+    return FACTORED[dtype], factors.data_ptr()
+
+
 def quantize_rows_hif8(
-    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
+    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x = fit(x)
+    x, (loops, by_column) = fit(x), _loops(x, factors)
     out, scale = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.shape[0], dtype=torch.float32)
-    loop, source, target, columns = LOOPS[x.dtype].quantize_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
+    loop, source, target, columns = loops.quantize_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
     pitch, scales = columns * x.element_size(), scale.data_ptr()
 
     def call(a: int, b: int) -> None:
         part = (source + a * pitch, target + 2 * a * columns, scales + 4 * a)
-        loop(*part, b - a, columns, goal, power_of_two, saturate)
+        loop(*part, b - a, columns, goal, power_of_two, saturate, by_column)
 
-    _run(call, x.shape[0], x.numel())
+    run_chunks(call, x.shape[0], x.numel())
     return out, scale
 
 
@@ -137,7 +149,7 @@ def descale(
         scales = (by_row + 4 * a * row_step, row_step, by_column)
         loop(source + a * pitch, *scales, offset, bias is not None, target + a * out_pitch, b - a, columns)
 
-    _run(call, rows, product.numel())
+    run_chunks(call, rows, product.numel())
     return out
 
 
@@ -150,21 +162,26 @@ def _forget_pool() -> None:
 os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _run(call: Callable[[int, int], None], count: int, elements: int) -> None:
-    """Calls ``call(first, past)`` for chunks of ``range(count)`` that hold ``elements`` in all, on torch's number
-    of threads."""
-    threads = min(torch.get_num_threads(), elements // _CHUNK, count)
-    if threads <= 1:
+def threads_for(count: int, elements: int, chunk: int = _CHUNK) -> int:
+    """How many threads ``run_chunks`` would take, 1 at least."""
+    return max(1, min(torch.get_num_threads(), elements // chunk, count))
+
+
+def run_chunks(call: Callable[[int, int], None], count: int, elements: int, chunk: int = _CHUNK) -> None:
+    """Calls ``call(first, past)`` for parts of ``range(count)`` that hold ``elements`` in all, on torch's number
+    of threads, each with at least ``chunk`` of the elements."""
+    threads = threads_for(count, elements, chunk)
+    if threads == 1:
         call(0, count)
         return
     global _pool
     if _pool is None or _pool._max_workers < threads - 1:
         _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="hif8")
-    edges = [count * part // threads for part in range(threads + 1)]
+    edges = [count * edge // threads for edge in range(threads + 1)]
     tasks: list[Future[None]] = []
     try:
-        for chunk in list(pairwise(edges))[1:]:
-            tasks.append(_pool.submit(call, *chunk))
+        for part in list(pairwise(edges))[1:]:
+            tasks.append(_pool.submit(call, *part))
         call(edges[0], edges[1])
     finally:
         _outwait(tasks)

@@ -80,12 +80,23 @@ def _step(absmax_bits, goal, power_of_two: tl.constexpr):
 
 
 @triton.jit
+def _factored(bits, factors, at, columns, has_factors: tl.constexpr):
+    """float32 of the patterns, each column times its factor."""
+    values = bits.to(tl.float32, bitcast=True)
+    if has_factors:
+        values *= tl.load(factors + at, at < columns, 0)
+    return values
+
+
+@triton.jit
 def _quantize_kernel(
     x,
     y,
     scales,
+    factors,
     columns,
     goal,
+    has_factors: tl.constexpr,
     is_bfloat16: tl.constexpr,
     power_of_two: tl.constexpr,
     saturate: tl.constexpr,
@@ -97,13 +108,15 @@ def _quantize_kernel(
     for first in range(0, columns, block):
         at = first + tl.arange(0, block)
         bits = _widen(tl.load(x + row * columns + at, at < columns, 0), is_bfloat16)
-        largest = tl.maximum(largest, bits & 0x7FFFFFFF)
+        values = _factored(bits, factors, at, columns, has_factors)
+        largest = tl.maximum(largest, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     scale = _step(tl.max(largest, 0), goal, power_of_two)
     tl.store(scales + row, scale)
     for first in range(0, columns, block):
         at = first + tl.arange(0, block)
         bits = _widen(tl.load(x + row * columns + at, at < columns, 0), is_bfloat16)
-        scaled = tl.div_rn(bits.to(tl.float32, bitcast=True), scale).to(tl.int32, bitcast=True)
+        values = _factored(bits, factors, at, columns, has_factors)
+        scaled = tl.div_rn(values, scale).to(tl.int32, bitcast=True)
         tl.store(y + row * columns + at, (_round_bits(scaled, saturate) >> 16).to(tl.int16), at < columns)
 
 
@@ -112,9 +125,11 @@ def _scaled_kernel(
     x,
     y,
     scales,
+    factors,
     over,
     columns,
     per_row: tl.constexpr,
+    has_factors: tl.constexpr,
     is_bfloat16: tl.constexpr,
     saturate: tl.constexpr,
     block: tl.constexpr,
@@ -126,7 +141,8 @@ def _scaled_kernel(
     for first in range(0, columns, block):
         at = first + tl.arange(0, block)
         bits = _widen(tl.load(x + row * columns + at, at < columns, 0), is_bfloat16)
-        scaled = tl.div_rn(bits.to(tl.float32, bitcast=True), scale).to(tl.int32, bitcast=True)
+        values = _factored(bits, factors, at, columns, has_factors)
+        scaled = tl.div_rn(values, scale).to(tl.int32, bitcast=True)
         magnitude = scaled & 0x7FFFFFFF
         overflowed = (magnitude >= 0x47200000) & (magnitude <= 0x7F800000)
         beyond += (overflowed & (at < columns)).to(tl.int64)
@@ -169,26 +185,26 @@ def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def quantize_rows_hif8(
-    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
+    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = fit(x)
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0]:
-        _quantize_kernel[(x.shape[0],)](
-            _bits(x), _bits(out), scale, x.shape[1], goal, _is16(x), power_of_two, saturate, _BLOCK
-        )
+        given = (scale if factors is None else factors, x.shape[1], goal, factors is not None)
+        _quantize_kernel[(x.shape[0],)](_bits(x), _bits(out), scale, *given, _is16(x), power_of_two, saturate, _BLOCK)
     return out, scale
 
 
-def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_round_hif8(
+    x: torch.Tensor, scale: torch.Tensor, saturate: bool, factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     x, scale = fit(x), scale.contiguous()
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     over = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     if x.shape[0]:
-        _scaled_kernel[(x.shape[0],)](
-            _bits(x), _bits(out), scale, over, x.shape[1], bool(scale.ndim), _is16(x), saturate, _BLOCK
-        )
+        given = (scale, scale if factors is None else factors, over, x.shape[1], bool(scale.ndim), factors is not None)
+        _scaled_kernel[(x.shape[0],)](_bits(x), _bits(out), *given, _is16(x), saturate, _BLOCK)
     return out, over.sum()
 
 

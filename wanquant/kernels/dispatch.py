@@ -46,6 +46,14 @@ def _check_scale(scale: torch.Tensor, count: int, what: str, device: torch.devic
         raise ValueError(f"scales are on {scale.device}, the values on {device}")
 
 
+def _check_factors(x: torch.Tensor, factors: torch.Tensor | None) -> None:
+    if factors is None:
+        return
+    if factors.ndim != 1:
+        raise ValueError(f"factors come as [{x.shape[1]}] for the columns, not {tuple(factors.shape)}")
+    _check_scale(factors, x.shape[1], "columns", x.device)
+
+
 def round_hif8(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor:
     _check_float(x)
     saturate = _saturates(overflow)
@@ -101,22 +109,29 @@ def absmax_rows(x: torch.Tensor) -> torch.Tensor:
     return _OPS.absmax_rows.default(x)
 
 
-def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, overflow: str = "inf") -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_round_hif8(
+    x: torch.Tensor, scale: torch.Tensor, overflow: str = "inf", factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """round(x / scale) of a matrix [rows, columns] as BF16, the division in float32; int64 [], how many overflowed.
 
     ``scale`` is float32, [rows] or of no dimension. There is no BF16 step between the division and
-    the rounding, so nothing is rounded twice.
+    the rounding, so nothing is rounded twice. ``factors``, float32 [columns], powers of two, multiply x first.
     """
     _check_rows(x, scale)
-    return _OPS.scaled_round_hif8.default(x, scale, _saturates(overflow))
+    _check_factors(x, factors)
+    return _OPS.scaled_round_hif8.default(x, scale, _saturates(overflow), factors)
 
 
 def quantize_rows_hif8(
-    x: torch.Tensor, goal: float, power_of_two: bool, overflow: str = "inf"
+    x: torch.Tensor, goal: float, power_of_two: bool, overflow: str = "inf", factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``scaled_round_hif8`` by ``step`` of each row's absmax, in one pass: BF16 [rows, columns], scales [rows]."""
+    """``scaled_round_hif8`` by ``step`` of each row's absmax, in one pass: BF16 [rows, columns], scales [rows].
+
+    The absmax is that of the row times ``factors``.
+    """
     _check_rows(x)
-    return _OPS.quantize_rows_hif8.default(x, goal, power_of_two, _saturates(overflow))
+    _check_factors(x, factors)
+    return _OPS.quantize_rows_hif8.default(x, goal, power_of_two, _saturates(overflow), factors)
 
 
 def descale(

@@ -114,14 +114,22 @@ def two_to(exponent: torch.Tensor) -> torch.Tensor:
     return torch.where(exponent >= -126, normal, subnormal).to(torch.int32).view(torch.float32)
 
 
-def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    scaled = x.float() / (scale[:, None] if scale.ndim else scale)
+def times(x: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    """A matrix in float32, each column times its factor, a power of two."""
+    return x.float() if factors is None else x.float() * factors
+
+
+def scaled_round_hif8(
+    x: torch.Tensor, scale: torch.Tensor, saturate: bool, factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scaled = times(x, factors) / (scale[:, None] if scale.ndim else scale)
     return narrow(round_float32(scaled, saturate), torch.bfloat16), (scaled.abs() >= OVERFLOW).sum()
 
 
 def quantize_rows_hif8(
-    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
+    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    x = times(x, factors)
     scale = step(absmax_rows(x), goal, power_of_two)
     return scaled_round_hif8(x, scale, saturate)[0], scale
 

@@ -219,8 +219,9 @@ def _element_loops(word: type) -> dict[str, Any]:
     return {"round": round_, "encode": encode, "decode": decode}
 
 
-def _row_loops(word: type) -> dict[str, Any]:
-    """Loops over matrices of such patterns, row by row."""
+def _row_loops(word: type, factored: bool) -> dict[str, Any]:
+    """Loops over matrices of such patterns, row by row. ``factored``: each column is multiplied by its factor first,
+    in a loop of its own, because a condition inside one would keep it from vectors."""
     wide = np.uint32(0 if word is np.uint32 else 16)
     magnitude_bits = word(0x7FFFFFFF >> wide)
 
@@ -234,32 +235,46 @@ def _row_loops(word: type) -> dict[str, Any]:
             y[row] = np.uint32(best) << wide
 
     @_njit
-    def scaled_round(source, scales, step, target, over, rows, columns, saturate):
+    def scaled_round(source, scales, step, target, over, rows, columns, saturate, factors):
         """``scales`` holds one float32 a row (``step`` 1) or one for all (``step`` 0); ``over`` counts per row."""
         x, y = carray(_pointer(source), (rows, columns), word), carray(_pointer(target), (rows, columns), np.uint16)
         scale, overflows = carray(_pointer(scales), rows, np.float32), carray(_pointer(over), rows, np.int64)
+        factor = carray(_pointer(factors), columns, np.float32)
         for row in range(rows):
             divisor, beyond = scale[row * step], np.uint32(0)
             for column in range(columns):
-                bits = _to_bits(_to_float(np.uint32(x[row, column]) << wide) / divisor)
+                value = _to_float(np.uint32(x[row, column]) << wide)
+                if factored:
+                    value *= factor[column]
+                bits = _to_bits(value / divisor)
                 magnitude = bits & np.uint32(0x7FFFFFFF)
                 beyond += np.uint32((magnitude >= _OVERFLOW_BITS) & (magnitude <= _INF_BITS))
                 y[row, column] = np.uint16(_round(bits, saturate) >> np.uint32(16))
             overflows[row] = beyond
 
     @_njit
-    def quantize_rows(source, target, scales, rows, columns, goal, power_of_two, saturate):
+    def quantize_rows(source, target, scales, rows, columns, goal, power_of_two, saturate, factors):
         """absmax, scale and rounding of a row while it is in the cache."""
         x, y = carray(_pointer(source), (rows, columns), word), carray(_pointer(target), (rows, columns), np.uint16)
-        scale = carray(_pointer(scales), rows, np.float32)
+        scale, factor = carray(_pointer(scales), rows, np.float32), carray(_pointer(factors), columns, np.float32)
         for row in range(rows):
-            best = word(0)
-            for column in range(columns):
-                best = max(best, x[row, column] & magnitude_bits)
-            divisor = _step(np.uint32(best) << wide, goal, power_of_two)
+            if factored:
+                largest = np.uint32(0)
+                for column in range(columns):
+                    value = _to_float((np.uint32(x[row, column]) << wide) & np.uint32(0x7FFFFFFF)) * factor[column]
+                    largest = max(largest, _to_bits(value))
+            else:
+                best = word(0)
+                for column in range(columns):
+                    best = max(best, x[row, column] & magnitude_bits)
+                largest = np.uint32(best) << wide
+            divisor = _step(largest, goal, power_of_two)
             scale[row] = divisor
             for column in range(columns):
-                bits = _to_bits(_to_float(np.uint32(x[row, column]) << wide) / divisor)
+                value = _to_float(np.uint32(x[row, column]) << wide)
+                if factored:
+                    value *= factor[column]
+                bits = _to_bits(value / divisor)
                 y[row, column] = np.uint16(_round(bits, saturate) >> np.uint32(16))
 
     return {"absmax_rows": absmax_rows, "scaled_round": scaled_round, "quantize_rows": quantize_rows}
@@ -294,7 +309,9 @@ def _descale_loop(product_word: type, bias_word: type, out_word: type) -> Any:
     return descale
 
 
-LOOPS = {dtype: SimpleNamespace(**_element_loops(word), **_row_loops(word)) for dtype, word in _WORDS.items()}
+LOOPS = {dtype: SimpleNamespace(**_element_loops(word), **_row_loops(word, False)) for dtype, word in _WORDS.items()}
+#: The same, multiplying each column by its factor.
+FACTORED = {dtype: SimpleNamespace(**_row_loops(word, True)) for dtype, word in _WORDS.items()}
 #: By the types of product, bias and result.
 DESCALE = {types_: _descale_loop(*(_WORDS[t] for t in types_)) for types_ in product(_WORDS, repeat=3)}
 
@@ -311,3 +328,97 @@ def stochastic(source, noise, target, count, saturate):
         tiny = (np.uint32(105 << 23) | (x[i] & np.uint32(0x80000000))) if up else np.uint32(0)
         rounded = _round_by(x[i], random[i], saturate)
         y[i] = tiny if magnitude < np.uint32(105 << 23) else rounded
+
+
+def _observe_loop(word: type) -> Any:
+    """The loop of ``wanquant.kernels.statistics``. Sums may be taken in any order, or they would not run in vectors."""
+    wide = np.uint32(0 if word is np.uint32 else 16)
+    magnitude_bits = np.uint32(0x7FFFFFFF)
+    shift, base = np.uint32(18), np.int64((127 - 40) * 32)  # 32 bins an octave from 2^-40 on
+
+    @partial(_njit, fastmath={"reassoc"})
+    def errors(x, row, columns, divisor):
+        """The sum of squared rounding errors of a row."""
+        total = np.float32(0)
+        for column in range(columns):
+            value = _to_float(np.uint32(x[row, column]) << wide)
+            error = value - _to_float(_round(_to_bits(value / divisor), False)) * divisor
+            total += error * error
+        return total
+
+    @partial(_njit, fastmath={"reassoc"})
+    def powers(x, row, columns, sums):
+        one, two, three, four = np.float64(0), np.float64(0), np.float64(0), np.float64(0)
+        for column in range(columns):
+            value = np.float64(_to_float(np.uint32(x[row, column]) << wide))
+            square = value * value
+            one += value
+            two += square
+            three += square * value
+            four += square * square
+        sums[0] += one
+        sums[1] += two
+        sums[2] += three
+        sums[3] += four
+
+    @_njit
+    def count_zones(x, row, columns, divisor, lowest, zones):
+        """One pass, so the seven bounds between the eight zones are written out."""
+        b1, b2, b3 = (_to_bits(lowest[1] * divisor), _to_bits(lowest[2] * divisor), _to_bits(lowest[3] * divisor))
+        b4, b5, b6 = (_to_bits(lowest[4] * divisor), _to_bits(lowest[5] * divisor), _to_bits(lowest[6] * divisor))
+        b7 = _to_bits(lowest[7] * divisor)
+        n1, n2, n3, n4, n5, n6, n7 = 0, 0, 0, 0, 0, 0, 0
+        for column in range(columns):
+            magnitude = (np.uint32(x[row, column]) << wide) & magnitude_bits
+            n1 += magnitude >= b1
+            n2 += magnitude >= b2
+            n3 += magnitude >= b3
+            n4 += magnitude >= b4
+            n5 += magnitude >= b5
+            n6 += magnitude >= b6
+            n7 += magnitude >= b7
+        above = columns
+        for zone, beyond in enumerate((n1, n2, n3, n4, n5, n6, n7)):
+            zones[zone] += above - beyond
+            above = beyond
+        zones[7] += above
+
+    @_njit
+    def observe(
+        source, rows, columns, absmax, absmax_known, goals, powers_of_two, per_row, lowest,
+        counts, zones, sums, channel_absmax, channel_square,
+    ):  # fmt: skip
+        x = carray(_pointer(source), (rows, columns), word)
+        last = len(counts) - 3
+        if not absmax_known:
+            best = word(0)
+            for row in range(rows):
+                for column in range(columns):
+                    best = max(best, x[row, column] & word(magnitude_bits >> wide))
+            absmax = np.uint32(best) << wide
+        for row in range(rows):
+            best = np.uint32(0)
+            for column in range(columns):
+                magnitude = (np.uint32(x[row, column]) << wide) & magnitude_bits
+                best = max(best, magnitude)
+                value = _to_float(magnitude)
+                channel_absmax[column] = _to_float(max(_to_bits(channel_absmax[column]), magnitude))
+                channel_square[column] += value * value
+            for column in range(columns):
+                magnitude = (np.uint32(x[row, column]) << wide) & magnitude_bits
+                index = min(max(np.int64(magnitude >> shift) - base + 1, 0), last)
+                if magnitude >= _INF_BITS:
+                    index = last + 1 + (magnitude > _INF_BITS)
+                counts[index] += 1
+            powers(x, row, columns, sums)
+            for rule in range(len(goals)):
+                divisor = _step(best if per_row[rule] else absmax, goals[rule], powers_of_two[rule] != 0)
+                sums[4 + rule] += errors(x, row, columns, divisor)
+                if rule == 0 and divisor == divisor:
+                    count_zones(x, row, columns, divisor, lowest, zones)
+        return _to_float(absmax)
+
+    return observe
+
+
+OBSERVE = {dtype: _observe_loop(word) for dtype, word in _WORDS.items()}

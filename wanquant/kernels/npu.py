@@ -40,16 +40,19 @@ def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
     out.copy_(round_hif8(x, saturate))
 
 
-def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_round_hif8(
+    x: torch.Tensor, scale: torch.Tensor, saturate: bool, factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     if not casts_exactly(x.device, torch.float32, saturate):
-        return eager.scaled_round_hif8(x, scale, saturate)
-    scaled = x.float() / (scale[:, None] if scale.ndim else scale)
+        return eager.scaled_round_hif8(x, scale, saturate, factors)
+    scaled = eager.times(x, factors) / (scale[:, None] if scale.ndim else scale)
     return eager.decode_hif8(_cast(scaled), torch.bfloat16), (scaled.abs() >= eager.OVERFLOW).sum()
 
 
 def quantize_rows_hif8(
-    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
+    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    x = eager.times(x, factors)
     scale = eager.step(eager.absmax_rows(x), goal, power_of_two)
     return scaled_round_hif8(x, scale, saturate)[0], scale
 

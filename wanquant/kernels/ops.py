@@ -28,8 +28,9 @@ SCHEMAS = (
     "encode_hif8(Tensor x, bool saturate) -> Tensor",
     "decode_hif8(Tensor codes, ScalarType dtype) -> Tensor",
     "absmax_rows(Tensor x) -> Tensor",
-    "scaled_round_hif8(Tensor x, Tensor scale, bool saturate) -> (Tensor, Tensor)",
-    "quantize_rows_hif8(Tensor x, float goal, bool power_of_two, bool saturate) -> (Tensor, Tensor)",
+    "scaled_round_hif8(Tensor x, Tensor scale, bool saturate, Tensor? factors=None) -> (Tensor, Tensor)",
+    "quantize_rows_hif8(Tensor x, float goal, bool power_of_two, bool saturate, Tensor? factors=None)"
+    " -> (Tensor, Tensor)",
     "descale(Tensor product, Tensor row_scale, Tensor column_scale, Tensor? bias, ScalarType dtype) -> Tensor",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)

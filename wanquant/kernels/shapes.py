@@ -29,12 +29,14 @@ def absmax_rows(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-def scaled_round_hif8(x: torch.Tensor, scale: torch.Tensor, saturate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_round_hif8(
+    x: torch.Tensor, scale: torch.Tensor, saturate: bool, factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=torch.bfloat16), x.new_empty((), dtype=torch.int64)
 
 
 def quantize_rows_hif8(
-    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool
+    x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=torch.bfloat16), x.new_empty(x.shape[:1], dtype=torch.float32)
 

@@ -8,36 +8,53 @@ from dataclasses import dataclass
 from torch import nn
 
 from wanquant.quant import ConversionReport
-from wanquant.quant.observe import ActivationObserver
-from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.quant.observe import Observer
+from wanquant.quant.statistics import Layout, Statistics
+from wanquant.wan.generate import GenerationConfig, Position, generate
 from wanquant.wan.load import Pipeline
+
+Pair = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Largest magnitudes met: by linear (of its input) and by block (of the residual stream behind it),
-    the share of the transformer's linear FLOPs each linear has, and how much was seen."""
+    """What passed, and the share of the transformer's linear FLOPs each linear has, tokens counted as run."""
 
-    input_absmax: dict[str, float]
-    block_absmax: dict[int, float]
+    statistics: Statistics
     flops: dict[str, int]
-    videos: int
-    steps: int
 
     def fraction_of_flops(self, report: ConversionReport) -> float:
-        """Share of the multiply-adds of all linears that the converted ones do, tokens counted as run."""
+        """Share of the multiply-adds of all linears that the converted ones do."""
         return sum(self.flops[name] for name in report.names("converted")) / sum(self.flops.values())
 
 
+def name_of(pair: Pair) -> str:
+    """A video in statistics: its seed and prompt."""
+    return f"{pair[1]} {pair[0]}"
+
+
 def calibrate(
-    pipe: Pipeline, pairs: list[tuple[str, int]], settings: GenerationConfig, on_step: Callable[[], None]
+    pipe: Pipeline,
+    pairs: list[Pair],
+    settings: GenerationConfig,
+    on_step: Callable[[], None],
+    bins: int = 4,
+    full: bool = True,
 ) -> Calibration:
-    """Denoises the calibration prompts in BF16; the VAE is not run. Runs over guidance branches and all steps."""
-    with ActivationObserver(pipe.transformer) as observer:
-        generate(pipe, pairs, settings, on_step, decode=False)
+    """Denoises the calibration prompts in BF16; the VAE is not run. Both guidance branches and all steps are seen."""
+    branches = 2 if settings.guidance_scale > 1 else 1
+    layout = Layout(tuple(map(name_of, pairs)), settings.steps, bins, branches, full)
+    position = Position()
+    with Observer(pipe.transformer, layout, position.where) as observer:
+        generate(pipe, pairs, settings, on_step, decode=False, position=position)
+    return Calibration(observer.statistics, linear_flops(pipe, observer.statistics.rows()))
+
+
+def linear_flops(pipe: Pipeline, rows: dict[str, int]) -> dict[str, int]:
+    """Multiplications and additions of each linear for the rows it was given."""
     flops = {}
-    for name, rows in observer.rows.items():
+    for name, count in rows.items():
         linear = pipe.transformer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        flops[name] = 2 * rows * linear.in_features * linear.out_features
-    return Calibration(observer.input_absmax, observer.block_absmax, flops, len(pairs), settings.steps)
+        flops[name] = 2 * count * linear.in_features * linear.out_features
+    return flops

@@ -8,7 +8,7 @@ first video; ``result.json`` is written last.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,17 @@ from wanquant.evaluate.compare import measure
 from wanquant.evaluate.prompts import EvalConfig, PromptsConfig, pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS, estimate
 from wanquant.kernels import check_native
-from wanquant.ptq.calibrate import Calibration, calibrate
+from wanquant.ptq.analyze import AnalysisConfig, analyze, check_analysis
+from wanquant.ptq.bench import Bench
+from wanquant.ptq.calibrate import Calibration
+from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.plan import print_plan
-from wanquant.ptq.protect import ProtectConfig
+from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check_protect
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
 from wanquant.quant.config import parse, settle
+from wanquant.quant.statistics import RESIDUAL, Site
 from wanquant.runs import pictures
+from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.report import summary, write_report
 from wanquant.runs.run import Run, digest, provenance, refused_leave_no_result, signature
@@ -36,6 +41,7 @@ from wanquant.wan.config import ModelConfig
 from wanquant.wan.device import forget_peak_memory, peak_memory, pick_device
 from wanquant.wan.generate import Sample, generate
 from wanquant.wan.load import (
+    FOLDS,
     LOAD_PARTS,
     Pipeline,
     check_folder,
@@ -47,15 +53,22 @@ from wanquant.wan.load import (
     hush_libraries,
     load_pipeline,
 )
+from wanquant.wan.outliers import chosen_blocks, plant_outliers_
 from wanquant.wan.tiny import parse_caption
 
 #: Videos on the contact sheet at most.
 SHEET_ROWS = 12
 
 
+MODES = ("quantize", "analyze")
+
+
 @dataclass
 class PTQConfig:
-    """The whole of ``python ptq.py``."""
+    """The whole of ``python ptq.py``. ``mode=quantize`` says what a quantization cost, ``mode=analyze`` what passes
+    through the BF16 model."""
+
+    mode: str = "quantize"
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -63,11 +76,14 @@ class PTQConfig:
     calib: PromptsConfig = field(default_factory=PromptsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     #: Save the packed checkpoint.
     checkpoint: bool = True
     #: Print the plan and do nothing else.
     dry_run: bool = False
+    #: Where what several runs share is kept: calibration statistics, BF16 latents, sensitivities.
+    cache: str = "outputs/cache"
 
 
 def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
@@ -93,15 +109,22 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
         flush=True,
     )
     if config.dry_run:
+        if config.mode == "analyze":
+            raise ValueError("dry_run=true plans a quantization: leave mode=analyze out")
         shape = find_folder(config.model.path, shapes_only=True)
         floors = len(pairs_) + len(_other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
         videos = len(calibration_pairs) + 2 * len(pairs_) + floors
-        print_plan(config_yaml, shape, config.quant, config.protect, settings, videos)
+        if config.protect.by in (*MEASURES, GREEDY):
+            raise ValueError(f"dry_run=true cannot know the blocks that protect.by={config.protect.by} would choose")
+        blocks = by_rule(config.protect, len(empty_transformer(shape).blocks))
+        protect = dataclasses.replace(config.protect, blocks=blocks)
+        print_plan(config_yaml, shape, config.quant, protect, settings, videos)
         return None
     hush_libraries()
     run = Run(folder, "ptq", config_yaml)
     try:
-        result = _Job(config, run, device, model_folder, pairs_, calibration_pairs).run()
+        job = _Job(config, run, device, model_folder, pairs_, calibration_pairs)
+        result = job.analyze() if config.mode == "analyze" else job.run()
         full = run.finish(result, lambda complete: write_report(folder, complete))
     except BaseException as error:
         run.fail(error)
@@ -115,6 +138,16 @@ def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     """Refuses what can be refused by the config and the model's shape, before a weight is read or fetched."""
     scheme = parse(config.quant)
     check_tracker(config.tracker)
+    if config.mode not in MODES:
+        raise ValueError(f"mode={config.mode}: choose {' or '.join(MODES)}")
+    check_analysis(config.analysis, config.model.generation.steps)
+    if config.model.batch < 1:
+        raise ValueError(f"model.batch={config.model.batch}: must be at least 1")
+    if config.model.batch > 1 and measures_latents(config) and not scheme.independent:
+        raise ValueError(
+            "a dynamic step for the whole tensor would be shared by the videos of a batch: set model.batch=1 to choose "
+            "or analyze by such a quantization"
+        )
     if config.model.language == "scenes":
         for prompt, _ in videos:
             parse_caption(prompt)
@@ -124,9 +157,21 @@ def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
         raise ValueError(f"{folder} is quantized already: model.path must be the original model")
     if (folder / "transformer_2").is_dir():
         raise ValueError(f"{folder} has two transformers (Wan2.2), of which this version would quantize only one")
-    plan = plan_conversion(empty_transformer(folder), config.quant, config.protect.blocks, config.protect.modules)
+    shape = empty_transformer(folder)
+    check_protect(config.protect, len(shape.blocks))
+    chosen_blocks(config.model.outliers, len(shape.blocks))
+    by_data = config.protect.by in (*MEASURES, GREEDY)
+    kept = list(range(config.protect.budget)) if by_data else by_rule(config.protect, len(shape.blocks))
+    plan = plan_conversion(shape, config.quant, kept, config.protect.modules)
+    if by_data and scheme.format.keeps_all:
+        raise ValueError(f"protect.by={config.protect.by} measures a quantization, and {scheme.format.name} is none")
     if not plan.names("converted") and not scheme.format.keeps_all:
         raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
+
+
+def measures_latents(config: PTQConfig) -> bool:
+    """Whether the run compares latents that are generated in batches."""
+    return config.mode == "analyze" or config.protect.by in ("sensitivity", "block_sqnr", GREEDY)
 
 
 @dataclass
@@ -138,17 +183,61 @@ class _Job:
     pairs: list[tuple[str, int]]
     calibration_pairs: list[tuple[str, int]]
 
-    def run(self) -> dict[str, Any]:
-        config, run = self.config, self.run_
+    def load(self) -> Bench:
+        config = self.config
         forget_peak_memory(self.device)
-        with run.stage("load"):
-            made = provenance(self.device)
+        with self.run_.stage("load"):
+            self.made = provenance(self.device)
             with progress("read", count_files(self.model_folder), "file") as tick:
-                model_fingerprint = fingerprint(self.model_folder, tick)
+                mark = fingerprint(self.model_folder, tick)
             with progress("load", LOAD_PARTS, "part") as tick:
                 pipe = load_pipeline(self.model_folder, config.model.device, tick)
+            plant_outliers_(pipe.transformer, config.model.outliers)
+        known = (self.calibration_pairs, mark, self.device, Cache(Path(config.cache)), config.analysis.bins)
+        return Bench(pipe, config.model, config.quant, *known)
+
+    def analyze(self) -> dict[str, Any]:
+        bench = self.load()
+        with self.run_.stage("calibrate"):
+            bench.calibration(full=True)
+        with self.run_.stage("analyze"):
+            analysis = analyze(bench, self.config.analysis, self.config.protect, self.run_.folder)
+        return {**self._head(bench, self.config), **analysis, **self._tail(self.config.calib)}
+
+    def _head(self, bench: Bench, settled: PTQConfig) -> dict[str, Any]:
+        return {
+            "signature": signature(dataclasses.asdict(settled), bench.fingerprint, self.device),
+            "mode": self.config.mode,
+            "model": {
+                "name": self.config.model.name,
+                "blocks": bench.blocks,
+                "parameters": sum(p.numel() for p in bench.pipe.transformer.parameters()),
+                "fingerprint": bench.fingerprint,
+                "outliers": list(chosen_blocks(self.config.model.outliers, bench.blocks)),
+            },
+            "quant": dataclasses.asdict(self.config.quant),
+        }
+
+    def _tail(self, prompts: PromptsConfig) -> dict[str, Any]:
+        return {
+            "generation": dataclasses.asdict(self.config.model.generation),
+            "memory": {"peak_bytes": peak_memory(self.device)},
+            "provenance": {
+                **self.made,
+                "seeds": prompts.seeds,
+                "prompts": prompts.texts,
+                "prompt_hash": digest(prompts.texts),
+            },
+        }
+
+    def run(self) -> dict[str, Any]:
+        config, run = self.config, self.run_
+        bench = self.load()
+        pipe = bench.pipe
         with run.stage("calibrate"):
-            calibration = self._calibrate(pipe)
+            calibration, stats = bench.calibration(), bench.inputs()
+        with run.stage("choose"):
+            choice = choose(config.protect, bench)
         with run.stage("generate_bf16"):
             reference = self._generate(pipe, "generate BF16")
         floors: dict[str, list[tuple[Sample, Sample]]] = {}
@@ -156,7 +245,7 @@ class _Job:
             with run.stage("noise_floor"):
                 floors = self._floors(pipe, reference)
         with run.stage("quantize"):
-            report = self._quantize(pipe, calibration)
+            report = self._quantize(pipe, choice, stats)
         with run.stage("generate_quantized"):
             samples = self._generate(pipe, f"generate {config.quant.format}")
         with run.stage("compare"):
@@ -169,49 +258,25 @@ class _Job:
             if config.checkpoint and report.names("converted"):
                 with progress("save", len(report.names("converted")), "linear") as tick:
                     save_quantized(pipe, run.folder / "checkpoint", tick)
-        settled = dataclasses.asdict(config)
-        settled["protect"]["blocks"] = list(report.protected_blocks)
+        # How the blocks were chosen changes nothing but which they are.
+        protect = ProtectConfig(config.protect.name, list(report.protected_blocks), config.protect.modules)
+        model = dataclasses.replace(config.model, batch=1)
+        settled = dataclasses.replace(config, model=model, protect=protect, analysis=AnalysisConfig())
         return {
-            "signature": signature(settled, model_fingerprint, self.device),
-            "model": {
-                "name": config.model.name,
-                "blocks": report.blocks,
-                "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
-                "fingerprint": model_fingerprint,
-            },
-            "quant": dataclasses.asdict(config.quant),
-            **self._conversion(pipe, report, calibration),
+            **self._head(bench, settled),
+            **self._conversion(pipe, report, calibration, choice),
             "metrics": {name: estimate(items).as_json() for name, items in metrics.items()},
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
             "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
             "gates": {gate.name: gate.as_json() for gate in gate_results},
-            "generation": dataclasses.asdict(config.model.generation),
-            "memory": {"peak_bytes": peak_memory(self.device)},
-            "provenance": {
-                **made,
-                "seeds": config.prompts.seeds,
-                "prompts": config.prompts.texts,
-                "prompt_hash": digest(config.prompts.texts),
-            },
+            **self._tail(config.prompts),
         }
 
-    def _calibrate(self, pipe: Pipeline) -> Calibration:
-        settings = self.config.model.generation
-        with progress("calibrate", len(self.calibration_pairs) * settings.steps) as tick:
-            return calibrate(pipe, self.calibration_pairs, settings, tick)
-
-    def _quantize(self, pipe: Pipeline, calibration: Calibration) -> ConversionReport:
-        config, protect = self.config, self.config.protect
-        plan = plan_conversion(pipe.transformer, config.quant, protect.blocks, protect.modules)
+    def _quantize(self, pipe: Pipeline, choice: Choice, stats: Mapping[str, float | Site]) -> ConversionReport:
+        how = (self.config.quant, choice.blocks, self.config.protect.modules)
+        plan = plan_conversion(pipe.transformer, *how)
         with progress("quantize", len(plan.names("converted")), "linear") as tick:
-            return quantize_(
-                pipe.transformer,
-                config.quant,
-                protect.blocks,
-                protect.modules,
-                calibration.input_absmax,
-                on_linear=tick,
-            )
+            return quantize_(pipe.transformer, *how, stats, on_linear=tick, folds=FOLDS)
 
     def _generate(
         self,
@@ -254,13 +319,17 @@ class _Job:
                 tick()
         pictures.write_png(folder / "figures" / "contact_sheet.png", pictures.contact_sheet(rows[:SHEET_ROWS]))
 
-    def _conversion(self, pipe: Pipeline, report: ConversionReport, calibration: Calibration) -> dict[str, Any]:
+    def _conversion(
+        self, pipe: Pipeline, report: ConversionReport, calibration: Calibration, choice: Choice
+    ) -> dict[str, Any]:
+        layout = calibration.statistics.layout
         overflowed = {name: int(layer.overflowed) for name, layer in quantized_linears(pipe.transformer).items()}
         return {
             "protect": {
                 "name": self.config.protect.name,
                 "blocks": list(report.protected_blocks),
                 "modules": list(self.config.protect.modules),
+                "chosen": choice.as_json(),
                 "fraction_of_flops_quantized": calibration.fraction_of_flops(report),
             },
             "conversion": report.counts(),
@@ -274,10 +343,13 @@ class _Job:
             },
             "modules": [dataclasses.asdict(module) for module in report.modules],
             "calibration": {
-                "videos": calibration.videos,
-                "steps": calibration.steps,
-                "block_absmax": [calibration.block_absmax[i] for i in range(report.blocks)],
-                "input_absmax": calibration.input_absmax,
+                "videos": len(layout.videos),
+                "steps": layout.steps,
+                "coverage": calibration.statistics.coverage(),
+                "block_absmax": [
+                    calibration.statistics.site(f"blocks.{i}", RESIDUAL).largest() for i in range(report.blocks)
+                ],
+                "input_absmax": calibration.statistics.input_absmax(),
             },
         }
 

@@ -1,15 +1,66 @@
-"""Which blocks stay BF16."""
+"""Which blocks stay BF16: a given list, a rule, or what the data say."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import torch
+
+#: Rules that need no data; measures of a block by which the worst are protected; and the search.
+RULES = ("list", "middle", "random")
+MEASURES = ("sensitivity", "absmax", "kurtosis", "block_sqnr")
+GREEDY = "greedy"
 
 
 @dataclass
 class ProtectConfig:
-    """``blocks`` are indices from either end, so that a preset means the same on 30 or 40 blocks;
-    ``modules`` are patterns (``re.fullmatch``) of names inside a block, ``ffn.net.2``."""
+    """``by=list``: ``blocks`` are indices from either end, so that a preset means the same on 30 or 40 blocks.
+
+    Otherwise ``budget`` blocks are chosen: ``middle``, ``random`` (by ``seed``), or from the calibration prompts: the
+    largest ``absmax`` or ``kurtosis`` of what enters a block's linears, the least ``block_sqnr`` of its output, the
+    greatest ``sensitivity`` of the final latents, or ``greedy``, one after the other, each the one that helps most
+    beside those before (of the ``candidates`` most sensitive ones; 0 for all).
+    ``modules`` are patterns (``re.fullmatch``) of names inside a block, ``ffn.net.2``, that stay BF16 everywhere.
+    """
 
     name: str = "none"
     blocks: list[int] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
+    by: str = "list"
+    budget: int = 5
+    seed: int = 0
+    candidates: int = 10
+
+
+def check_protect(config: ProtectConfig, blocks: int) -> None:
+    """``ValueError`` for what no choice could be made by."""
+    known = (*RULES, *MEASURES, GREEDY)
+    if config.by not in known:
+        raise ValueError(f"protect.by={config.by}: choose {', '.join(known)}")
+    if config.by == "list":
+        return
+    if config.blocks:
+        raise ValueError(f"protect.by={config.by} chooses the blocks itself: leave protect.blocks empty")
+    if not 1 <= config.budget < blocks:
+        raise ValueError(f"protect.budget={config.budget}: must lie between 1 and {blocks - 1}")
+    if config.by == GREEDY and 0 < config.candidates < config.budget:
+        raise ValueError(f"protect.candidates={config.candidates} are fewer than protect.budget={config.budget}")
+
+
+def by_rule(config: ProtectConfig, blocks: int) -> list[int]:
+    """The blocks of a rule that needs no data."""
+    if config.by == "middle":
+        first = (blocks - config.budget) // 2
+        return list(range(first, first + config.budget))
+    if config.by == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        return sorted(torch.randperm(blocks, generator=generator)[: config.budget].tolist())
+    return list(config.blocks)
+
+
+def worst(scores: Sequence[float], budget: int) -> list[int]:
+    """Indices of the ``budget`` highest scores, sorted; NaN is the worst there is, ties go to the lower index."""
+    finite = [math.inf if score != score else score for score in scores]
+    return sorted(sorted(range(len(scores)), key=lambda index: (-finite[index], index))[:budget])

@@ -8,7 +8,12 @@ from wanquant.formats.base import Format
 from wanquant.formats.registry import get_format
 from wanquant.quant.scale import (
     AmaxTo,
+    Direct,
+    Ema,
     Granularity,
+    LeastError,
+    Percentile,
+    PerTensor,
     PowerOfTwo,
     Rule,
     SharedExponent,
@@ -53,6 +58,9 @@ class QuantConfig:
     attention: str = "off"
     #: Keep weights as uint8 codes and decode them in every forward.
     packed: bool = False
+    #: SmoothQuant (arXiv 2211.10438): how much of the activations' spread over channels goes into the weights, 0 to
+    #: 1 (its paper takes 0.5); null for none. Its divisors are powers of two here.
+    smoothing: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,19 @@ class Scheme:
     product: str
     attention: str
     packed: bool
+    smoothing: float | None
+
+    @property
+    def independent(self) -> bool:
+        """Whether the rounding of one row knows nothing of the others, so that videos can share a batch."""
+        return self.act_static or isinstance(self.act_rule, Direct) or not isinstance(self.act_granularity, PerTensor)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it takes more of calibration than the largest magnitude of each input."""
+        by_output = isinstance(self.weight_rule, LeastError) and self.weight_rule.output
+        searched = self.act_static and isinstance(self.act_rule, Percentile | Ema | LeastError)
+        return by_output or searched or self.smoothing is not None
 
 
 def settle(config: QuantConfig) -> QuantConfig:
@@ -109,12 +130,27 @@ def parse(config: QuantConfig) -> Scheme:
     weights, act = config.weights, config.activations
     if act.static and act.granularity != "per_tensor":
         raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
+    if config.smoothing is not None and not 0 <= config.smoothing <= 1:
+        raise ValueError(f"quant.smoothing={config.smoothing}: must lie between 0 and 1, or be null for none")
     rules = {"weights": parse_rule(weights.rule, format_), "activations": parse_rule(act.rule, format_)}
     for side, rule in rules.items():
         if isinstance(rule, AmaxTo | PowerOfTwo) and rule.target >= format_.overflow:
             raise ValueError(f"quant.{side}.rule: target {rule.target:g} is beyond the range of {format_.name}")
         if format_.block and not isinstance(rule, PowerOfTwo | SharedExponent):
             raise ValueError(f"quant.{side}.rule: the steps of {format_.name} are powers of two, choose mx or pow2")
+        if isinstance(rule, Percentile | Ema) and rule.then.target >= format_.overflow:
+            raise ValueError(f"quant.{side}.rule: target {rule.then.target:g} is beyond the range of {format_.name}")
+    if isinstance(rules["weights"], Ema):
+        raise ValueError("quant.weights.rule=ema: a weight has no history, that rule is for static activations")
+    searched = isinstance(rules["activations"], Percentile | Ema | LeastError)
+    if searched and not act.static:
+        raise ValueError(
+            f"quant.activations.rule={act.rule} is found in calibration: set quant.activations.static=true"
+        )
+    if act.rule == "mse_output":
+        raise ValueError("quant.activations.rule=mse_output is for weights: choose mse")
+    if searched and config.smoothing is not None:
+        raise ValueError(f"quant.smoothing changes what quant.activations.rule={act.rule} was found on: choose amax")
     return Scheme(
         config=config,
         format=format_,
@@ -127,4 +163,5 @@ def parse(config: QuantConfig) -> Scheme:
         product=config.product,
         attention=config.attention,
         packed=config.packed,
+        smoothing=config.smoothing,
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from wanquant.kernels import check_native
@@ -14,6 +15,8 @@ from wanquant.quant.attention import QuantAttention, check_processor
 from wanquant.quant.config import QuantConfig, Scheme, parse
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.select import match_names, resolve_blocks
+from wanquant.quant.smooth import smooth_
+from wanquant.quant.statistics import Site
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,21 @@ def quantize_(
     config: QuantConfig | None = None,
     protected_blocks: Sequence[int] = (),
     protected_modules: Sequence[str] = (),
-    stats: Mapping[str, float] | None = None,
+    stats: Mapping[str, float | Site] | None = None,
     blocks: str = "blocks",
     on_linear: Callable[[], None] = lambda: None,
+    folds: Mapping[str, str] | None = None,
 ) -> ConversionReport:
     """Quantizes every linear inside the unprotected blocks of ``module``, in place.
 
     protected_blocks   indices from either end, ``(0, 1, -3, -2, -1)``; those stay bit-identical
     protected_modules  patterns (``re.fullmatch``) of names inside a block: ``ffn.net.2``, ``attn1.*``
-    stats              largest input magnitude by linear's full name; needed by static activations
+    stats              by linear's full name, its largest input magnitude, which static activations need, or all that
+                       calibration recorded of the input, which smoothing and some rules need
     blocks             dotted name of the list of blocks
     on_linear          called after each linear, for progress
+    folds              for smoothing: by a linear's name inside a block the name of the linear or norm that alone makes
+                       its input, channel by channel, and makes nothing else's (``wanquant.wan.load.FOLDS``)
 
     Linears outside the blocks stay as they are. With ``config.attention``, attention itself is quantized where its
     ``to_q``, ``to_k`` and ``to_v`` are. Everything is checked before anything is changed:
@@ -80,17 +87,34 @@ def quantize_(
             check_native(weight.device)
         if not scheme.format.codes_all and not weight.isfinite().all():
             raise ValueError(f"{name} has weights that are not finite, for which {scheme.format.name} has no code")
-    if scheme.act_static:
-        missing = [name for name in todo if stats is None or name not in stats]
-        if missing:
-            raise ValueError(f"static activations need calibration statistics of {missing[0]} ({len(missing)} missing)")
+    known = dict(stats or {})
+    _check_statistics(scheme, todo, known)
+    kept: dict[str, torch.Tensor] = {}
+    if scheme.smoothing is not None:
+        homes = {row.name: f"{blocks}.{row.block}" for row in plan.modules}
+        kept = smooth_(module, todo, homes, known, scheme.smoothing, folds or {})
     for name in todo:
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        module.set_submodule(name, QuantLinear.from_linear(linear, scheme, stats.get(name) if stats else None))
+        layer = QuantLinear.from_linear(linear, scheme, known.get(name), kept.get(name))
+        module.set_submodule(name, layer)
         on_linear()
     _set_attention(module, [row.name for row in plan.attentions if row.status == "converted"], scheme)
     return plan
+
+
+def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, float | Site]) -> None:
+    def is_full(seen: float | Site | None) -> bool:
+        return isinstance(seen, Site) and seen.channel_square.size > 0
+
+    if scheme.needs_statistics:
+        what, missing = "smoothing and this scale rule need full", [n for n in names if not is_full(stats.get(n))]
+    elif scheme.act_static:
+        what, missing = "static activations need", [name for name in names if name not in stats]
+    else:
+        return
+    if missing:
+        raise ValueError(f"{what} calibration statistics of {missing[0]} ({len(missing)} missing)")
 
 
 def plan_conversion(
@@ -177,13 +201,17 @@ def _set_attention(module: nn.Module, names: Sequence[str], scheme: Scheme) -> N
         attention.set_processor(QuantAttention(scheme))
 
 
-def empty_like_quantized_(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
-    """Puts empty ``QuantLinear`` layers (on meta) at ``names``, for a checkpoint to fill."""
+def empty_like_quantized_(
+    module: nn.Module, names: Sequence[str], scheme: Scheme, factored: Collection[str] = ()
+) -> None:
+    """Puts empty ``QuantLinear`` layers (on meta) at ``names``, for a checkpoint to fill; ``factored`` of them keep a
+    factor for each input channel."""
     for name in names:
         linear = module.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{name} is a {type(linear).__name__}, not a linear")
-        layer = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, scheme)
+        shape = (linear.in_features, linear.out_features, linear.bias is not None)
+        layer = QuantLinear(*shape, scheme, name in factored)
         module.set_submodule(name, layer)
     if scheme.attention != "off":
         _set_attention(module, _attentions(names), scheme)

@@ -22,7 +22,9 @@ from torch import nn
 
 from wanquant.kernels import descale, native_product
 from wanquant.quant.config import Scheme
-from wanquant.quant.scale import PerBlock, quantize_matrix
+from wanquant.quant.scale import Ema, LeastError, PerBlock, Percentile, quantize_matrix
+from wanquant.quant.search import static_step, weight_steps
+from wanquant.quant.statistics import Site
 
 #: Weights that ``product=exact`` keeps in float32 at a time, 8 MB of them.
 WIDENED_AT_ONCE = 1 << 21
@@ -36,15 +38,17 @@ class QuantLinear(nn.Linear):
     weight        [out, in]: BF16 values on the format's grid, or uint8 codes (packed)
     weight_scale  float32 [out], or [] per tensor, or [out, in / block]
     input_scale   float32 [], with static activations only
+    input_factor  float32 [in], powers of two by which channels are multiplied before rounding; where smoothing is
     bias          BF16
     overflowed    int64 []: elements, of the weight and of all inputs so far, that fell beyond the format's range
     """
 
     weight_scale: torch.Tensor
     input_scale: torch.Tensor | None
+    input_factor: torch.Tensor | None
     overflowed: torch.Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme, factored: bool = False) -> None:
         """An empty layer of the right shapes, on meta; ``from_linear`` or a checkpoint fills it."""
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=torch.bfloat16)
         self.scheme = scheme
@@ -53,27 +57,38 @@ class QuantLinear(nn.Linear):
         shape = scheme.weight_granularity.scale_shape(out_features, in_features)
         self.register_buffer("weight_scale", torch.empty(shape, device="meta"))
         self.register_buffer("input_scale", torch.empty((), device="meta") if scheme.act_static else None)
+        self.register_buffer("input_factor", torch.empty(in_features, device="meta") if factored else None)
         self.register_buffer("overflowed", torch.zeros((), dtype=torch.int64, device="cpu"), persistent=False)
 
     @classmethod
     @torch.no_grad()
-    def from_linear(cls, linear: nn.Linear, scheme: Scheme, input_absmax: float | None = None) -> QuantLinear:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme,
+        seen: float | Site | None = None,
+        divisors: torch.Tensor | None = None,
+    ) -> QuantLinear:
         """Quantizes the weights, from BF16: a source in float32 is cast first, so both give the same.
 
-        ``input_absmax`` is the calibrated largest magnitude of the input, needed by static schemes.
+        ``seen`` is the input's largest magnitude or all that calibration recorded of it; static schemes and some
+        rules need it. ``divisors``, powers of two [in], are taken from the activations and given to the weights.
         """
-        self = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme)
+        self = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, divisors is not None)
         source = linear.weight.detach().to(torch.bfloat16)
-        rounded, self.weight_scale, over = quantize_matrix(
-            source, scheme.weight_granularity, scheme.weight_rule, scheme.format, scheme.overflow
-        )
+        if divisors is not None:
+            source, self.input_factor = source * divisors.to(torch.bfloat16), 1 / divisors
+        rounded, self.weight_scale, over = _quantize_weight(source, scheme, seen, divisors)
         self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.packed else rounded, False)
         self.overflowed = torch.zeros_like(self.weight_scale, dtype=torch.int64).sum() if over is None else over
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach().to(torch.bfloat16), requires_grad=False)
         if scheme.act_static:
-            assert input_absmax is not None, "a static scheme needs a calibrated input"
-            self.input_scale = scheme.act_rule(torch.tensor(input_absmax, device=source.device))
+            assert seen is not None, "a static scheme needs a calibrated input"
+            if divisors is not None:
+                assert isinstance(seen, Site), "smoothing needs what each channel did"
+                seen = float((torch.from_numpy(seen.view().channel_absmax) / divisors.cpu()).amax())
+            self.input_scale = static_step(scheme.act_rule, seen, scheme.format, scheme.overflow).to(source.device)
         self.train(linear.training)
         return self
 
@@ -104,11 +119,11 @@ class QuantLinear(nn.Linear):
         scale: torch.Tensor
         if self.input_scale is not None:
             scale = self.input_scale
-            operand, over = scheme.format.scaled_round(rows, scale, scheme.overflow)
+            operand, over = scheme.format.scaled_round(rows, scale, scheme.overflow, self.input_factor)
         else:
-            operand, scale, over = quantize_matrix(
-                rows, scheme.act_granularity, scheme.act_rule, scheme.format, scheme.overflow
-            )
+            assert not isinstance(scheme.act_rule, Percentile | Ema | LeastError), "parse lets none be dynamic"
+            how = (scheme.act_granularity, scheme.act_rule, scheme.format, scheme.overflow)
+            operand, scale, over = quantize_matrix(rows, *how, self.input_factor)
         if over is not None:
             self.overflowed += over
         return operand, scale
@@ -150,6 +165,24 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.is_packed}"
+
+
+def _quantize_weight(
+    source: torch.Tensor, scheme: Scheme, seen: float | Site | None, divisors: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As ``quantize_matrix``, with a step that is searched for if the rule says so."""
+    granularity, rule = scheme.weight_granularity, scheme.weight_rule
+    if not isinstance(rule, Percentile | Ema | LeastError):
+        return quantize_matrix(source, granularity, rule, scheme.format, scheme.overflow)
+    assert not isinstance(rule, Ema)
+    mean_square = None
+    if isinstance(rule, LeastError) and rule.output:
+        assert isinstance(seen, Site), "the error of the output needs what each channel did"
+        mean_square = torch.from_numpy(seen.mean_square()).float().to(source.device)
+        mean_square = mean_square if divisors is None else mean_square / divisors.square()
+    steps = weight_steps(source, granularity, rule, scheme.format, scheme.overflow, mean_square)
+    rounded, over = scheme.format.scaled_round(source, steps, scheme.overflow)
+    return rounded, steps, over
 
 
 def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ what a config can hold, and are parsed once into the small frozen classes below.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +72,44 @@ class SharedExponent:
 
 #: From the largest magnitude of each slice (float32, any shape) to its step, in the same shape. A slice of zeros
 #: gets 1; one that is not finite gets NaN and turns NaN whole, so that a broken activation cannot look repaired.
-Rule = Direct | AmaxTo | PowerOfTwo | SharedExponent
+PlainRule = Direct | AmaxTo | PowerOfTwo | SharedExponent
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """The magnitude that ``share`` of the elements do not exceed goes to ``then.target``; what is larger may clip."""
+
+    share: float
+    then: AmaxTo
+
+    @property
+    def name(self) -> str:
+        return f"p{100 * self.share:g}"
+
+
+@dataclass(frozen=True)
+class Ema:
+    """The running largest magnitude, 0.99 old and 0.01 new with every forward, to ``then.target``; AMCT *Quantile*."""
+
+    then: AmaxTo
+    name = "ema"
+
+
+@dataclass(frozen=True)
+class LeastError:
+    """The step of least squared error: of the tensor's own rounding, or with ``output`` of the layer's output;
+    among powers of two (AMCT's OFMR) or quarters of octaves. ``wanquant.quant.search`` has the candidates."""
+
+    output: bool
+    powers: bool
+
+    @property
+    def name(self) -> str:
+        return "ofmr" if self.powers else "mse_output" if self.output else "mse"
+
+
+#: Those that need more than a largest magnitude are found by ``wanquant.quant.search``, never while running.
+Rule = PlainRule | Percentile | Ema | LeastError
 
 
 @dataclass(frozen=True)
@@ -115,10 +153,16 @@ class PerBlock:
 
 
 Granularity = PerTensor | PerRow | PerBlock
+LEAST_ERROR = {
+    "mse": LeastError(output=False, powers=False),
+    "mse_output": LeastError(output=True, powers=False),
+    "ofmr": LeastError(output=True, powers=True),
+}
 
 
 def parse_rule(text: str, format_: Format) -> Rule:
-    """``direct``, ``amax/15``, ``pow2/16``, ``mx``; the number is the target, without one it is the format's own."""
+    """``direct``, ``amax/15``, ``pow2/16``, ``p99.9/15``, ``ema/15``, ``mse``, ``mse_output``, ``ofmr``, ``mx``; the
+    number behind the slash is the target, without one it is the format's own."""
     name, slash, target_text = text.partition("/")
     try:
         target = float(target_text) if slash else format_.target
@@ -132,9 +176,19 @@ def parse_rule(text: str, format_: Format) -> Rule:
         return AmaxTo(target)
     if name == "pow2":
         return PowerOfTwo(target)
+    if name == "ema":
+        return Ema(AmaxTo(target))
+    if name in LEAST_ERROR and not slash:
+        return LEAST_ERROR[name]
     if name == "mx" and not slash:
         return SharedExponent(math.frexp(format_.target)[1] - 1)
-    raise ValueError(f"unknown scale rule {text!r}: choose direct, amax[/TARGET] (amax/15), pow2[/TARGET] or mx")
+    percent = re.fullmatch(r"p(\d+(\.\d+)?)", name)
+    if percent and 0 < float(percent[1]) <= 100:
+        return Percentile(float(percent[1]) / 100, AmaxTo(target))
+    raise ValueError(
+        f"unknown scale rule {text!r}: choose direct, amax[/TARGET] (amax/15), pow2[/TARGET], pPERCENT[/TARGET] "
+        f"(p99.9/15), ema[/TARGET], {', '.join(LEAST_ERROR)} or mx"
+    )
 
 
 def parse_granularity(text: str, rows: str, format_: Format) -> Granularity:
@@ -152,15 +206,25 @@ def parse_granularity(text: str, rows: str, format_: Format) -> Granularity:
 
 
 def quantize_matrix(
-    x: torch.Tensor, granularity: Granularity, rule: Rule, format_: Format, overflow: str
+    x: torch.Tensor,
+    granularity: Granularity,
+    rule: PlainRule,
+    format_: Format,
+    overflow: str,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Q(x / s) of a matrix as BF16 values on the grid, its steps s, and how many overflowed (None: none could).
 
-    A step taken from the slice itself keeps it in range, so then there is nothing to count.
+    A step taken from the slice itself keeps it in range, so then there is nothing to count. ``factors``, float32
+    [columns], powers of two, multiply the columns first.
     """
+    if factors is not None and (
+        isinstance(granularity, PerTensor | PerBlock) or not isinstance(rule, AmaxTo | PowerOfTwo)
+    ):
+        x, factors = kernels.times(x, factors), None
     slices = x.reshape(-1, granularity.size) if isinstance(granularity, PerBlock) else x
     if isinstance(rule, AmaxTo | PowerOfTwo) and not isinstance(granularity, PerTensor):
-        rounded, scale = format_.quantize_rows(slices, rule.target, rule.power_of_two, overflow)
+        rounded, scale = format_.quantize_rows(slices, rule.target, rule.power_of_two, overflow, factors)
         over = None
     else:
         scale = rule(granularity.reduce(kernels.absmax_rows(slices)))

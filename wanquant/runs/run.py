@@ -32,6 +32,7 @@ HEADER = "# A wanquant run: the resolved config.\n"
 #: Config keys that cannot change a number, and are left out of the signature; ``*`` is any group.
 VOLATILE = (
     "tracker",
+    "cache",
     "dry_run",
     "checkpoint",
     "quant.packed",

@@ -1,7 +1,8 @@
 """Quantized checkpoints: diffusers layout, packed weights, written whole or not at all.
 
 In ``transformer/`` each quantized linear is ``<name>.weight`` (uint8 codes), ``<name>.weight_scale``
-(float32), ``<name>.input_scale`` (float32, static schemes only) and ``<name>.bias``; every other
+(float32), ``<name>.input_scale`` (float32, static schemes only), ``<name>.input_factor`` (float32, where smoothing
+could not be folded) and ``<name>.bias``; every other
 tensor is BF16, but for those the model keeps in float32. ``config.json`` carries a
 ``quantization_config`` that says how to read them.
 """
@@ -33,7 +34,9 @@ METHOD = "wanquant"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 #: Keys of a ``quantization_config`` that the first checkpoints do not have, and what those were made with.
-ADDED_LATER = {"attention": "off"}
+ADDED_LATER: dict[str, Any] = {"attention": "off", "smoothing": None}
+#: Endings of the tensors of a quantized linear that stay float32.
+FLOAT32 = (".weight_scale", ".input_scale", ".input_factor")
 #: The components of a pipeline that may be quantized.
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -97,7 +100,7 @@ def _save_transformer(
     for name, tensor in transformer.state_dict().items():
         if name in packed:
             tensors[name] = packed[name]
-        elif name.rpartition(".")[0] in layers and name.endswith("_scale"):
+        elif name.rpartition(".")[0] in layers and name.endswith(FLOAT32):
             tensors[name] = tensor
         else:
             tensors[name] = tensor if _kept_in_fp32(transformer, name) else tensor.to(torch.bfloat16)
@@ -122,7 +125,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], source_index: Path, folder: 
     before = read_json(source_index)["weight_map"] if source_index.is_file() else {}
     first = min(before.values(), default=WEIGHTS)
     for name, tensor in tensors.items():
-        place = before.get(re.sub(r"\.(weight|input)_scale$", ".weight", name), first)
+        place = before.get(re.sub(r"\.(weight_scale|input_scale|input_factor)$", ".weight", name), first)
         shards.setdefault(place, {})[name] = tensor.contiguous()
     for place, shard in shards.items():
         save_file(shard, folder / place, metadata={"format": "pt"})
@@ -176,15 +179,16 @@ def load_transformer(
     scheme = parse(dataclasses.replace(config_of(described), **asked))
     with init_empty_weights():
         transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
-    empty_like_quantized_(transformer, described["modules"], scheme)
     tensors: dict[str, torch.Tensor] = {}
     files = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else {WEIGHTS}
     for name in sorted(files):
         tensors |= load_file(folder / name)
+    factored = [name for name in described["modules"] if f"{name}.input_factor" in tensors]
+    empty_like_quantized_(transformer, described["modules"], scheme, factored)
     check_keys(transformer.state_dict(), tensors, folder)
     for name in described["modules"]:
         _check_type(f"{name}.weight", tensors[f"{name}.weight"], torch.uint8, folder)
-        for scale in (f"{name}.weight_scale", f"{name}.input_scale"):
+        for scale in (name + ending for ending in FLOAT32):
             if scale in tensors:
                 _check_type(scale, tensors[scale], torch.float32, folder)
     if not scheme.packed:

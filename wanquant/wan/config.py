@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.outliers import OutliersConfig
 
 
 @dataclass
@@ -17,3 +18,7 @@ class ModelConfig:
     device: str = "auto"
     language: str = "scenes"
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    #: Videos denoised together where only their latents count, as in sensitivities. Quick for a small model.
+    batch: int = 1
+    #: Planted after loading; none by default.
+    outliers: OutliersConfig = field(default_factory=OutliersConfig)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,37 @@ class Sample:
     video: np.ndarray
 
 
+@dataclass
+class Position:
+    """Where a generation is: index of the first video in the batch, denoising step, guidance branch (0 with the
+    prompt, 1 without). Kept by ``generate`` for whoever watches."""
+
+    video: int = 0
+    step: int = -1
+    branch: int = 0
+
+    def where(self) -> tuple[int, int, int]:
+        return self.video, self.step, self.branch
+
+    @contextmanager
+    def following(self, transformer: torch.nn.Module) -> Iterator[None]:
+        """Counts the transformer's forward passes: a new timestep is a new step, the same again the other branch."""
+        last: list[float] = []
+
+        def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            now = kwargs["timestep"].flatten()[:1].tolist()
+            self.branch = int(now == last)
+            self.step += now != last
+            last[:] = now
+
+        self.step = -1
+        handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
 def initial_noise(pipe: WanPipeline, seed: int, settings: GenerationConfig) -> torch.Tensor:
     """float32 [1, channels, frames', h, w], drawn on the CPU whatever the device, so that all share it."""
     shape = (
@@ -82,15 +114,21 @@ def generate(
     on_step: Callable[[], None] = lambda: None,
     perturb: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise,
     decode: bool = True,
+    batch: int = 1,
+    position: Position | None = None,
 ) -> list[Sample]:
     """One sample a (prompt, seed) pair, one at a time, so that a result does not depend on its neighbours.
 
-    ``on_step`` is called after each denoising step; ``perturb`` may change the initial noise;
-    without ``decode`` the videos are empty and the VAE is not run.
+    ``on_step`` is called after each denoising step of each batch; ``perturb`` may change the initial noise;
+    without ``decode`` the videos are empty and the VAE is not run. A ``batch`` of several is quicker for a small
+    model; matrix products of another size round otherwise, so compare only what was made in the same batches.
     """
     use_flow_shift(pipe, settings.flow_shift)
+    position = Position() if position is None else position
     samples = []
-    for prompt, seed in pairs:
+    for first in range(0, len(pairs), batch):
+        prompts, seeds = zip(*pairs[first : first + batch], strict=True)
+        position.video = first
         final: dict[str, torch.Tensor] = {}
 
         def remember(_: Any, step: int, timestep: Any, tensors: dict[str, Any], final: dict = final) -> dict[str, Any]:
@@ -98,20 +136,22 @@ def generate(
             on_step()
             return {}
 
-        shown = pipe(
-            prompt=prompt,
-            negative_prompt=settings.negative_prompt,
-            height=settings.height,
-            width=settings.width,
-            num_frames=settings.num_frames,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            latents=perturb(initial_noise(pipe, seed, settings)).to(pipe.device),
-            max_sequence_length=settings.max_text_length,
-            callback_on_step_end=remember,
-            output_type="np" if decode else "latent",
-        ).frames[0]
-        video = np.asarray(shown, dtype=np.float32) if decode else np.empty((0, settings.height, settings.width, 3))
-        latents = final["latents"][0].float().cpu()
-        samples.append(Sample(prompt, seed, latents, video))
+        noise = torch.cat([perturb(initial_noise(pipe, seed, settings)) for seed in seeds])
+        with position.following(pipe.transformer):
+            shown = pipe(
+                prompt=list(prompts),
+                negative_prompt=[settings.negative_prompt] * len(prompts),
+                height=settings.height,
+                width=settings.width,
+                num_frames=settings.num_frames,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                latents=noise.to(pipe.device),
+                max_sequence_length=settings.max_text_length,
+                callback_on_step_end=remember,
+                output_type="np" if decode else "latent",
+            ).frames
+        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            video = np.asarray(shown[place], np.float32) if decode else np.empty((0, *shown.shape[-2:], 3), np.float32)
+            samples.append(Sample(prompt, seed, final["latents"][place].float().cpu(), video))
     return samples

@@ -30,6 +30,9 @@ Transformer = WanTransformer3DModel
 #: Transformer, VAE, text encoder, and the rest with the move to the device.
 LOAD_PARTS = 4
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+#: Inside a block, a linear and the linear or norm that alone makes its input: smoothing folds there, exactly. The other
+#: inputs come from norms without weights, whose modulation blocks share, from a GELU, or from the text.
+FOLDS = {"attn1.to_out.0": "attn1.to_v", "attn2.to_out.0": "attn2.to_v", "attn2.to_q": "norm2"}
 #: What libraries raise over a damaged checkpoint.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 

@@ -1,0 +1,153 @@
+"""What passes by, measured in one go: a histogram, moments, and what rounding by several steps would cost.
+
+Every figure of ``Observed`` is a sum or a maximum over elements, so those of two tensors merge into those of both.
+The histogram counts magnitudes in bins of equal width within each power of two, ``PER_OCTAVE`` of them: the upper
+bits of the pattern are the bin's number. A quantile read from it is within 1 / (2 ``PER_OCTAVE``) of the exact one,
+relative, for magnitudes from 2^``LOWEST`` to 2^``HIGHEST``.
+
+A dynamic step differs from row to row, which a histogram forgets: what such a rule costs is measured as the rows
+pass, where rows are to be rounded. What a single step would cost is worked out from the histogram afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wanquant.kernels import cpu, eager
+from wanquant.kernels.dispatch import _check_rows
+from wanquant.kernels.loops import OBSERVE
+
+PER_OCTAVE, LOWEST, HIGHEST = 32, -40, 24
+#: Below 2^LOWEST (zeros too); the bins; finite from 2^HIGHEST on; infinite; NaN.
+BINS = (HIGHEST - LOWEST) * PER_OCTAVE + 4
+#: Lower ends of what |x / s| may be, by the mantissa bits HiF8 has there: nothing (it becomes 0), a power of two
+#: (0 bits), 1, 2, 3, 2, 1, and beyond its range.
+ZONES = (0.0, 2.0**-23, 2.0**-15, 2.0**-7, 2.0**-3, 2.0**4, 2.0**8, eager.OVERFLOW)
+#: Sums of x, x², x³, x⁴ come before the noise of each rule.
+MOMENTS = 4
+
+
+@dataclass(frozen=True)
+class DynamicRule:
+    """A step for each row, or for the whole tensor each time, that brings its largest magnitude to ``target``."""
+
+    name: str
+    target: float
+    power_of_two: bool
+    per_row: bool
+
+
+#: Whose cost is measured as rows pass. The zones are counted under the first.
+DYNAMIC_RULES = (
+    DynamicRule("per_token amax/15", 15.0, False, True),
+    DynamicRule("per_token amax/8", 8.0, False, True),
+    DynamicRule("per_token amax/16", 16.0, False, True),
+    DynamicRule("per_token pow2/15", 15.0, True, True),
+    DynamicRule("per_tensor amax/15", 15.0, False, False),
+)
+#: Elements below which a second thread does not pay; this loop does more with each than the others.
+_CHUNK = 1 << 17
+SUMS = MOMENTS + len(DYNAMIC_RULES)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Of one matrix [rows, columns]:
+
+    absmax          largest magnitude; NaN where there is one
+    counts          int64 [BINS], of magnitudes
+    zones           int64 [len(ZONES)], of magnitudes over the step of the first dynamic rule; zeros without rules
+    sums            float64 [SUMS]: of powers of the elements, and of squared rounding errors under each rule (NaN
+                    without rules)
+    channel_absmax  float32 [columns]
+    channel_square  float32 [columns]: sums of squares
+    """
+
+    absmax: float
+    counts: np.ndarray
+    zones: np.ndarray
+    sums: np.ndarray
+    channel_absmax: np.ndarray
+    channel_square: np.ndarray
+
+
+def bin_edges() -> np.ndarray:
+    """Lower ends of the bins from 2^LOWEST to 2^HIGHEST, and that end; float64."""
+    steps = np.arange((HIGHEST - LOWEST) * PER_OCTAVE + 1)
+    return np.ldexp(1 + steps % PER_OCTAVE / PER_OCTAVE, LOWEST + steps // PER_OCTAVE)
+
+
+def observe_rows(x: torch.Tensor, rules: bool = True) -> Observed:
+    """Measures a matrix of BF16, float32 or float16; with ``rules`` also what each of ``DYNAMIC_RULES`` costs."""
+    _check_rows(x)
+    seen = _on_cpu(x, rules) if x.device.type == "cpu" else _anywhere(x, rules)
+    if not rules:
+        seen.sums[MOMENTS:] = np.nan
+    return seen
+
+
+def _empty(columns: int) -> tuple[np.ndarray, ...]:
+    """Zeros for all fields of ``Observed`` but the first."""
+    largest, square = np.zeros((2, columns), np.float32)
+    return np.zeros(BINS, np.int64), np.zeros(len(ZONES), np.int64), np.zeros(SUMS), largest, square
+
+
+_TARGETS = np.array([rule.target for rule in DYNAMIC_RULES], np.float32)
+_POWERS = np.array([rule.power_of_two for rule in DYNAMIC_RULES], np.uint8)
+_PER_ROW = np.array([rule.per_row for rule in DYNAMIC_RULES], np.uint8)
+_LOWEST = np.array(ZONES, np.float32)
+
+
+def _on_cpu(x: torch.Tensor, rules: bool) -> Observed:
+    source = eager.fit(x)
+    rows, columns = source.shape
+    loop, address, pitch = OBSERVE[source.dtype], source.data_ptr(), columns * source.element_size()
+    several = cpu.threads_for(rows, x.numel(), _CHUNK) > 1
+    # The step of a whole tensor has to be known to each of its chunks.
+    absmax = np.float32(cpu.absmax_rows(source).amax()) if several else np.float32(0)
+    parts: dict[int, Observed] = {}
+    targets = _TARGETS if rules else _TARGETS[:0]
+
+    def call(first: int, past: int) -> None:
+        arrays = _empty(columns)
+        given = (absmax.view(np.uint32), several, targets, _POWERS, _PER_ROW, _LOWEST)
+        largest = loop(address + first * pitch, past - first, columns, *given, *arrays)
+        parts[first] = Observed(largest, *arrays)
+
+    cpu.run_chunks(call, rows, x.numel(), _CHUNK)
+    return parts[0] if not several else _together([parts[first] for first in sorted(parts)])
+
+
+def _together(parts: list[Observed]) -> Observed:
+    summed = ("counts", "zones", "sums", "channel_square")
+    found = {name: np.sum([getattr(part, name) for part in parts], axis=0) for name in summed}
+    return Observed(parts[0].absmax, **found, channel_absmax=np.max([part.channel_absmax for part in parts], axis=0))
+
+
+def _anywhere(x: torch.Tensor, rules: bool) -> Observed:
+    """In plain torch, in float32 row by row, because some devices have no float64; summed on the CPU."""
+    wide = x.float()
+    magnitude = wide.view(torch.int32) & 0x7FFFFFFF
+    shift = 23 - PER_OCTAVE.bit_length() + 1
+    base, inf = (LOWEST + 127) * PER_OCTAVE, 0x7F800000
+    index = ((magnitude >> shift) - base + 1).clamp(0, BINS - 3)
+    index = torch.where(magnitude >= inf, BINS - 2 + (magnitude > inf).to(index.dtype), index)
+    counts = torch.bincount(index.flatten(), minlength=BINS).cpu().numpy()
+    rows = eager.absmax_rows(x)
+    absmax = rows.amax()
+    powers = [wide.pow(power).sum(1) for power in range(1, MOMENTS + 1)]
+    zones = np.zeros(len(ZONES), np.int64)
+    for place, rule in enumerate(DYNAMIC_RULES if rules else ()):
+        scale = eager.step(rows if rule.per_row else absmax, rule.target, rule.power_of_two)
+        by_row = scale[:, None] if rule.per_row else scale
+        powers.append((wide - eager.round_float32(wide / by_row, False) * by_row).square().sum(1))
+        if place == 0:
+            at_least = [int((wide.abs() >= low * by_row).sum()) for low in ZONES] + [0]
+            zones[:] = np.subtract(at_least[:-1], at_least[1:])
+    sums = np.zeros(SUMS)
+    sums[: len(powers)] = [float(values.cpu().double().sum()) for values in powers]
+    squares = wide.square().sum(0).cpu().numpy()
+    return Observed(float(absmax), counts, zones, sums, wide.abs().amax(0).cpu().numpy(), squares)

@@ -1,0 +1,256 @@
+"""What the activations look like, block by block: ``python ptq.py mode=analyze``.
+
+Everything is read from the statistics of one BF16 pass, but for two measures of what quantization does to a block,
+which ``wanquant.ptq.sensitivity`` takes. Tables are rows of plain values: they go into ``result.json`` and, with the
+figures drawn from them, as CSV into ``analysis/``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, rank_correlation
+from wanquant.kernels.statistics import DYNAMIC_RULES
+from wanquant.ptq.bench import Bench
+from wanquant.ptq.choose import choose
+from wanquant.ptq.protect import ProtectConfig
+from wanquant.ptq.sensitivity import kinds
+from wanquant.quant.scale import parse_rule
+from wanquant.quant.search import static_step
+from wanquant.quant.statistics import INPUT, RESIDUAL, Site, Statistics, View
+from wanquant.runs.files import write_atomic
+
+#: What a heatmap can show of a view, besides ``absmax``, which is known for every single step.
+STATISTICS = ("absmax", "std", "kurtosis", "p99.9", "sqnr")
+#: One step for all that passes, chosen in calibration: their SQNR is worked out from the histogram.
+STATIC_RULES = ("direct", "amax/15", "amax/8", "amax/16", "pow2/15", "p99.9/15", "p99.99/15", "ema/15", "mse", "ofmr")
+PER_TOKEN = DYNAMIC_RULES[0].name
+#: A block stands out where it is so many robust standard deviations (1.4826 · median absolute deviation) off.
+STANDS_OUT = 3.5
+#: Columns of the table of blocks, what they are, and whether blocks are compared by their logarithm.
+MEASURES = (
+    ("residual_absmax", "largest magnitude of the residual stream behind it", True),
+    ("input_absmax", "largest magnitude that enters one of its linears", True),
+    ("kurtosis", "largest kurtosis of what enters one of its linears", True),
+    ("few_bits", "share of what enters its linears that has fewer than 3 mantissa bits", False),
+    ("input_sqnr", "least SQNR of rounding what enters one of its linears, dB", False),
+    ("block_sqnr", "SQNR of its output when it alone is quantized, dB", False),
+    ("sensitivity", "SQNR of the final latents when it alone is quantized, dB", False),
+)
+
+
+@dataclass
+class AnalysisConfig:
+    """``bins`` of denoising steps; ``statistic`` of the heatmaps; ``sensitivity``: also quantize each block, and each
+    kind of linear, alone and generate the calibration videos with it, which takes that many times as long."""
+
+    bins: int = 4
+    statistic: str = "absmax"
+    sensitivity: bool = False
+
+
+def check_analysis(config: AnalysisConfig, steps: int) -> None:
+    if config.statistic not in STATISTICS:
+        raise ValueError(f"analysis.statistic={config.statistic}: choose {', '.join(STATISTICS)}")
+    if not 1 <= config.bins <= steps:
+        raise ValueError(f"analysis.bins={config.bins}: must lie between 1 and model.generation.steps={steps}")
+
+
+def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder: Path) -> dict[str, Any]:
+    """The analysis part of ``result.json``; its tables also as CSV in ``folder``/analysis, with the statistics."""
+    statistics = bench.calibration(full=True).statistics
+    inner = kinds(bench.pipe.transformer)
+    modules = [module_row(name, statistics, bench) for name in bench.calibration(full=True).flops]
+    blocks = [block_row(index, statistics, modules) for index in range(bench.blocks)]
+    for row, found in zip(blocks, bench.block_errors(), strict=True):
+        row |= _with_interval("block_sqnr", found)
+    kind_rows: list[dict[str, Any]] = []
+    if config.sensitivity:
+        units = [f"block {i}" for i in range(bench.blocks)] + [f"kind {kind}" for kind in inner]
+        errors = bench.unit_errors(units)
+        for row in blocks:
+            row |= _with_interval("sensitivity", errors[f"block {row['block']}"])
+        kind_rows = [{"kind": kind, **_with_interval("sensitivity", errors[f"kind {kind}"])} for kind in inner]
+    choice = choose(protect, bench)
+    maps = {
+        "stream": heatmap(statistics, [[f"blocks.{i}:{RESIDUAL}"] for i in range(bench.blocks)], config.statistic),
+        "inputs": heatmap(statistics, [_inputs(statistics, i) for i in range(bench.blocks)], config.statistic),
+    }
+    tables = {"blocks": blocks, "modules": [_flat(row) for row in modules], "kinds": kind_rows}
+    for name, rows in maps.items():
+        steps = range(len(rows[0]))
+        tables[f"heatmap_{name}"] = [{"block": i, **{f"step {s}": rows[i][s] for s in steps}} for i in range(len(rows))]
+    for name, table in tables.items():
+        if table:
+            write_atomic(folder / "analysis" / f"{name}.csv", to_csv(table))
+    for path in bench.statistics_files(full=True):
+        shutil.copy2(path, folder / "analysis" / path.name)
+    return {
+        "protect": {"name": protect.name, "blocks": sorted(_positive(choice.blocks, bench.blocks))},
+        "calibration": {"coverage": statistics.coverage(), "pairs": len(bench.pairs)},
+        "demonstration": len(bench.pairs) < ENOUGH_PAIRS,
+        "analysis": {
+            "statistic": config.statistic,
+            "blocks": blocks,
+            "modules": modules,
+            "kinds": kind_rows,
+            "heatmaps": maps,
+            "stand_out": stand_out(blocks),
+            "correlation": correlations(blocks) if config.sensitivity else [],
+        },
+    }
+
+
+def _positive(blocks: Sequence[int], count: int) -> list[int]:
+    return [block % count for block in blocks]
+
+
+def _with_interval(name: str, found: Estimate) -> dict[str, Any]:
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def _inputs(statistics: Statistics, block: int) -> list[str]:
+    return [name for name in statistics.sites if name.startswith(f"blocks.{block}.") and name.endswith(f":{INPUT}")]
+
+
+def module_row(name: str, statistics: Statistics, bench: Bench) -> dict[str, Any]:
+    """Figures of what enters a linear: over all steps and branches."""
+    site = statistics.site(name, INPUT)
+    view = site.view()
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    return {
+        "name": name,
+        "block": int(found[1]) if found else None,
+        "kind": found[2] if found else name,
+        "tokens": int(site.rows.sum()),
+        "absmax": view.absmax,
+        "mean": view.mean,
+        "std": view.std,
+        "kurtosis": view.kurtosis,
+        "p99": view.quantile(0.99),
+        "p99.9": view.quantile(0.999),
+        "p99.99": view.quantile(0.9999),
+        "outlier_channels": view.outliers().tolist(),
+        "zones": view.shares().tolist(),
+        "zones_direct": view.shares(1.0).tolist(),
+        "sqnr": {rule.name: view.sqnr(rule.name) for rule in DYNAMIC_RULES} | static_sqnrs(site, view, bench),
+        "output_absmax": statistics.site(name, "output").largest(),
+        "output_kurtosis": statistics.site(name, "output").view().kurtosis,
+    }
+
+
+def static_sqnrs(site: Site, view: View, bench: Bench) -> dict[str, float]:
+    """Of one step for everything, by each rule."""
+    scheme = bench.scheme
+    found = {}
+    for text in STATIC_RULES:
+        rule = parse_rule(text, scheme.format)
+        step = float(static_step(rule, site, scheme.format, scheme.overflow))
+        found[f"static {text}"] = view.static_sqnr(step, scheme.format, scheme.overflow)
+    return found
+
+
+def block_row(index: int, statistics: Statistics, modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    inside = [row for row in modules if row["block"] == index]
+    zones = np.array([np.array(row["zones"]) * row["tokens"] for row in inside]).sum(0)
+    zones = zones / sum(row["tokens"] for row in inside)
+    return {
+        "block": index,
+        "residual_absmax": statistics.site(f"blocks.{index}", RESIDUAL).largest(),
+        "input_absmax": max(row["absmax"] for row in inside),
+        "kurtosis": max(row["kurtosis"] for row in inside),
+        "few_bits": float(1 - zones[4]),
+        "input_sqnr": min(row["sqnr"][PER_TOKEN] for row in inside),
+    }
+
+
+def heatmap(statistics: Statistics, sites: Sequence[Sequence[str]], statistic: str) -> list[list[float]]:
+    """A row for each list of sites, a column for each denoising step, the largest (of SQNRs the least) of the sites.
+    All but ``absmax`` are known by bins of steps."""
+    layout = statistics.layout
+    rows = []
+    for names in sites:
+        if statistic == "absmax":
+            values = np.array([statistics.sites[name].absmax.max((0, 2)) for name in names]).max(0)
+            rows.append([float(value) for value in values])
+            continue
+        by_bin = []
+        for bin_ in range(layout.bins):
+            found = [_statistic(statistics.sites[name].view(bin_), statistic) for name in names]
+            by_bin.append((min if statistic == "sqnr" else max)(found))
+        rows.append([by_bin[layout.bin_of(step)] for step in range(layout.steps)])
+    return rows
+
+
+def _statistic(view: View, name: str) -> float:
+    if name == "p99.9":
+        return view.quantile(0.999)
+    if name == "sqnr":
+        return view.sqnr(PER_TOKEN)
+    value: float = getattr(view, name)
+    return value
+
+
+def stand_out(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Blocks that are ``STANDS_OUT`` robust deviations off the median block, by measure; the farthest first."""
+    rows = []
+    for name, meaning, logarithmic in MEASURES:
+        if name not in blocks[0]:
+            continue
+        values = np.array([row[name] for row in blocks], float)
+        scaled = np.log2(np.maximum(values, 1e-30)) if logarithmic else values
+        middle = np.median(scaled)
+        spread = 1.4826 * np.median(np.abs(scaled - middle))
+        for row, value, at in zip(blocks, values, scaled, strict=True):
+            distance = (at - middle) / spread if spread > 0 else 0.0
+            if not abs(distance) <= STANDS_OUT:
+                rows.append(
+                    {
+                        "block": row["block"],
+                        "measure": name,
+                        "meaning": meaning,
+                        "value": float(value),
+                        "median": float(np.median(values)),
+                        "deviations": float(distance),
+                    }
+                )
+    return sorted(
+        rows, key=lambda row: -abs(row["deviations"]) if row["deviations"] == row["deviations"] else -math.inf
+    )
+
+
+def correlations(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How far each cheap measure ranks the blocks as their sensitivity does: 1 the same, 0 not at all."""
+    harm = [-row["sensitivity"] for row in blocks]
+    rows = []
+    for name, meaning, _ in MEASURES[:-1]:
+        sign = -1 if name.endswith("sqnr") else 1
+        rho, low, high = rank_correlation([sign * row[name] for row in blocks], harm)
+        rows.append({"measure": name, "meaning": meaning, "spearman": rho, "ci95": [low, high]})
+    return rows
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A table's row without lists and dicts in it."""
+    zones = {f"zone {place}": value for place, value in enumerate(row["zones"])}
+    rules = {f"sqnr {name}": value for name, value in row["sqnr"].items()}
+    plain = {key: value for key, value in row.items() if key not in ("zones", "zones_direct", "sqnr")}
+    return {**plain, "outlier_channels": len(row["outlier_channels"]), **zones, **rules}
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

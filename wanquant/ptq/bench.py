@@ -1,0 +1,161 @@
+"""A loaded model and what has been measured on it, each measurement made once and shared by signature.
+
+Everything here is BF16 or leaves the model as it was: the transformer is quantized for good by the job alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from wanquant.evaluate.stats import Estimate, Item, estimate
+from wanquant.ptq import sensitivity
+from wanquant.ptq.calibrate import Calibration, Pair, calibrate, linear_flops
+from wanquant.quant import QuantConfig
+from wanquant.quant.config import Scheme, parse
+from wanquant.quant.statistics import Site
+from wanquant.quant.statistics_file import load_statistics, save_statistics
+from wanquant.runs.cache import Cache
+from wanquant.runs.progress import progress
+from wanquant.runs.run import signature
+from wanquant.wan.config import ModelConfig
+from wanquant.wan.generate import generate
+from wanquant.wan.load import Pipeline
+
+#: What of generation changes no latent.
+NOT_COUNTED = ("fps",)
+
+
+@dataclass
+class Bench:
+    """``pairs`` are the calibration prompts; ``bins`` those of denoising steps."""
+
+    pipe: Pipeline
+    model: ModelConfig
+    quant: QuantConfig
+    pairs: list[Pair]
+    fingerprint: str
+    device: torch.device
+    cache: Cache
+    bins: int = 4
+    _calibrations: dict[bool, Calibration] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.pipe.transformer.blocks)
+
+    def _signature(self, kind: str, **more: Any) -> str:
+        generation = {k: v for k, v in dataclasses.asdict(self.model.generation).items() if k not in NOT_COUNTED}
+        counted = {"artefact": kind, "generation": generation, "outliers": dataclasses.asdict(self.model.outliers)}
+        return signature({**counted, "pairs": self.pairs, **more}, self.fingerprint, self.device)
+
+    @property
+    def scheme(self) -> Scheme:
+        return parse(self.quant)
+
+    def calibration(self, full: bool | None = None) -> Calibration:
+        """Statistics of one BF16 pass; ``full`` unless told otherwise where the quantization needs it."""
+        full = self.scheme.needs_statistics if full is None else full
+        if full not in self._calibrations:
+            statistics = load_statistics(self._statistics_folder(full))
+            self._calibrations[full] = Calibration(statistics, linear_flops(self.pipe, statistics.rows()))
+        return self._calibrations[full]
+
+    def statistics_files(self, full: bool) -> list[Path]:
+        return sorted(self._statistics_folder(full).iterdir())
+
+    def _statistics_folder(self, full: bool) -> Path:
+        settings = self.model.generation
+
+        def make(folder: Path) -> None:
+            with progress("calibrate", len(self.pairs) * settings.steps) as tick:
+                made = calibrate(self.pipe, self.pairs, settings, tick, self.bins, full)
+            save_statistics(made.statistics, folder)
+
+        return self.cache.folder("statistics", self._signature("statistics", bins=self.bins, full=full), make)
+
+    def inputs(self) -> dict[str, float | Site]:
+        """What ``quantize_`` is to know of each linear's input."""
+        calibration = self.calibration()
+        if not calibration.statistics.layout.full:
+            return dict(calibration.statistics.input_absmax())
+        names = calibration.flops
+        return {name: calibration.statistics.site(name, "input") for name in names}
+
+    @cached_property
+    def references(self) -> list[torch.Tensor]:
+        """Final BF16 latents of the calibration pairs, generated in the batches in which they will be compared."""
+
+        def make(folder: Path) -> None:
+            settings, batch = self.model.generation, self.model.batch
+            with self._steps("reference BF16") as tick:
+                samples = generate(self.pipe, self.pairs, settings, tick, decode=False, batch=batch)
+            save_file({str(i): sample.latents for i, sample in enumerate(samples)}, folder / "latents.safetensors")
+
+        folder = self.cache.folder("latents", self._signature("latents", batch=self.model.batch), make)
+        latents = load_file(folder / "latents.safetensors")
+        return [latents[str(i)] for i in range(len(self.pairs))]
+
+    @contextmanager
+    def _steps(self, label: str, times: int = 1) -> Iterator[Callable[[], None]]:
+        """Progress over the denoising steps of all calibration pairs, so many times."""
+        batches = -(-len(self.pairs) // self.model.batch)
+        with progress(label, times * batches * self.model.generation.steps) as tick:
+            yield tick
+
+    def block_errors(self) -> list[Estimate]:
+        """SQNR of each block's own output, quantized alone; the cheap measure."""
+        cells = self.cache.cells("block_errors", self._quantized("block_errors"))
+        known = cells.get("blocks")
+        if known is None:
+            stats, how = self.inputs(), (self.model.generation, self.model.batch)
+            with self._steps("block errors") as tick:
+                rows = sensitivity.block_errors(self.pipe, self.quant, self.pairs, *how, stats, tick)
+            known = [[vars(item) for item in row] for row in rows]
+            cells.put("blocks", known)
+        return [estimate([Item(**item) for item in row]) for row in known]
+
+    def _quantized(self, kind: str, **more: Any) -> str:
+        quant = {k: v for k, v in dataclasses.asdict(self.quant).items() if k not in ("name", "packed")}
+        return self._signature(kind, quant=quant, batch=self.model.batch, bins=self.bins, **more)
+
+    def unit_errors(self, units: Sequence[str]) -> dict[str, Estimate]:
+        """SQNR of the final latents with nothing quantized but the unit; the expensive measure, cell by cell."""
+        return self._cells("sensitivity", {unit: sensitivity.all_but(self.pipe.transformer, unit) for unit in units})
+
+    def protected_errors(self, sets: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Estimate]:
+        """SQNR of the final latents with everything quantized but the blocks of each set."""
+        names = {"protect " + (" ".join(map(str, blocks)) or "none"): blocks for blocks in sets}
+        found = self._cells("sensitivity", {name: (list(blocks), []) for name, blocks in names.items()})
+        return {names[name]: value for name, value in found.items()}
+
+    def _cells(self, kind: str, todo: dict[str, tuple[list[int], list[str]]]) -> dict[str, Estimate]:
+        cells = self.cache.cells(kind, self._quantized(kind))
+        missing = [name for name in todo if cells.get(name) is None]
+        stats = self.inputs() if missing else {}
+        if missing:
+            self.references  # noqa: B018  made before the progress of the cells begins
+        found = {}
+        with self._steps(kind, len(missing)) as tick:
+            for name, protected in todo.items():
+
+                def measure(protected: tuple[list[int], list[str]] = protected) -> list[Item]:
+                    return self._final_errors(*protected, stats, tick)
+
+                found[name] = estimate(sensitivity.measured(cells, name, measure))
+        return found
+
+    def _final_errors(
+        self, blocks: list[int], modules: list[str], stats: sensitivity.Stats, tick: Callable[[], None]
+    ) -> list[Item]:
+        how = (self.model.generation, self.model.batch)
+        with sensitivity.quantized(self.pipe.transformer, self.quant, blocks, modules, stats):
+            return sensitivity.final_errors(self.pipe, self.pairs, self.references, *how, tick)

@@ -1,0 +1,95 @@
+"""Protection chosen by the data: which blocks, by which evidence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from wanquant.evaluate.stats import Estimate
+from wanquant.ptq.bench import Bench
+from wanquant.ptq.protect import GREEDY, ProtectConfig, by_rule, worst
+from wanquant.quant.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``evidence``: a row a block with its ``score``, the higher the more it needs protection; of the greedy search a
+    row a round. Empty where no data were asked."""
+
+    by: str
+    blocks: list[int]
+    evidence: list[dict[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"by": self.by, "evidence": self.evidence}
+
+
+def choose(config: ProtectConfig, bench: Bench) -> Choice:
+    """Follows ``config.by`` with the calibration prompts of the bench."""
+    if config.by == GREEDY:
+        return _greedy(config, bench)
+    if config.by not in SCORES:
+        return Choice(config.by, by_rule(config, bench.blocks), [])
+    rows = SCORES[config.by](bench)
+    chosen = worst([row["score"] for row in rows], config.budget)
+    return Choice(config.by, chosen, [{"block": index, **row} for index, row in enumerate(rows)])
+
+
+def by_absmax(bench: Bench) -> list[dict[str, Any]]:
+    """The largest magnitude that enters any linear of the block."""
+    largest = bench.calibration().statistics.input_absmax()
+    return [{"score": max(v for k, v in largest.items() if k.startswith(f"blocks.{i}."))} for i in range(bench.blocks)]
+
+
+def by_kurtosis(bench: Bench) -> list[dict[str, Any]]:
+    """The largest kurtosis of what enters any linear of the block."""
+    statistics = bench.calibration(full=True).statistics
+    return [{"score": max(block_kurtosis(statistics, index).values())} for index in range(bench.blocks)]
+
+
+def block_kurtosis(statistics: Statistics, block: int) -> dict[str, float]:
+    """By linear of the block, of its input."""
+    start = f"blocks.{block}."
+    sites = {name: site for name, site in statistics.sites.items() if name.startswith(start) and ":input" in name}
+    return {name: site.view().kurtosis for name, site in sites.items()}
+
+
+def by_block_sqnr(bench: Bench) -> list[dict[str, Any]]:
+    return [_below(estimate) for estimate in bench.block_errors()]
+
+
+def by_sensitivity(bench: Bench) -> list[dict[str, Any]]:
+    units = [f"block {index}" for index in range(bench.blocks)]
+    found = bench.unit_errors(units)
+    return [_below(found[unit]) for unit in units]
+
+
+SCORES = {
+    "absmax": by_absmax,
+    "kurtosis": by_kurtosis,
+    "block_sqnr": by_block_sqnr,
+    "sensitivity": by_sensitivity,
+}
+
+
+def _below(estimate: Estimate) -> dict[str, Any]:
+    """A low SQNR is a high score."""
+    return {"score": -estimate.mean, "sqnr": estimate.mean, "ci95": [estimate.low, estimate.high]}
+
+
+def _greedy(config: ProtectConfig, bench: Bench) -> Choice:
+    """Protects, one after the other, the block whose protection leaves the least error beside those before it."""
+    candidates = list(range(bench.blocks))
+    if config.candidates:
+        candidates = worst([row["score"] for row in by_sensitivity(bench)], config.candidates)
+    chosen: list[int] = []
+    evidence = []
+    for _ in range(config.budget):
+        sets = {block: tuple(sorted([*chosen, block])) for block in candidates if block not in chosen}
+        found = bench.protected_errors(list(sets.values()))
+        tried = [{"block": block, **_below(found[blocks])} for block, blocks in sets.items()]
+        best = min(tried, key=lambda row: (math.isnan(row["score"]), row["score"], row["block"]))
+        chosen.append(best["block"])
+        evidence.append({"round": len(chosen), **best, "tried": tried})
+    return Choice(GREEDY, sorted(chosen), evidence)

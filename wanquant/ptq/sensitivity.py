@@ -1,0 +1,132 @@
+"""How much each block, and each kind of linear, costs when it alone is quantized.
+
+Two measures. The cheap one takes a single BF16 pass for all blocks: beside each block runs its quantized twin on the
+same input, and the SQNR of the twin's output is taken. The expensive one generates every video once for each block,
+with nothing but that block quantized, and takes the SQNR of the final latents, which is what counts. Whether the
+cheap one ranks blocks as the expensive one does is reported as their rank correlation.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from wanquant.evaluate.fidelity import latent_sqnr
+from wanquant.evaluate.stats import Item
+from wanquant.ptq.calibrate import Pair
+from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
+from wanquant.quant.statistics import Site
+from wanquant.runs.cache import Cells
+from wanquant.wan.generate import GenerationConfig, Position, generate
+from wanquant.wan.load import FOLDS, Pipeline
+
+Stats = Mapping[str, float | Site]
+
+
+@contextmanager
+def quantized(
+    transformer: nn.Module,
+    quant: QuantConfig,
+    protected_blocks: Sequence[int],
+    protected_modules: Sequence[str] = (),
+    stats: Stats | None = None,
+) -> Iterator[ConversionReport]:
+    """The transformer quantized while entered, and afterwards what it was: quantized are copies of its blocks."""
+    blocks = transformer.get_submodule("blocks")
+    assert isinstance(blocks, nn.ModuleList)
+    plan = plan_conversion(transformer, quant, protected_blocks, protected_modules)
+    changed = sorted({row.block for row in plan.modules if row.status == "converted" and row.block is not None})
+    originals = {index: blocks[index] for index in changed}
+    try:
+        for index, block in originals.items():
+            blocks[index] = copy.deepcopy(block)
+        yield quantize_(transformer, quant, protected_blocks, protected_modules, stats, folds=FOLDS)
+    finally:
+        for index, block in originals.items():
+            blocks[index] = block
+
+
+def kinds(transformer: nn.Module) -> list[str]:
+    """Names of the linears inside a block."""
+    first = transformer.get_submodule("blocks.0")
+    return [name for name, child in first.named_modules() if isinstance(child, nn.Linear)]
+
+
+def all_but(transformer: nn.Module, unit: str) -> tuple[list[int], list[str]]:
+    """Protected blocks and module patterns that leave only ``unit`` to quantize: ``block 3`` or ``kind ffn.net.2``."""
+    what, _, name = unit.partition(" ")
+    if what == "block":
+        count = len(transformer.get_submodule("blocks"))  # type: ignore[arg-type]
+        return [index for index in range(count) if index != int(name)], []
+    return [], [re.escape(kind) for kind in kinds(transformer) if kind != name]
+
+
+def final_errors(
+    pipe: Pipeline,
+    pairs: Sequence[Pair],
+    references: Sequence[torch.Tensor],
+    settings: GenerationConfig,
+    batch: int,
+    on_step: Callable[[], None],
+) -> list[Item]:
+    """Latent SQNR in dB of every pair against the reference latents, made in the same batches."""
+    samples = generate(pipe, pairs, settings, on_step, decode=False, batch=batch)
+    return [
+        Item(sample.prompt, sample.seed, latent_sqnr(reference, sample.latents))
+        for sample, reference in zip(samples, references, strict=True)
+    ]
+
+
+def measured(cells: Cells, name: str, measure: Callable[[], list[Item]]) -> list[Item]:
+    """From the cell of that name, or measured now and put there."""
+    known = cells.get(name)
+    if known is not None:
+        return [Item(**item) for item in known]
+    items = measure()
+    cells.put(name, [vars(item) for item in items])
+    return items
+
+
+@torch.no_grad()
+def block_errors(
+    pipe: Pipeline,
+    quant: QuantConfig,
+    pairs: Sequence[Pair],
+    settings: GenerationConfig,
+    batch: int,
+    stats: Stats | None,
+    on_step: Callable[[], None],
+) -> list[list[Item]]:
+    """SQNR in dB of each block's own output when it alone is quantized, by block and pair, in one BF16 pass."""
+    transformer = pipe.transformer
+    blocks = list(transformer.blocks)
+    with quantized(transformer, replace(quant, packed=True), (), (), stats):
+        twins = list(transformer.blocks)
+    signal = torch.zeros(len(blocks), len(pairs), dtype=torch.float64)
+    noise = torch.zeros_like(signal)
+    position = Position()
+
+    def beside(index: int) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            error = (twins[index](*args, **kwargs).float() - output.float()).flatten(1)
+            first, count = position.video, len(output)
+            signal[index, first : first + count] += output.float().flatten(1).square().sum(1).cpu().double()
+            noise[index, first : first + count] += error.square().sum(1).cpu().double()
+
+        return hook
+
+    handles = [block.register_forward_hook(beside(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    try:
+        generate(pipe, pairs, settings, on_step, decode=False, batch=batch, position=position)
+    finally:
+        for handle in handles:
+            handle.remove()
+    decibels = 10 * torch.log10(signal / noise)
+    return [[Item(*pair, value) for pair, value in zip(pairs, row, strict=True)] for row in decibels.tolist()]

@@ -1,0 +1,74 @@
+"""SmoothQuant (arXiv 2211.10438): what is hard to round in the activations goes, channel by channel, into the weights.
+
+    x W = (x / d) (d W),   d_j = max|x_j|^a / max|W_j|^(1 - a), rounded to a power of two
+
+A power of two changes no product, so without rounding the layer computes what it did. Where the channel comes
+straight from a linear or from an affine norm that nothing else reads, the division is folded into its rows or
+weights, and costs nothing; elsewhere the layer keeps a factor for each channel, fused into its scale-and-round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from wanquant.quant.statistics import Site
+
+
+def divisors(weight: torch.Tensor, seen: Site, strength: float) -> torch.Tensor:
+    """float32 [in], powers of two; 1 for a channel that is all zeros on either side, or not finite."""
+    inputs = torch.from_numpy(seen.view().channel_absmax).to(weight.device)
+    columns = weight.detach().float().abs().amax(0)
+    exponent = (strength * inputs.log2() - (1 - strength) * columns.log2()).round()
+    usable = exponent.isfinite() & (exponent.abs() < 100)
+    return torch.ldexp(torch.ones_like(columns), torch.where(usable, exponent, 0.0).to(torch.int32))
+
+
+def writer_of(name: str, block: str, folds: Mapping[str, str]) -> str | None:
+    """Full name of the module whose output channels a linear reads, if nothing else does. ``folds`` names both
+    inside a block."""
+    writer = folds.get(name.removeprefix(f"{block}."))
+    return None if writer is None else f"{block}.{writer}"
+
+
+@torch.no_grad()
+def fold_(writer: nn.Module, divisor: torch.Tensor) -> None:
+    """Divides what the module puts out, channel by channel; exact, because the divisors are powers of two."""
+    for name, parameter in writer.named_parameters(recurse=False):
+        assert name in ("weight", "bias")
+        parameter.div_(divisor.view(-1, *[1] * (parameter.ndim - 1)).to(parameter.dtype))
+
+
+def smooth_(
+    module: nn.Module,
+    names: Sequence[str],
+    blocks: Mapping[str, str],
+    stats: Mapping[str, float | Site],
+    strength: float,
+    folds: Mapping[str, str],
+) -> dict[str, torch.Tensor]:
+    """Folds what can be folded, in place, and returns the divisors of every linear of ``names`` that keeps its own.
+
+    ``blocks`` is the block of each linear, by name. A linear that is not to be quantized itself is not changed, so
+    one that is protected stays what it is; then its reader keeps the factors.
+    Weights of readers that were folded are multiplied here, those of the others where they are quantized.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    # Readers that fold come first: they change weights on which the others' divisors depend.
+    order = sorted(names, key=lambda name: writer_of(name, blocks[name], folds) is None)
+    for name in order:
+        linear, seen = module.get_submodule(name), stats[name]
+        assert isinstance(linear, nn.Linear)
+        assert isinstance(seen, Site)
+        divisor = divisors(linear.weight, seen, strength)
+        writer_name = writer_of(name, blocks[name], folds)
+        writer = None if writer_name is None else module.get_submodule(writer_name)
+        if writer is None or (isinstance(writer, nn.Linear) and writer_name not in names):
+            kept[name] = divisor
+            continue
+        fold_(writer, divisor)
+        with torch.no_grad():
+            linear.weight.mul_(divisor.to(linear.weight.dtype))
+    return kept
