@@ -210,7 +210,9 @@ def stand_out(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         values = np.array([row[name] for row in blocks], float)
         scaled = np.log2(np.maximum(values, 1e-30)) if logarithmic else values
         middle = np.median(scaled)
-        spread = 1.4826 * np.median(np.abs(scaled - middle))
+        # Where most blocks are alike, the median deviation is zero, and the mean one takes its place.
+        away = np.abs(scaled - middle)
+        spread = 1.4826 * np.median(away) or 1.2533 * away.mean()
         for row, value, at in zip(blocks, values, scaled, strict=True):
             distance = (at - middle) / spread if spread > 0 else 0.0
             if not abs(distance) <= STANDS_OUT:

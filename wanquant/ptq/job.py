@@ -140,7 +140,10 @@ def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     check_tracker(config.tracker)
     if config.mode not in MODES:
         raise ValueError(f"mode={config.mode}: choose {' or '.join(MODES)}")
-    check_analysis(config.analysis, config.model.generation.steps)
+    if config.mode == "analyze":
+        check_analysis(config.analysis, config.model.generation.steps)
+        if scheme.format.name != "hif8":
+            raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
     if config.model.batch < 1:
         raise ValueError(f"model.batch={config.model.batch}: must be at least 1")
     if config.model.batch > 1 and measures_latents(config) and not scheme.independent:
@@ -193,7 +196,8 @@ class _Job:
             with progress("load", LOAD_PARTS, "part") as tick:
                 pipe = load_pipeline(self.model_folder, config.model.device, tick)
             plant_outliers_(pipe.transformer, config.model.outliers)
-        known = (self.calibration_pairs, mark, self.device, Cache(Path(config.cache)), config.analysis.bins)
+        bins = min(config.analysis.bins, config.model.generation.steps)
+        known = (self.calibration_pairs, mark, self.device, Cache(Path(config.cache)), bins)
         return Bench(pipe, config.model, config.quant, *known)
 
     def analyze(self) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import io
 from collections.abc import Sequence
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.colors import LogNorm
 
 #: Okabe and Ito's palette for colour-blind readers; the hatch repeats what the colour says.
 QUANTIZED, PROTECTED = "#56B4E9", "#D55E00"
@@ -50,6 +52,70 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> st
     axes.set_ylim(-0.6, len(rows) - 0.3)
     axes.grid(axis="x", color="#dddddd")
     axes.spines[["top", "right", "left"]].set_visible(False)
+    return _svg(figure)
+
+
+def heatmap(rows: Sequence[Sequence[float | None]], xlabel: str, label: str, log: bool) -> str:
+    """A row a block, block 0 at the top; cividis, which colour-blind readers see as others do. Unknown is white."""
+    values = np.array(rows, float)
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.14 * len(values)))
+    positive = values[np.isfinite(values) & (values > 0)]
+    norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.001)) if log and len(positive) else None
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap="cividis", norm=norm)
+    axes.set(xlabel=xlabel, ylabel="block", yticks=np.arange(0, len(values), 5) + 0.5)
+    axes.set_yticklabels(range(0, len(values), 5))
+    axes.set_xticks(np.arange(values.shape[1]) + 0.5, range(values.shape[1]))
+    axes.invert_yaxis()
+    figure.colorbar(mesh, ax=axes, label=label, pad=0.02)
+    return _svg(figure)
+
+
+#: What HiF8 keeps in each of ``wanquant.kernels.statistics.ZONES``, light to dark, with a hatch that says the same.
+ZONE_LOOKS = (
+    ("becomes 0", "#000000", None),
+    ("a power of two", "#D55E00", "///"),
+    ("1 bit", "#E69F00", "..."),
+    ("2 bits", "#F0E442", None),
+    ("3 bits", "#56B4E9", None),
+    ("2 bits, above", "#F0E442", "\\\\\\"),
+    ("1 bit, above", "#E69F00", "xxx"),
+    ("overflows", "#CC79A7", "+++"),
+)
+
+
+def zones(rows: Sequence[Sequence[float]]) -> str:
+    """Stacked shares of the zones, a bar a block; zones that hold nothing are left out of the legend."""
+    figure, axes = plt.subplots(figsize=(9, 3))
+    below = np.zeros(len(rows))
+    values = np.array(rows, float)
+    for place, (name, color, hatch) in enumerate(ZONE_LOOKS):
+        label = name if values[:, place].max() > 0 else None
+        axes.bar(
+            range(len(rows)), values[:, place], bottom=below, color=color, hatch=hatch, label=label, edgecolor="white",
+            linewidth=0,
+        )  # fmt: skip
+        below += values[:, place]
+    axes.set(xlabel="block", ylabel="share of elements", ylim=(0, 1), xlim=(-0.8, len(rows) - 0.2))
+    axes.legend(frameon=False, ncols=6, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def by_block(
+    rows: Sequence[tuple[float | None, float | None, float | None]], protected: Sequence[int], label: str
+) -> str:
+    """A dot and its interval a block; protected blocks are orange diamonds."""
+    figure, axes = plt.subplots(figsize=(9, 2.8))
+    for index, (mean, low, high) in enumerate(rows):
+        if mean is None:
+            continue
+        color, marker = (PROTECTED, "D") if index in protected else (QUANTIZED, "o")
+        if low is not None and high is not None:
+            axes.plot([index, index], [low, high], color=color, linewidth=3, solid_capstyle="butt")
+        axes.plot(index, mean, marker, color=color, markeredgecolor="black", markersize=5)
+    axes.set(xlabel="block", ylabel=label, xlim=(-0.8, len(rows) - 0.2))
+    axes.grid(axis="y", color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 
 

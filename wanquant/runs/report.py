@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from wanquant.runs.analysis_report import analysis_html, analysis_summary
 from wanquant.runs.figures import block_magnitudes, intervals
 from wanquant.runs.files import write_atomic
 
@@ -31,6 +32,10 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["estimate"] = estimate_text
+    path = folder / "report.html"
+    if result["mode"] == "analyze":
+        write_atomic(path, analysis_html(environment, folder, result))
+        return path
     metrics = result["metrics"]
     rows = [
         (label + _pairs_if_other(metrics, prefix), [metrics[prefix + key] for key, _, _ in FIDELITY])
@@ -56,13 +61,14 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
         sheet=_data_uri(sheet, "image/png") if sheet.is_file() else None,
         settings=json.dumps({key: result[key] for key in ("quant", "protect", "generation", "provenance")}, indent=2),
     )
-    path = folder / "report.html"
     write_atomic(path, html)
     return path
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:
     """What the terminal shows when a run has ended: counts, table, gates, and where the report is."""
+    if result["mode"] == "analyze":
+        return analysis_summary(result, folder)
     metrics, counts, attention = result["metrics"], result["conversion"], result["attention"]
     lines = [
         "",

@@ -131,7 +131,10 @@ def _git() -> dict[str, Any]:
 def remove_products(folder: Path) -> None:
     """Removes all that looks like a result."""
     summaries = [path for name in SUMMARIES for path in (folder / name, _previous(folder / name))]
-    for path in (*summaries, *(folder / name for name in ("checkpoint", "checkpoint.partial", "videos", "figures"))):
+    for path in (
+        *summaries,
+        *(folder / name for name in ("checkpoint", "checkpoint.partial", "videos", "figures", "analysis")),
+    ):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -50,12 +50,14 @@ def _send(config: TrackerConfig, folder: Path, settings: dict[str, Any], result:
         mode="online" if config.mode == "online" else "offline",
         settings=wandb.Settings(silent=True, console="off"),
     ) as run:
-        for name, metric in result["metrics"].items():
+        for name, metric in result.get("metrics", {}).items():
             run.summary[name] = {"mean": metric["mean"], "low": metric["ci95"][0], "high": metric["ci95"][1]}
-        for name, gate in result["gates"].items():
+        for name, gate in result.get("gates", {}).items():
             run.summary[f"gate/{name}"] = gate["verdict"]
         run.summary.update({f"seconds/{name}": value for name, value in result["timings"].items()})
         sheet = folder / "figures" / "contact_sheet.png"
+        if not sheet.is_file():  # an analysis has no videos
+            return
         videos = sorted((folder / "videos" / "side_by_side").glob("*.mp4"))
         run.log(
             {

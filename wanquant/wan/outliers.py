@@ -65,7 +65,7 @@ def plant_outliers_(transformer: WanTransformer3DModel, config: OutliersConfig) 
             linear = block.get_submodule(reader)
             assert isinstance(linear, nn.Linear)
             exponents = config.octaves * torch.randint(2, (linear.in_features,), generator=generator)
-            factors = torch.ldexp(torch.ones(()), exponents).to(linear.weight.device)
+            factors = torch.ldexp(torch.ones(len(exponents)), exponents).to(linear.weight.device)
             fold_(block.get_submodule(writer), 1 / factors)
             linear.weight.div_(factors.to(linear.weight.dtype))
     return chosen

@@ -1,0 +1,143 @@
+"""Analysis, sensitivities and protection by data, on tiny-wan and with planted outliers, at two denoising steps."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ptq.test_job import ROOT, TWO, ptq
+from wanquant import load_pipeline
+from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect, worst
+from wanquant.ptq.sensitivity import all_but, quantized
+from wanquant.quant import QuantConfig, QuantLinear
+from wanquant.quant.statistics import Site, merge
+from wanquant.quant.statistics_file import load_statistics
+from wanquant.runs.run import read_result
+
+#: Two calibration videos of two steps.
+SMALL = ["model.generation.steps=2", "model.device=cpu", "tracker=none", "analysis.bins=2"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_analysis_of_planted_outliers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
+    overrides = ["mode=analyze", "model=tiny-outliers", *SMALL, f"cache={cache}", f"hydra.run.dir={tmp_path}"]
+    assert ptq(monkeypatch, *overrides) == 0
+    result = read_result(tmp_path)
+    planted = result["model"]["outliers"]
+    assert len(planted) == 5
+    rows = result["analysis"]["blocks"]
+    largest = sorted(range(40), key=lambda i: -rows[i]["input_absmax"])[:5]
+    assert sorted(largest) == planted
+    assert set(planted) <= {row["block"] for row in result["analysis"]["stand_out"] if row["measure"] == "input_absmax"}
+    assert len(result["analysis"]["modules"]) == 406
+    assert np.array(result["analysis"]["heatmaps"]["inputs"]).shape == (40, 2)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<svg") == 6
+    for name in ("blocks", "modules", "heatmap_stream", "heatmap_inputs"):
+        table = (tmp_path / "analysis" / f"{name}.csv").read_text()
+        embedded = re.search(rf'download="{name}.csv" href="data:text/csv;base64,([^"]+)"', html)
+        assert embedded is not None
+        assert base64.b64decode(embedded[1]).decode() == table
+    statistics = load_statistics(tmp_path / "analysis")
+    assert statistics.layout.steps == 2
+
+    # Again: read from the cache, and the same.
+    assert ptq(monkeypatch, *overrides) == 0
+    assert read_result(tmp_path)["analysis"] == result["analysis"]
+
+
+def test_two_processes_record_what_one_does(tmp_path: Path) -> None:
+    prompts = [
+        "a cyan square moving left on a black background",
+        "a red triangle moving down on a white background",
+    ]
+    found = {}
+    for name, texts in (("both", prompts), ("first", prompts[:1]), ("second", prompts[1:])):
+        command = [sys.executable, "ptq.py", "mode=analyze", *SMALL, f"calib.texts={json.dumps(texts)}"]
+        command += [f"cache={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / name}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[name] = load_statistics(tmp_path / name / "analysis")
+    merged = merge([found["first"], found["second"]])
+    assert merged.layout == found["both"].layout
+    for name, site in merged.sites.items():
+        for field in fields(Site):
+            ours, theirs = getattr(site, field.name), getattr(found["both"].sites[name], field.name)
+            assert np.array_equal(ours, theirs, equal_nan=True), f"{name} {field.name}"
+
+
+def test_blocks_chosen_by_data_are_protected_and_said_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    status = ptq(
+        monkeypatch, "protect=auto", "protect.by=absmax", "model=tiny-outliers", TWO, *SMALL, "eval.noise_floor=false",
+        f"cache={cache}", f"hydra.run.dir={tmp_path}", "checkpoint=false",
+    )  # fmt: skip
+    assert status == 0
+    result = read_result(tmp_path)
+    assert result["protect"]["blocks"] == result["model"]["outliers"]
+    evidence = result["protect"]["chosen"]["evidence"]
+    assert [row["block"] for row in evidence] == list(range(40))
+    assert result["conversion"]["protected"] == 50
+    assert 0.8 < result["protect"]["fraction_of_flops_quantized"] < 0.9
+
+
+def test_smoothing_goes_through_the_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
+    status = ptq(
+        monkeypatch,
+        "quant=smooth",
+        TWO,
+        *SMALL,
+        "eval.noise_floor=false",
+        f"cache={cache}",
+        f"hydra.run.dir={tmp_path}",
+    )
+    assert status == 0
+    layer = load_pipeline(tmp_path / "checkpoint", "cpu").transformer.blocks[5].ffn.net[2]
+    assert isinstance(layer, QuantLinear)
+    assert layer.input_factor is not None
+    exponents = layer.input_factor.log2()
+    assert torch.equal(exponents, exponents.round())
+    assert exponents.unique().numel() > 1
+    assert layer.input_factor.dtype == torch.float32
+
+
+def test_a_part_is_quantized_and_then_as_it_was() -> None:
+    transformer = load_pipeline("tiny", "cpu").transformer
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    for unit, count in (("block 7", 10), ("kind ffn.net.2", 40)):
+        with quantized(transformer, QuantConfig(), *all_but(transformer, unit)):
+            layers = [name for name, child in transformer.named_modules() if isinstance(child, QuantLinear)]
+            assert len(layers) == count
+            assert all("blocks.7." in name or name.endswith("ffn.net.2") for name in layers)
+        after = transformer.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_rules_without_data() -> None:
+    assert by_rule(ProtectConfig(by="middle", budget=5), 40) == [17, 18, 19, 20, 21]
+    drawn = by_rule(ProtectConfig(by="random", budget=5, seed=1), 40)
+    assert drawn == by_rule(ProtectConfig(by="random", budget=5, seed=1), 40) == sorted(set(drawn))
+    assert drawn != by_rule(ProtectConfig(by="random", budget=5, seed=2), 40)
+    assert worst([1.0, 5.0, float("nan"), 5.0], 2) == [1, 2]
+    for wrong in (
+        ProtectConfig(by="luck"),
+        ProtectConfig(by="middle", budget=40),
+        ProtectConfig(by="middle", blocks=[1]),
+    ):
+        with pytest.raises(ValueError, match=r"protect\."):
+            check_protect(wrong, 40)
