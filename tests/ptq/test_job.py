@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from wanquant.wan.checkpoint import quantized_linears
 from wanquant.wan.generate import GenerationConfig, generate
 
 ROOT = Path(config.CONF).parent
+#: What the tests of this process share, instead of what the working tree has.
+CACHE = tempfile.mkdtemp(prefix="wanquant-cache-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 QUICK = ["model.generation.steps=2", "model.device=cpu"]
 TWO = (
     'prompts.texts=["a red circle moving right on a black background","a blue square moving up on a white background"]'
@@ -36,6 +41,8 @@ TWO = (
 
 def ptq(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     """``python ptq.py`` in this process; the exit status."""
+    if not any(override.startswith("cache=") for override in overrides):
+        overrides = (*overrides, f"cache={CACHE}")
     monkeypatch.setattr(sys, "argv", ["ptq.py", *overrides])
     try:
         config.main("ptq", job.run_ptq)
@@ -63,6 +70,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     prefix, environment = without_network()
     command = [*prefix, sys.executable, "ptq.py", "protect=boundary", TWO, *QUICK, f"hydra.run.dir={folder}"]
+    command.append(f"cache={tmp_path_factory.mktemp('cache')}")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     stages = ["read", "load", "calibrate", "quantize", "compare", "save"]

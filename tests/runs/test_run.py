@@ -38,7 +38,7 @@ def changed(path: str) -> dict[str, Any]:
     return config
 
 
-QUIET = {"dry_run", "checkpoint", "quant.packed", "model.device", "model.path", "model.generation.fps"}
+QUIET = {"cache", "dry_run", "checkpoint", "quant.packed", "model.device", "model.path", "model.generation.fps"}
 
 
 @pytest.mark.parametrize("path", leaves(CONFIG))

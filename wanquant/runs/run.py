@@ -26,7 +26,7 @@ import wanquant
 from wanquant.runs.files import write_atomic
 
 #: Of ``result.json``, and of what its numbers mean: part of every signature.
-SCHEMA = 2
+SCHEMA = 3
 #: First line of a run's ``config.yaml``, by which a directory is known to be one.
 HEADER = "# A wanquant run: the resolved config.\n"
 #: Config keys that cannot change a number, and are left out of the signature; ``*`` is any group.
