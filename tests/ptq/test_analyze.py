@@ -46,7 +46,7 @@ def test_analysis_of_planted_outliers(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert np.array(result["analysis"]["heatmaps"]["inputs"]).shape == (40, 2)
     html = (tmp_path / "report.html").read_text()
     assert html.count("<svg") == 6
-    for name in ("blocks", "modules", "heatmap_stream", "heatmap_inputs"):
+    for name in ("blocks", "modules", "zones", "heatmap_stream", "heatmap_inputs"):
         table = (tmp_path / "analysis" / f"{name}.csv").read_text()
         embedded = re.search(rf'download="{name}.csv" href="data:text/csv;base64,([^"]+)"', html)
         assert embedded is not None

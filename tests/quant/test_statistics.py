@@ -13,7 +13,8 @@ import torch
 from tests.conftest import wan_inputs, wan_transformer
 from wanquant.formats.registry import get_format
 from wanquant.kernels import statistics as kernel
-from wanquant.kernels.statistics import DYNAMIC_RULES, PER_OCTAVE, observe_rows
+from wanquant.kernels.observe_loop import PER_OCTAVE
+from wanquant.kernels.statistics import DYNAMIC_RULES, observe_rows
 from wanquant.quant.observe import Observer
 from wanquant.quant.scale import PerRow, PerTensor, parse_rule, quantize_matrix
 from wanquant.quant.statistics import Layout, Site, Statistics, merge

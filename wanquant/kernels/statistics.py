@@ -18,16 +18,15 @@ import torch
 
 from wanquant.kernels import cpu, eager
 from wanquant.kernels.dispatch import _check_rows
-from wanquant.kernels.loops import OBSERVE
+from wanquant.kernels.observe_loop import LOWEST, MOMENTS, OBSERVE, PER_OCTAVE
 
-PER_OCTAVE, LOWEST, HIGHEST = 32, -40, 24
+#: The histogram ends at 2^HIGHEST.
+HIGHEST = 24
 #: Below 2^LOWEST (zeros too); the bins; finite from 2^HIGHEST on; infinite; NaN.
 BINS = (HIGHEST - LOWEST) * PER_OCTAVE + 4
 #: Lower ends of what |x / s| may be, by the mantissa bits HiF8 has there: nothing (it becomes 0), a power of two
 #: (0 bits), 1, 2, 3, 2, 1, and beyond its range.
 ZONES = (0.0, 2.0**-23, 2.0**-15, 2.0**-7, 2.0**-3, 2.0**4, 2.0**8, eager.OVERFLOW)
-#: Sums of x, x², x³, x⁴ come before the noise of each rule.
-MOMENTS = 4
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,14 @@ def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder
             row |= _with_interval("sensitivity", errors[f"block {row['block']}"])
         kind_rows = [{"kind": kind, **_with_interval("sensitivity", errors[f"kind {kind}"])} for kind in inner]
     choice = choose(protect, bench)
+    inputs = [[f"{name}:{INPUT}" for name in statistics.block_inputs(i)] for i in range(bench.blocks)]
+    zones = [zone_shares(index, statistics) for index in range(bench.blocks)]
     maps = {
         "stream": heatmap(statistics, [[f"blocks.{i}:{RESIDUAL}"] for i in range(bench.blocks)], config.statistic),
-        "inputs": heatmap(statistics, [_inputs(statistics, i) for i in range(bench.blocks)], config.statistic),
+        "inputs": heatmap(statistics, inputs, config.statistic),
     }
     tables = {"blocks": blocks, "modules": [_flat(row) for row in modules], "kinds": kind_rows}
+    tables["zones"] = [{"block": i, **{f"zone {z}": v for z, v in enumerate(row)}} for i, row in enumerate(zones)]
     for name, rows in maps.items():
         steps = range(len(rows[0]))
         tables[f"heatmap_{name}"] = [{"block": i, **{f"step {s}": rows[i][s] for s in steps}} for i in range(len(rows))]
@@ -105,6 +108,7 @@ def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder
             "modules": modules,
             "kinds": kind_rows,
             "heatmaps": maps,
+            "zones": zones,
             "stand_out": stand_out(blocks),
             "correlation": correlations(blocks) if config.sensitivity else [],
         },
@@ -119,8 +123,11 @@ def _with_interval(name: str, found: Estimate) -> dict[str, Any]:
     return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
-def _inputs(statistics: Statistics, block: int) -> list[str]:
-    return [name for name in statistics.sites if name.startswith(f"blocks.{block}.") and name.endswith(f":{INPUT}")]
+def zone_shares(index: int, statistics: Statistics) -> list[float]:
+    """Of all elements that enter linears of a block, the share in each zone."""
+    views = [site.view() for site in statistics.block_inputs(index).values()]
+    counted = np.sum([view.zones for view in views], axis=0)
+    return [float(count) for count in counted / sum(view.elements for view in views)]
 
 
 def module_row(name: str, statistics: Statistics, bench: Bench) -> dict[str, Any]:
@@ -162,15 +169,14 @@ def static_sqnrs(site: Site, view: View, bench: Bench) -> dict[str, float]:
 
 def block_row(index: int, statistics: Statistics, modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
     inside = [row for row in modules if row["block"] == index]
-    zones = np.array([np.array(row["zones"]) * row["tokens"] for row in inside]).sum(0)
-    zones = zones / sum(row["tokens"] for row in inside)
+    # numpy's extremes keep a NaN, which Python's may lose.
     return {
         "block": index,
         "residual_absmax": statistics.site(f"blocks.{index}", RESIDUAL).largest(),
-        "input_absmax": max(row["absmax"] for row in inside),
-        "kurtosis": max(row["kurtosis"] for row in inside),
-        "few_bits": float(1 - zones[4]),
-        "input_sqnr": min(row["sqnr"][PER_TOKEN] for row in inside),
+        "input_absmax": float(np.max([row["absmax"] for row in inside])),
+        "kurtosis": float(np.max([row["kurtosis"] for row in inside])),
+        "few_bits": 1 - zone_shares(index, statistics)[4],
+        "input_sqnr": float(np.min([row["sqnr"][PER_TOKEN] for row in inside])),
     }
 
 
@@ -187,7 +193,7 @@ def heatmap(statistics: Statistics, sites: Sequence[Sequence[str]], statistic: s
         by_bin = []
         for bin_ in range(layout.bins):
             found = [_statistic(statistics.sites[name].view(bin_), statistic) for name in names]
-            by_bin.append((min if statistic == "sqnr" else max)(found))
+            by_bin.append(float((np.min if statistic == "sqnr" else np.max)(found)))
         rows.append([by_bin[layout.bin_of(step)] for step in range(layout.steps)])
     return rows
 

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from wanquant.evaluate.stats import Estimate
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.protect import GREEDY, ProtectConfig, by_rule, worst
-from wanquant.quant.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,17 @@ def choose(config: ProtectConfig, bench: Bench) -> Choice:
 
 def by_absmax(bench: Bench) -> list[dict[str, Any]]:
     """The largest magnitude that enters any linear of the block."""
-    largest = bench.calibration().statistics.input_absmax()
-    return [{"score": max(v for k, v in largest.items() if k.startswith(f"blocks.{i}."))} for i in range(bench.blocks)]
+    statistics = bench.calibration().statistics
+    # numpy's maximum keeps a NaN, which Python's may lose.
+    largest = [[site.largest() for site in statistics.block_inputs(i).values()] for i in range(bench.blocks)]
+    return [{"score": float(np.max(values))} for values in largest]
 
 
 def by_kurtosis(bench: Bench) -> list[dict[str, Any]]:
     """The largest kurtosis of what enters any linear of the block."""
     statistics = bench.calibration(full=True).statistics
-    return [{"score": max(block_kurtosis(statistics, index).values())} for index in range(bench.blocks)]
-
-
-def block_kurtosis(statistics: Statistics, block: int) -> dict[str, float]:
-    """By linear of the block, of its input."""
-    start = f"blocks.{block}."
-    sites = {name: site for name, site in statistics.sites.items() if name.startswith(start) and ":input" in name}
-    return {name: site.view().kurtosis for name, site in sites.items()}
+    found = [[site.view().kurtosis for site in statistics.block_inputs(i).values()] for i in range(bench.blocks)]
+    return [{"score": float(np.max(values))} for values in found]
 
 
 def by_block_sqnr(bench: Bench) -> list[dict[str, Any]]:

@@ -20,18 +20,8 @@ import numpy as np
 import torch
 
 from wanquant.formats.base import Format
-from wanquant.kernels.statistics import (
-    BINS,
-    DYNAMIC_RULES,
-    HIGHEST,
-    LOWEST,
-    MOMENTS,
-    PER_OCTAVE,
-    SUMS,
-    ZONES,
-    Observed,
-    bin_edges,
-)
+from wanquant.kernels.observe_loop import LOWEST, MOMENTS, PER_OCTAVE
+from wanquant.kernels.statistics import BINS, DYNAMIC_RULES, HIGHEST, SUMS, ZONES, Observed, bin_edges
 
 INPUT, OUTPUT, RESIDUAL = "input", "output", "residual"
 BRANCHES = ("cond", "uncond")
@@ -270,6 +260,12 @@ class Statistics:
 
     def _of(self, kind: str) -> list[tuple[str, Site]]:
         return [(name, site) for name, site in self.sites.items() if name.endswith(f":{kind}")]
+
+    def block_inputs(self, block: int, blocks: str = "blocks") -> dict[str, Site]:
+        """Of the linears inside one block, by their full names."""
+        start = f"{blocks}.{block}."
+        found = {name.removesuffix(f":{INPUT}"): site for name, site in self._of(INPUT)}
+        return {name: site for name, site in found.items() if name.startswith(start)}
 
     def coverage(self) -> list[str]:
         """What stands behind the figures, in a line, and a warning for each bin or branch in which nothing passed."""

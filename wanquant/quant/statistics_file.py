@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from wanquant.kernels.statistics import BINS, HIGHEST, LOWEST, PER_OCTAVE
+from wanquant.kernels.observe_loop import LOWEST, PER_OCTAVE
+from wanquant.kernels.statistics import BINS, HIGHEST
 from wanquant.quant.statistics import Layout, Site, Statistics
 
 #: Of the two files; other versions are not read.

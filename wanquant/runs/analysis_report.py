@@ -79,8 +79,8 @@ def _figures(analysis: dict[str, Any], protected: list[int]) -> Any:
     yield (
         "Mantissa bits of what enters the linears",
         "Share of the elements in each zone of HiF8, each token scaled to 15.",
-        "modules",
-        figures.zones(_zones(analysis["modules"], len(blocks))),
+        "zones",
+        figures.zones(analysis["zones"]),
     )
     for name, label in (("block_sqnr", "SQNR of the block's output, dB"), ("sensitivity", "SQNR of the latents, dB")):
         if name in blocks[0]:
@@ -104,17 +104,6 @@ def _figures(analysis: dict[str, Any], protected: list[int]) -> Any:
             "kinds",
             figures.intervals(rows, "SQNR of the final latents, dB") if rows else "",
         )
-
-
-def _zones(modules: list[dict[str, Any]], blocks: int) -> list[list[float]]:
-    """For each block the shares of the zones, over its linears by tokens."""
-    rows = []
-    for index in range(blocks):
-        inside = [row for row in modules if row["block"] == index]
-        tokens = sum(row["tokens"] for row in inside)
-        parts = [[_number(share) * row["tokens"] / tokens for share in row["zones"]] for row in inside]
-        rows.append([sum(shares) for shares in zip(*parts, strict=True)])
-    return rows
 
 
 def analysis_summary(result: dict[str, Any], folder: Path) -> str:
