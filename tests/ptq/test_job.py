@@ -28,6 +28,7 @@ from wanquant.runs.run import read_result
 from wanquant.wan import tiny
 from wanquant.wan.checkpoint import quantized_linears
 from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.wan.load import Pipeline
 
 ROOT = Path(config.CONF).parent
 #: What the tests of this process share, instead of what the working tree has.
@@ -62,6 +63,18 @@ def without_network() -> tuple[list[str], dict[str, str]]:
     except (OSError, subprocess.CalledProcessError):
         return [], dict(os.environ)
     return prefix, {name: value for name, value in os.environ.items() if name not in OFFLINE}
+
+
+def same_numbers(result: dict[str, Any], quantized: Pipeline) -> None:
+    """Asserts that this pipeline beside tiny-wan gives the run's numbers, bit for bit."""
+    items = result["metrics"]["latent_sqnr"]["per_item"]
+    pairs, settings = [(item["prompt"], item["seed"]) for item in items], GenerationConfig(**result["generation"])
+    reference, samples = (
+        generate(pipe, pairs, settings, decode=False, batch=result["model"]["batch"])
+        for pipe in (load_pipeline("tiny", device="cpu"), quantized)
+    )
+    found = [latent_sqnr(r.latents, s.latents) for r, s in zip(reference, samples, strict=True)]
+    assert found == [item["value"] for item in items]
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +136,7 @@ def test_files(finished: Path) -> None:
 
 
 def test_the_saved_checkpoint_makes_the_same_videos(finished: Path) -> None:
-    result = read_result(finished)
-    pipe = load_pipeline(finished / "checkpoint", device="cpu")
-    item = result["metrics"]["latent_sqnr"]["per_item"][1]
-    sample = generate(pipe, [(item["prompt"], item["seed"])], GenerationConfig(**result["generation"]))[0]
-    reference = generate(
-        load_pipeline("tiny", device="cpu"), [(item["prompt"], item["seed"])], GenerationConfig(**result["generation"])
-    )[0]
-    assert latent_sqnr(reference.latents, sample.latents) == item["value"]
+    same_numbers(read_result(finished), load_pipeline(finished / "checkpoint", device="cpu"))
 
 
 def test_none_converts_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -175,12 +181,7 @@ def test_static_activations_go_from_calibration_into_the_checkpoint(
         assert layer.input_scale is not None
         assert layer.input_scale.item() == torch.tensor(result["calibration"]["input_absmax"][name] / 15).item()
         assert layer.scheme.overflow == "saturate"
-    item = result["metrics"]["latent_sqnr"]["per_item"][0]
-    settings = GenerationConfig(**result["generation"])
-    reference, sample = (
-        generate(p, [(item["prompt"], item["seed"])], settings)[0] for p in (load_pipeline("tiny", "cpu"), pipe)
-    )
-    assert latent_sqnr(reference.latents, sample.latents) == item["value"]
+    same_numbers(result, pipe)
 
     for refused in ("protect.blocks=[40]", truncated_model(tmp_path_factory.mktemp("truncated"))):
         assert ptq(monkeypatch, refused, where) == 1
@@ -204,14 +205,7 @@ def test_other_formats_make_the_same_videos_from_their_checkpoint(
         f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
     assert status == 0
-    result = read_result(tmp_path)
-    item = result["metrics"]["latent_sqnr"]["per_item"][0]
-    settings = GenerationConfig(**result["generation"])
-    reference, sample = (
-        generate(load_pipeline(source, "cpu"), [(item["prompt"], item["seed"])], settings)[0]
-        for source in ("tiny", tmp_path / "checkpoint")
-    )
-    assert latent_sqnr(reference.latents, sample.latents) == item["value"]
+    same_numbers(read_result(tmp_path), load_pipeline(tmp_path / "checkpoint", "cpu"))
 
 
 def test_the_control_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -239,7 +233,7 @@ def truncated_model(folder: Path) -> str:
     ("override", "named"),
     [
         ("quant.wieghts.rule=direct", "wieghts"),
-        ("protect=boundry", "boundry'; choose auto, boundary, ends, entry, exit"),
+        ("protect=boundry", "boundry'; choose auto, auto_absmax, boundary, ends, entry, exit"),
         ("protect.blocks=[3,40]", "protected block 40 is out of range: the model has 40 blocks"),
         ("protect.modules=[ffn]", "pattern 'ffn' of protected modules matches nothing"),
         ("protect.modules=['.*']", "protect leaves no linear to quantize"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -15,8 +16,9 @@ from tools.check_tiny_wan import choose_pairs
 from wanquant import load_pipeline
 from wanquant.evaluate.attributes import score
 from wanquant.wan import tiny
-from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.wan.generate import GenerationConfig, generate, initial_noise
 from wanquant.wan.load import read_generation
+from wanquant.wan.products import quick_products
 
 
 def test_plain_diffusers_loads_it() -> None:
@@ -57,6 +59,18 @@ def test_noise_is_the_same_wherever_and_whatever_else_is_generated() -> None:
     alone = generate(pipe, [(second, 1)], settings)[0]
     after = generate(pipe, [(first, 0), (second, 1)], settings)[1]
     assert torch.equal(alone.latents, after.latents)
+
+
+def test_videos_are_what_the_pipeline_itself_decodes() -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    settings = GenerationConfig(**{**read_generation(tiny.folder()), "steps": 1})
+    caption = tiny.all_scenes()[0].caption
+    with quick_products(pipe.device):
+        frames = pipe(
+            prompt=caption, negative_prompt="", height=64, width=64, num_frames=17, num_inference_steps=1,
+            guidance_scale=settings.guidance_scale, latents=initial_noise(pipe, 5, settings), max_sequence_length=64,
+        ).frames[0]  # fmt: skip
+    assert np.array_equal(generate(pipe, [(caption, 5)], settings)[0].video, frames)
 
 
 @pytest.mark.slow

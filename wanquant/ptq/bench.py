@@ -27,7 +27,7 @@ from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.run import signature
 from wanquant.wan.config import ModelConfig
-from wanquant.wan.generate import generate
+from wanquant.wan.generate import Sample, decode_video, generate, one_ulp_up
 from wanquant.wan.load import Pipeline
 
 #: What of generation changes no latent.
@@ -64,6 +64,8 @@ class Bench:
     def calibration(self, full: bool | None = None) -> Calibration:
         """Statistics of one BF16 pass; ``full`` unless told otherwise where the quantization needs it."""
         full = self.scheme.needs_statistics if full is None else full
+        # The full ones hold all that the light ones do.
+        full = full or self.cache.has("statistics", self._statistics_signature(full=True))
         if full not in self._calibrations:
             statistics = load_statistics(self._statistics_folder(full))
             self._calibrations[full] = Calibration(statistics, linear_flops(self.pipe, statistics.rows()))
@@ -80,7 +82,10 @@ class Bench:
                 made = calibrate(self.pipe, self.pairs, settings, tick, self.bins, full)
             save_statistics(made.statistics, folder)
 
-        return self.cache.folder("statistics", self._signature("statistics", bins=self.bins, full=full), make)
+        return self.cache.folder("statistics", self._statistics_signature(full), make)
+
+    def _statistics_signature(self, full: bool) -> str:
+        return self._signature("statistics", bins=self.bins, full=full)
 
     def inputs(self) -> dict[str, float | Site]:
         """What ``quantize_`` is to know of each linear's input."""
@@ -92,23 +97,38 @@ class Bench:
 
     @cached_property
     def references(self) -> list[torch.Tensor]:
-        """Final BF16 latents of the calibration pairs, generated in the batches in which they will be compared."""
+        """Final BF16 latents of the calibration pairs."""
+        return self._latents("reference BF16", self.pairs)
+
+    def baseline(self, label: str, pairs: list[Pair], moved: bool = False) -> list[Sample]:
+        """BF16 videos; ``moved``: from noise that is one unit in its last place higher."""
+        latents = self._latents(label, pairs, moved)
+        with progress(f"decode ({label})", len(pairs), "video") as tick:
+            samples = []
+            for pair, final in zip(pairs, latents, strict=True):
+                samples.append(Sample(*pair, final, decode_video(self.pipe, final)))
+                tick()
+        return samples
+
+    def _latents(self, label: str, pairs: list[Pair], moved: bool = False) -> list[torch.Tensor]:
+        """Final BF16 latents of every pair: what a video is kept as, being fifty times smaller. Generated in the
+        batches in which they will be compared."""
 
         def make(folder: Path) -> None:
-            settings, batch = self.model.generation, self.model.batch
-            with self._steps("reference BF16") as tick:
-                samples = generate(self.pipe, self.pairs, settings, tick, decode=False, batch=batch)
+            settings, batch, perturb = self.model.generation, self.model.batch, one_ulp_up if moved else None
+            with self._steps(label, pairs) as tick:
+                samples = generate(self.pipe, pairs, settings, tick, perturb, decode=False, batch=batch)
             save_file({str(i): sample.latents for i, sample in enumerate(samples)}, folder / "latents.safetensors")
 
-        folder = self.cache.folder("latents", self._signature("latents", batch=self.model.batch), make)
+        counted = {"pairs": pairs, "batch": self.model.batch, **({"moved": "1 ulp"} if moved else {})}
+        folder = self.cache.folder("latents", self._signature("latents", **counted), make)
         latents = load_file(folder / "latents.safetensors")
-        return [latents[str(i)] for i in range(len(self.pairs))]
+        return [latents[str(i)] for i in range(len(pairs))]
 
     @contextmanager
-    def _steps(self, label: str, times: int = 1) -> Iterator[Callable[[], None]]:
-        """Progress over the denoising steps of all calibration pairs, so many times."""
-        batches = -(-len(self.pairs) // self.model.batch)
-        with progress(label, times * batches * self.model.generation.steps) as tick:
+    def _steps(self, label: str, pairs: list[Pair], times: int = 1) -> Iterator[Callable[[], None]]:
+        """Progress over the denoising steps of the pairs' batches, so many times."""
+        with progress(label, times * -(-len(pairs) // self.model.batch) * self.model.generation.steps) as tick:
             yield tick
 
     def block_errors(self) -> list[Estimate]:
@@ -117,7 +137,7 @@ class Bench:
         known = cells.get("blocks")
         if known is None:
             stats, how = self.inputs(), (self.model.generation, self.model.batch)
-            with self._steps("block errors") as tick:
+            with self._steps("block errors", self.pairs) as tick:
                 rows = sensitivity.block_errors(self.pipe, self.quant, self.pairs, *how, stats, tick)
             known = [[vars(item) for item in row] for row in rows]
             cells.put("blocks", known)
@@ -144,7 +164,7 @@ class Bench:
         if missing:
             self.references  # noqa: B018  made before the progress of the cells begins
         found = {}
-        with self._steps(kind, len(missing)) as tick:
+        with self._steps(kind, self.pairs, len(missing)) as tick:
             for name, protected in todo.items():
 
                 def measure(protected: tuple[list[int], list[str]] = protected) -> list[Item]:

@@ -8,7 +8,7 @@ first video; ``result.json`` is written last.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
     ``ValueError`` and ``OSError`` are the user's; whatever else goes wrong, ``result.json`` says failed.
     """
     with refused_leave_no_result(folder) if not config.dry_run else nullcontext():
-        config = dataclasses.replace(config, quant=settle(config.quant))
+        config = _settle(config)
         pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
         device = pick_device(config.model.device)
         _check(config, pairs_ + calibration_pairs)
@@ -105,7 +105,7 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
     print(
         f"{config.quant.name} on {config.model.name} ({device.type}, {torch.get_num_threads()} threads), protect "
         f"{config.protect.name}: {len(pairs_)} (prompt, seed) pairs of {settings.num_frames} frames "
-        f"{settings.height}x{settings.width}, {settings.steps} steps",
+        f"{settings.height}x{settings.width}, {settings.steps} steps, in batches of {config.model.batch}",
         flush=True,
     )
     if config.dry_run:
@@ -146,11 +146,6 @@ def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
             raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
     if config.model.batch < 1:
         raise ValueError(f"model.batch={config.model.batch}: must be at least 1")
-    if config.model.batch > 1 and measures_latents(config) and not scheme.independent:
-        raise ValueError(
-            "a dynamic step for the whole tensor would be shared by the videos of a batch: set model.batch=1 to choose "
-            "or analyze by such a quantization"
-        )
     if config.model.language == "scenes":
         for prompt, _ in videos:
             parse_caption(prompt)
@@ -172,9 +167,13 @@ def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
         raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
 
 
-def measures_latents(config: PTQConfig) -> bool:
-    """Whether the run compares latents that are generated in batches."""
-    return config.mode == "analyze" or config.protect.by in ("sensitivity", "block_sqnr", GREEDY)
+def _settle(config: PTQConfig) -> PTQConfig:
+    """The config with the format's own choices, and videos one at a time where a batch would share a step: the videos
+    of a real run come alone."""
+    quant = settle(config.quant)
+    alone = config.model.batch > 1 and not parse(quant).independent
+    model = dataclasses.replace(config.model, batch=1) if alone else config.model
+    return dataclasses.replace(config, quant=quant, model=model)
 
 
 @dataclass
@@ -215,6 +214,7 @@ class _Job:
             "model": {
                 "name": self.config.model.name,
                 "blocks": bench.blocks,
+                "batch": self.config.model.batch,
                 "parameters": sum(p.numel() for p in bench.pipe.transformer.parameters()),
                 "fingerprint": bench.fingerprint,
                 "outliers": list(chosen_blocks(self.config.model.outliers, bench.blocks)),
@@ -243,15 +243,17 @@ class _Job:
         with run.stage("choose"):
             choice = choose(config.protect, bench)
         with run.stage("generate_bf16"):
-            reference = self._generate(pipe, "generate BF16")
+            reference = bench.baseline("generate BF16", self.pairs)
         floors: dict[str, list[tuple[Sample, Sample]]] = {}
         if config.eval.noise_floor:
             with run.stage("noise_floor"):
-                floors = self._floors(pipe, reference)
+                floors = self._floors(bench, reference)
         with run.stage("quantize"):
             report = self._quantize(pipe, choice, stats)
         with run.stage("generate_quantized"):
-            samples = self._generate(pipe, f"generate {config.quant.format}")
+            settings, batch = config.model.generation, config.model.batch
+            with progress(f"generate {config.quant.format}", -(-len(self.pairs) // batch) * settings.steps) as tick:
+                samples = generate(pipe, self.pairs, settings, tick, batch=batch)
         with run.stage("compare"):
             beside = {"": list(zip(reference, samples, strict=True)), **floors}
             with progress("compare", sum(map(len, beside.values())), "pair") as tick:
@@ -264,8 +266,7 @@ class _Job:
                     save_quantized(pipe, run.folder / "checkpoint", tick)
         # How the blocks were chosen changes nothing but which they are.
         protect = ProtectConfig(config.protect.name, list(report.protected_blocks), config.protect.modules)
-        model = dataclasses.replace(config.model, batch=1)
-        settled = dataclasses.replace(config, model=model, protect=protect, analysis=AnalysisConfig())
+        settled = dataclasses.replace(config, protect=protect, analysis=AnalysisConfig())
         return {
             **self._head(bench, settled),
             **self._conversion(pipe, report, calibration, choice),
@@ -282,25 +283,13 @@ class _Job:
         with progress("quantize", len(plan.names("converted")), "linear") as tick:
             return quantize_(pipe.transformer, *how, stats, on_linear=tick, folds=FOLDS)
 
-    def _generate(
-        self,
-        pipe: Pipeline,
-        label: str,
-        pairs_: list[tuple[str, int]] | None = None,
-        perturb: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise,
-    ) -> list[Sample]:
-        pairs_ = self.pairs if pairs_ is None else pairs_
-        settings = self.config.model.generation
-        with progress(label, len(pairs_) * settings.steps) as tick:
-            return generate(pipe, pairs_, settings, tick, perturb)
-
-    def _floors(self, pipe: Pipeline, reference: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
+    def _floors(self, bench: Bench, reference: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
         """BF16 beside itself: the initial noise moved by one unit in its last place, and another seed."""
-        moved = self._generate(pipe, "noise floor: 1 ulp", perturb=_one_ulp_up)
+        moved = bench.baseline("noise floor: 1 ulp", self.pairs, moved=True)
         known = {(sample.prompt, sample.seed): sample for sample in reference}
         further, following = _other_seed(self.config.prompts)
         if further:
-            for sample in self._generate(pipe, "noise floor: seed", further):
+            for sample in bench.baseline("noise floor: seed", further):
                 known[sample.prompt, sample.seed] = sample
         other = [(s, known[s.prompt, following[s.seed]]) for s in reference if s.seed in following]
         return {"floor_ulp.": list(zip(reference, moved, strict=True)), "floor_seed.": other}
@@ -370,7 +359,3 @@ def _other_seed(prompts: PromptsConfig) -> tuple[list[tuple[str, int]], dict[int
     if len(seeds) == 2:
         del following[seeds[1]]
     return [], following
-
-
-def _one_ulp_up(noise: torch.Tensor) -> torch.Tensor:
-    return torch.nextafter(noise, torch.full_like(noise, torch.inf))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from wanquant.ptq.protect import ProtectConfig
@@ -15,6 +16,7 @@ from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.quant.config import parse
 from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.load import Transformer, empty_transformer
+from wanquant.wan.products import quick_products
 
 LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
 
@@ -95,11 +97,12 @@ def _tokens(settings: GenerationConfig, transformer: Transformer) -> int:
 def _gemm_rate(width: int, tokens: int = 512) -> float:
     """FLOPs a second of a BF16 product at the model's width, measured for about a quarter of a second."""
     a, b = torch.randn(tokens, width).to(torch.bfloat16), torch.randn(width, width).to(torch.bfloat16)
-    torch.mm(a, b)
-    begun, count = time.perf_counter(), 0
-    while time.perf_counter() - begun < 0.25:
-        torch.mm(a, b)
-        count += 1
+    with quick_products(a.device):
+        F.linear(a, b)
+        begun, count = time.perf_counter(), 0
+        while time.perf_counter() - begun < 0.25:
+            F.linear(a, b)
+            count += 1
     return 2 * tokens * width * width * count / (time.perf_counter() - begun)
 
 

@@ -23,6 +23,9 @@ class Cache:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def has(self, kind: str, signature: str) -> bool:
+        return (self.root / kind / signature).is_dir()
+
     def folder(self, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
         """The folder of that signature, made by ``make(empty folder)`` if it is not there yet."""
         final = self.root / kind / signature

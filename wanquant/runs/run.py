@@ -85,8 +85,16 @@ def signature(config: dict[str, Any], fingerprint: str, device: torch.device) ->
             "device": device.type,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "instructions": _instructions(device),
         }
     )
+
+
+def _instructions(device: torch.device) -> list[str]:
+    """What of a CPU decides how a product is summed; of a card nothing is asked."""
+    # Not in every torch this package allows.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return sorted(name for name, there in known.items() if there is True and name.startswith(("avx", "amx", "sve")))
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -108,6 +116,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "device_name": name,
         "threads": torch.get_num_threads(),
+        "instructions": _instructions(device),
     }
 
 

@@ -18,7 +18,7 @@ class ModelConfig:
     device: str = "auto"
     language: str = "scenes"
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    #: Videos denoised together where only their latents count, as in sensitivities. Quick for a small model.
+    #: Videos denoised together: quick for a small model. Products round as those of such a batch.
     batch: int = 1
     #: Planted after loading; none by default.
     outliers: OutliersConfig = field(default_factory=OutliersConfig)

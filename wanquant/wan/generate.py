@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
+
+from wanquant.wan.products import quick_products
 
 
 @dataclass
@@ -97,6 +100,24 @@ def initial_noise(pipe: WanPipeline, seed: int, settings: GenerationConfig) -> t
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
+def one_ulp_up(noise: torch.Tensor) -> torch.Tensor:
+    """The smallest change there is, for the noise floor."""
+    return torch.nextafter(noise, torch.full_like(noise, torch.inf))
+
+
+@torch.no_grad()
+def decode_video(pipe: WanPipeline, latents: torch.Tensor) -> np.ndarray:
+    """The video of one sample's final latents, bit for bit what the pipeline makes of them."""
+    vae = pipe.vae
+    latents = latents[None].to(get_module_execution_device(vae), vae.dtype)
+    mean, scale = (
+        values.view(1, -1, 1, 1, 1).to(latents)
+        for values in (torch.tensor(vae.config.latents_mean), 1 / torch.tensor(vae.config.latents_std))
+    )
+    pixels = vae.decode(latents / scale + mean, return_dict=False)[0]
+    return np.asarray(pipe.video_processor.postprocess_video(pixels, output_type="np")[0], np.float32)
+
+
 def use_flow_shift(pipe: WanPipeline, flow_shift: float) -> None:
     """The shift belongs to the scheduler; asking for another one than the checkpoint's makes a new scheduler."""
     scheduler = pipe.scheduler
@@ -112,12 +133,12 @@ def generate(
     pairs: Sequence[tuple[str, int]],
     settings: GenerationConfig,
     on_step: Callable[[], None] = lambda: None,
-    perturb: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise,
+    perturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
     decode: bool = True,
     batch: int = 1,
     position: Position | None = None,
 ) -> list[Sample]:
-    """One sample a (prompt, seed) pair, one at a time, so that a result does not depend on its neighbours.
+    """One sample a (prompt, seed) pair.
 
     ``on_step`` is called after each denoising step of each batch; ``perturb`` may change the initial noise;
     without ``decode`` the videos are empty and the VAE is not run. A ``batch`` of several is quicker for a small
@@ -136,9 +157,10 @@ def generate(
             on_step()
             return {}
 
-        noise = torch.cat([perturb(initial_noise(pipe, seed, settings)) for seed in seeds])
-        with position.following(pipe.transformer):
-            shown = pipe(
+        noise = torch.cat([initial_noise(pipe, seed, settings) for seed in seeds])
+        noise = noise if perturb is None else perturb(noise)
+        with quick_products(pipe.device), position.following(pipe.transformer):
+            pipe(
                 prompt=list(prompts),
                 negative_prompt=[settings.negative_prompt] * len(prompts),
                 height=settings.height,
@@ -149,9 +171,9 @@ def generate(
                 latents=noise.to(pipe.device),
                 max_sequence_length=settings.max_text_length,
                 callback_on_step_end=remember,
-                output_type="np" if decode else "latent",
-            ).frames
-        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            video = np.asarray(shown[place], np.float32) if decode else np.empty((0, *shown.shape[-2:], 3), np.float32)
-            samples.append(Sample(prompt, seed, final["latents"][place].float().cpu(), video))
+                output_type="latent",
+            )
+        for prompt, seed, latents in zip(prompts, seeds, final["latents"].float().cpu(), strict=True):
+            video = decode_video(pipe, latents) if decode else np.empty((0, settings.height, settings.width, 3))
+            samples.append(Sample(prompt, seed, latents, video))
     return samples

@@ -1,4 +1,4 @@
-"""README's table: from results as a run writes them, and nothing that cannot be compared."""
+"""A sweep's table: from results as a run writes them, and nothing that cannot be compared."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tools import readme_table
-from tools.readme_table import BEGIN, END
+from tools import write_table
 from wanquant.evaluate.stats import Item, estimate
 from wanquant.runs.run import SCHEMA
 
+BEGIN, END = "<!-- table T: begin -->", "<!-- table T: end -->"
 ITEMS = [Item(prompt, seed, 20.0 + seed) for prompt in ("a", "b") for seed in range(10)]
 METRIC = estimate(ITEMS).as_json()
 RESULT: dict[str, Any] = {
@@ -23,9 +23,12 @@ RESULT: dict[str, Any] = {
     "status": "ok",
     "error": None,
     "demonstration": False,
-    "model": {"name": "tiny", "fingerprint": "f"},
-    "quant": {"name": "hif8_w8a8"},
-    "protect": {"name": "none", "blocks": [], "fraction_of_flops_quantized": 0.9871},
+    "model": {"name": "tiny", "fingerprint": "f", "outliers": []},
+    "quant": {
+        "name": "hif8_w8a8", "weights": {"granularity": "per_channel", "rule": "amax/15"},
+        "activations": {"granularity": "per_token", "rule": "amax/15", "static": False}, "smoothing": None,
+    },
+    "protect": {"name": "none", "blocks": [], "modules": [], "fraction_of_flops_quantized": 0.9871},
     "conversion": {"converted": 400, "protected": 0, "skipped": 6},
     "calibration": {"videos": 2, "input_absmax": {"a": 1.0}},
     "generation": {
@@ -34,16 +37,16 @@ RESULT: dict[str, Any] = {
     "metrics": {
         prefix + name: METRIC
         for prefix, names in {
-            "": ("latent_sqnr", "psnr", "ssim", "shape"),
+            "": ("latent_sqnr", "psnr", "ssim", "attributes"),
             "floor_ulp.": ("latent_sqnr", "psnr", "ssim"),
-            "bf16.": ("shape",),
+            "bf16.": ("attributes",),
         }.items()
         for name in names
     },
     "gates": {"black": {"verdict": "pass"}, "static": {"verdict": "fail"}},
     "provenance": {
         "prompts": ["a", "b"], "seeds": list(range(10)), "packages": {"torch": "2"}, "device": "cpu", "threads": 2,
-        "git_commit": None, "dirty": None, "version": "0", "prompt_hash": "0123456789abcdef",
+        "instructions": [], "git_commit": None, "dirty": None, "version": "0", "prompt_hash": "0123456789abcdef",
     },
 }  # fmt: skip
 
@@ -64,7 +67,7 @@ def sweep(folder: Path, *changes: dict[str, Any]) -> Path:
 
 
 def run(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, readme_table.__file__, *map(str, arguments)]
+    command = [sys.executable, write_table.__file__, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -74,7 +77,7 @@ def test_the_table_holds_each_run_and_the_floor(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     folder.mkdir()
     sweep(folder, {"protect.name": "ends", "protect.blocks": [0, 39], "conversion.converted": 380})
-    done = run(folder, "--readme", readme)
+    done = run(folder, "T", readme)
     assert done.returncode == 0, done.stderr
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n| protect |")
@@ -85,8 +88,25 @@ def test_the_table_holds_each_run_and_the_floor(tmp_path: Path) -> None:
     assert "| 98.7 % | 24.50 [24.50, 24.50] |" in rows[0]
     assert rows[0].endswith("| FAILED: static |")
     assert "| 0, 39 |" in rows[1]
+    assert "| 24.50 [24.50, 24.50] | 0.000 [0.000, 0.000] |" in rows[1]
     assert "20 (prompt, seed) pairs" in text
     assert "400 with `none`, 380 with `ends`" in text
+
+
+def test_a_sweep_over_quantizations_is_a_table_of_them(tmp_path: Path) -> None:
+    """The differences are those of the pairs: one better by one in every second pair, half a decibel better."""
+    better = copy.deepcopy(METRIC)
+    for item in better["per_item"]:
+        item["value"] += item["seed"] % 2
+    static = {"granularity": "per_tensor", "rule": "p99.99/15", "static": True}
+    changes = {"quant.name": "percentile", "quant.activations": static, "metrics.latent_sqnr": better}
+    results, by = write_table.read_sweep(sweep(tmp_path, {**changes, "quant.smoothing": 0.5}))
+    assert by == "quant"
+    rows = [line.split(" | ") for line in write_table.table(results, by).splitlines() if line.startswith("| `")]
+    assert rows[0][:3] == ["| `hif8_w8a8`", "per channel, amax/15", "per token, amax/15"]
+    assert rows[1][:3] == ["| `percentile`", "per channel, amax/15", "static per tensor, p99.99/15, smoothed 0.5"]
+    assert rows[0][4] == ""
+    assert rows[1][4] == "0.500 [0.500, 0.500]"
 
 
 @pytest.mark.parametrize(
@@ -99,19 +119,21 @@ def test_the_table_holds_each_run_and_the_floor(tmp_path: Path) -> None:
         ({"schema": 0}, "has schema 0"),
         ({"provenance.dirty": True}, "differs from .* in provenance.dirty"),
         ({}, "two runs with protect=none"),
+        ({"quant.name": "pow2", "protect.blocks": [1]}, "differs from .* in protect.blocks"),
+        ({"quant.weights": {}}, "differs from .* in quant"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        readme_table.read_sweep(sweep(tmp_path, change))
+        write_table.read_sweep(sweep(tmp_path, change))
 
 
 def test_an_empty_sweep_and_a_readme_without_markers_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no runs"):
-        readme_table.read_sweep(tmp_path)
+        write_table.read_sweep(tmp_path)
     (tmp_path / "README.md").write_text("nothing")
     (tmp_path / "sweep").mkdir()
-    done = run(sweep(tmp_path / "sweep"), "--readme", tmp_path / "README.md")
+    done = run(sweep(tmp_path / "sweep"), "T", tmp_path / "README.md")
     assert done.returncode == 2
     assert "must hold" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

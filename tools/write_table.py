@@ -1,0 +1,170 @@
+"""Writes the table of a sweep into a Markdown file, between the markers of its name.
+
+python ptq.py experiment=protection hydra.sweep.dir=outputs/ptq/protection
+python tools/write_table.py outputs/ptq/protection protection-tiny README.md
+
+A sweep is over protections or over quantizations, and its first run is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wanquant.evaluate.stats import Item, difference, estimate
+from wanquant.runs.files import write_atomic
+from wanquant.runs.report import FIDELITY, FLOORS, estimate_text, failed_gates
+from wanquant.runs.run import read_result
+
+#: What runs must share to stand in one table, besides the one thing they vary.
+SAME = (
+    *("generation", "model.fingerprint", "model.outliers", "calibration.videos", "calibration.input_absmax"),
+    *(f"provenance.{key}" for key in ("prompts", "seeds", "packages", "device", "threads", "instructions", "version")),
+    *(f"provenance.{key}" for key in ("git_commit", "dirty")),
+)
+#: What a sweep may vary, and by what it is equal otherwise.
+VARIED = {"protect": ("protect.blocks", "protect.modules"), "quant": ("quant",)}
+
+
+def table(results: list[dict[str, Any]], by: str) -> str:
+    """Markdown: a row a configuration, then the noise floor, then how it was measured."""
+    first, *others = results
+    attributes = ["attributes"] if "attributes" in first["metrics"] else []
+    heads = [by, *COLUMNS[by][0], "latent SQNR, dB"]
+    heads += [f"minus `{first[by]['name']}`, dB"] if others else []
+    heads += ["PSNR, dB", "SSIM", *("attributes right" for _ in attributes), "gates"]
+    sqnr, *further = (key for key, _, _ in FIDELITY)
+    rows = []
+    for result in results:
+        metrics, gates = result["metrics"], failed_gates(result)
+        rows.append(
+            [
+                f"`{result[by]['name']}`",
+                *COLUMNS[by][1](result),
+                estimate_text(metrics[sqnr]),
+                *([_minus(metrics[sqnr], first["metrics"][sqnr]) if result is not first else ""] if others else []),
+                *(estimate_text(metrics[key]) for key in (*further, *attributes)),
+                "FAILED: " + ", ".join(gates) if gates else "pass",
+            ]
+        )
+    metrics = first["metrics"]
+    for prefix, label in FLOORS[1:]:
+        if prefix + sqnr in metrics:
+            count = metrics[prefix + sqnr]["n"]
+            cells = [f"*{label}*" if count == metrics[sqnr]["n"] else f"*{label}* ({count} pairs)"]
+            cells += ["all", "0 %"] if by == "protect" else ["BF16", "BF16"]
+            cells += [estimate_text(metrics[prefix + sqnr]), *([""] if others else [])]
+            cells += [estimate_text(metrics[prefix + key]) for key in further]
+            # What BF16 itself gets right stands once, beside the floor of the same seeds.
+            right = [estimate_text(metrics["bf16." + name]) if prefix == "floor_ulp." else "" for name in attributes]
+            rows.append([*cells, *right, ""])
+    lines = ["| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *rows]]
+    return "\n".join([*lines, "", protocol(results, by)])
+
+
+def _protection_cells(result: dict[str, Any]) -> list[str]:
+    protect = result["protect"]
+    kept = [", ".join(map(str, protect["blocks"]))] if protect["blocks"] else []
+    kept += [f"`{', '.join(protect['modules'])}`"] if protect["modules"] else []
+    return ["; ".join(kept) or "none", f"{100 * protect['fraction_of_flops_quantized']:.1f} %"]
+
+
+def _quant_cells(result: dict[str, Any]) -> list[str]:
+    weights, activations = result["quant"]["weights"], result["quant"]["activations"]
+    smoothing = result["quant"]["smoothing"]
+    static = "static " if activations["static"] else ""
+    smoothed = f", smoothed {smoothing}" if smoothing else ""
+    return [_scale(weights), static + _scale(activations) + smoothed]
+
+
+def _scale(side: dict[str, Any]) -> str:
+    return "direct" if side["rule"] == "direct" else f"{side['granularity'].replace('_', ' ')}, {side['rule']}"
+
+
+COLUMNS: dict[str, tuple[tuple[str, str], Callable[[dict[str, Any]], list[str]]]] = {
+    "protect": (("blocks in BF16", "linear FLOPs quantized"), _protection_cells),
+    "quant": (("weights", "activations"), _quant_cells),
+}
+
+
+def _minus(ours: dict[str, Any], reference: dict[str, Any]) -> str:
+    """The paired difference, and whether its interval holds 0."""
+    ours_, reference_ = ([Item(**item) for item in metric["per_item"]] for metric in (ours, reference))
+    if any(item.value is None for item in (*ours_, *reference_)):
+        return "–"
+    return estimate_text(estimate(difference(ours_, reference_)).as_json())
+
+
+def protocol(results: list[dict[str, Any]], by: str) -> str:
+    one = results[0]
+    generation, made = one["generation"], one["provenance"]
+    pairs = one["metrics"]["psnr"]["n"]
+    fixed = f"`quant={one['quant']['name']}`" if by == "protect" else f"`protect={one['protect']['name']}`"
+    counts = [r["conversion"]["converted"] for r in results]
+    linears = ", ".join(f"{n} with `{r[by]['name']}`" for n, r in zip(counts, results, strict=True))
+    linears = f"{counts[0]} in every row" if len(set(counts)) == 1 else linears
+    return (
+        f"{fixed} on {one['model']['name']}, {pairs} (prompt, seed) pairs, mean and 95 % bootstrap interval clustered "
+        f"by prompt, differences pair by pair. {generation['steps']} steps, guidance {generation['guidance_scale']}, "
+        f"flow shift {generation['flow_shift']}, {generation['num_frames']} frames of {generation['height']}x"
+        f"{generation['width']}; calibrated on {one['calibration']['videos']} other videos. Linears converted: "
+        f"{linears}. {made['device'].upper()}, {made['threads']} threads, torch {made['packages']['torch']}, prompts "
+        f"{made['prompt_hash'][:12]}."
+    )
+
+
+def read_sweep(sweep: Path) -> tuple[list[dict[str, Any]], str]:
+    """The results of a sweep in the order of its jobs, and what it varies; ``ValueError`` unless they are finished and
+    comparable."""
+    folders = sorted((p for p in sweep.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    results = [read_result(folder) for folder in folders]
+    if not results:
+        raise ValueError(f"{sweep} holds no runs")
+    names = [result["quant"]["name"] for result in results]
+    by = "protect" if len(set(names)) == 1 else "quant"
+    same = (*SAME, *(path for other, paths in VARIED.items() if other != by for path in paths))
+    for folder, result in zip(folders, results, strict=True):
+        if result["status"] != "ok":
+            raise ValueError(f"{folder} failed: {result['error']}")
+        if result["demonstration"]:
+            raise ValueError(f"{folder} has too few (prompt, seed) pairs to be compared with another run")
+        for path in same:
+            if pick(result, path) != pick(results[0], path):
+                raise ValueError(f"{folder} differs from {folders[0]} in {path}: not one table")
+    named = [result[by]["name"] for result in results]
+    if len(set(named)) < len(named):
+        raise ValueError(f"{sweep} holds two runs with {by}={max(named, key=named.count)}: not one sweep")
+    return results, by
+
+
+def pick(result: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        result = result[key]
+    return result
+
+
+def replace_table(text: str, name: str, new: str) -> str:
+    """``text`` with ``new`` between the markers of that name; ``ValueError`` unless it has them once, in order."""
+    begin, end = f"<!-- table {name}: begin -->", f"<!-- table {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file must hold {begin} and {end}, once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("name", help="of the markers: <!-- table NAME: begin --> and <!-- table NAME: end -->")
+    parser.add_argument("file", type=Path)
+    args = parser.parse_args()
+    try:
+        write_atomic(args.file, replace_table(args.file.read_text(), args.name, table(*read_sweep(args.sweep))))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
