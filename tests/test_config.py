@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from wanquant.config import CONF, name_after_overrides
 from wanquant.evaluate.prompts import pairs
+from wanquant.evaluate.stats import ENOUGH_PAIRS
 from wanquant.ptq.job import PTQConfig
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import parse, settle
@@ -36,11 +38,33 @@ def composed(*overrides: str) -> PTQConfig:
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_choice_composes_and_is_valid(group: str, name: str) -> None:
     config = composed(f"{group}={name}")
-    assert group in ("tracker", "analysis") or getattr(config, group).name == name
+    assert group in ("tracker", "analysis", "experiment") or getattr(config, group).name == name
     parse(config.quant)
     check_tracker(config.tracker)
     assert pairs(config.prompts)
     assert pairs(config.calib)
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "experiment"])
+def test_an_experiment_is_a_sweep_over_presets_with_pairs_enough(name: str) -> None:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        raw = compose("ptq", [f"experiment={name}"], return_hydra_config=True)
+    assert raw.hydra.mode == RunMode.MULTIRUN
+    assert raw.hydra.sweep.dir.startswith(f"outputs/ptq/{name}-")
+    ((group, swept),) = raw.hydra.sweeper.params.items()
+    presets = [preset.strip() for preset in swept.split(",")]
+    assert set(presets) <= {choice for other, choice in CHOICES if other == group}
+    for preset in presets:
+        config = composed(f"experiment={name}", f"{group}={preset}")
+        assert getattr(config, group).name == preset
+        assert len(pairs(config.prompts)) >= ENOUGH_PAIRS
+        assert len(pairs(config.calib)) >= ENOUGH_PAIRS
+    if name == "scale_rules":
+        assert set(presets) == {
+            choice
+            for other, choice in CHOICES
+            if other == "quant" and composed(f"quant={choice}").quant.format == "hif8"
+        }
 
 
 def test_defaults_are_the_librarys() -> None:

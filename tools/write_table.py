@@ -20,7 +20,8 @@ from wanquant.runs.run import read_result
 
 #: What runs must share to stand in one table, besides the one thing they vary.
 SAME = (
-    *("generation", "model.fingerprint", "model.outliers", "calibration.videos", "calibration.input_absmax"),
+    *("generation", "model.fingerprint", "model.outliers", "model.octaves"),
+    *("calibration.videos", "calibration.input_absmax"),
     *(f"provenance.{key}" for key in ("prompts", "seeds", "packages", "device", "threads", "instructions", "version")),
     *(f"provenance.{key}" for key in ("git_commit", "dirty")),
 )
@@ -38,13 +39,13 @@ def table(results: list[dict[str, Any]], by: str) -> str:
     sqnr, *further = (key for key, _, _ in FIDELITY)
     rows = []
     for result in results:
-        metrics, gates = result["metrics"], failed_gates(result)
+        metrics, gates, batch = result["metrics"], failed_gates(result), _batch(result)
         rows.append(
             [
-                f"`{result[by]['name']}`",
+                f"`{result[by]['name']}`" + (" (videos one at a time)" if batch != _batch(first) else ""),
                 *COLUMNS[by][1](result),
                 estimate_text(metrics[sqnr]),
-                *([_minus(metrics[sqnr], first["metrics"][sqnr]) if result is not first else ""] if others else []),
+                *([_minus(metrics[sqnr], first["metrics"][sqnr], len(others))] if others else []),
                 *(estimate_text(metrics[key]) for key in (*further, *attributes)),
                 "FAILED: " + ", ".join(gates) if gates else "pass",
             ]
@@ -89,12 +90,19 @@ COLUMNS: dict[str, tuple[tuple[str, str], Callable[[dict[str, Any]], list[str]]]
 }
 
 
-def _minus(ours: dict[str, Any], reference: dict[str, Any]) -> str:
-    """The paired difference, and whether its interval holds 0."""
+def _batch(result: dict[str, Any]) -> int:
+    """Videos denoised at a time."""
+    return min(result["model"]["batch"], result["metrics"]["psnr"]["n"])
+
+
+def _minus(ours: dict[str, Any], reference: dict[str, Any], comparisons: int) -> str:
+    """The paired difference, one of so many; nothing for the reference itself."""
+    if ours is reference:
+        return ""
     ours_, reference_ = ([Item(**item) for item in metric["per_item"]] for metric in (ours, reference))
     if any(item.value is None for item in (*ours_, *reference_)):
         return "–"
-    return estimate_text(estimate(difference(ours_, reference_)).as_json())
+    return estimate_text(estimate(difference(ours_, reference_), comparisons=comparisons).as_json())
 
 
 def protocol(results: list[dict[str, Any]], by: str) -> str:
@@ -107,9 +115,10 @@ def protocol(results: list[dict[str, Any]], by: str) -> str:
     linears = f"{counts[0]} in every row" if len(set(counts)) == 1 else linears
     return (
         f"{fixed} on {one['model']['name']}, {pairs} (prompt, seed) pairs, mean and 95 % bootstrap interval clustered "
-        f"by prompt, differences pair by pair. {generation['steps']} steps, guidance {generation['guidance_scale']}, "
-        f"flow shift {generation['flow_shift']}, {generation['num_frames']} frames of {generation['height']}x"
-        f"{generation['width']}; calibrated on {one['calibration']['videos']} other videos. Linears converted: "
+        f"by prompt; differences are taken pair by pair, and the 95 % of their intervals is for all of them together "
+        f"(Bonferroni). {generation['num_frames']} frames of {generation['height']}x{generation['width']}, "
+        f"{generation['steps']} steps, guidance {generation['guidance_scale']}, flow shift "
+        f"{generation['flow_shift']}; calibrated on {one['calibration']['videos']} other videos. Linears converted: "
         f"{linears}. {made['device'].upper()}, {made['threads']} threads, torch {made['packages']['torch']}, prompts "
         f"{made['prompt_hash'][:12]}."
     )
@@ -122,12 +131,13 @@ def read_sweep(sweep: Path) -> tuple[list[dict[str, Any]], str]:
     results = [read_result(folder) for folder in folders]
     if not results:
         raise ValueError(f"{sweep} holds no runs")
+    for folder, result in zip(folders, results, strict=True):
+        if result["status"] != "ok":
+            raise ValueError(f"{folder} failed: {result['error']}")
     names = [result["quant"]["name"] for result in results]
     by = "protect" if len(set(names)) == 1 else "quant"
     same = (*SAME, *(path for other, paths in VARIED.items() if other != by for path in paths))
     for folder, result in zip(folders, results, strict=True):
-        if result["status"] != "ok":
-            raise ValueError(f"{folder} failed: {result['error']}")
         if result["demonstration"]:
             raise ValueError(f"{folder} has too few (prompt, seed) pairs to be compared with another run")
         for path in same:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from tests.kernels.inputs import ALL16, MATRICES, WIDE, assert_same_bits
@@ -17,17 +19,18 @@ def main() -> None:
             cuda.round_hif8_out(x, saturate, out)
             assert_same_bits(out, eager.round_hif8(x, saturate))
         for x in (matrix[:60].to(dtype) for matrix in MATRICES for dtype in (torch.float32, torch.bfloat16)):
-            for power_of_two in (False, True):
+            powers = torch.ldexp(torch.ones(x.shape[1]), torch.arange(x.shape[1]) % 7 - 3)
+            for power_of_two, factors in itertools.product((False, True), (None, powers)):
                 pairs = zip(
-                    cuda.quantize_rows_hif8(x, 15.0, power_of_two, saturate),
-                    eager.quantize_rows_hif8(x, 15.0, power_of_two, saturate),
+                    cuda.quantize_rows_hif8(x, 15.0, power_of_two, saturate, factors),
+                    eager.quantize_rows_hif8(x, 15.0, power_of_two, saturate, factors),
                     strict=True,
                 )
                 for got, expected in pairs:
                     assert_same_bits(got, expected)
-            for scale in (torch.tensor(0.37), torch.rand(len(x)) + 0.01):
-                got, over = cuda.scaled_round_hif8(x, scale, saturate)
-                expected, expected_over = eager.scaled_round_hif8(x, scale, saturate)
+            for scale, factors in itertools.product((torch.tensor(0.37), torch.rand(len(x)) + 0.01), (None, powers)):
+                got, over = cuda.scaled_round_hif8(x, scale, saturate, factors)
+                expected, expected_over = eager.scaled_round_hif8(x, scale, saturate, factors)
                 assert_same_bits(got, expected)
                 assert over == expected_over
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from tests.ptq.test_job import ROOT, TWO, ptq
 from wanquant import load_pipeline
+from wanquant.ptq.analyze import stand_out
 from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect, worst
 from wanquant.ptq.sensitivity import all_but, quantized
 from wanquant.quant import QuantConfig, QuantLinear
@@ -126,6 +128,17 @@ def test_a_part_is_quantized_and_then_as_it_was() -> None:
         after = transformer.state_dict()
         assert after.keys() == before.keys()
         assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_broken_block_stands_out_and_hides_no_other() -> None:
+    blocks = [{"block": i, "block_sqnr": 30.0 + i % 3} for i in range(40)]
+    blocks[7]["block_sqnr"], blocks[9]["block_sqnr"] = math.nan, 2.0
+    rows = stand_out(blocks)
+    assert [row["block"] for row in rows] == [7, 9]
+    assert rows[1]["median"] == 31.0
+    for block in blocks:
+        block["block_sqnr"] = math.nan
+    assert len(stand_out(blocks)) == 40
 
 
 def test_rules_without_data() -> None:

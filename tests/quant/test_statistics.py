@@ -47,6 +47,55 @@ def test_the_loop_measures_what_plain_torch_does(dtype: torch.dtype) -> None:
     assert np.allclose(ours.channel_square, plain.channel_square, rtol=1e-4)
 
 
+def test_magnitudes_of_planted_outliers_are_still_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the channels 2^28 larger, as planted; in parts on other devices, where no fourth power may overflow."""
+    monkeypatch.setattr(kernel, "_AT_ONCE", 96 * 70)
+    x = spread()
+    x[:, ::2] *= 2.0**28
+    ours, plain = observe_rows(x), kernel._anywhere(x, True)
+    for name in ("counts", "zones", "channel_absmax"):
+        assert np.array_equal(getattr(ours, name), getattr(plain, name))
+    assert np.allclose(ours.sums, plain.sums, rtol=1e-4)
+    view, exact = site_of(x).view(), np.sort(x.float().abs().numpy().ravel())
+    for share in (0.4, 0.9, 0.999):
+        value = exact[math.ceil(share * x.numel()) - 1]
+        assert abs(view.quantile(share) - value) <= value / (2 * PER_OCTAVE)
+    for step in (float(exact[-1]) / 15, float(exact[-1]) / 240):
+        error = x.double() - HIF8.round(x.float() / step, "inf").double() * step
+        expected = 10 * torch.log10(x.double().square().sum() / error.square().sum())
+        assert view.static_sqnr(step, HIF8) == pytest.approx(expected.item(), abs=0.1)
+
+
+def test_what_lies_beyond_the_histogram_is_not_guessed() -> None:
+    x = spread(dtype=torch.float32)
+    x[0, 0] = 2.0**50
+    view = site_of(x).view()
+    assert math.isfinite(view.quantile(0.99))
+    assert math.isnan(view.quantile(1.0))
+    assert math.isnan(view.static_sqnr(2.0**46, HIF8))
+    assert view.absmax == 2.0**50
+
+
+def test_what_every_block_reads_is_none_of_its_own() -> None:
+    model = wan_transformer(3)
+    with Observer(model, Layout(("v",), 1, 1, 1), lambda: (0, 0, 0)) as observer, torch.no_grad():
+        model(**wan_inputs())
+    inputs = observer.statistics.block_inputs(2).keys() - observer.statistics.own_inputs(2).keys()
+    assert inputs == {"blocks.2.attn2.to_k", "blocks.2.attn2.to_v"}
+
+
+def test_statistics_with_other_bins_are_not_read(tmp_path: Path) -> None:
+    save_statistics(observed([0], ["a"]), tmp_path)
+    path = tmp_path / "statistics.json"
+    for old, new in (('"highest": 48', '"highest": 24'), ('"version": 2', '"version": 1')):
+        text = path.read_text()
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match="this program reads"):
+            load_statistics(tmp_path)
+        path.write_text(text)
+
+
 def test_several_threads_measure_what_one_does() -> None:
     x = spread(3000, 96)
     whole, parts = observe_rows(x), [observe_rows(part) for part in x.chunk(4)]

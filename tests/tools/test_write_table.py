@@ -13,7 +13,7 @@ import pytest
 
 from tools import write_table
 from wanquant.evaluate.stats import Item, estimate
-from wanquant.runs.run import SCHEMA
+from wanquant.runs.run import SCHEMA, Run
 
 BEGIN, END = "<!-- table T: begin -->", "<!-- table T: end -->"
 ITEMS = [Item(prompt, seed, 20.0 + seed) for prompt in ("a", "b") for seed in range(10)]
@@ -23,7 +23,7 @@ RESULT: dict[str, Any] = {
     "status": "ok",
     "error": None,
     "demonstration": False,
-    "model": {"name": "tiny", "fingerprint": "f", "outliers": []},
+    "model": {"name": "tiny", "fingerprint": "f", "outliers": [], "octaves": 28, "batch": 24},
     "quant": {
         "name": "hif8_w8a8", "weights": {"granularity": "per_channel", "rule": "amax/15"},
         "activations": {"granularity": "per_token", "rule": "amax/15", "static": False}, "smoothing": None,
@@ -112,7 +112,6 @@ def test_a_sweep_over_quantizations_is_a_table_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"status": "failed", "error": "out of luck"}, "failed: out of luck"),
         ({"demonstration": True}, "too few"),
         ({"provenance.threads": 3}, "differs from .* in provenance.threads"),
         ({"generation.steps": 30}, "differs from .* in generation"),
@@ -126,6 +125,19 @@ def test_a_sweep_over_quantizations_is_a_table_of_them(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_table.read_sweep(sweep(tmp_path, change))
+
+
+def test_a_failed_run_is_said_to_have_failed(tmp_path: Path) -> None:
+    Run(sweep(tmp_path) / "1", "ptq", "").fail(ValueError("out of luck"))
+    with pytest.raises(ValueError, match="1 failed: ValueError: out of luck"):
+        write_table.read_sweep(tmp_path)
+
+
+def test_a_run_with_videos_alone_is_marked(tmp_path: Path) -> None:
+    results, by = write_table.read_sweep(sweep(tmp_path, {"quant.name": "osp_next", "model.batch": 1}))
+    rows = [line for line in write_table.table(results, by).splitlines() if line.startswith("| `")]
+    assert rows[1].startswith("| `osp_next` (videos one at a time) |")
+    assert "one at a time" not in rows[0]
 
 
 def test_an_empty_sweep_and_a_readme_without_markers_are_one_line(tmp_path: Path) -> None:

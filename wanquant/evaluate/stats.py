@@ -49,8 +49,9 @@ class Estimate:
         }
 
 
-def estimate(items: Sequence[Item], seed: int = 0) -> Estimate:
-    """The mean over all items and its interval, prompts drawn with replacement.
+def estimate(items: Sequence[Item], seed: int = 0, comparisons: int = 1) -> Estimate:
+    """The mean over all items and its interval, prompts drawn with replacement. One of so many ``comparisons`` gets a
+    wider interval, so that 95 % holds for all of them together (Bonferroni).
 
     With a single prompt there is nothing to draw: the interval is NaN, because it is unknown.
     """
@@ -66,7 +67,7 @@ def estimate(items: Sequence[Item], seed: int = 0) -> Estimate:
     counts = np.array([sum(item.prompt == prompt for item in items) for prompt in prompts])
     drawn = np.random.default_rng(seed).integers(len(prompts), size=(RESAMPLES, len(prompts)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, [0.025 / comparisons, 1 - 0.025 / comparisons])
     return Estimate(float(values.mean()), float(low), float(high), tuple(items))
 
 

@@ -11,6 +11,7 @@ pass, where rows are to be rounded. What a single step would cost is worked out 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,8 @@ from wanquant.kernels import cpu, eager
 from wanquant.kernels.dispatch import _check_rows
 from wanquant.kernels.observe_loop import LOWEST, MOMENTS, OBSERVE, PER_OCTAVE
 
-#: The histogram ends at 2^HIGHEST.
-HIGHEST = 24
+#: The histogram ends at 2^HIGHEST, beyond what planted outliers reach.
+HIGHEST = 48
 #: Below 2^LOWEST (zeros too); the bins; finite from 2^HIGHEST on; infinite; NaN.
 BINS = (HIGHEST - LOWEST) * PER_OCTAVE + 4
 #: Lower ends of what |x / s| may be, by the mantissa bits HiF8 has there: nothing (it becomes 0), a power of two
@@ -49,6 +50,8 @@ DYNAMIC_RULES = (
 )
 #: Elements below which a second thread does not pay; this loop does more with each than the others.
 _CHUNK = 1 << 17
+#: Elements measured at once off the CPU, of which a dozen copies are made.
+_AT_ONCE = 1 << 24
 SUMS = MOMENTS + len(DYNAMIC_RULES)
 
 
@@ -127,26 +130,37 @@ def _together(parts: list[Observed]) -> Observed:
 
 
 def _anywhere(x: torch.Tensor, rules: bool) -> Observed:
-    """In plain torch, in float32 row by row, because some devices have no float64; summed on the CPU."""
+    """In plain torch, some rows at a time."""
+    rows = eager.absmax_rows(x)
+    absmax = rows.amax()
+    at_once = max(1, _AT_ONCE // x.shape[1])
+    parts = zip(x.split(at_once), rows.split(at_once), strict=True)
+    return _together([_rows_anywhere(part, of_part, absmax, rules) for part, of_part in parts])
+
+
+def _rows_anywhere(x: torch.Tensor, rows: torch.Tensor, absmax: torch.Tensor, rules: bool) -> Observed:
+    """In float32, because some devices have no float64, in units in which no fourth power overflows; summed on the
+    CPU. ``rows`` are the largest magnitudes of these rows, ``absmax`` that of the whole matrix."""
     wide = x.float()
+    unit = 2.0 ** math.frexp(float(rows.amax()))[1] if rows.amax().isfinite() else 1.0
+    scaled = wide / unit
     magnitude = wide.view(torch.int32) & 0x7FFFFFFF
     shift = 23 - PER_OCTAVE.bit_length() + 1
     base, inf = (LOWEST + 127) * PER_OCTAVE, 0x7F800000
     index = ((magnitude >> shift) - base + 1).clamp(0, BINS - 3)
     index = torch.where(magnitude >= inf, BINS - 2 + (magnitude > inf).to(index.dtype), index)
     counts = torch.bincount(index.flatten(), minlength=BINS).cpu().numpy()
-    rows = eager.absmax_rows(x)
-    absmax = rows.amax()
-    powers = [wide.pow(power).sum(1) for power in range(1, MOMENTS + 1)]
+    powers = [(scaled.pow(power).sum(1), unit**power) for power in range(1, MOMENTS + 1)]
     zones = np.zeros(len(ZONES), np.int64)
     for place, rule in enumerate(DYNAMIC_RULES if rules else ()):
         scale = eager.step(rows if rule.per_row else absmax, rule.target, rule.power_of_two)
         by_row = scale[:, None] if rule.per_row else scale
-        powers.append((wide - eager.round_float32(wide / by_row, False) * by_row).square().sum(1))
+        error = wide - eager.round_float32(wide / by_row, False) * by_row
+        powers.append(((error / unit).square().sum(1), unit**2))
         if place == 0:
             at_least = [int((wide.abs() >= low * by_row).sum()) for low in ZONES] + [0]
             zones[:] = np.subtract(at_least[:-1], at_least[1:])
     sums = np.zeros(SUMS)
-    sums[: len(powers)] = [float(values.cpu().double().sum()) for values in powers]
+    sums[: len(powers)] = [float(values.cpu().double().sum()) * factor for values, factor in powers]
     squares = wide.square().sum(0).cpu().numpy()
     return Observed(float(absmax), counts, zones, sums, wide.abs().amax(0).cpu().numpy(), squares)

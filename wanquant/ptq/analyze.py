@@ -28,7 +28,7 @@ from wanquant.ptq.sensitivity import kinds
 from wanquant.quant.scale import parse_rule
 from wanquant.quant.search import static_step
 from wanquant.quant.statistics import INPUT, RESIDUAL, Site, Statistics, View
-from wanquant.runs.files import write_atomic
+from wanquant.runs.files import replacing, write_atomic
 
 #: What a heatmap can show of a view, besides ``absmax``, which is known for every single step.
 STATISTICS = ("absmax", "std", "kurtosis", "p99.9", "sqnr")
@@ -69,7 +69,7 @@ def check_analysis(config: AnalysisConfig, steps: int) -> None:
 def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder: Path) -> dict[str, Any]:
     """The analysis part of ``result.json``; its tables also as CSV in ``folder``/analysis, with the statistics."""
     statistics = bench.calibration(full=True).statistics
-    inner = kinds(bench.pipe.transformer)
+    inner = kinds(bench.pipe.transformer, bench.modules)
     modules = [module_row(name, statistics, bench) for name in bench.calibration(full=True).flops]
     blocks = [block_row(index, statistics, modules) for index in range(bench.blocks)]
     for row, found in zip(blocks, bench.block_errors(), strict=True):
@@ -97,7 +97,8 @@ def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder
         if table:
             write_atomic(folder / "analysis" / f"{name}.csv", to_csv(table))
     for path in bench.statistics_files(full=True):
-        shutil.copy2(path, folder / "analysis" / path.name)
+        with replacing(folder / "analysis" / path.name) as temporary:
+            shutil.copyfile(path, temporary)
     return {
         "protect": {"name": protect.name, "blocks": sorted(_positive(choice.blocks, bench.blocks))},
         "calibration": {"coverage": statistics.coverage(), "pairs": len(bench.pairs)},
@@ -168,7 +169,8 @@ def static_sqnrs(site: Site, view: View, bench: Bench) -> dict[str, float]:
 
 
 def block_row(index: int, statistics: Statistics, modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    inside = [row for row in modules if row["block"] == index]
+    own = statistics.own_inputs(index)
+    inside = [row for row in modules if row["name"] in own]
     # numpy's extremes keep a NaN, which Python's may lose.
     return {
         "block": index,
@@ -208,19 +210,22 @@ def _statistic(view: View, name: str) -> float:
 
 
 def stand_out(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Blocks that are ``STANDS_OUT`` robust deviations off the median block, by measure; the farthest first."""
+    """Blocks that are ``STANDS_OUT`` robust deviations off the median block, by measure; the farthest first. What is
+    not finite is farther than anything."""
     rows = []
     for name, meaning, logarithmic in MEASURES:
         if name not in blocks[0]:
             continue
         values = np.array([row[name] for row in blocks], float)
         scaled = np.log2(np.maximum(values, 1e-30)) if logarithmic else values
-        middle = np.median(scaled)
+        sound = scaled[np.isfinite(scaled)]
+        middle = np.median(sound) if len(sound) else np.nan
         # Where most blocks are alike, the median deviation is zero, and the mean one takes its place.
-        away = np.abs(scaled - middle)
-        spread = 1.4826 * np.median(away) or 1.2533 * away.mean()
+        away = np.abs(sound - middle)
+        spread = (1.4826 * np.median(away) or 1.2533 * away.mean()) if len(sound) else np.nan
         for row, value, at in zip(blocks, values, scaled, strict=True):
             distance = (at - middle) / spread if spread > 0 else 0.0
+            distance = distance if np.isfinite(at) else np.nan
             if not abs(distance) <= STANDS_OUT:
                 rows.append(
                     {
@@ -228,7 +233,7 @@ def stand_out(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "measure": name,
                         "meaning": meaning,
                         "value": float(value),
-                        "median": float(np.median(values)),
+                        "median": float(np.median(values[np.isfinite(values)])) if len(sound) else math.nan,
                         "deviations": float(distance),
                     }
                 )

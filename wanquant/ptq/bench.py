@@ -22,7 +22,7 @@ from wanquant.ptq.calibrate import Calibration, Pair, calibrate, linear_flops
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import Scheme, parse
 from wanquant.quant.statistics import Site
-from wanquant.quant.statistics_file import load_statistics, save_statistics
+from wanquant.quant.statistics_file import KIND, load_statistics, save_statistics
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.run import signature
@@ -36,7 +36,8 @@ NOT_COUNTED = ("fps",)
 
 @dataclass
 class Bench:
-    """``pairs`` are the calibration prompts; ``bins`` those of denoising steps."""
+    """``pairs`` are the calibration prompts; ``bins`` those of denoising steps; ``modules`` patterns of what stays BF16
+    in every block."""
 
     pipe: Pipeline
     model: ModelConfig
@@ -46,6 +47,7 @@ class Bench:
     device: torch.device
     cache: Cache
     bins: int = 4
+    modules: tuple[str, ...] = ()
     _calibrations: dict[bool, Calibration] = field(default_factory=dict)
 
     @property
@@ -56,6 +58,10 @@ class Bench:
         generation = {k: v for k, v in dataclasses.asdict(self.model.generation).items() if k not in NOT_COUNTED}
         counted = {"artefact": kind, "generation": generation, "outliers": dataclasses.asdict(self.model.outliers)}
         return signature({**counted, "pairs": self.pairs, **more}, self.fingerprint, self.device)
+
+    def _together(self, pairs: list[Pair]) -> int:
+        """The videos of a full batch, of which there may be fewer than allowed."""
+        return min(self.model.batch, len(pairs))
 
     @property
     def scheme(self) -> Scheme:
@@ -80,12 +86,13 @@ class Bench:
         def make(folder: Path) -> None:
             with progress("calibrate", len(self.pairs) * settings.steps) as tick:
                 made = calibrate(self.pipe, self.pairs, settings, tick, self.bins, full)
-            save_statistics(made.statistics, folder)
+            about = {"model": self.model.name, "fingerprint": self.fingerprint}
+            save_statistics(made.statistics, folder, about)
 
         return self.cache.folder("statistics", self._statistics_signature(full), make)
 
     def _statistics_signature(self, full: bool) -> str:
-        return self._signature("statistics", bins=self.bins, full=full)
+        return self._signature("statistics", bins=self.bins, full=full, files=KIND)
 
     def inputs(self) -> dict[str, float | Site]:
         """What ``quantize_`` is to know of each linear's input."""
@@ -120,7 +127,7 @@ class Bench:
                 samples = generate(self.pipe, pairs, settings, tick, perturb, decode=False, batch=batch)
             save_file({str(i): sample.latents for i, sample in enumerate(samples)}, folder / "latents.safetensors")
 
-        counted = {"pairs": pairs, "batch": self.model.batch, **({"moved": "1 ulp"} if moved else {})}
+        counted = {"pairs": pairs, "batch": self._together(pairs), **({"moved": "1 ulp"} if moved else {})}
         folder = self.cache.folder("latents", self._signature("latents", **counted), make)
         latents = load_file(folder / "latents.safetensors")
         return [latents[str(i)] for i in range(len(pairs))]
@@ -138,23 +145,25 @@ class Bench:
         if known is None:
             stats, how = self.inputs(), (self.model.generation, self.model.batch)
             with self._steps("block errors", self.pairs) as tick:
-                rows = sensitivity.block_errors(self.pipe, self.quant, self.pairs, *how, stats, tick)
+                rows = sensitivity.block_errors(self.pipe, self.quant, self.modules, self.pairs, *how, stats, tick)
             known = [[vars(item) for item in row] for row in rows]
             cells.put("blocks", known)
         return [estimate([Item(**item) for item in row]) for row in known]
 
     def _quantized(self, kind: str, **more: Any) -> str:
         quant = {k: v for k, v in dataclasses.asdict(self.quant).items() if k not in ("name", "packed")}
-        return self._signature(kind, quant=quant, batch=self.model.batch, bins=self.bins, **more)
+        counted = {"quant": quant, "batch": self._together(self.pairs), "modules": self.modules}
+        return self._signature(kind, **counted, **more)
 
     def unit_errors(self, units: Sequence[str]) -> dict[str, Estimate]:
         """SQNR of the final latents with nothing quantized but the unit; the expensive measure, cell by cell."""
-        return self._cells("sensitivity", {unit: sensitivity.all_but(self.pipe.transformer, unit) for unit in units})
+        protected = {unit: sensitivity.all_but(self.pipe.transformer, unit, self.modules) for unit in units}
+        return self._cells("sensitivity", protected)
 
     def protected_errors(self, sets: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Estimate]:
         """SQNR of the final latents with everything quantized but the blocks of each set."""
         names = {"protect " + (" ".join(map(str, blocks)) or "none"): blocks for blocks in sets}
-        found = self._cells("sensitivity", {name: (list(blocks), []) for name, blocks in names.items()})
+        found = self._cells("sensitivity", {name: (list(blocks), list(self.modules)) for name, blocks in names.items()})
         return {names[name]: value for name, value in found.items()}
 
     def _cells(self, kind: str, todo: dict[str, tuple[list[int], list[str]]]) -> dict[str, Estimate]:

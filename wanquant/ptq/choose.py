@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from wanquant.evaluate.stats import Estimate
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.protect import GREEDY, ProtectConfig, by_rule, worst
+from wanquant.quant.statistics import Site
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,26 @@ def choose(config: ProtectConfig, bench: Bench) -> Choice:
 
 
 def by_absmax(bench: Bench) -> list[dict[str, Any]]:
-    """The largest magnitude that enters any linear of the block."""
-    statistics = bench.calibration().statistics
+    """The largest magnitude that enters any linear of the block, but for the text, which all blocks read."""
     # numpy's maximum keeps a NaN, which Python's may lose.
-    largest = [[site.largest() for site in statistics.block_inputs(i).values()] for i in range(bench.blocks)]
-    return [{"score": float(np.max(values))} for values in largest]
+    return [{"score": float(np.max([site.largest() for site in sites]))} for sites in _own_inputs(bench, False)]
 
 
 def by_kurtosis(bench: Bench) -> list[dict[str, Any]]:
-    """The largest kurtosis of what enters any linear of the block."""
-    statistics = bench.calibration(full=True).statistics
-    found = [[site.view().kurtosis for site in statistics.block_inputs(i).values()] for i in range(bench.blocks)]
-    return [{"score": float(np.max(values))} for values in found]
+    """The largest kurtosis of what enters any linear of the block, but for the text."""
+    return [{"score": float(np.max([site.view().kurtosis for site in sites]))} for sites in _own_inputs(bench, True)]
+
+
+def _own_inputs(bench: Bench, full: bool) -> list[list[Site]]:
+    """By block, of the linears that would be quantized."""
+    statistics = bench.calibration(full=full or None).statistics
+    found = []
+    for index in range(bench.blocks):
+        sites = statistics.own_inputs(index)
+        inside = {name: name.removeprefix(f"blocks.{index}.") for name in sites}
+        kept = [name for name in sites if not any(re.fullmatch(m, inside[name]) for m in bench.modules)]
+        found.append([sites[name] for name in kept or sites])
+    return found
 
 
 def by_block_sqnr(bench: Bench) -> list[dict[str, Any]]:

@@ -102,15 +102,14 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
             model_folder = find_folder(config.model.path)
             check_folder(model_folder)
     settings = config.model.generation
+    shown = calibration_pairs if config.mode == "analyze" else pairs_
     print(
         f"{config.quant.name} on {config.model.name} ({device.type}, {torch.get_num_threads()} threads), protect "
-        f"{config.protect.name}: {len(pairs_)} (prompt, seed) pairs of {settings.num_frames} frames "
+        f"{config.protect.name}: {len(shown)} (prompt, seed) pairs of {settings.num_frames} frames "
         f"{settings.height}x{settings.width}, {settings.steps} steps, in batches of {config.model.batch}",
         flush=True,
     )
     if config.dry_run:
-        if config.mode == "analyze":
-            raise ValueError("dry_run=true plans a quantization: leave mode=analyze out")
         shape = find_folder(config.model.path, shapes_only=True)
         floors = len(pairs_) + len(_other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
         videos = len(calibration_pairs) + 2 * len(pairs_) + floors
@@ -140,7 +139,11 @@ def _check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     check_tracker(config.tracker)
     if config.mode not in MODES:
         raise ValueError(f"mode={config.mode}: choose {' or '.join(MODES)}")
+    if config.analysis.bins < 1:
+        raise ValueError(f"analysis.bins={config.analysis.bins}: must be at least 1")
     if config.mode == "analyze":
+        if config.dry_run:
+            raise ValueError("dry_run=true plans a quantization: leave mode=analyze out")
         check_analysis(config.analysis, config.model.generation.steps)
         if scheme.format.name != "hif8":
             raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
@@ -197,7 +200,7 @@ class _Job:
             plant_outliers_(pipe.transformer, config.model.outliers)
         bins = min(config.analysis.bins, config.model.generation.steps)
         known = (self.calibration_pairs, mark, self.device, Cache(Path(config.cache)), bins)
-        return Bench(pipe, config.model, config.quant, *known)
+        return Bench(pipe, config.model, config.quant, *known, modules=tuple(config.protect.modules))
 
     def analyze(self) -> dict[str, Any]:
         bench = self.load()
@@ -218,6 +221,7 @@ class _Job:
                 "parameters": sum(p.numel() for p in bench.pipe.transformer.parameters()),
                 "fingerprint": bench.fingerprint,
                 "outliers": list(chosen_blocks(self.config.model.outliers, bench.blocks)),
+                "octaves": self.config.model.outliers.octaves,
             },
             "quant": dataclasses.asdict(self.config.quant),
         }

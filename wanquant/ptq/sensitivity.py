@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanquant.evaluate.fidelity import latent_sqnr
+from wanquant.evaluate.fidelity import EQUAL_DB, latent_sqnr
 from wanquant.evaluate.stats import Item
 from wanquant.ptq.calibrate import Pair
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
@@ -38,7 +38,8 @@ def quantized(
     protected_modules: Sequence[str] = (),
     stats: Stats | None = None,
 ) -> Iterator[ConversionReport]:
-    """The transformer quantized while entered, and afterwards what it was: quantized are copies of its blocks."""
+    """The transformer quantized while entered, and afterwards what it was: quantized are copies of its blocks, whose
+    weights are the same tensors unless smoothing would change them."""
     blocks = transformer.get_submodule("blocks")
     assert isinstance(blocks, nn.ModuleList)
     plan = plan_conversion(transformer, quant, protected_blocks, protected_modules)
@@ -46,25 +47,28 @@ def quantized(
     originals = {index: blocks[index] for index in changed}
     try:
         for index, block in originals.items():
-            blocks[index] = copy.deepcopy(block)
+            tensors = [] if quant.smoothing is not None else [*block.parameters(), *block.buffers()]
+            blocks[index] = copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
         yield quantize_(transformer, quant, protected_blocks, protected_modules, stats, folds=FOLDS)
     finally:
         for index, block in originals.items():
             blocks[index] = block
 
 
-def kinds(transformer: nn.Module) -> list[str]:
-    """Names of the linears inside a block."""
+def kinds(transformer: nn.Module, protected: Sequence[str] = ()) -> list[str]:
+    """Names of the linears inside a block, but for those that match a pattern of ``protected``."""
     first = transformer.get_submodule("blocks.0")
-    return [name for name, child in first.named_modules() if isinstance(child, nn.Linear)]
+    names = [name for name, child in first.named_modules() if isinstance(child, nn.Linear)]
+    return [name for name in names if not any(re.fullmatch(pattern, name) for pattern in protected)]
 
 
-def all_but(transformer: nn.Module, unit: str) -> tuple[list[int], list[str]]:
-    """Protected blocks and module patterns that leave only ``unit`` to quantize: ``block 3`` or ``kind ffn.net.2``."""
+def all_but(transformer: nn.Module, unit: str, modules: Sequence[str] = ()) -> tuple[list[int], list[str]]:
+    """Protected blocks and module patterns that leave only ``unit`` to quantize: ``block 3`` or ``kind ffn.net.2``.
+    ``modules`` are protected whatever the unit."""
     what, _, name = unit.partition(" ")
     if what == "block":
         count = len(transformer.get_submodule("blocks"))  # type: ignore[arg-type]
-        return [index for index in range(count) if index != int(name)], []
+        return [index for index in range(count) if index != int(name)], list(modules)
     return [], [re.escape(kind) for kind in kinds(transformer) if kind != name]
 
 
@@ -98,16 +102,18 @@ def measured(cells: Cells, name: str, measure: Callable[[], list[Item]]) -> list
 def block_errors(
     pipe: Pipeline,
     quant: QuantConfig,
+    modules: Sequence[str],
     pairs: Sequence[Pair],
     settings: GenerationConfig,
     batch: int,
     stats: Stats | None,
     on_step: Callable[[], None],
 ) -> list[list[Item]]:
-    """SQNR in dB of each block's own output when it alone is quantized, by block and pair, in one BF16 pass."""
+    """SQNR in dB of each block's own output when it alone is quantized but for ``modules``, by block and pair, in one
+    BF16 pass; at most ``EQUAL_DB``."""
     transformer = pipe.transformer
     blocks = list(transformer.blocks)
-    with quantized(transformer, replace(quant, packed=True), (), (), stats):
+    with quantized(transformer, replace(quant, packed=True), (), modules, stats):
         twins = list(transformer.blocks)
     signal = torch.zeros(len(blocks), len(pairs), dtype=torch.float64)
     noise = torch.zeros_like(signal)
@@ -129,4 +135,5 @@ def block_errors(
         for handle in handles:
             handle.remove()
     decibels = 10 * torch.log10(signal / noise)
+    decibels = torch.where((noise == 0) & signal.isfinite(), EQUAL_DB, decibels.clamp(max=EQUAL_DB))
     return [[Item(*pair, value) for pair, value in zip(pairs, row, strict=True)] for row in decibels.tolist()]

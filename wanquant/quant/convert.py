@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from wanquant.kernels import check_native
@@ -15,7 +14,7 @@ from wanquant.quant.attention import QuantAttention, check_processor
 from wanquant.quant.config import QuantConfig, Scheme, parse
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.select import match_names, resolve_blocks
-from wanquant.quant.smooth import smooth_
+from wanquant.quant.smooth import Smoothing, smooth_
 from wanquant.quant.statistics import Site
 
 
@@ -89,14 +88,14 @@ def quantize_(
             raise ValueError(f"{name} has weights that are not finite, for which {scheme.format.name} has no code")
     known = dict(stats or {})
     _check_statistics(scheme, todo, known)
-    kept: dict[str, torch.Tensor] = {}
+    smoothed: dict[str, Smoothing] = {}
     if scheme.smoothing is not None:
         homes = {row.name: f"{blocks}.{row.block}" for row in plan.modules}
-        kept = smooth_(module, todo, homes, known, scheme.smoothing, folds or {})
+        smoothed = smooth_(module, todo, homes, known, scheme.smoothing, folds or {})
     for name in todo:
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layer = QuantLinear.from_linear(linear, scheme, known.get(name), kept.get(name))
+        layer = QuantLinear.from_linear(linear, scheme, known.get(name), smoothed.get(name))
         module.set_submodule(name, layer)
         on_linear()
     _set_attention(module, [row.name for row in plan.attentions if row.status == "converted"], scheme)

@@ -24,6 +24,7 @@ from wanquant.kernels import descale, native_product
 from wanquant.quant.config import Scheme
 from wanquant.quant.scale import Ema, LeastError, PerBlock, Percentile, quantize_matrix
 from wanquant.quant.search import static_step, weight_steps
+from wanquant.quant.smooth import Smoothing
 from wanquant.quant.statistics import Site
 
 #: Weights that ``product=exact`` keeps in float32 at a time, 8 MB of them.
@@ -67,16 +68,18 @@ class QuantLinear(nn.Linear):
         linear: nn.Linear,
         scheme: Scheme,
         seen: float | Site | None = None,
-        divisors: torch.Tensor | None = None,
+        smoothing: Smoothing | None = None,
     ) -> QuantLinear:
         """Quantizes the weights, from BF16: a source in float32 is cast first, so both give the same.
 
         ``seen`` is the input's largest magnitude or all that calibration recorded of it; static schemes and some
-        rules need it. ``divisors``, powers of two [in], are taken from the activations and given to the weights.
+        rules need it. ``smoothing`` says by what its channels are divided, and whether they have been already.
         """
-        self = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, divisors is not None)
+        divisors = None if smoothing is None else smoothing.divisors
+        factored = smoothing is not None and not smoothing.folded
+        self = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, factored)
         source = linear.weight.detach().to(torch.bfloat16)
-        if divisors is not None:
+        if divisors is not None and factored:
             source, self.input_factor = source * divisors.to(torch.bfloat16), 1 / divisors
         rounded, self.weight_scale, over = _quantize_weight(source, scheme, seen, divisors)
         self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.packed else rounded, False)

@@ -49,7 +49,10 @@ def weight_steps(
     slices = weight.reshape(1, -1) if whole else weight
     if isinstance(rule, Percentile):
         place = max(1, math.ceil(rule.share * slices.shape[1]))
-        steps = rule.then(slices.float().abs().kthvalue(place, dim=1).values)
+        magnitudes = slices.float().abs()
+        steps = rule.then(magnitudes.kthvalue(place, dim=1).values)
+        # An infinity or a NaN may lie above the percentile and must not be overlooked.
+        steps = torch.where(magnitudes.amax(1).isfinite(), steps, torch.nan)
     else:
         cost = None if mean_square is None else mean_square.expand(weight.shape).reshape(slices.shape)
         steps = _least_error(slices, cost, rule, format_, overflow)

@@ -10,6 +10,7 @@ weights, and costs nothing; elsewhere the layer keeps a factor for each channel,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,10 +18,20 @@ from torch import nn
 from wanquant.quant.statistics import Site
 
 
+@dataclass(frozen=True)
+class Smoothing:
+    """What was done for a linear: its ``divisors``, float32 [in], powers of two; and whether they are ``folded``, so
+    that its input arrives divided and its weight has been multiplied."""
+
+    divisors: torch.Tensor
+    folded: bool
+
+
 def divisors(weight: torch.Tensor, seen: Site, strength: float) -> torch.Tensor:
-    """float32 [in], powers of two; 1 for a channel that is all zeros on either side, or not finite."""
+    """float32 [in], powers of two; 1 for a channel that is all zeros on either side, or not finite. From the weight
+    as BF16, so that a source in float32 gives the same."""
     inputs = torch.from_numpy(seen.view().channel_absmax).to(weight.device)
-    columns = weight.detach().float().abs().amax(0)
+    columns = weight.detach().to(torch.bfloat16).float().abs().amax(0)
     exponent = (strength * inputs.log2() - (1 - strength) * columns.log2()).round()
     usable = exponent.isfinite() & (exponent.abs() < 100)
     return torch.ldexp(torch.ones_like(columns), torch.where(usable, exponent, 0.0).to(torch.int32))
@@ -48,14 +59,14 @@ def smooth_(
     stats: Mapping[str, float | Site],
     strength: float,
     folds: Mapping[str, str],
-) -> dict[str, torch.Tensor]:
-    """Folds what can be folded, in place, and returns the divisors of every linear of ``names`` that keeps its own.
+) -> dict[str, Smoothing]:
+    """Folds what can be folded, in place, and returns what was done for every linear of ``names``.
 
     ``blocks`` is the block of each linear, by name. A linear that is not to be quantized itself is not changed, so
     one that is protected stays what it is; then its reader keeps the factors.
     Weights of readers that were folded are multiplied here, those of the others where they are quantized.
     """
-    kept: dict[str, torch.Tensor] = {}
+    done: dict[str, Smoothing] = {}
     # Readers that fold come first: they change weights on which the others' divisors depend.
     order = sorted(names, key=lambda name: writer_of(name, blocks[name], folds) is None)
     for name in order:
@@ -65,10 +76,13 @@ def smooth_(
         divisor = divisors(linear.weight, seen, strength)
         writer_name = writer_of(name, blocks[name], folds)
         writer = None if writer_name is None else module.get_submodule(writer_name)
-        if writer is None or (isinstance(writer, nn.Linear) and writer_name not in names):
-            kept[name] = divisor
-            continue
-        fold_(writer, divisor)
-        with torch.no_grad():
-            linear.weight.mul_(divisor.to(linear.weight.dtype))
-    return kept
+        # A norm without weights has nothing to fold into.
+        possible = writer is not None and next(writer.parameters(recurse=False), None) is not None
+        folded = possible and not (isinstance(writer, nn.Linear) and writer_name not in names)
+        done[name] = Smoothing(divisor, folded)
+        if folded:
+            assert writer is not None
+            fold_(writer, divisor)
+            with torch.no_grad():
+                linear.weight.mul_(divisor.to(linear.weight.dtype))
+    return done

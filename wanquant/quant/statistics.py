@@ -6,7 +6,7 @@ of floats would not, so they are kept per video and added by ``math.fsum``, whos
 therefore knows no order. Statistics merged from parts are equal, bit for bit, to those of one pass.
 
 Percentiles are read from the histogram of ``wanquant.kernels.statistics`` and are within 1/64 of the exact order
-statistic, relative.
+statistic, relative. What lies beyond its end makes them NaN.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Layout:
 class Site:
     """The running figures of one site.
 
-    absmax           float32 [videos, steps, branches], NaN where nothing passed or a NaN did (``calls`` tells which)
+    absmax           float32 [videos, steps, branches]: 0 where nothing passed (``calls`` is 0), NaN where one did
     calls, rows      int64 [videos, steps, branches]
     counts           int64 [bins, branches, BINS]
     zones            int64 [bins, branches, len(ZONES)], under the first dynamic rule
@@ -165,7 +165,8 @@ class View:
 
     @property
     def std(self) -> float:
-        return math.sqrt(max(0.0, self._raw(2) - self.mean**2)) if not self.broken else math.nan
+        variance = self._raw(2) - self.mean**2
+        return variance if variance != variance else math.sqrt(max(0.0, variance))
 
     @property
     def kurtosis(self) -> float:
@@ -177,11 +178,12 @@ class View:
         return fourth / variance**2
 
     def quantile(self, share: float) -> float:
-        """The magnitude that ``share`` of the elements do not exceed, within 1/64 of the exact order statistic."""
+        """The magnitude that ``share`` of the elements do not exceed, within 1/64 of the exact order statistic; NaN
+        if that lies beyond the histogram."""
         if self.broken or not self.elements:
             return math.nan
         place = int(np.searchsorted(np.cumsum(self.counts), math.ceil(share * self.elements)))
-        return float(min(_CENTRES[place], self.absmax))
+        return float(min(_CENTRES[place], self.absmax)) if place < len(_CENTRES) else math.nan
 
     def outliers(self) -> np.ndarray:
         """Indices of the channels whose largest magnitude is ``OUTLIER`` times that of the median channel."""
@@ -190,7 +192,7 @@ class View:
 
     def shares(self, step: float | None = None) -> np.ndarray:
         """Share of the elements in each of ``ZONES`` over one step, from the histogram; without a step as counted
-        under the first dynamic rule. NaN and infinity are in none."""
+        under the first dynamic rule. NaN, infinity and what lies beyond the histogram are in none."""
         if not self.elements:
             return np.full(len(ZONES), np.nan)
         if step is None:
@@ -207,8 +209,9 @@ class View:
 
     def noise(self, step: float, format_: Format, overflow: str) -> float:
         """Sum of squared errors of rounding everything by one step, from the histogram; infinite after an overflow
-        that becomes infinite. For BF16 values a bin holds four, taken as equally frequent."""
-        if self.broken or not step > 0:
+        that becomes infinite. For BF16 values a bin holds four, taken as equally frequent. NaN if something lay
+        beyond the histogram."""
+        if self.broken or self.counts[len(_POINTS)] or not step > 0:
             return math.nan
         points = torch.from_numpy(_POINTS / step).float()
         errors = (points.double() - format_.round(points, overflow).double()).square().mean(1).numpy() * step**2
@@ -227,17 +230,16 @@ def _decibel(signal: float, noise: float) -> float:
 
 
 _EDGES = bin_edges()
-#: What stands for a bin: below the first edge nothing, else its middle; then what lies beyond the last edge.
-_CENTRES = np.concatenate([[0.0], (_EDGES[:-1] + _EDGES[1:]) / 2, [2.0**HIGHEST]])
-#: The four BF16 values in each bin, [BINS - 2, 4].
+#: What stands for a bin: below the first edge nothing, else its middle. For what lies beyond the last edge nothing can.
+_CENTRES = np.concatenate([[0.0], (_EDGES[:-1] + _EDGES[1:]) / 2])
+#: The four BF16 values in each bin, [BINS - 3, 4].
 _POINTS = np.concatenate(
     [
         np.zeros((1, 4)),
         _EDGES[:-1, None] + np.diff(_EDGES)[:, None] * np.arange(4) / 4,
-        np.full((1, 4), 2.0**HIGHEST),
     ]
 )
-assert len(_POINTS) == BINS - 2 == (HIGHEST - LOWEST) * PER_OCTAVE + 2
+assert len(_POINTS) == len(_CENTRES) == BINS - 3 == (HIGHEST - LOWEST) * PER_OCTAVE + 1
 
 
 @dataclass
@@ -266,6 +268,14 @@ class Statistics:
         start = f"{blocks}.{block}."
         found = {name.removesuffix(f":{INPUT}"): site for name, site in self._of(INPUT)}
         return {name: site for name, site in found.items() if name.startswith(start)}
+
+    def own_inputs(self, block: int, blocks: str = "blocks") -> dict[str, Site]:
+        """Of those, what is not the same in every block: the text that cross-attention reads says nothing of one."""
+        first = {name.removeprefix(f"{blocks}.0."): site for name, site in self.block_inputs(0, blocks).items()}
+        other = {name.removeprefix(f"{blocks}.1."): site for name, site in self.block_inputs(1, blocks).items()}
+        shared = {k for k in first.keys() & other.keys() if np.array_equal(first[k].absmax, other[k].absmax, True)}
+        inputs = self.block_inputs(block, blocks)
+        return {name: site for name, site in inputs.items() if name.removeprefix(f"{blocks}.{block}.") not in shared}
 
     def coverage(self) -> list[str]:
         """What stands behind the figures, in a line, and a warning for each bin or branch in which nothing passed."""

@@ -14,11 +14,17 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from wanquant.kernels.observe_loop import LOWEST, PER_OCTAVE
-from wanquant.kernels.statistics import BINS, HIGHEST
+from wanquant.kernels.statistics import BINS, DYNAMIC_RULES, HIGHEST
 from wanquant.quant.statistics import Layout, Site, Statistics
 
 #: Of the two files; other versions are not read.
-VERSION = 1
+VERSION = 2
+#: What the arrays mean: statistics with other bins or rules are other statistics.
+KIND = {
+    "version": VERSION,
+    "histogram": {"bins_per_octave": PER_OCTAVE, "lowest": LOWEST, "highest": HIGHEST},
+    "rules": [rule.name for rule in DYNAMIC_RULES],
+}
 ARRAYS, DESCRIPTION = "statistics.safetensors", "statistics.json"
 
 
@@ -32,8 +38,7 @@ def save_statistics(statistics: Statistics, folder: Path, about: dict[str, Any] 
         arrays[f"{name}/counts"], first[name] = _trimmed(site.counts)
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / ARRAYS)
     description = {
-        "version": VERSION,
-        "histogram": {"bins_per_octave": PER_OCTAVE, "lowest": LOWEST, "highest": HIGHEST},
+        **KIND,
         "layout": asdict(statistics.layout),
         "coverage": statistics.coverage(),
         "first_bin": first,
@@ -46,8 +51,9 @@ def load_statistics(folder: Path) -> Statistics:
     """What ``save_statistics`` wrote, bit for bit; ``ValueError`` for files of another version or damaged ones."""
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        if described["version"] != VERSION:
-            raise ValueError(f"version {described['version']}, this program reads {VERSION}")
+        for key, value in KIND.items():
+            if described[key] != value:
+                raise ValueError(f"{key} {described[key]}, this program reads {value}")
         arrays = load_file(folder / ARRAYS)
         layout = Layout(**{**described["layout"], "videos": tuple(described["layout"]["videos"])})
         sites = {}

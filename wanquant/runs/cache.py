@@ -8,7 +8,7 @@ one small JSON file for each finished piece of a long measurement, so that it ca
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +31,7 @@ class Cache:
         final = self.root / kind / signature
         if final.is_dir():
             return final
-        partial = final.with_name(f"{signature}.partial-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = final.with_name(f"{signature}.partial-{secrets.token_hex(4)}")
         partial.mkdir(parents=True)
         try:
             make(partial)

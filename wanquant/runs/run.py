@@ -44,6 +44,8 @@ VOLATILE = (
 )
 #: By which a directory is known to hold a finished run.
 SUMMARIES = ("result.json", "report.html")
+#: Whose versions can change a number, besides torch's.
+COUNTED = ("diffusers", "transformers")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "numba", "torch_npu")
 
 
@@ -83,11 +85,18 @@ def signature(config: dict[str, Any], fingerprint: str, device: torch.device) ->
             "model": fingerprint,
             "schema": SCHEMA,
             "device": device.type,
+            "device_name": _card_name(device),
             "torch": torch.__version__,
+            "packages": {name: importlib.metadata.version(name) for name in COUNTED},
             "threads": torch.get_num_threads(),
             "instructions": _instructions(device),
         }
     )
+
+
+def _card_name(device: torch.device) -> str | None:
+    name: str | None = None if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
+    return name
 
 
 def _instructions(device: torch.device) -> list[str]:
@@ -104,10 +113,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    on_card = device.type != "cpu"
-    name = (
-        getattr(torch, device.type).get_device_name(device) if on_card else platform.processor() or platform.machine()
-    )
+    name = _card_name(device) or platform.processor() or platform.machine()
     return {
         "version": wanquant.__version__,
         **_git(),

@@ -64,6 +64,8 @@ def plant_outliers_(transformer: WanTransformer3DModel, config: OutliersConfig) 
             generator = torch.Generator().manual_seed(1000 * config.seed + 10 * index + place)
             linear = block.get_submodule(reader)
             assert isinstance(linear, nn.Linear)
+            if next(block.get_submodule(writer).parameters(recurse=False), None) is None:
+                raise ValueError(f"model.outliers: {writer} of block {index} has no weights to plant outliers with")
             exponents = config.octaves * torch.randint(2, (linear.in_features,), generator=generator)
             factors = torch.ldexp(torch.ones(len(exponents)), exponents).to(linear.weight.device)
             fold_(block.get_submodule(writer), 1 / factors)

@@ -21,7 +21,9 @@ WIDENED_AT_ONCE = 1 << 24
 
 def quick_products(device: torch.device) -> AbstractContextManager[Any]:
     """While entered, linears on a CPU without BF16 products are quick; elsewhere nothing changes."""
-    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # A torch without oneDNN (Apple's) has no such product either, and not even the question.
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type != "cpu" or native:
         return nullcontext()
     return WideProducts()
 

@@ -1,0 +1,163 @@
+"""Measurements on a loaded model: kept cell by cell, taken up where they were stopped, and what is chosen by them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wanquant import load_pipeline
+from wanquant.evaluate.stats import Item
+from wanquant.ptq import sensitivity
+from wanquant.ptq.bench import Bench
+from wanquant.ptq.choose import choose
+from wanquant.ptq.protect import ProtectConfig
+from wanquant.quant import QuantConfig, QuantLinear
+from wanquant.quant.config import settle
+from wanquant.runs.cache import Cache
+from wanquant.wan.config import ModelConfig
+from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.wan.load import Pipeline
+from wanquant.wan.outliers import OutliersConfig, plant_outliers_
+
+SETTINGS = GenerationConfig(height=64, width=64, num_frames=17, steps=1, guidance_scale=2.0, max_text_length=64)
+PAIRS = [
+    ("a cyan square moving left on a black background", 1000),
+    ("a red triangle moving down on a white background", 1000),
+]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return load_pipeline("tiny", "cpu")
+
+
+def bench_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None, batch: int = 2) -> Bench:
+    model = ModelConfig(generation=SETTINGS, batch=batch)
+    how = (settle(quant or QuantConfig()), PAIRS, "as shipped", torch.device("cpu"), Cache(folder))
+    return Bench(pipe, model, *how, bins=1)
+
+
+def test_a_stopped_measurement_goes_on_where_it_was(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = ["block 3", "block 20", "kind ffn.net.2"]
+    whole = bench_of(pipe, tmp_path / "whole").unit_errors(units)
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    real = sensitivity.final_errors
+    measured: list[Any] = []
+
+    def interrupted_in_the_second(*args: Any) -> list[Item]:
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(sensitivity, "final_errors", interrupted_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        bench_of(pipe, tmp_path / "cut").unit_errors(units)
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+    def counted(*args: Any) -> list[Item]:
+        measured.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(sensitivity, "final_errors", counted)
+    assert bench_of(pipe, tmp_path / "cut").unit_errors(units) == whole
+    assert len(measured) == 3
+    # A damaged cell is measured again, and nothing else.
+    cell = next((tmp_path / "cut" / "sensitivity").rglob("block 3.json"))
+    cell.write_text(cell.read_text()[:-5])
+    assert bench_of(pipe, tmp_path / "cut").unit_errors(units) == whole
+    assert len(measured) == 4
+
+
+def test_a_unit_costs_what_a_model_with_nothing_else_quantized_does(pipe: Pipeline, tmp_path: Path) -> None:
+    """The cheap measure is the SQNR of one block's output, the expensive one that of the final latents."""
+    bench = bench_of(pipe, tmp_path)
+    found = bench.unit_errors(["block 20"])["block 20"]
+    with sensitivity.quantized(pipe.transformer, bench.quant, *sensitivity.all_but(pipe.transformer, "block 20")):
+        samples = generate(pipe, PAIRS, SETTINGS, decode=False, batch=2)
+    for item, reference, sample in zip(found.items, bench.references, samples, strict=True):
+        error = (sample.latents - reference).double().square().sum()
+        assert item.value == pytest.approx(10 * math.log10(reference.double().square().sum() / error), abs=1e-4)
+        assert math.isfinite(item.value)
+    cheap = bench.block_errors()
+    assert len(cheap) == 40
+    assert all(10 < estimate.mean < 80 for estimate in cheap)
+    # Once measured, for all runs.
+    assert bench_of(pipe, tmp_path).block_errors() == cheap
+
+
+def test_a_kind_is_smoothed_alone(pipe: Pipeline, tmp_path: Path) -> None:
+    """No divisor is folded into a linear that stays BF16, bit for bit."""
+    bench = bench_of(pipe, tmp_path, QuantConfig(smoothing=0.5))
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    for kind in ("attn1.to_q", "ffn.net.2", "attn2.to_out.0"):
+        only = sensitivity.all_but(pipe.transformer, f"kind {kind}")
+        with sensitivity.quantized(pipe.transformer, bench.quant, *only, bench.inputs()):
+            linears = {name: m for name, m in pipe.transformer.named_modules() if isinstance(m, nn.Linear)}
+            quantized = {name: m for name, m in linears.items() if isinstance(m, QuantLinear)}
+            assert quantized.keys() == {f"blocks.{i}.{kind}" for i in range(40)}
+            assert any(layer.input_factor is not None for layer in quantized.values())
+            for name in linears.keys() - quantized.keys():
+                assert torch.equal(linears[name].weight, before[f"{name}.weight"]), name
+    errors = bench.unit_errors(["kind ffn.net.2"])["kind ffn.net.2"]
+    assert all(item.value > 10 for item in errors.items)
+
+
+def test_full_statistics_serve_where_light_ones_would_do(pipe: Pipeline, tmp_path: Path) -> None:
+    light = bench_of(pipe, tmp_path / "light").calibration()
+    assert not light.statistics.layout.full
+    bench_of(pipe, tmp_path / "full").calibration(full=True)
+    full = bench_of(pipe, tmp_path / "full").calibration()
+    assert full.statistics.layout.full
+    assert full.statistics.input_absmax() == light.statistics.input_absmax()
+    assert full.flops == light.flops
+    assert len(list((tmp_path / "full" / "statistics").iterdir())) == 1
+
+
+def test_greedy_looks_again_after_each_choice(pipe: Pipeline, tmp_path: Path) -> None:
+    """Cells written as a measurement would: blocks 7 and 8 are the worst alone, but one of them helps only where the
+    other is not protected, and 30 beside it helps more."""
+    bench = bench_of(pipe, tmp_path)
+    cells = bench.cache.cells("sensitivity", bench._quantized("sensitivity"))
+
+    def put(name: str, decibels: float) -> None:
+        cells.put(name, [vars(Item(*pair, decibels)) for pair in PAIRS])
+
+    for block in range(40):
+        put(f"block {block}", {7: 20.0, 8: 21.0, 30: 22.0}.get(block, 40.0))
+    for name, decibels in (("7", 15.0), ("8", 14.0), ("30", 13.0), ("7 8", 15.5), ("7 30", 19.0)):
+        put(f"protect {name}", decibels)
+    config = ProtectConfig("greedy", by="greedy", budget=2, candidates=3)
+    choice = choose(config, bench)
+    assert choice.blocks == [7, 30]
+    assert [row["block"] for row in choice.evidence] == [7, 30]
+    assert [{row["block"] for row in step["tried"]} for step in choice.evidence] == [{7, 8, 30}, {8, 30}]
+    assert choice.evidence[1]["sqnr"] == 19.0
+    by_sensitivity = choose(ProtectConfig("auto", by="sensitivity", budget=2), bench)
+    assert by_sensitivity.blocks == [7, 8]
+
+
+@pytest.mark.slow
+def test_sensitivity_finds_planted_blocks_and_protecting_them_restores_the_model(tmp_path: Path) -> None:
+    """For blocks drawn by two seeds; against tiny-wan with the same blocks protected, nothing is lost."""
+    for seed in (0, 1):
+        planted_pipe, plain = load_pipeline("tiny", "cpu"), load_pipeline("tiny", "cpu")
+        planted = plant_outliers_(planted_pipe.transformer, OutliersConfig(count=5, seed=seed, octaves=28))
+        bench = bench_of(planted_pipe, tmp_path / str(seed))
+        choice = choose(ProtectConfig("auto", by="sensitivity", budget=5), bench)
+        assert choice.blocks == list(planted)
+        protected = bench.protected_errors([tuple(choice.blocks), ()])
+        ours = protected[tuple(choice.blocks)]
+        theirs = bench_of(plain, tmp_path / f"plain{seed}").protected_errors([tuple(planted)])[tuple(planted)]
+        assert ours.mean > protected[()].mean + 6
+        assert np.allclose([i.value for i in ours.items], [i.value for i in theirs.items], atol=1.5)
