@@ -112,6 +112,7 @@ def test_generation_settings_are_those_shipped_with_the_weights() -> None:
         (["++protect.blocks=[3]"], "blocks=[3]", "tiny"),
         (["protect=exit", "protect.modules=[ffn.net.2]"], "exit modules=[ffn.net.2]", "tiny"),
         (["model.path=/models/mine"], "boundary", "mine"),
+        (["model.outliers.count=5"], "boundary", "tiny outliers.count=5"),
         (["model=wan2.1-t2v-14b", "model.path=/models/mine"], "boundary", "wan2.1-t2v-14b"),
     ],
 )

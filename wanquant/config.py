@@ -108,6 +108,8 @@ def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
     overrides = [override.lstrip("+") for override in overrides]
     if raw.model.name == "tiny" and raw.model.path != "tiny":
         raw.model.name = Path(raw.model.path).name
+    planted = [o.removeprefix("model.") for o in overrides if o.startswith("model.outliers.")]
+    raw.model.name = " ".join([raw.model.name, *planted])
     for group in ("protect", "quant"):
         changes = [o.removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")]
         if changes and not any(change.startswith("name=") for change in changes):

@@ -58,7 +58,9 @@ def test_analysis_of_planted_outliers(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     # Again: read from the cache, and the same.
     assert ptq(monkeypatch, *overrides) == 0
-    assert read_result(tmp_path)["analysis"] == result["analysis"]
+    again = read_result(tmp_path)
+    assert again["analysis"] == result["analysis"]
+    assert again["provenance"]["from_cache"] == ["calibrate"]
 
 
 def test_two_processes_record_what_one_does(tmp_path: Path) -> None:

@@ -208,6 +208,22 @@ def test_other_formats_make_the_same_videos_from_their_checkpoint(
     same_numbers(read_result(tmp_path), load_pipeline(tmp_path / "checkpoint", "cpu"))
 
 
+def test_a_second_run_makes_no_bf16_video_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = []
+    for name in ("first", "second"):
+        overrides = [TWO, "model.generation.steps=1", "tracker=none", "checkpoint=false", f"cache={tmp_path / 'cache'}"]
+        assert ptq(monkeypatch, *overrides, f"hydra.run.dir={tmp_path / name}") == 0
+        results.append(read_result(tmp_path / name))
+    made = ["calibrate", "generate BF16", "noise floor: 1 ulp", "noise floor: seed"]
+    assert [result["provenance"]["from_cache"] for result in results] == [[], made]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["signature"] == results[1]["signature"]
+    assert f"generate BF16        known, from {tmp_path / 'cache'}" in capsys.readouterr().err
+    assert "Found in the cache" in (tmp_path / "second" / "report.html").read_text()
+
+
 def test_the_control_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     status = ptq(
         monkeypatch, "quant=bf16", TWO, "model.generation.steps=1", "tracker=none", f"hydra.run.dir={tmp_path}"

@@ -6,6 +6,7 @@ Everything here is BF16 or leaves the model as it was: the transformer is quanti
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,9 @@ class Bench:
     cache: Cache
     bins: int = 4
     modules: tuple[str, ...] = ()
+    #: What was not made by this run but found in the cache.
+    reused: list[str] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
     _calibrations: dict[bool, Calibration] = field(default_factory=dict)
 
     @property
@@ -89,7 +93,15 @@ class Bench:
             about = {"model": self.model.name, "fingerprint": self.fingerprint}
             save_statistics(made.statistics, folder, about)
 
-        return self.cache.folder("statistics", self._statistics_signature(full), make)
+        return self._artefact("calibrate", "statistics", self._statistics_signature(full), make)
+
+    def _artefact(self, label: str, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
+        """From the cache, which is said, or made now."""
+        if self.cache.has(kind, signature) and signature not in self._seen:
+            self.reused.append(label)
+            print(f"{label:<20} known, from {self.cache.root}", file=sys.stderr, flush=True)
+        self._seen.add(signature)
+        return self.cache.folder(kind, signature, make)
 
     def _statistics_signature(self, full: bool) -> str:
         return self._signature("statistics", bins=self.bins, full=full, files=KIND)
@@ -128,7 +140,7 @@ class Bench:
             save_file({str(i): sample.latents for i, sample in enumerate(samples)}, folder / "latents.safetensors")
 
         counted = {"pairs": pairs, "batch": self._together(pairs), **({"moved": "1 ulp"} if moved else {})}
-        folder = self.cache.folder("latents", self._signature("latents", **counted), make)
+        folder = self._artefact(label, "latents", self._signature("latents", **counted), make)
         latents = load_file(folder / "latents.safetensors")
         return [latents[str(i)] for i in range(len(pairs))]
 

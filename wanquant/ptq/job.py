@@ -54,6 +54,7 @@ from wanquant.wan.load import (
     load_pipeline,
 )
 from wanquant.wan.outliers import chosen_blocks, plant_outliers_
+from wanquant.wan.products import multiplies_bf16
 from wanquant.wan.tiny import parse_caption
 
 #: Videos on the contact sheet at most.
@@ -208,7 +209,7 @@ class _Job:
             bench.calibration(full=True)
         with self.run_.stage("analyze"):
             analysis = analyze(bench, self.config.analysis, self.config.protect, self.run_.folder)
-        return {**self._head(bench, self.config), **analysis, **self._tail(self.config.calib)}
+        return {**self._head(bench, self.config), **analysis, **self._tail(bench, self.config.calib)}
 
     def _head(self, bench: Bench, settled: PTQConfig) -> dict[str, Any]:
         return {
@@ -226,12 +227,14 @@ class _Job:
             "quant": dataclasses.asdict(self.config.quant),
         }
 
-    def _tail(self, prompts: PromptsConfig) -> dict[str, Any]:
+    def _tail(self, bench: Bench, prompts: PromptsConfig) -> dict[str, Any]:
         return {
             "generation": dataclasses.asdict(self.config.model.generation),
             "memory": {"peak_bytes": peak_memory(self.device)},
             "provenance": {
                 **self.made,
+                "bf16_products": "native" if multiplies_bf16(self.device) else "float32, rounded once",
+                "from_cache": bench.reused,
                 "seeds": prompts.seeds,
                 "prompts": prompts.texts,
                 "prompt_hash": digest(prompts.texts),
@@ -278,7 +281,7 @@ class _Job:
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
             "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
             "gates": {gate.name: gate.as_json() for gate in gate_results},
-            **self._tail(config.prompts),
+            **self._tail(bench, config.prompts),
         }
 
     def _quantize(self, pipe: Pipeline, choice: Choice, stats: Mapping[str, float | Site]) -> ConversionReport:

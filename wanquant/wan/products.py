@@ -19,13 +19,17 @@ from torch.overrides import TorchFunctionMode
 WIDENED_AT_ONCE = 1 << 24
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has BF16 products, so that torch takes them there."""
+    if device.type != "cpu":
+        return True
+    # A torch without oneDNN (Apple's) has no such product either, and not even the question.
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def quick_products(device: torch.device) -> AbstractContextManager[Any]:
     """While entered, linears on a CPU without BF16 products are quick; elsewhere nothing changes."""
-    # A torch without oneDNN (Apple's) has no such product either, and not even the question.
-    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if device.type != "cpu" or native:
-        return nullcontext()
-    return WideProducts()
+    return nullcontext() if multiplies_bf16(device) else WideProducts()
 
 
 class WideProducts(TorchFunctionMode):
