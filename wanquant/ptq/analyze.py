@@ -27,7 +27,8 @@ from wanquant.ptq.protect import ProtectConfig
 from wanquant.ptq.sensitivity import kinds
 from wanquant.quant.scale import parse_rule
 from wanquant.quant.search import static_step
-from wanquant.quant.statistics import INPUT, RESIDUAL, Site, Statistics, View
+from wanquant.quant.statistics import INPUT, RESIDUAL, Site, Statistics
+from wanquant.quant.view import View
 from wanquant.runs.files import replacing, write_atomic
 
 #: What a heatmap can show of a view, besides ``absmax``, which is known for every single step.

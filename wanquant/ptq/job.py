@@ -273,7 +273,8 @@ class _Job:
                     save_quantized(pipe, run.folder / "checkpoint", tick)
         # How the blocks were chosen changes nothing but which they are.
         protect = ProtectConfig(config.protect.name, list(report.protected_blocks), config.protect.modules)
-        settled = dataclasses.replace(config, protect=protect, analysis=AnalysisConfig())
+        model = dataclasses.replace(config.model, batch=min(config.model.batch, len(self.pairs)))
+        settled = dataclasses.replace(config, model=model, protect=protect, analysis=AnalysisConfig())
         return {
             **self._head(bench, settled),
             **self._conversion(pipe, report, calibration, choice),
