@@ -3,7 +3,8 @@
 python ptq.py experiment=protection hydra.sweep.dir=outputs/ptq/protection
 python tools/write_table.py outputs/ptq/protection protection-tiny README.md
 
-A sweep is over protections or over quantizations, and its first run is what the others are compared with.
+A sweep is over protections or over quantizations, and its first run is what the others are compared with. The
+directory of a run with ``mode=analyze`` gives the table of its blocks instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.evaluate.stats import Item, difference, estimate
+from wanquant.runs.analysis_report import short
 from wanquant.runs.files import write_atomic
 from wanquant.runs.report import FIDELITY, FLOORS, estimate_text, failed_gates
 from wanquant.runs.run import read_result
@@ -119,9 +121,50 @@ def protocol(results: list[dict[str, Any]], by: str) -> str:
         f"(Bonferroni). {generation['num_frames']} frames of {generation['height']}x{generation['width']}, "
         f"{generation['steps']} steps, guidance {generation['guidance_scale']}, flow shift "
         f"{generation['flow_shift']}; calibrated on {one['calibration']['videos']} other videos. Linears converted: "
-        f"{linears}. {made['device'].upper()}, {made['threads']} threads, torch {made['packages']['torch']}, prompts "
-        f"{made['prompt_hash'][:12]}."
+        f"{linears}. {_machine(made)}."
     )
+
+
+def table_of_blocks(result: dict[str, Any]) -> str:
+    """Markdown: a row a block, from the most sensitive to the least."""
+    blocks, sensitive = result["analysis"]["blocks"], "sensitivity" in result["analysis"]["blocks"][0]
+    order = "sensitivity" if sensitive else "block_sqnr"
+    heads = ["block", *(["SQNR of the final latents, dB"] if sensitive else []), "SQNR of its own output, dB"]
+    heads += ["largest magnitude behind it", "largest that enters its linears", "fewer than 3 mantissa bits"]
+    rows = []
+    for row in sorted(blocks, key=lambda row: (row[order] is not None, row[order])):
+        measured = ["sensitivity", "block_sqnr"] if sensitive else ["block_sqnr"]
+        cells = [estimate_text({"mean": row[m], "ci95": [row[f"{m}_low"], row[f"{m}_high"]]}) for m in measured]
+        share = f"{100 * row['few_bits']:.1f} %"
+        rows.append([str(row["block"]), *cells, short(row["residual_absmax"]), short(row["input_absmax"]), share])
+    lines = ["| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *rows]]
+    made, quant, counted = result["provenance"], result["quant"]["name"], result["calibration"]
+    correlations = [
+        f"{row['meaning']}: {short(row['spearman'])} [{short(row['ci95'][0])}, {short(row['ci95'][1])}]"
+        for row in result["analysis"]["correlation"]
+    ]
+    told = [f"Rank correlation with the harm to the final latents: {'; '.join(correlations)}."] if correlations else []
+    measured_on = (
+        f"{result['model']['name']}, each block quantized alone (`quant={quant}`), {counted['pairs']} (prompt, seed) "
+        f"pairs, mean and 95 % bootstrap interval clustered by prompt. {_machine(made)}."
+    )
+    return "\n".join([*lines, "", measured_on, *(["", *told] if told else [])])
+
+
+def _machine(made: dict[str, Any]) -> str:
+    threads = f"{made['threads']} thread{'s' if made['threads'] > 1 else ''}"
+    prompts = made["prompt_hash"][:12]
+    return f"{made['device'].upper()}, {threads}, torch {made['packages']['torch']}, prompts {prompts}"
+
+
+def write(directory: Path) -> str:
+    """The table of a sweep, or of an analysis."""
+    if not (directory / "result.json").is_file():
+        return table(*read_sweep(directory))
+    result = read_result(directory)
+    if result["status"] != "ok" or result.get("mode") != "analyze":
+        raise ValueError(f"{directory} is one run, and not a finished analysis: a table takes a sweep of several")
+    return table_of_blocks(result)
 
 
 def read_sweep(sweep: Path) -> tuple[list[dict[str, Any]], str]:
@@ -166,12 +209,12 @@ def replace_table(text: str, name: str, new: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sweep", type=Path)
+    parser.add_argument("directory", type=Path, help="of a sweep, or of a run with mode=analyze")
     parser.add_argument("name", help="of the markers: <!-- table NAME: begin --> and <!-- table NAME: end -->")
     parser.add_argument("file", type=Path)
     args = parser.parse_args()
     try:
-        write_atomic(args.file, replace_table(args.file.read_text(), args.name, table(*read_sweep(args.sweep))))
+        write_atomic(args.file, replace_table(args.file.read_text(), args.name, write(args.directory)))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -127,6 +127,32 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: dict[str, An
         write_table.read_sweep(sweep(tmp_path, change))
 
 
+def test_an_analysis_is_a_table_of_its_blocks(tmp_path: Path) -> None:
+    """The most sensitive first, what is not finite before that."""
+    result = copy.deepcopy(RESULT)
+    blocks = [
+        {
+            "block": block, "few_bits": 0.25, "residual_absmax": 120.0, "input_absmax": 8.0,
+            **{f"{name}{end}": value for name in ("sensitivity", "block_sqnr") for end in ("", "_low", "_high")},
+        }
+        for block, value in enumerate((30.0, 20.0, None))
+    ]  # fmt: skip
+    correlation = [{"measure": "m", "meaning": "a measure", "spearman": 0.5, "ci95": [0.25, 0.75]}]
+    result |= {"mode": "analyze", "analysis": {"blocks": blocks, "correlation": correlation}}
+    result["calibration"]["pairs"] = 20
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    text = write_table.write(tmp_path)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["| 2", "| 1", "| 0"]
+    assert rows[0][1] == "– [–, –]"
+    assert rows[1][1:] == ["20.00 [20.00, 20.00]", "20.00 [20.00, 20.00]", "120", "8", "25.0 % |"]
+    assert "a measure: 0.5 [0.25, 0.75]" in text
+    result["mode"] = "quantize"
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="not a finished analysis"):
+        write_table.write(tmp_path)
+
+
 def test_a_failed_run_is_said_to_have_failed(tmp_path: Path) -> None:
     Run(sweep(tmp_path) / "1", "ptq", "").fail(ValueError("out of luck"))
     with pytest.raises(ValueError, match="1 failed: ValueError: out of luck"):

@@ -86,7 +86,8 @@ def _figures(analysis: dict[str, Any], protected: list[int]) -> Any:
         if name in blocks[0]:
             yield (
                 "Each block quantized alone: " + ("its own output" if name == "block_sqnr" else "the final latents"),
-                "Means over pairs with 95 % bootstrap intervals, prompts drawn with replacement. Low is harmful.",
+                "Means over pairs with 95 % bootstrap intervals, prompts drawn with replacement. Low is harmful. The "
+                "same pairs stand behind every block, so that blocks differ more surely than their intervals suggest.",
                 "blocks",
                 figures.by_block(
                     [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in blocks], protected, label
