@@ -60,6 +60,8 @@ def test_beside_torchs_own_threads() -> None:
 
 def test_an_interrupt_does_not_free_what_is_still_written(threads: Callable[[int], None]) -> None:
     threads(2)
+    # A shell starts what it puts into the background with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ended: list[int] = []
 
     def call(first: int, past: int) -> None:
@@ -69,8 +71,11 @@ def test_an_interrupt_does_not_free_what_is_still_written(threads: Callable[[int
         else:
             threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
 
-    with pytest.raises(KeyboardInterrupt):
-        cpu.run_chunks(call, 2, 1 << 20)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cpu.run_chunks(call, 2, 1 << 20)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == [1]
 
 
