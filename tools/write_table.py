@@ -35,8 +35,7 @@ def table(results: list[dict[str, Any]], by: str) -> str:
     """Markdown: a row a configuration, then the noise floor, then how it was measured."""
     first, *others = results
     attributes = ["attributes"] if "attributes" in first["metrics"] else []
-    heads = [by, *COLUMNS[by][0], "latent SQNR, dB"]
-    heads += [f"minus `{first[by]['name']}`, dB"] if others else []
+    heads = [by, *COLUMNS[by][0], "latent SQNR, dB", f"minus `{first[by]['name']}`, dB"]
     heads += ["PSNR, dB", "SSIM", *("attributes right" for _ in attributes), "gates"]
     sqnr, *further = (key for key, _, _ in FIDELITY)
     rows = []
@@ -47,7 +46,7 @@ def table(results: list[dict[str, Any]], by: str) -> str:
                 f"`{result[by]['name']}`" + (" (videos one at a time)" if batch != _batch(first) else ""),
                 *COLUMNS[by][1](result),
                 estimate_text(metrics[sqnr]),
-                *([_minus(metrics[sqnr], first["metrics"][sqnr], len(others))] if others else []),
+                _minus(metrics[sqnr], first["metrics"][sqnr], len(others)),
                 *(estimate_text(metrics[key]) for key in (*further, *attributes)),
                 "FAILED: " + ", ".join(gates) if gates else "pass",
             ]
@@ -58,7 +57,7 @@ def table(results: list[dict[str, Any]], by: str) -> str:
             count = metrics[prefix + sqnr]["n"]
             cells = [f"*{label}*" if count == metrics[sqnr]["n"] else f"*{label}* ({count} pairs)"]
             cells += ["all", "0 %"] if by == "protect" else ["BF16", "BF16"]
-            cells += [estimate_text(metrics[prefix + sqnr]), *([""] if others else [])]
+            cells += [estimate_text(metrics[prefix + sqnr]), ""]
             cells += [estimate_text(metrics[prefix + key]) for key in further]
             # What BF16 itself gets right stands once, beside the floor of the same seeds.
             right = [estimate_text(metrics["bf16." + name]) if prefix == "floor_ulp." else "" for name in attributes]

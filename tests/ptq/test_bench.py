@@ -117,6 +117,21 @@ def test_a_kind_is_smoothed_alone(pipe: Pipeline, tmp_path: Path) -> None:
     assert all(item.value > 10 for item in errors.items)
 
 
+def test_protected_modules_are_protected_where_blocks_are_compared_too(pipe: Pipeline, tmp_path: Path) -> None:
+    plain, bench = bench_of(pipe, tmp_path), bench_of(pipe, tmp_path)
+    bench.modules = ("ffn.*",)
+    assert plain._quantized("sensitivity") != bench._quantized("sensitivity")
+    assert sensitivity.kinds(pipe.transformer, bench.modules) == [
+        f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")
+    ]
+    with sensitivity.quantized(
+        pipe.transformer, bench.quant, *sensitivity.all_but(pipe.transformer, "block 3", bench.modules)
+    ):
+        names = [name for name, m in pipe.transformer.named_modules() if isinstance(m, QuantLinear)]
+    assert len(names) == 8
+    assert all(name.startswith("blocks.3.attn") for name in names)
+
+
 def test_full_statistics_serve_where_light_ones_would_do(pipe: Pipeline, tmp_path: Path) -> None:
     light = bench_of(pipe, tmp_path / "light").calibration()
     assert not light.statistics.layout.full

@@ -65,16 +65,19 @@ def without_network() -> tuple[list[str], dict[str, str]]:
     return prefix, {name: value for name, value in os.environ.items() if name not in OFFLINE}
 
 
-def same_numbers(result: dict[str, Any], quantized: Pipeline) -> None:
-    """Asserts that this pipeline beside tiny-wan gives the run's numbers, bit for bit."""
+def recorded(result: dict[str, Any]) -> list[float]:
+    return [item["value"] for item in result["metrics"]["latent_sqnr"]["per_item"]]
+
+
+def measured_again(result: dict[str, Any], quantized: Pipeline) -> list[float]:
+    """The run's latent SQNRs with this pipeline beside tiny-wan."""
     items = result["metrics"]["latent_sqnr"]["per_item"]
     pairs, settings = [(item["prompt"], item["seed"]) for item in items], GenerationConfig(**result["generation"])
     reference, samples = (
         generate(pipe, pairs, settings, decode=False, batch=result["model"]["batch"])
         for pipe in (load_pipeline("tiny", device="cpu"), quantized)
     )
-    found = [latent_sqnr(r.latents, s.latents) for r, s in zip(reference, samples, strict=True)]
-    assert found == [item["value"] for item in items]
+    return [latent_sqnr(r.latents, s.latents) for r, s in zip(reference, samples, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,8 @@ def test_files(finished: Path) -> None:
 
 
 def test_the_saved_checkpoint_makes_the_same_videos(finished: Path) -> None:
-    same_numbers(read_result(finished), load_pipeline(finished / "checkpoint", device="cpu"))
+    result = read_result(finished)
+    assert measured_again(result, load_pipeline(finished / "checkpoint", device="cpu")) == recorded(result)
 
 
 def test_none_converts_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -181,7 +185,7 @@ def test_static_activations_go_from_calibration_into_the_checkpoint(
         assert layer.input_scale is not None
         assert layer.input_scale.item() == torch.tensor(result["calibration"]["input_absmax"][name] / 15).item()
         assert layer.scheme.overflow == "saturate"
-    same_numbers(result, pipe)
+    assert measured_again(result, pipe) == recorded(result)
 
     for refused in ("protect.blocks=[40]", truncated_model(tmp_path_factory.mktemp("truncated"))):
         assert ptq(monkeypatch, refused, where) == 1
@@ -205,7 +209,8 @@ def test_other_formats_make_the_same_videos_from_their_checkpoint(
         f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
     assert status == 0
-    same_numbers(read_result(tmp_path), load_pipeline(tmp_path / "checkpoint", "cpu"))
+    result = read_result(tmp_path)
+    assert measured_again(result, load_pipeline(tmp_path / "checkpoint", "cpu")) == recorded(result)
 
 
 def test_a_second_run_makes_no_bf16_video_again(
