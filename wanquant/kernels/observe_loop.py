@@ -72,32 +72,48 @@ def _observe_loop(word: type) -> Any:
         zones[7] += above
 
     @_njit
+    def largest(x, rows, columns):
+        """In the tensor's own words, which makes vectors twice as long for BF16."""
+        best = word(0)
+        for row in range(rows):
+            for column in range(columns):
+                best = max(best, x[row, column] & word(magnitude_bits >> wide))
+        return np.uint32(best) << wide
+
+    @_njit
+    def channels(x, row, columns, absmax, square):
+        """The row's part in each channel's largest magnitude and energy; its own largest magnitude is returned."""
+        best = np.uint32(0)
+        for column in range(columns):
+            magnitude = (np.uint32(x[row, column]) << wide) & magnitude_bits
+            best = max(best, magnitude)
+            value = _to_float(magnitude)
+            absmax[column] = _to_float(max(_to_bits(absmax[column]), magnitude))
+            square[column] += value * value
+        return best
+
+    @_njit
+    def count_bins(x, row, columns, counts):
+        """The last two count what is infinite and what is NaN."""
+        last = len(counts) - 3
+        for column in range(columns):
+            magnitude = (np.uint32(x[row, column]) << wide) & magnitude_bits
+            index = min(max(np.int64(magnitude >> shift) - base + 1, 0), last)
+            if magnitude >= _INF_BITS:
+                index = last + 1 + (magnitude > _INF_BITS)
+            counts[index] += 1
+
+    @_njit
     def observe(
         source, rows, columns, absmax, absmax_known, goals, powers_of_two, per_row, lowest,
         counts, zones, sums, channel_absmax, channel_square,
     ):  # fmt: skip
         x = carray(_pointer(source), (rows, columns), word)
-        last = len(counts) - 3
         if not absmax_known:
-            best = word(0)
-            for row in range(rows):
-                for column in range(columns):
-                    best = max(best, x[row, column] & word(magnitude_bits >> wide))
-            absmax = np.uint32(best) << wide
+            absmax = largest(x, rows, columns)
         for row in range(rows):
-            best = np.uint32(0)
-            for column in range(columns):
-                magnitude = (np.uint32(x[row, column]) << wide) & magnitude_bits
-                best = max(best, magnitude)
-                value = _to_float(magnitude)
-                channel_absmax[column] = _to_float(max(_to_bits(channel_absmax[column]), magnitude))
-                channel_square[column] += value * value
-            for column in range(columns):
-                magnitude = (np.uint32(x[row, column]) << wide) & magnitude_bits
-                index = min(max(np.int64(magnitude >> shift) - base + 1, 0), last)
-                if magnitude >= _INF_BITS:
-                    index = last + 1 + (magnitude > _INF_BITS)
-                counts[index] += 1
+            best = channels(x, row, columns, channel_absmax, channel_square)
+            count_bins(x, row, columns, counts)
             powers(x, row, columns, sums)
             for rule in range(len(goals)):
                 divisor = _step(best if per_row[rule] else absmax, goals[rule], powers_of_two[rule] != 0)
