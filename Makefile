@@ -8,7 +8,7 @@ ptq: .venv/installed
 	$(BIN)/python ptq.py protect=boundary
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

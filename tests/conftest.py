@@ -20,6 +20,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+#: As jobs are by default; tests run side by side.
+torch.set_num_threads(1)
 #: What keeps libraries from the network here, and is not set where a user works.
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")
 

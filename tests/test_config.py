@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from wanquant.config import CONF, name_after_overrides
 from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
-from wanquant.ptq.job import PTQConfig
+from wanquant.ptq.config import PTQConfig
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import parse, settle
 from wanquant.runs.tracking import check_tracker

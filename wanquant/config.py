@@ -10,25 +10,33 @@ it let them through instead, and cuts what arrives down to one line: what is wro
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wanquant.ptq.job import PTQConfig
+from wanquant.evaluate.sweep import results_of
+from wanquant.ptq.config import PTQConfig
+from wanquant.report import report, text
+from wanquant.runs.files import write_atomic
+from wanquant.runs.run import write_refusal
+from wanquant.runs.tracking import TrackerConfig, mirror_table
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
@@ -45,36 +53,50 @@ USER_ERRORS = (
 )
 
 
+class Watch(Callback):
+    """Hydra's word, in the process that launches, that a sweep begins: where, and with which tracker.
+
+    A sweep's directory is that sweep's: what is finished there is kept, so other overrides have no place in it.
+    """
+
+    sweep: ClassVar[Path | None] = None
+    tracker: ClassVar[TrackerConfig] = TrackerConfig()
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if config.dry_run:
+            return
+        folder = Path(config.hydra.sweep.dir)
+        asked = sorted(o for o in config.hydra.overrides.task if o.lstrip("+").split("=")[0].split(".")[0] not in ASIDE)
+        asked += [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        note = folder / "sweep.json"
+        if note.is_file() and json.loads(note.read_text())["overrides"] != asked:
+            # Hydra swallows a callback's exceptions, but not this one.
+            _complain(ValueError(f"{folder} holds another sweep: choose another hydra.sweep.dir"))
+            sys.exit(1)
+        write_atomic(note, json.dumps({"overrides": asked}, indent=2) + "\n")
+        Watch.sweep = folder
+        Watch.tracker = TrackerConfig(**{str(key): value for key, value in config.tracker.items()})
+
+
+#: Overrides that make no other sweep of it.
+ASIDE = ("force", "tracker", "checkpoint")
+
+
 def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
     """Composes ``config_name``, turns it into its dataclass and calls ``job(config, run directory, yaml)``.
 
-    In a multirun a job that fails does not take the others with it. Exits 0 only when every job
-    returned, 1 after an error, 130 when interrupted.
+    In a multirun a job that fails does not take the others with it, whichever process it runs in; at the end there is
+    one table. Exits 0 only when every job returned, 1 after an error, 130 when interrupted.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # "full" means: raised here, not printed there
-    failures: dict[str, Exception] = {}
-    jobs = 0
+    Watch.sweep = None
+    failures: list[Exception] = []
 
     @hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")
     def compose(raw: DictConfig) -> None:
-        nonlocal jobs
-        jobs += 1
-        hydra_config = HydraConfig.get()
-        folder = Path(hydra_config.runtime.output_dir)
-        try:
-            name_after_overrides(raw, list(hydra_config.overrides.task))
-            config = OmegaConf.to_object(raw)
-            refuse_unknown_keys(raw, config)
-            job(config, folder, OmegaConf.to_yaml(raw, resolve=True))
-        except Exception as error:
-            if not isinstance(error, USER_ERRORS) and not out_of_memory(error):
-                raise
-            # Caught here and not outside, where Hydra would have added lines of its own.
-            which = f"job {hydra_config.job.num}: " if hydra_config.mode == RunMode.MULTIRUN else ""
-            failures[which] = error
-            _complain(error, which)
-        finally:
-            _remove_if_empty(folder)
+        error = carry_out(raw, config_name, job)
+        if error is not None:
+            failures.append(error)
 
     # So that `kill` ends a run as an interrupt does, through its clean-up.
     signal.signal(signal.SIGTERM, _terminate)
@@ -86,12 +108,56 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
     except USER_ERRORS as error:  # of Hydra, before there was a job
         _complain(error)
         sys.exit(1)
-    if failures:
-        if jobs > 1:  # again, since other jobs have written since
-            print(f"{len(failures)} of {jobs} jobs failed:", file=sys.stderr)
-            for which, failure in failures.items():
-                _complain(failure, which)
+    finally:
+        # After a defect of ours in one of the jobs, too: the others' results are there.
+        complete = Watch.sweep is None or isinstance(sys.exception(), KeyboardInterrupt | SystemExit) or end_sweep()
+    if failures or not complete:
         sys.exit(1)
+
+
+def carry_out(raw: DictConfig, config_name: str, job: Callable[[Any, Path, str], Any]) -> Exception | None:
+    """One job, in whatever process Hydra runs it. A user's error is told here, and returned."""
+    hydra_config = HydraConfig.get()
+    # A launcher's worker may have been started somewhere else.
+    home = Path(hydra_config.runtime.cwd)
+    folder = home / hydra_config.runtime.output_dir
+    try:
+        name_after_overrides(raw, list(hydra_config.overrides.task))
+        config: Any = OmegaConf.to_object(raw)
+        refuse_unknown_keys(raw, config)
+        config.cache = str(home / config.cache)
+        job(config, folder, OmegaConf.to_yaml(raw, resolve=True))
+    except Exception as error:
+        if not isinstance(error, USER_ERRORS) and not out_of_memory(error):
+            raise
+        # Caught here and not outside, where Hydra would have added lines of its own.
+        several = hydra_config.mode == RunMode.MULTIRUN
+        _complain(error, f"job {hydra_config.job.num}: " if several else "")
+        if several and not (folder / "result.json").is_file():
+            names = {group: {"name": str(raw[group].name)} for group in ("model", "quant", "protect")}
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a folder that is not ours
+                write_refusal(folder, config_name, OmegaConf.to_yaml(raw), names, one_line(error))
+        return error
+    finally:
+        _remove_if_empty(folder)
+    return None
+
+
+def end_sweep() -> bool:
+    """Draws the sweep's report and sends its table to the tracker; True if no job failed and none is missing."""
+    assert Watch.sweep is not None
+    try:
+        summary = report(Watch.sweep)
+    except (ValueError, OSError) as error:
+        print(f"no table of this sweep: {one_line(error)}", file=sys.stderr)
+        return all(result["status"] == "ok" for result in results_of(Watch.sweep))
+    print(text(summary, Watch.sweep), flush=True)
+    mirror_table(Watch.tracker, Watch.sweep, summary)
+    failed = summary["failed"]
+    if len(summary["rows"]) + len(failed) > 1:  # again, since other jobs have written since
+        for job in failed:
+            _complain(ValueError(job["error"]), f"job {job['job']}: ")
+    return not failed and not summary["unfinished"]
 
 
 def _terminate(*_: object) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -14,6 +16,7 @@ from torch import nn
 from wanquant import load_pipeline
 from wanquant.config import CONF
 from wanquant.evaluate.stats import Item
+from wanquant.ptq import bench as bench_module
 from wanquant.ptq import sensitivity
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.choose import choose
@@ -26,6 +29,7 @@ from wanquant.wan.config import ModelConfig
 from wanquant.wan.generate import GenerationConfig, generate
 from wanquant.wan.load import Pipeline, read_generation
 from wanquant.wan.outliers import OutliersConfig, plant_outliers_
+from wanquant.wan.studio import Studio
 
 SETTINGS = GenerationConfig(height=64, width=64, num_frames=17, steps=1, guidance_scale=2.0, max_text_length=64)
 PAIRS = [
@@ -43,8 +47,8 @@ def pipe() -> Pipeline:
 
 def bench_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None, batch: int = 2) -> Bench:
     model = ModelConfig(generation=SETTINGS, batch=batch)
-    how = (settle(quant or QuantConfig()), PAIRS, "as shipped", torch.device("cpu"), Cache(folder))
-    return Bench(pipe, model, *how, bins=1)
+    studio = Studio(pipe, model, "as shipped", torch.device("cpu"), Cache(folder))
+    return Bench(studio, settle(quant or QuantConfig()), PAIRS, bins=1)
 
 
 def test_a_stopped_measurement_goes_on_where_it_was(
@@ -81,6 +85,31 @@ def test_a_stopped_measurement_goes_on_where_it_was(
     cell.write_text(cell.read_text()[:-5])
     assert bench_of(pipe, tmp_path / "cut").unit_errors(units) == whole
     assert len(measured) == 4
+
+
+def test_a_stopped_calibration_goes_on_at_its_video(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench_of(pipe, tmp_path / "whole").calibration(full=True).statistics
+    real, seen = bench_module.calibrate, []
+
+    def cut_in_the_second(pipe_: Any, pairs: Any, *args: Any) -> Any:
+        if len(seen) == 1:
+            seen.append("cut")
+            raise KeyboardInterrupt
+        seen.append(pairs)
+        return real(pipe_, pairs, *args)
+
+    monkeypatch.setattr(bench_module, "calibrate", cut_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        bench_of(pipe, tmp_path / "cut").calibration(full=True)
+    found = bench_of(pipe, tmp_path / "cut").calibration(full=True).statistics
+    assert seen == [[PAIRS[0]], "cut", [PAIRS[1]]]
+    assert found.layout == whole.layout
+    for name, site in whole.sites.items():
+        for field in dataclasses.fields(site):
+            assert np.array_equal(getattr(site, field.name), getattr(found.sites[name], field.name), equal_nan=True)
+    assert len([path for path in (tmp_path / "cut" / "statistics").iterdir() if path.is_dir()]) == 1
 
 
 def test_a_unit_costs_what_a_model_with_nothing_else_quantized_does(pipe: Pipeline, tmp_path: Path) -> None:
@@ -140,14 +169,14 @@ def test_full_statistics_serve_where_light_ones_would_do(pipe: Pipeline, tmp_pat
     assert full.statistics.layout.full
     assert full.statistics.input_absmax() == light.statistics.input_absmax()
     assert full.flops == light.flops
-    assert len(list((tmp_path / "full" / "statistics").iterdir())) == 1
+    assert len([path for path in (tmp_path / "full" / "statistics").iterdir() if path.is_dir()]) == 1
 
 
 def test_greedy_looks_again_after_each_choice(pipe: Pipeline, tmp_path: Path) -> None:
     """Cells written as a measurement would: blocks 7 and 8 are the worst alone, but one of them helps only where the
     other is not protected, and 30 beside it helps more."""
     bench = bench_of(pipe, tmp_path)
-    cells = bench.cache.cells("sensitivity", bench._quantized("sensitivity"))
+    cells = bench.studio.cache.cells("sensitivity", bench._quantized("sensitivity"))
 
     def put(name: str, decibels: float) -> None:
         cells.put(name, [vars(Item(*pair, decibels)) for pair in PAIRS])
@@ -184,6 +213,6 @@ def test_sensitivity_finds_the_planted_blocks(tmp_path: Path) -> None:
     prompts = ["a green circle moving right on a gray background", "a yellow square moving down on a white background"]
     bench = bench_of(pipe, tmp_path, batch=4)
     bench.pairs = PAIRS + [(prompt, 1000) for prompt in prompts]
-    bench.model.generation = GenerationConfig(**read_generation(tiny.folder()))
+    bench.studio.model.generation = GenerationConfig(**read_generation(tiny.folder()))
     assert choose(ProtectConfig("auto", by="sensitivity", budget=5), bench).blocks == list(planted)
     assert choose(ProtectConfig("auto", by="absmax", budget=5), bench).blocks == list(planted)

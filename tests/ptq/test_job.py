@@ -114,7 +114,7 @@ def test_result(finished: Path) -> None:
     assert result["metrics"]["floor_seed.psnr"]["mean"] < result["metrics"]["psnr"]["mean"]
     assert result["demonstration"] is True
     assert len(result["signature"]) == 64
-    assert result["provenance"]["threads"] == torch.get_num_threads()
+    assert result["provenance"]["threads"] == 1
     assert len(result["calibration"]["block_absmax"]) == 40
     assert sum(result["timings"].values()) > 0
 
@@ -145,11 +145,15 @@ def test_the_saved_checkpoint_makes_the_same_videos(finished: Path) -> None:
 
 def test_none_converts_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     status = ptq(
-        monkeypatch, "-m", "protect=none", TWO, "model.generation.steps=1", "tracker=none", "checkpoint=false",
+        monkeypatch, "-m", "protect=none", TWO, "model.generation.steps=1", "checkpoint=false",
         "eval.noise_floor=false", f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert status == 0
     result = read_result(tmp_path / "0")
+    # The sweep's table goes to the tracker as well as each run.
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("0/wandb/offline-run-*/*.wandb"))
+    assert (tmp_path / "table.tex").is_file()
     assert result["conversion"] == {"converted": 400, "protected": 0, "skipped": 6}
     assert not (tmp_path / "0" / "checkpoint").exists()
 
@@ -217,9 +221,9 @@ def test_a_second_run_makes_no_bf16_video_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = []
-    for name in ("first", "second"):
+    for name, force in (("first", "false"), ("second", "true")):
         overrides = [TWO, "model.generation.steps=1", "tracker=none", "checkpoint=false", f"cache={tmp_path / 'cache'}"]
-        assert ptq(monkeypatch, *overrides, f"hydra.run.dir={tmp_path / name}") == 0
+        assert ptq(monkeypatch, *overrides, f"hydra.run.dir={tmp_path / name}", f"force={force}") == 0
         results.append(read_result(tmp_path / name))
     made = ["calibrate", "generate BF16", "noise floor: 1 ulp", "noise floor: seed"]
     assert [result["provenance"]["from_cache"] for result in results] == [[], made]
@@ -227,6 +231,34 @@ def test_a_second_run_makes_no_bf16_video_again(
     assert results[0]["signature"] == results[1]["signature"]
     assert f"generate BF16        known, from {tmp_path / 'cache'}" in capsys.readouterr().err
     assert "Found in the cache" in (tmp_path / "second" / "report.html").read_text()
+
+
+def test_what_is_finished_is_not_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also not in another folder, nor under another name for the same blocks; but with a checkpoint, if there was
+    none."""
+    base = [TWO, "model.generation.steps=1", "tracker=none", "eval.noise_floor=false", f"cache={tmp_path / 'cache'}"]
+    assert ptq(monkeypatch, *base, "checkpoint=false", f"hydra.run.dir={tmp_path / 'a'}") == 0
+    first = read_result(tmp_path / "a")
+    capsys.readouterr()
+    assert ptq(monkeypatch, *base, "checkpoint=false", f"hydra.run.dir={tmp_path / 'a'}") == 0
+    assert "finished already" in capsys.readouterr().out
+    assert read_result(tmp_path / "a") == first
+    same = ["checkpoint=false", "protect=none", "protect.blocks=[-1,-2,-3,1,0]", "quant.packed=true"]
+    assert ptq(monkeypatch, *base, *same, f"hydra.run.dir={tmp_path / 'b'}") == 0
+    captured = capsys.readouterr()
+    assert f"finished already, in {tmp_path / 'a'}" in captured.out
+    assert "load " not in captured.err
+    second = read_result(tmp_path / "b")
+    assert (second["metrics"], second["signature"]) == (first["metrics"], first["signature"])
+    assert second["protect"]["name"] == "blocks=[-1,-2,-3,1,0]"
+    assert (tmp_path / "b" / "report.html").read_text().count("<video") == 2
+    # The latents are known, so the checkpoint costs little.
+    assert ptq(monkeypatch, *base, f"hydra.run.dir={tmp_path / 'c'}") == 0
+    assert "generate hif8        known" in capsys.readouterr().err
+    assert (tmp_path / "c" / "checkpoint").is_dir()
+    assert read_result(tmp_path / "c")["metrics"] == first["metrics"]
 
 
 def test_the_control_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -294,14 +326,21 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     assert len(printed) == 1, printed
     assert printed[0].startswith("error: ")
     assert named in printed[0]
-    assert not [path for path in run.rglob("*") if path.name in ("result.json", "report.html", "checkpoint")]
+    left = [path for path in run.rglob("*") if path.name in ("result.json", "report.html", "checkpoint")]
+    if multirun and (run / "sweep.json").exists():
+        # There it has a row in the sweep's table, which says that it failed.
+        left.remove(run / "report.html")
+        if (run / "0").exists():
+            assert named in json.loads((run / "0" / "result.json").read_text())["error"]
+            left.remove(run / "0" / "result.json")
+    assert not left
 
 
 def test_a_disk_that_fills_up_is_one_line_and_no_result(tmp_path: Path) -> None:
     """The process may write no file above 5 MB, so the checkpoint fails as it would on a full disk."""
     command = [sys.executable, "ptq.py", TWO, *QUICK, "tracker=none", "eval.noise_floor=false"]
     done = subprocess.run(
-        [*command, f"hydra.run.dir={tmp_path / 'run'}"],
+        [*command, f"hydra.run.dir={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -327,12 +366,33 @@ def test_a_failing_job_of_a_sweep_leaves_the_others(
     )  # fmt: skip
     assert status == 1
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-2] == "1 of 2 jobs failed:"
     assert lines[-1].startswith("error: job 0: protected block 40 is out of range")
-    assert not (tmp_path / "0" / "result.json").exists()
+    failed = read_result(tmp_path / "0")
+    assert failed["status"] == "failed"
+    assert failed["error"].startswith("protected block 40 is out of range")
+    assert failed["protect"] == {"name": "blocks=[40]"}
+    html = (tmp_path / "report.html").read_text()
+    assert "Job 0 failed" in html
+    assert "1 configuration finished, 1 failed" in html
     result = read_result(tmp_path / "1")
     assert result["protect"]["blocks"] == [0]
     assert result["protect"]["name"] == "blocks=[0]"
+
+
+def test_a_sweeps_directory_is_that_sweeps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another sweep is refused there and costs nothing of the first; the same one may be given again, with what changes
+    no number."""
+    where = ["-m", f"hydra.sweep.dir={tmp_path}", "tracker=none"]
+    assert ptq(monkeypatch, *where, "protect.blocks=[40],[41]") == 1
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert ptq(monkeypatch, *where, "protect.blocks=[40]") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path} holds another sweep: choose another hydra.sweep.dir\n"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert ptq(monkeypatch, *where, "force=true", "checkpoint=false", "protect.blocks=[40],[41]") == 1
+    assert "job 1: protected block 41" in capsys.readouterr().err
 
 
 def test_a_failing_tracker_costs_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

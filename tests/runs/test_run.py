@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from wanquant.ptq.job import PTQConfig
+from wanquant.ptq.config import PTQConfig
 from wanquant.runs import pictures
 from wanquant.runs.files import write_atomic
 from wanquant.runs.run import Run, clean_json, read_result, signature
@@ -38,7 +38,16 @@ def changed(path: str) -> dict[str, Any]:
     return config
 
 
-QUIET = {"cache", "dry_run", "checkpoint", "quant.packed", "model.device", "model.path", "model.generation.fps"}
+QUIET = {
+    "cache",
+    "dry_run",
+    "force",
+    "checkpoint",
+    "quant.packed",
+    "model.device",
+    "model.path",
+    "model.generation.fps",
+}
 
 
 @pytest.mark.parametrize("path", leaves(CONFIG))

@@ -27,6 +27,7 @@ from wanquant.ptq.protect import ProtectConfig
 from wanquant.ptq.sensitivity import kinds
 from wanquant.quant.scale import parse_rule
 from wanquant.quant.search import static_step
+from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import INPUT, RESIDUAL, Site, Statistics
 from wanquant.quant.view import View
 from wanquant.runs.files import replacing, write_atomic
@@ -70,7 +71,7 @@ def check_analysis(config: AnalysisConfig, steps: int) -> None:
 def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder: Path) -> dict[str, Any]:
     """The analysis part of ``result.json``; its tables also as CSV in ``folder``/analysis, with the statistics."""
     statistics = bench.calibration(full=True).statistics
-    inner = kinds(bench.pipe.transformer, bench.modules)
+    inner = kinds(bench.studio.pipe.transformer, bench.modules)
     modules = [module_row(name, statistics, bench) for name in bench.calibration(full=True).flops]
     blocks = [block_row(index, statistics, modules) for index in range(bench.blocks)]
     for row, found in zip(blocks, bench.block_errors(), strict=True):
@@ -101,7 +102,7 @@ def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder
         with replacing(folder / "analysis" / path.name) as temporary:
             shutil.copyfile(path, temporary)
     return {
-        "protect": {"name": protect.name, "blocks": sorted(_positive(choice.blocks, bench.blocks))},
+        "protect": {"name": protect.name, "blocks": list(resolve_blocks(choice.blocks, bench.blocks))},
         "calibration": {"coverage": statistics.coverage(), "pairs": len(bench.pairs)},
         "demonstration": len(bench.pairs) < ENOUGH_PAIRS,
         "analysis": {
@@ -115,10 +116,6 @@ def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder
             "correlation": correlations(blocks) if config.sensitivity else [],
         },
     }
-
-
-def _positive(blocks: Sequence[int], count: int) -> list[int]:
-    return [block % count for block in blocks]
 
 
 def _with_interval(name: str, found: Estimate) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 from wanquant.quant import ConversionReport
 from wanquant.quant.observe import Observer
 from wanquant.quant.statistics import Layout, Statistics
-from wanquant.wan.generate import GenerationConfig, Position, generate
+from wanquant.wan.generate import Embed, GenerationConfig, Position, generate
 from wanquant.wan.load import Pipeline
 
 Pair = tuple[str, int]
@@ -40,13 +40,14 @@ def calibrate(
     on_step: Callable[[], None],
     bins: int = 4,
     full: bool = True,
+    embed: Embed | None = None,
 ) -> Calibration:
     """Denoises the calibration prompts in BF16; the VAE is not run. Both guidance branches and all steps are seen."""
     branches = 2 if settings.guidance_scale > 1 else 1
     layout = Layout(tuple(map(name_of, pairs)), settings.steps, bins, branches, full)
     position = Position()
     with Observer(pipe.transformer, layout, position.where) as observer:
-        generate(pipe, pairs, settings, on_step, decode=False, position=position)
+        generate(pipe, pairs, settings, on_step, decode=False, position=position, embed=embed)
     return Calibration(observer.statistics, linear_flops(pipe, observer.statistics.rows()))
 
 

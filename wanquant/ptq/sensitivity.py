@@ -23,11 +23,12 @@ from wanquant.evaluate.stats import Item
 from wanquant.ptq.calibrate import Pair
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
 from wanquant.quant.statistics import Site
-from wanquant.runs.cache import Cells
-from wanquant.wan.generate import GenerationConfig, Position, generate
+from wanquant.wan.generate import Position, Sample
 from wanquant.wan.load import FOLDS, Pipeline
 
 Stats = Mapping[str, float | Site]
+#: ``wanquant.wan.generate.generate`` with all but the pairs and what is asked of them decided.
+Make = Callable[..., list[Sample]]
 
 
 @contextmanager
@@ -73,29 +74,14 @@ def all_but(transformer: nn.Module, unit: str, modules: Sequence[str] = ()) -> t
 
 
 def final_errors(
-    pipe: Pipeline,
-    pairs: Sequence[Pair],
-    references: Sequence[torch.Tensor],
-    settings: GenerationConfig,
-    batch: int,
-    on_step: Callable[[], None],
+    make: Make, pairs: Sequence[Pair], references: Sequence[torch.Tensor], on_step: Callable[[], None]
 ) -> list[Item]:
     """Latent SQNR in dB of every pair against the reference latents, made in the same batches."""
-    samples = generate(pipe, pairs, settings, on_step, decode=False, batch=batch)
+    samples = make(pairs, on_step, decode=False)
     return [
         Item(sample.prompt, sample.seed, latent_sqnr(reference, sample.latents))
         for sample, reference in zip(samples, references, strict=True)
     ]
-
-
-def measured(cells: Cells, name: str, measure: Callable[[], list[Item]]) -> list[Item]:
-    """From the cell of that name, or measured now and put there."""
-    known = cells.get(name)
-    if known is not None:
-        return [Item(**item) for item in known]
-    items = measure()
-    cells.put(name, [vars(item) for item in items])
-    return items
 
 
 @torch.no_grad()
@@ -104,8 +90,7 @@ def block_errors(
     quant: QuantConfig,
     modules: Sequence[str],
     pairs: Sequence[Pair],
-    settings: GenerationConfig,
-    batch: int,
+    make: Make,
     stats: Stats | None,
     on_step: Callable[[], None],
 ) -> list[list[Item]]:
@@ -130,7 +115,7 @@ def block_errors(
 
     handles = [block.register_forward_hook(beside(i), with_kwargs=True) for i, block in enumerate(blocks)]
     try:
-        generate(pipe, pairs, settings, on_step, decode=False, batch=batch, position=position)
+        make(pairs, on_step, decode=False, position=position)
     finally:
         for handle in handles:
             handle.remove()

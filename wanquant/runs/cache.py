@@ -1,64 +1,164 @@
 """Artefacts that several runs share, each in a folder named by its signature.
 
-A folder is written under a temporary name and renamed when whole, so whoever finds it can use it; of two processes
-that make the same one, the first to finish wins and the other's is thrown away. ``cells`` are folders that grow:
-one small JSON file for each finished piece of a long measurement, so that it can be stopped and taken up again.
+A folder is made under a lock, so that jobs that run side by side make it once and the others wait; the lock is the
+operating system's and dies with its holder. It is written under a temporary name, with the SHA-256 of its files, and
+renamed when whole; whoever opens it checks those sums, and what is damaged is made again. ``cells`` are folders that
+grow: a small file for each finished piece of a long measurement, so that it can be stopped and taken up again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import secrets
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
 from wanquant.runs.files import write_atomic
 
+#: Sums of the files of a folder, as ``sha256sum --check`` reads them.
+SUMS = "SHA256SUMS"
 
+
+@dataclass
 class Cache:
-    """Below ``root``: ``<kind>/<signature>/``."""
+    """Below ``root``: ``<kind>/<signature>/``, and a lock file beside each."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    root: Path
+    #: Folders whose sums this process has checked.
+    _whole: set[Path] = field(default_factory=set)
 
     def has(self, kind: str, signature: str) -> bool:
-        return (self.root / kind / signature).is_dir()
+        """Whether it is there and undamaged; that it is not is said."""
+        folder = self.root / kind / signature
+        if folder not in self._whole and folder.is_dir():
+            wrong = damaged(folder)
+            if wrong:
+                print(f"damaged: {folder} ({wrong}); it is made again", file=sys.stderr, flush=True)
+                return False
+            self._whole.add(folder)
+        return folder.is_dir()
 
     def folder(self, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
         """The folder of that signature, made by ``make(empty folder)`` if it is not there yet."""
         final = self.root / kind / signature
-        if final.is_dir():
+        if self.has(kind, signature):
             return final
-        partial = final.with_name(f"{signature}.partial-{secrets.token_hex(4)}")
+        with locked(final.with_name(f"{signature}.lock"), f"{kind} {signature[:8]}"):
+            if not final.is_dir() or damaged(final):  # else it was made meanwhile
+                self._make(final, make)
+            self._whole.add(final)
+        return final
+
+    def _make(self, final: Path, make: Callable[[Path], None]) -> None:
+        """Only the lock's holder writes here: what is there already, damage or a kill left."""
+        partial = final.with_name(f"{final.name}.partial")
+        for path in (partial, final):
+            shutil.rmtree(path, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             make(partial)
-            try:
-                partial.rename(final)
-            except OSError:
-                if not final.is_dir():  # else another process was first
-                    raise
+            sums = [f"{_sum(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
+            (partial / SUMS).write_text("".join(sums), encoding="utf-8")
+            partial.rename(final)
+        except SafetensorError as error:  # of a full disk it makes no OSError
+            raise OSError(f"cannot write {final}: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return final
+
+    def forget(self, kind: str, signature: str) -> None:
+        folder = self.root / kind / signature
+        self._whole.discard(folder)
+        with locked(folder.with_name(f"{signature}.lock"), f"{kind} {signature[:8]}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def forget_parts(self, kind: str, signature: str) -> None:
+        """Of an artefact that is whole: folders named after its signature, a dash and a number."""
+        for path in (self.root / kind).glob(f"{signature}-[0-9]*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def cells(self, kind: str, signature: str) -> Cells:
         return Cells(self.root / kind / signature)
 
 
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Holds the lock file; waiting for another process is said."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process, which makes {what}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def damaged(folder: Path) -> str | None:
+    """What is wrong with a folder of the cache, if anything."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            expected, _, name = line.partition("  ")
+            if _sum(folder / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None if lines else "it lists no files"
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Cells:
-    """Finished pieces by name; a damaged file counts as not there."""
+    """Finished pieces by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, name: str) -> Any | None:
+        """A damaged file is said, removed, and counts as not there."""
+        path = self.folder / f"{name}.json"
         try:
-            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            cell = json.loads(path.read_text(encoding="utf-8"))
+            if cell["sha256"] == _sum_of(cell["value"]):
+                return cell["value"]
+        except FileNotFoundError:
             return None
+        except (ValueError, KeyError, TypeError):
+            pass
+        print(f"damaged: {path}; it is measured again", file=sys.stderr, flush=True)
+        path.unlink(missing_ok=True)
+        return None
 
     def put(self, name: str, value: Any) -> None:
-        write_atomic(self.folder / f"{name}.json", json.dumps(value) + "\n")
+        value = json.loads(json.dumps(value))  # as it will be read
+        cell = {"sha256": _sum_of(value), "value": value}
+        write_atomic(self.folder / f"{name}.json", json.dumps(cell) + "\n")
+
+    def measured(self, name: str, measure: Callable[[], Any]) -> Any:
+        """From the cell of that name, or measured now, by one process at a time, and put there."""
+        known = self.get(name)
+        if known is None:
+            with locked(self.folder / f"{name}.lock", name):
+                known = self.get(name)
+                if known is None:
+                    self.put(name, measure())
+                    known = self.get(name)
+        return known
+
+
+def _sum_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

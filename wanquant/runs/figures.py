@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 
+#: The same figure is the same file.
+matplotlib.rcParams["svg.hashsalt"] = "wanquant"
 #: Okabe and Ito's palette for colour-blind readers; the hatch repeats what the colour says.
 QUANTIZED, PROTECTED = "#56B4E9", "#D55E00"
 
@@ -116,6 +120,52 @@ def by_block(
     axes.set(xlabel="block", ylabel=label, xlim=(-0.8, len(rows) - 0.2))
     axes.grid(axis="y", color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def pareto(rows: Sequence[tuple[str, float, float, float, float]], label: str) -> str:
+    """Quality against the share of FLOPs quantized, each (name, share, mean, low, high) a numbered dot; those that no
+    other beats in both are diamonds, and joined. Numbers are those of the rows, from 1."""
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    best = [row for row in rows if not any(_beats(other, row) for other in rows)]
+    for number, row in enumerate(rows, 1):
+        _, share, mean, low, high = row
+        front = row in best
+        axes.plot([share, share], [low, high], color=PROTECTED if front else QUANTIZED, linewidth=2)
+        axes.plot(share, mean, "D" if front else "o", color=PROTECTED if front else QUANTIZED, markeredgecolor="black")
+        axes.annotate(str(number), (share, mean), (6, -3), textcoords="offset points", fontsize=8)
+    line = sorted((row[1], row[2]) for row in best)
+    axes.plot([x for x, _ in line], [y for _, y in line], color=PROTECTED, linewidth=1, linestyle="--")
+    axes.set(xlabel="share of the linears' FLOPs quantized", ylabel=label)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes.grid(color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _beats(ours: tuple[str, float, float, float, float], theirs: tuple[str, float, float, float, float]) -> bool:
+    """No worse in share and mean, and better in one of them."""
+    return ours[1] >= theirs[1] and ours[2] >= theirs[2] and ours[1:3] != theirs[1:3]
+
+
+def small_multiples(panels: Sequence[tuple[str, Sequence[Sequence[float]]]], label: str) -> str:
+    """A panel a prompt: for each configuration, numbered from 1, a dot a seed and a bar at their mean."""
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(9, 0.4 + 1.9 * lines), sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, configurations) in zip(grid.flat, panels, strict=False):
+        for number, values in enumerate(configurations, 1):
+            axes.plot([number] * len(values), values, "o", color=QUANTIZED, markersize=3)
+            axes.plot([number - 0.3, number + 0.3], [np.mean(values)] * 2, color="black", linewidth=1.2)
+        axes.set_title(textwrap.fill(textwrap.shorten(title, 60, placeholder=" …"), 31), fontsize=6.5)
+        axes.set_xticks(range(1, len(configurations) + 1))
+        axes.tick_params(labelsize=6)
+        axes.grid(axis="y", color="#dddddd")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supylabel(label, fontsize=8)
+    figure.tight_layout()
     return _svg(figure)
 
 

@@ -61,20 +61,43 @@ def thumbnail(frame: np.ndarray, height: int = 96) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def side_by_side(videos: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
-    """uint8 videos of one size next to each other, each under its label."""
+def read_mp4(path: Path) -> np.ndarray:
+    """uint8 [frames, height, width, 3]."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def frames_per_second(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return round(container.streams.video[0].average_rate or 16)
+
+
+def side_by_side(
+    videos: Sequence[np.ndarray], labels: Sequence[str], columns: int | None = None, height: int | None = None
+) -> np.ndarray:
+    """uint8 videos of one size next to each other, each under its label, in lines of ``columns``; with a ``height``
+    large ones are reduced to it, small ones are always enlarged."""
+    columns = columns or len(videos)
     panels = []
     for frames, label in zip(videos, labels, strict=True):
-        large = enlarge(frames)
+        if height is not None and frames.shape[1] > height:
+            large = np.stack([thumbnail(frame, height) for frame in frames])
+        else:
+            large = enlarge(frames, height or VIEW_HEIGHT)
         strip = Image.new("RGB", (large.shape[2], LABEL_HEIGHT), "white")
-        ImageDraw.Draw(strip).text((6, 3), label, fill="black", font=ImageFont.load_default(14))
+        ImageDraw.Draw(strip).text((6, 3), label, fill="black", font=ImageFont.load_default(14 if columns < 4 else 11))
         banner = np.broadcast_to(np.asarray(strip), (len(large), LABEL_HEIGHT, large.shape[2], 3))
         panels.append(np.concatenate([banner, large], axis=1))
-    gap = np.full((len(panels[0]), panels[0].shape[1], 8, 3), 255, np.uint8)
-    row = panels[0]
-    for panel in panels[1:]:
-        row = np.concatenate([row, gap, panel], axis=2)
-    return row
+    white = np.full_like(panels[0], 255)
+    panels += [white] * (-len(panels) % columns)
+    gap = np.full((*panels[0].shape[:2], 8, 3), 255, np.uint8)
+    lines = []
+    for first in range(0, len(panels), columns):
+        line = [piece for panel in panels[first : first + columns] for piece in (gap, panel)][1:]
+        lines.append(np.concatenate(line, axis=2))
+    whole = np.concatenate(lines, axis=1)
+    # The codec wants even sides.
+    return np.pad(whole, ((0, 0), (0, whole.shape[1] % 2), (0, whole.shape[2] % 2), (0, 0)), constant_values=255)
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], columns: int = 5) -> Image.Image:

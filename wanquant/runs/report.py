@@ -22,16 +22,18 @@ FOLLOWED = 0.5
 ATTRIBUTES = ("color", "shape", "direction", "background", "attributes")
 
 
-def write_report(folder: Path, result: dict[str, Any]) -> Path:
-    """Draws the report of ``result`` into ``folder``, with the pictures and videos found there."""
+def html_environment() -> Environment:
+    loader = PackageLoader("wanquant.runs")
     environment = Environment(
-        loader=PackageLoader("wanquant.runs"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["estimate"] = estimate_text
+    return environment
+
+
+def write_report(folder: Path, result: dict[str, Any]) -> Path:
+    """Draws the report of ``result`` into ``folder``, with the pictures and videos found there."""
+    environment = html_environment()
     path = folder / "report.html"
     if result["mode"] == "analyze":
         write_atomic(path, analysis_html(environment, folder, result))
@@ -56,9 +58,9 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
         cautions=cautions(result),
         magnitudes=block_magnitudes(result["calibration"]["block_absmax"], result["protect"]["blocks"]),
         intervals=intervals(sqnr, "latent SQNR, dB") if sqnr else "",
-        videos=[(path.stem, _data_uri(path, "video/mp4")) for path in videos],
+        videos=[(path.stem, data_uri(path, "video/mp4")) for path in videos],
         more_videos=len(metrics["psnr"]["per_item"]) - len(videos),
-        sheet=_data_uri(sheet, "image/png") if sheet.is_file() else None,
+        sheet=data_uri(sheet, "image/png") if sheet.is_file() else None,
         settings=json.dumps({key: result[key] for key in ("quant", "protect", "generation", "provenance")}, indent=2),
     )
     write_atomic(path, html)
@@ -136,5 +138,5 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}" if abs(value) < 1.5 else f"{value:.2f}"
 
 
-def _data_uri(path: Path, kind: str) -> str:
+def data_uri(path: Path, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

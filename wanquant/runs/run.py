@@ -34,6 +34,7 @@ VOLATILE = (
     "tracker",
     "cache",
     "dry_run",
+    "force",
     "checkpoint",
     "quant.packed",
     "model.device",
@@ -42,6 +43,8 @@ VOLATILE = (
     "*.name",
     "*.by_language",
 )
+#: Folders a run makes beside its summaries.
+PRODUCTS = ("checkpoint", "videos", "figures", "analysis")
 #: By which a directory is known to hold a finished run.
 SUMMARIES = ("result.json", "report.html")
 #: Whose versions can change a number, besides torch's.
@@ -146,14 +149,17 @@ def _git() -> dict[str, Any]:
 def remove_products(folder: Path) -> None:
     """Removes all that looks like a result."""
     summaries = [path for name in SUMMARIES for path in (folder / name, _previous(folder / name))]
-    for path in (
-        *summaries,
-        *(folder / name for name in ("checkpoint", "checkpoint.partial", "videos", "figures", "analysis")),
-    ):
+    made = [folder / name for name in (*PRODUCTS, "checkpoint.partial")]
+    for path in (*summaries, *made, *_unfinished(folder)):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """Files that a killed run was writing."""
+    return list(folder.glob("*.tmp")) if folder.is_dir() else []
 
 
 @contextmanager
@@ -179,7 +185,7 @@ def refuse_foreign(folder: Path) -> None:
     """``ValueError`` for a directory that holds anything but a run: nothing of a user's is ever removed."""
     if not folder.is_dir():
         return
-    present = {path.name for path in folder.iterdir()} - {"log.txt"}
+    present = {path.name for path in folder.iterdir()} - {"log.txt"} - {path.name for path in _unfinished(folder)}
     config = folder / "config.yaml"
     if present and not (config.is_file() and config.read_text().startswith(HEADER)):
         raise ValueError(f"{folder} is neither empty nor a run directory: choose another hydra.run.dir")
@@ -188,9 +194,11 @@ def refuse_foreign(folder: Path) -> None:
 class Run:
     """One job in its directory. ``stage`` times a part of it; ``finish`` or ``fail`` ends it."""
 
-    def __init__(self, folder: Path, job: str, config_yaml: str) -> None:
+    def __init__(self, folder: Path, job: str, config_yaml: str, names: dict[str, Any] | None = None) -> None:
+        """``names`` are those of the model, the quantization and the protection, told even by a run that fails."""
         self.folder = folder
         self.job = job
+        self.names = names or {}
         self.timings: dict[str, float] = {}
         self.started = time.time()
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +218,7 @@ class Run:
         """Writes ``result.json`` with status ok, after ``publish`` drew what is drawn from it; returns it."""
         full = self._full("ok", None, result)
         publish(full)
-        self._write(full)
+        write_result(self.folder, full)
         return full
 
     def fail(self, error: BaseException) -> None:
@@ -223,7 +231,8 @@ class Run:
             with (self.folder / "log.txt").open("a") as log:
                 traceback.print_exception(error, file=log)
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            self._write(self._full("failed", "interrupted" if stopped else f"{type(error).__name__}: {error}", {}))
+            told = "interrupted" if stopped else f"{type(error).__name__}: {error}"
+            write_result(self.folder, self._full("failed", told, self.names))
         except OSError:
             (self.folder / "result.json").unlink(missing_ok=True)
 
@@ -233,8 +242,22 @@ class Run:
         full: dict[str, Any] = clean_json({**head, **result, "timings": timings})
         return full
 
-    def _write(self, full: dict[str, Any]) -> None:
-        write_atomic(self.folder / "result.json", json.dumps(full, indent=2) + "\n")
+
+def failed_result(error: str, job: str = "", names: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What is left of a run that was refused, or cannot be read."""
+    return {"schema": SCHEMA, "job": job, "status": "failed", "error": error, **(names or {})}
+
+
+def write_refusal(folder: Path, job: str, config_yaml: str, names: dict[str, Any], error: str) -> None:
+    """Of a job of a sweep that was refused before it began, so that the sweep's table can tell. An earlier run's
+    result in the folder was put aside by ``refused_leave_no_result``."""
+    refuse_foreign(folder)
+    write_atomic(folder / "config.yaml", HEADER + config_yaml)
+    write_result(folder, failed_result(error, job, names))
+
+
+def write_result(folder: Path, full: dict[str, Any]) -> None:
+    write_atomic(folder / "result.json", json.dumps(full, indent=2) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wanquant.runs.sweep_table import cells
+
 
 @dataclass
 class TrackerConfig:
@@ -38,18 +40,24 @@ def mirror(config: TrackerConfig, folder: Path, settings: dict[str, Any], result
         logging.getLogger(__name__).warning("the result is complete, but the tracker failed: %s", error)
 
 
-def _send(config: TrackerConfig, folder: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
+def _run(config: TrackerConfig, folder: Path, group: str, settings: dict[str, Any]) -> Any:
     import wandb
 
-    with wandb.init(
+    return wandb.init(
         project=config.project,
         name=folder.name,
-        group=result["job"],
+        group=group,
         dir=str(folder),
         config=settings,
         mode="online" if config.mode == "online" else "offline",
         settings=wandb.Settings(silent=True, console="off"),
-    ) as run:
+    )
+
+
+def _send(config: TrackerConfig, folder: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
+    import wandb
+
+    with _run(config, folder, result["job"], settings) as run:
         for name, metric in result.get("metrics", {}).items():
             run.summary[name] = {"mean": metric["mean"], "low": metric["ci95"][0], "high": metric["ci95"][1]}
         for name, gate in result.get("gates", {}).items():
@@ -65,3 +73,21 @@ def _send(config: TrackerConfig, folder: Path, settings: dict[str, Any], result:
                 **{f"videos/{path.stem}": wandb.Video(str(path), format="mp4") for path in videos},
             }
         )
+
+
+def mirror_table(config: TrackerConfig, folder: Path, summary: dict[str, Any]) -> None:
+    """Sends the table of the finished sweep in ``folder``; a tracker that fails is a warning here too."""
+    if config.name == "none" or not summary["rows"]:
+        return
+    try:
+        _send_table(config, folder, summary)
+    except Exception as error:
+        logging.getLogger(__name__).warning("the table is complete, but the tracker failed: %s", error)
+
+
+def _send_table(config: TrackerConfig, folder: Path, summary: dict[str, Any]) -> None:
+    import wandb
+
+    heads, rows = cells(summary)
+    with _run(config, folder, "sweep", {"protocol": summary["protocol"]}) as run:
+        run.log({"ranking": wandb.Table(columns=heads, data=rows)})

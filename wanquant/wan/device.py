@@ -5,9 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
 
@@ -28,6 +34,51 @@ def pick_device(name: str = "auto") -> torch.device:
     # The product of two HiF8 operands is exact in float32 and has to be summed there.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return torch.device(name)
+
+
+#: Which cards a process may see, by their numbers in the machine.
+VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
+
+
+@contextlib.contextmanager
+def one_card(device: torch.device) -> Iterator[torch.device]:
+    """A card for this job alone, where none was asked for by number: the first that no other job of this user has."""
+    if device.type == "cpu" or device.index is not None:
+        yield device
+        return
+    backend = getattr(torch, device.type)
+    seen = os.environ.get(VISIBLE[device.type], "").split(",")
+    count = backend.device_count()
+    names = seen if len(seen) == count else [str(index) for index in range(count)]
+    with first_free([f"{device.type}-{name}" for name in names]) as index:
+        backend.set_device(index)
+        yield torch.device(device.type, index)
+
+
+@contextlib.contextmanager
+def first_free(names: Sequence[str], folder: Path | None = None) -> Iterator[int]:
+    """The place of the first of the names that no other process holds, held while entered; waits for one. A lock is
+    the operating system's and dies with its holder."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"wanquant-{user}" if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    waited = False
+    while True:
+        for index, name in enumerate(names):
+            lock = FileLock(folder / f"{name}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            try:
+                yield index
+            finally:
+                lock.release()
+            return
+        if not waited:
+            print(f"waiting for a card: other jobs have {', '.join(names)}", file=sys.stderr, flush=True)
+        waited = True
+        time.sleep(0.5)
 
 
 def _npu_available() -> bool:

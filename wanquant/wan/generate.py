@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from wanquant.wan.products import quick_products
+
+#: A prompt to its embedding [text length, width].
+Embed = Callable[[str], torch.Tensor]
 
 
 @dataclass
@@ -128,6 +132,15 @@ def use_flow_shift(pipe: WanPipeline, flow_shift: float) -> None:
 
 
 @torch.no_grad()
+def embed_prompt(pipe: WanPipeline, prompt: str, settings: GenerationConfig) -> torch.Tensor:
+    """[text length, width] of one prompt, encoded alone, so that its neighbours in a batch cannot change it."""
+    with quick_products(pipe.device):
+        found, _ = pipe.encode_prompt([prompt], None, False, max_sequence_length=settings.max_text_length)
+    embedded: torch.Tensor = found[0]
+    return embedded
+
+
+@torch.no_grad()
 def generate(
     pipe: WanPipeline,
     pairs: Sequence[tuple[str, int]],
@@ -137,14 +150,17 @@ def generate(
     decode: bool = True,
     batch: int = 1,
     position: Position | None = None,
+    embed: Embed | None = None,
 ) -> list[Sample]:
     """One sample a (prompt, seed) pair.
 
     ``on_step`` is called after each denoising step of each batch; ``perturb`` may change the initial noise;
     without ``decode`` the videos are empty and the VAE is not run. A ``batch`` of several is quicker for a small
     model; matrix products of another size round otherwise, so compare only what was made in the same batches.
+    ``embed`` may know the prompts' embeddings already.
     """
     use_flow_shift(pipe, settings.flow_shift)
+    embed = cache(partial(embed_prompt, pipe, settings=settings)) if embed is None else embed
     position = Position() if position is None else position
     samples = []
     for first in range(0, len(pairs), batch):
@@ -161,15 +177,14 @@ def generate(
         noise = noise if perturb is None else perturb(noise)
         with quick_products(pipe.device), position.following(pipe.transformer):
             pipe(
-                prompt=list(prompts),
-                negative_prompt=[settings.negative_prompt] * len(prompts),
+                prompt_embeds=torch.stack([embed(prompt) for prompt in prompts]).to(pipe.device),
+                negative_prompt_embeds=torch.stack([embed(settings.negative_prompt)] * len(prompts)).to(pipe.device),
                 height=settings.height,
                 width=settings.width,
                 num_frames=settings.num_frames,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance_scale,
                 latents=noise.to(pipe.device),
-                max_sequence_length=settings.max_text_length,
                 callback_on_step_end=remember,
                 output_type="latent",
             )

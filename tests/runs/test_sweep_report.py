@@ -1,0 +1,133 @@
+"""A sweep's table in every form, and its report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tests.evaluate.results import METRIC, named, shifted, sweep
+from wanquant import report
+from wanquant.evaluate.sweep import summarize
+from wanquant.runs import pictures, sweep_table
+from wanquant.runs.run import Run
+
+STATIC = {"granularity": "per_tensor", "rule": "p99.99/15", "static": True}
+
+
+def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
+    protected = {"protect.blocks": [0, 39], "protect.modules": ["ffn.net.2"], "metrics.latent_sqnr": shifted(0.5)}
+    gates = {"gates.static.verdict": "fail"}
+    summary = summarize(
+        sweep(tmp_path, named("ends", **protected), named("odd", **{"conversion.converted": 380, **gates}))
+    )
+    heads, rows = sweep_table.cells(summary)
+    table = [dict(zip(heads, row, strict=True)) for row in rows]
+    assert [row["protect"] for row in table] == ["ends", "none", "odd", "BF16, noise moved by 1 ulp"]
+    assert table[0]["in BF16"] == "0, 39; ffn.net.2"
+    assert table[0]["rank"] == "1"
+    assert table[1]["rank"] == "2–3"
+    assert table[0]["minus none, dB"] == "0.500 [0.500, 0.500]"
+    assert table[0]["pairs to tell"] == "1"
+    assert table[2]["gates"] == "FAILED: static"
+    assert table[3]["latent SQNR, dB"] == table[1]["latent SQNR, dB"]
+    text = sweep_table.protocol(summary)
+    assert "quant=hif8_w8a8 on tiny: 24 (prompt, seed) pairs" in text
+    assert "380 to 400 linears" in text
+    lines = sweep_table.markdown(heads, rows).splitlines()
+    assert len(lines) == 6
+    assert all(line.count("|") == len(heads) + 1 for line in lines)
+
+
+def test_quantizations_are_told_by_their_scales(tmp_path: Path) -> None:
+    changes = {"quant.name": "percentile", "quant.activations": STATIC, "quant.smoothing": 0.5, "model.batch": 1}
+    heads, rows = sweep_table.cells(summarize(sweep(tmp_path, changes)))
+    found = dict(zip(heads, rows[1], strict=True))
+    assert found["quant"] == "percentile (videos one at a time)"
+    assert found["weights"] == "per channel, amax/15"
+    assert found["activations"] == "static per tensor, p99.99/15, smoothed 0.5"
+    assert "in BF16" not in heads
+
+
+def test_latex_and_markdown_escape_what_they_must() -> None:
+    heads, rows = ["a_b", "c"], [["1–4 % & ~", "x|y"]]
+    text = sweep_table.latex(heads, rows)
+    assert r"a\_b & c \\" in text
+    assert r"1--4 \% \& \textasciitilde{} & x|y \\" in text
+    assert sweep_table.markdown(heads, rows).splitlines()[2] == r"| 1–4 % & ~ | x\|y |"
+
+
+def write_videos(folder: Path, jobs: int) -> None:
+    rng = np.random.default_rng(0)
+    for job in range(jobs):
+        for kind in ("bf16", "quantized"):
+            for place, item in enumerate(METRIC["per_item"]):
+                frames = rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+                path = folder / str(job) / "videos" / kind / f"{place:03d}-seed{item['seed']}.mp4"
+                pictures.write_mp4(path, frames, 8)
+
+
+def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) -> None:
+    """While a job still runs, too."""
+    fewer = named("y", **{"protect.fraction_of_flops_quantized": 0.8})
+    folder = sweep(tmp_path / "s", named("x", **{"metrics.latent_sqnr": shifted(1.0)}), fewer)
+    write_videos(folder, 3)
+    Run(folder / "3", "ptq", "", {"protect": {"name": "w"}}).fail(ValueError("out of <luck>"))
+    (folder / "4").mkdir()
+    command = [sys.executable, "-m", "wanquant.report", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("1 ")
+    assert "job 3 failed (w): ValueError: out of <luck>" in done.stdout
+    assert "not finished: 4" in done.stdout
+    written = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert written.keys() == {"report.html", "table.md", "table.tex", "table.csv"}
+    html = written["report.html"].decode()
+    assert html.count("<video") == 3
+    assert html.count("<svg") == 3
+    assert "out of &lt;luck&gt;" in html
+    assert "not finished yet" in html
+    assert 'src="http' not in html
+    assert 'href="http' not in html.replace('xlink:href="http', "")
+    assert len(html) < 20e6
+    numbers = list(csv.DictReader(written["table.csv"].decode().splitlines()))
+    assert [row["name"] for row in numbers] == ["x", "none", "y"]
+    assert float(numbers[0]["minus_reference"]) == 1.0
+    assert float(numbers[1]["latent_sqnr"]) == METRIC["mean"]
+    report.report(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == written
+
+
+def test_large_videos_do_not_make_a_large_report(tmp_path: Path) -> None:
+    """Panels of 192 lines, and no more films than fit."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 480, 832, 3), dtype=np.uint8)
+    row = pictures.side_by_side([noise] * 5, list("abcde"), columns=4, height=192)
+    assert row.shape[1] == 2 * (192 + pictures.LABEL_HEIGHT)
+    assert row.shape[2] == 4 * 333 + 3 * 8
+    pictures.write_mp4(tmp_path / "x.mp4", row, 8)
+    assert pictures.read_mp4(tmp_path / "x.mp4").shape == row.shape
+
+
+def test_a_sweep_in_which_all_failed_has_a_report(tmp_path: Path) -> None:
+    Run(tmp_path / "0", "ptq", "").fail(ValueError("no"))
+    summary = report.report(tmp_path)
+    assert summary["rows"] == []
+    assert "Job 0 failed" in (tmp_path / "report.html").read_text()
+    assert report.text(summary, tmp_path).splitlines()[0] == "job 0 failed (unknown): ValueError: no"
+
+
+def test_what_is_no_sweep_is_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "wanquant.report", str(tmp_path / "nowhere")], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"error: {tmp_path / 'nowhere'} holds no runs of a sweep"
+
+
+def test_json_of_a_summary_is_plain(tmp_path: Path) -> None:
+    summary = summarize(sweep(tmp_path, named("x")))
+    assert json.loads(json.dumps(summary)) == summary

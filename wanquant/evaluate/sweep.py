@@ -1,0 +1,254 @@
+"""A sweep as one ranked table that a referee would accept: paired differences, corrected for their number.
+
+Configurations are compared by the SQNR of their final latents against BF16's, pair by pair. The difference from the
+reference configuration has an interval that is wide enough for all of them to hold together at 95 % (Bonferroni); a
+rank is the span of places that no comparison of any two rules out, at 95 % for all of these together (Mogstad et al.
+2024, *Inference for Ranks*, by the same correction).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wanquant.evaluate.stats import Estimate, Item, difference, estimate
+from wanquant.runs.run import SCHEMA, failed_result, read_result
+
+#: By which configurations are ranked, in dB, and the difference in it that is called none.
+METRIC, MARGIN = "latent_sqnr", 1.0
+#: Beyond so many pairs nobody wants to know.
+MANY_PAIRS = 100_000
+#: What a sweep may vary, and by what its runs are equal otherwise.
+VARIED = {"quant": ("quant",), "protect": ("protect.blocks", "protect.modules")}
+#: What runs must share to stand in one table.
+SAME = (
+    *("mode", "generation", "model.fingerprint", "model.outliers", "model.octaves"),
+    *("calibration.videos", "calibration.input_absmax"),
+    *(f"provenance.{key}" for key in ("prompts", "seeds", "packages", "device", "threads", "instructions", "version")),
+)
+#: What they should share; if they do not, it is said.
+SHOULD_SAME = ("provenance.git_commit", "provenance.dirty")
+
+
+def jobs_of(sweep: Path) -> list[Path]:
+    """The run directories of a sweep, in the order of its jobs; ``ValueError`` if there are none."""
+    folders = [path for path in sweep.iterdir() if path.is_dir() and path.name.isdigit()] if sweep.is_dir() else []
+    if not folders:
+        raise ValueError(f"{sweep} holds no runs of a sweep")
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+def results_of(sweep: Path) -> list[dict[str, Any]]:
+    return [_result(folder) for folder in jobs_of(sweep)]
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """``status`` is ``unfinished`` where there is no result, ``failed`` where it cannot be read."""
+    if not (folder / "result.json").is_file():
+        return {"status": "unfinished"}
+    try:
+        return read_result(folder)
+    except ValueError as error:
+        return failed_result(str(error))
+
+
+def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN) -> dict[str, Any]:
+    """All that is drawn of a sweep, as plain values; also of one that still runs or in which jobs failed.
+
+    ``reference`` is the name of the configuration the others are compared with, the first one unless told otherwise.
+    """
+    done: list[tuple[int, dict[str, Any]]] = []
+    failed, unfinished = [], []
+    for job, result in ((int(folder.name), _result(folder)) for folder in jobs_of(sweep)):
+        if result["status"] == "ok":
+            done.append((job, result))
+        elif result["status"] == "failed":
+            failed.append({"job": job, "name": _told_name(result), "error": result["error"]})
+        else:
+            unfinished.append(job)
+    summary: dict[str, Any] = {"schema": SCHEMA, "sweep": sweep.name, "failed": failed, "unfinished": unfinished}
+    if not done:
+        return {**summary, "rows": []}
+    results = [result for _, result in done]
+    if any(result.get("mode") != "quantize" for result in results):
+        raise ValueError(f"{sweep} holds analyses, of which each has its own report")
+    refuse_incomparable([(sweep / str(job), result) for job, result in done])
+    names = names_of(results)
+    reference = names[0] if reference is None else reference
+    if reference not in names:
+        raise ValueError(f"no configuration is named {reference}: choose {', '.join(names)}")
+    rows = [_row(job, name, result) for name, (job, result) in zip(names, done, strict=True)]
+    _compare(rows, [_items(result) for result in results], names.index(reference), margin)
+    rows.sort(key=_mean, reverse=True)
+    return {
+        **summary,
+        "by": varied(results),
+        "metric": METRIC,
+        "reference": reference,
+        "margin": margin,
+        "demonstration": any(result["demonstration"] for result in results),
+        "cautions": _cautions(results),
+        "rows": rows,
+        "floors": {prefix: _floor(results[0], prefix) for prefix in ("floor_ulp.", "floor_seed.", "bf16.")},
+        "pairs": results[0]["metrics"][METRIC]["n"],
+        "protocol": _protocol(results),
+    }
+
+
+def varied(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The groups in which the runs differ by name; the protection if in none."""
+    found = [group for group in VARIED if len({result[group]["name"] for result in results}) > 1]
+    return found or ["protect"]
+
+
+def names_of(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells the runs apart; ``ValueError`` if nothing does."""
+    groups = varied(results)
+    names = [", ".join(result[group]["name"] for group in groups) for result in results]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the sweep holds two runs of {twice[0]}")
+    return names
+
+
+def refuse_incomparable(runs: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """``ValueError`` names what keeps two runs from standing in one table."""
+    groups = varied([result for _, result in runs])
+    same = (*SAME, *(path for group, paths in VARIED.items() if group not in groups for path in paths))
+    first_folder, first = runs[0]
+    for folder, result in runs[1:]:
+        for path in same:
+            if pick(result, path) != pick(first, path):
+                raise ValueError(f"{folder} differs from {first_folder} in {path}: not one table")
+
+
+def pick(result: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        result = result.get(key, {})
+    return result
+
+
+def _row(job: int, name: str, result: dict[str, Any]) -> dict[str, Any]:
+    protect = result["protect"]
+    return {
+        "job": job,
+        "name": name,
+        "quant": {key: result["quant"][key] for key in ("name", "format", "weights", "activations", "smoothing")},
+        "protect": {key: protect[key] for key in ("name", "blocks", "modules", "fraction_of_flops_quantized")},
+        "converted": result["conversion"]["converted"],
+        "batch": _batch(result),
+        "gates_failed": [gate for gate, found in result["gates"].items() if found["verdict"] == "fail"],
+        "gates": result["gates"],
+        "metrics": {key: value for key, value in result["metrics"].items() if not key.startswith(("floor_", "bf16."))},
+        "seconds": result["timings"]["total"],
+    }
+
+
+def _mean(row: dict[str, Any]) -> float:
+    mean = row["metrics"][METRIC]["mean"]
+    return -math.inf if mean is None else float(mean)
+
+
+def _batch(result: dict[str, Any]) -> int:
+    """Videos denoised at a time."""
+    return min(int(result["model"]["batch"]), int(result["metrics"][METRIC]["n"]))
+
+
+def _items(result: dict[str, Any]) -> list[Item] | None:
+    """The pairs' values of the ranked metric; None where one is not finite."""
+    items = [Item(**item) for item in result["metrics"][METRIC]["per_item"]]
+    return None if any(item.value is None for item in items) else items
+
+
+def _compare(rows: list[dict[str, Any]], items: list[list[Item] | None], reference: int, margin: float) -> None:
+    """Adds to each row its difference from the reference, a verdict, the pairs it would take, and its rank."""
+    count = len(rows)
+    for place, row in enumerate(rows):
+        if place == reference:
+            row |= {"difference": None, "verdict": "reference", "pairs_needed": None}
+            continue
+        found = _between(items[place], items[reference], count - 1)
+        row["difference"] = None if found is None else _without_items(found.as_json())
+        row["verdict"] = "broken" if found is None else verdict(found, margin)
+        row["pairs_needed"] = None if found is None else pairs_needed(found)
+    for place, row in enumerate(rows):
+        above = below = 0
+        for other in range(count):
+            if other == place or items[place] is None or items[other] is None:
+                continue
+            found = _between(items[place], items[other], count * (count - 1) // 2)
+            above += found is not None and found.high < 0
+            below += found is not None and found.low > 0
+        row["rank"] = None if items[place] is None else [1 + above, count - below]
+
+
+def _between(ours: list[Item] | None, theirs: list[Item] | None, comparisons: int) -> Estimate | None:
+    if ours is None or theirs is None:
+        return None
+    return estimate(difference(ours, theirs), comparisons=comparisons)
+
+
+def verdict(found: Estimate, margin: float) -> str:
+    """In words: an interval that holds 0 is no difference found, one that lies inside the margin is equivalent."""
+    if math.isnan(found.low):
+        return "unknown"
+    if -margin < found.low and found.high < margin:
+        return f"equivalent (within {margin:g})"
+    if found.low <= 0 <= found.high:
+        return "no difference found"
+    return "better" if found.low > 0 else "worse"
+
+
+def pairs_needed(found: Estimate) -> int | None:
+    """Pairs after which an interval that shrinks with their square root would no longer hold 0, were the difference
+    the one observed; None if that cannot be told, ``MANY_PAIRS`` for those and more."""
+    if math.isnan(found.low):
+        return None
+    toward_zero = found.mean - found.low if found.mean > 0 else found.high - found.mean
+    if found.mean == 0:
+        return None if toward_zero == 0 else MANY_PAIRS
+    return min(MANY_PAIRS, max(1, math.ceil(len(found.items) * (toward_zero / found.mean) ** 2)))
+
+
+def _cautions(results: Sequence[dict[str, Any]]) -> list[str]:
+    texts = []
+    if results[0]["demonstration"]:
+        count = results[0]["metrics"][METRIC]["n"]
+        texts.append(f"{count} (prompt, seed) pairs are a demonstration, compare nothing by them")
+    for path in SHOULD_SAME:
+        values = {str(pick(result, path)) for result in results}
+        if len(values) > 1:
+            texts.append(f"the runs differ in {path}: {', '.join(sorted(values))}")
+    if any(result["provenance"]["dirty"] for result in results):
+        texts.append("made by code that was changed after its commit")
+    return texts
+
+
+def _protocol(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = results[0]
+    made = first["provenance"]
+    return {
+        "model": first["model"]["name"],
+        "fingerprint": first["model"]["fingerprint"],
+        "outliers": first["model"]["outliers"],
+        **{group: first[group]["name"] for group in VARIED if group not in varied(results)},
+        "generation": first["generation"],
+        "calibration_videos": first["calibration"]["videos"],
+        "made": made,
+    }
+
+
+def _floor(result: dict[str, Any], prefix: str) -> dict[str, Any]:
+    metrics = result["metrics"]
+    return {key[len(prefix) :]: _without_items(metrics[key]) for key in metrics if key.startswith(prefix)}
+
+
+def _without_items(metric: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metric.items() if key != "per_item"}
+
+
+def _told_name(result: dict[str, Any]) -> str:
+    """Of a failed run: what is known of it."""
+    return ", ".join(result[group]["name"] for group in VARIED if group in result) or "unknown"

@@ -1,0 +1,115 @@
+"""The whole of ``python ptq.py`` as one dataclass, and what of it can be refused before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from wanquant.evaluate.prompts import EvalConfig, PromptsConfig
+from wanquant.ptq.analyze import AnalysisConfig, check_analysis
+from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check_protect
+from wanquant.quant import QuantConfig, plan_conversion
+from wanquant.quant.config import parse, settle
+from wanquant.quant.select import resolve_blocks
+from wanquant.runs.tracking import TrackerConfig, check_tracker
+from wanquant.wan.checkpoint import quantization_of
+from wanquant.wan.config import ModelConfig
+from wanquant.wan.load import check_shape, empty_transformer, find_folder
+from wanquant.wan.outliers import chosen_blocks
+from wanquant.wan.tiny import parse_caption
+
+MODES = ("quantize", "analyze")
+
+
+@dataclass
+class PTQConfig:
+    """The whole of ``python ptq.py``. ``mode=quantize`` says what a quantization cost, ``mode=analyze`` what passes
+    through the BF16 model."""
+
+    mode: str = "quantize"
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    protect: ProtectConfig = field(default_factory=ProtectConfig)
+    calib: PromptsConfig = field(default_factory=PromptsConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    #: Save the packed checkpoint.
+    checkpoint: bool = True
+    #: Print the plan and do nothing else.
+    dry_run: bool = False
+    #: Where what several runs share is kept: calibration statistics, BF16 latents, sensitivities.
+    cache: str = "outputs/cache"
+    #: Of the CPU. A number, and the same under every launcher, because sums round by it.
+    threads: int = 1
+    #: Run what is finished already.
+    force: bool = False
+
+
+def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
+    """Refuses what can be refused by the config and the model's shape, before a weight is read or fetched."""
+    scheme = parse(config.quant)
+    check_tracker(config.tracker)
+    if config.mode not in MODES:
+        raise ValueError(f"mode={config.mode}: choose {' or '.join(MODES)}")
+    if config.analysis.bins < 1:
+        raise ValueError(f"analysis.bins={config.analysis.bins}: must be at least 1")
+    if config.mode == "analyze":
+        if config.dry_run:
+            raise ValueError("dry_run=true plans a quantization: leave mode=analyze out")
+        check_analysis(config.analysis, config.model.generation.steps)
+        if scheme.format.name != "hif8":
+            raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
+    if config.model.batch < 1:
+        raise ValueError(f"model.batch={config.model.batch}: must be at least 1")
+    if config.model.language == "scenes":
+        for prompt, _ in videos:
+            parse_caption(prompt)
+    folder = find_folder(config.model.path, shapes_only=True)
+    check_shape(folder)
+    if quantization_of(folder / "transformer") is not None:
+        raise ValueError(f"{folder} is quantized already: model.path must be the original model")
+    if (folder / "transformer_2").is_dir():
+        raise ValueError(f"{folder} has two transformers (Wan2.2), of which this version would quantize only one")
+    shape = empty_transformer(folder)
+    check_protect(config.protect, len(shape.blocks))
+    chosen_blocks(config.model.outliers, len(shape.blocks))
+    by_data = config.protect.by in (*MEASURES, GREEDY)
+    kept = list(range(config.protect.budget)) if by_data else by_rule(config.protect, len(shape.blocks))
+    plan = plan_conversion(shape, config.quant, kept, config.protect.modules)
+    if by_data and scheme.format.keeps_all:
+        raise ValueError(f"protect.by={config.protect.by} measures a quantization, and {scheme.format.name} is none")
+    if not plan.names("converted") and not scheme.format.keeps_all:
+        raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
+
+
+def settle_config(config: PTQConfig) -> PTQConfig:
+    """The config with the format's own choices, and videos one at a time where a batch would share a step: the videos
+    of a real run come alone."""
+    quant = settle(config.quant)
+    alone = config.model.batch > 1 and not parse(quant).independent
+    model = dataclasses.replace(config.model, batch=1) if alone else config.model
+    return dataclasses.replace(config, quant=quant, model=model)
+
+
+def identity(config: PTQConfig, blocks: int, protected: list[int] | None) -> PTQConfig:
+    """The config with all that cannot change the numbers of this run put to its default, to be signed.
+
+    ``protected`` are the blocks once they are known: how they were chosen changes nothing but which they are.
+    """
+    videos = len(config.prompts.texts) * len(config.prompts.seeds)
+    model = dataclasses.replace(config.model, batch=min(config.model.batch, videos))
+    if config.mode == "analyze":
+        return dataclasses.replace(config, prompts=PromptsConfig(), eval=EvalConfig())
+    analysis = AnalysisConfig(bins=config.analysis.bins)
+    protect = config.protect
+    if protected is not None:
+        protect = ProtectConfig(protect.name, list(resolve_blocks(protected, blocks)), protect.modules)
+    return dataclasses.replace(config, model=model, protect=protect, analysis=analysis)
+
+
+def rule_blocks(config: ProtectConfig, blocks: int) -> list[int] | None:
+    """The protected blocks where no data are needed to know them."""
+    return None if config.by in (*MEASURES, GREEDY) else by_rule(config, blocks)

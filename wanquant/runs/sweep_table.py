@@ -1,0 +1,173 @@
+"""The table of a sweep as text cells, and those as Markdown, LaTeX and CSV: of what ``evaluate.sweep`` found."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from typing import Any
+
+from wanquant.runs.report import FIDELITY, estimate_text
+
+Row = dict[str, Any]
+Cells = tuple[list[str], list[list[str]]]
+#: Rows of the noise floor, in italics where there are any.
+FLOORS = (("floor_ulp.", "BF16, noise moved by 1 ulp"), ("floor_seed.", "BF16, another seed"))
+
+
+def cells(summary: dict[str, Any]) -> Cells:
+    """Heads and rows: the configurations by rank, then the noise floor."""
+    columns = _columns(summary)
+    rows = [[make(row) for _, make in columns] for row in summary["rows"]]
+    return [head for head, _ in columns], rows + _floor_rows(summary, [head for head, _ in columns])
+
+
+def _columns(summary: dict[str, Any]) -> list[tuple[str, Callable[[Row], str]]]:
+    metric, *further = FIDELITY
+    reference = summary["reference"]
+    attributes = "attributes" in summary["rows"][0]["metrics"]
+    batches = {row["batch"] for row in summary["rows"]}
+    usual = max(batches)
+
+    def name(row: Row) -> str:
+        return str(row["name"]) + (" (videos one at a time)" if row["batch"] != usual else "")
+
+    columns: list[tuple[str, Callable[[Row], str]]] = [("rank", _rank), (" and ".join(summary["by"]), name)]
+    if "protect" in summary["by"]:
+        columns.append(("in BF16", _kept))
+    if "quant" in summary["by"]:
+        columns += [("weights", lambda row: _scale(row["quant"]["weights"])), ("activations", _activations)]
+    columns += [
+        ("linear FLOPs quantized", lambda row: f"{100 * row['protect']['fraction_of_flops_quantized']:.1f} %"),
+        (_head(metric), lambda row: estimate_text(row["metrics"][metric[0]])),
+        (f"minus {reference}, dB", lambda row: estimate_text(row["difference"]) if row["difference"] else ""),
+        ("verdict", lambda row: row["verdict"]),
+        ("pairs to tell", _needed),
+    ]
+    columns += [(_head(column), _metric(column[0])) for column in further]
+    if attributes:
+        columns += [("attributes right", _metric("attributes")), ("minus BF16", _metric("difference.attributes"))]
+    return [*columns, ("gates", _gates)]
+
+
+def _gates(row: Row) -> str:
+    return "FAILED: " + ", ".join(row["gates_failed"]) if row["gates_failed"] else "pass"
+
+
+def _head(column: tuple[str, str, str]) -> str:
+    return column[1] + (f", {column[2]}" if column[2] else "")
+
+
+def _metric(key: str) -> Callable[[Row], str]:
+    return lambda row: estimate_text(row["metrics"][key])
+
+
+def _rank(row: Row) -> str:
+    if row["rank"] is None:
+        return "–"
+    low, high = row["rank"]
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _kept(row: Row) -> str:
+    protect = row["protect"]
+    kept = [", ".join(map(str, protect["blocks"]))] if protect["blocks"] else []
+    return "; ".join([*kept, *protect["modules"]]) or "none"
+
+
+def _activations(row: Row) -> str:
+    quant = row["quant"]
+    smoothed = f", smoothed {quant['smoothing']}" if quant["smoothing"] else ""
+    return ("static " if quant["activations"]["static"] else "") + _scale(quant["activations"]) + smoothed
+
+
+def _scale(side: dict[str, Any]) -> str:
+    return "direct" if side["rule"] == "direct" else f"{side['granularity'].replace('_', ' ')}, {side['rule']}"
+
+
+def _needed(row: Row) -> str:
+    needed = row["pairs_needed"]
+    return "" if needed is None else f"{needed:,}" if needed < 100_000 else "> 100,000"
+
+
+def _floor_rows(summary: dict[str, Any], heads: list[str]) -> list[list[str]]:
+    rows = []
+    for prefix, label in FLOORS:
+        found = summary["floors"][prefix]
+        if not found:
+            continue
+        count = found[FIDELITY[0][0]]["n"]
+        values = {_head(column): estimate_text(found[column[0]]) for column in FIDELITY}
+        values[heads[1]] = label if count == summary["pairs"] else f"{label} ({count} pairs)"
+        right = summary["floors"]["bf16."].get("attributes")
+        if prefix == "floor_ulp." and right is not None:
+            # What BF16 itself gets right, beside the floor of the same seeds.
+            values["attributes right"] = estimate_text(right)
+        rows.append([values.get(head, "") for head in heads])
+    return rows
+
+
+def protocol(summary: dict[str, Any]) -> str:
+    """How it was measured, in a paragraph."""
+    card, rows = summary["protocol"], summary["rows"]
+    generation, made = card["generation"], card["made"]
+    fixed = "".join(f"{group}={card[group]} " for group in ("quant", "protect") if group in card)
+    planted = f" with outliers in the blocks {', '.join(map(str, card['outliers']))}" if card["outliers"] else ""
+    counts = sorted({row["converted"] for row in rows})
+    linears = f"{counts[0]} linears" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} linears"
+    count, margin = summary["pairs"], summary["margin"]
+    threads = f"{made['threads']} thread{'s' if made['threads'] > 1 else ''}"
+    text = (
+        f"{fixed}on {card['model']}{planted}: {count} (prompt, seed) pairs, mean and 95 % bootstrap interval "
+        f"clustered by prompt. Differences are taken pair by pair, and the 95 % of their intervals is for all of them "
+        f"together (Bonferroni), as is that of the ranks for all pairs of rows. Equivalent: within {margin:g} "
+        f"dB; pairs to tell: so many would resolve the difference observed. {generation['num_frames']} frames of "
+        f"{generation['height']}x{generation['width']}, {generation['steps']} steps, guidance "
+        f"{generation['guidance_scale']}, flow shift {generation['flow_shift']}; calibrated on "
+        f"{card['calibration_videos']} other videos; {linears} converted. {made['device'].upper()}, {threads}, torch "
+        f"{made['packages']['torch']}, prompts {made['prompt_hash'][:12]}."
+    )
+    return " ".join([text, *(f"Caution: {caution}." for caution in summary["cautions"])])
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [heads, ["---"] * len(heads), *rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
+
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "→": r"$\to$"}
+
+
+def latex(heads: list[str], rows: list[list[str]]) -> str:
+    """For the booktabs package."""
+
+    def escaped(cell: str) -> str:
+        return "".join(LATEX.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in cell)
+
+    lines = [" & ".join(map(escaped, row)) + r" \\" for row in (heads, *rows)]
+    begin = rf"\begin{{tabular}}{{{'l' * len(heads)}}}"
+    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"])
+
+
+def numbers(summary: dict[str, Any]) -> str:
+    """CSV with every figure in a column of its own: a row a configuration, all its metrics."""
+    rows = []
+    for row in summary["rows"]:
+        flat: dict[str, Any] = {
+            **{key: row[key] for key in ("job", "name", "verdict", "pairs_needed", "converted", "seconds")},
+            "blocks": " ".join(map(str, row["protect"]["blocks"])),
+            "modules": " ".join(row["protect"]["modules"]),
+            "fraction_of_flops_quantized": row["protect"]["fraction_of_flops_quantized"],
+            "rank_low": row["rank"] and row["rank"][0],
+            "rank_high": row["rank"] and row["rank"][1],
+            "gates_failed": " ".join(row["gates_failed"]),
+        }
+        for key, metric in {**row["metrics"], "minus_reference": row["difference"]}.items():
+            mean, (low, high) = (metric["mean"], metric["ci95"]) if metric else (None, (None, None))
+            flat |= {key: mean, f"{key}_low": low, f"{key}_high": high}
+        rows.append(flat)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,149 @@
+"""A loaded pipeline that makes each thing once: prompts' embeddings and final latents are kept in the cache, by
+signature, for all runs. Latents are what a video is kept as, being fifty times smaller.
+
+Latents are kept batch by batch, so a run that was killed goes on at the batch it was killed in, and more seeds or
+prompts cost only the new batches. What a batch holds is part of its signature: its videos round by each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from wanquant.runs.cache import Cache
+from wanquant.runs.progress import progress
+from wanquant.runs.run import signature
+from wanquant.wan.checkpoint import quantized_linears
+from wanquant.wan.config import ModelConfig
+from wanquant.wan.generate import Sample, decode_video, embed_prompt, generate, one_ulp_up
+from wanquant.wan.load import Pipeline
+
+Pair = tuple[str, int]
+#: What of generation changes no latent.
+NOT_COUNTED = ("fps",)
+LATENTS, OVERFLOWS, TEXT = "latents.safetensors", "overflows.json", "text.safetensors"
+
+
+@dataclass
+class Studio:
+    pipe: Pipeline
+    model: ModelConfig
+    fingerprint: str
+    device: torch.device
+    cache: Cache
+    #: What was not made by this run but found in the cache.
+    reused: list[str] = field(default_factory=list)
+    _made: set[str] = field(default_factory=set)
+    _embedded: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def signature(self, kind: str, **counted: Any) -> str:
+        generation = {k: v for k, v in dataclasses.asdict(self.model.generation).items() if k not in NOT_COUNTED}
+        common = {"artefact": kind, "generation": generation, "outliers": dataclasses.asdict(self.model.outliers)}
+        return signature({**common, **counted}, self.fingerprint, self.device)
+
+    def artefact(self, label: str, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
+        """From the cache, which is said, or made now."""
+        if self.cache.has(kind, signature):
+            self._known(label)
+        self._made.add(label)
+        return self.cache.folder(kind, signature, make)
+
+    def _known(self, label: str) -> None:
+        if label not in self._made and label not in self.reused:
+            self.reused.append(label)
+            print(f"{label:<20} known, from {self.cache.root}", file=sys.stderr, flush=True)
+
+    def embed(self, prompt: str) -> torch.Tensor:
+        """[text length, width], on the CPU."""
+        if prompt not in self._embedded:
+
+            def make(folder: Path) -> None:
+                embedded = embed_prompt(self.pipe, prompt, self.model.generation)
+                save_file({"embedding": embedded.contiguous().cpu()}, folder / TEXT)
+
+            counted = {"artefact": "text", "prompt": prompt, "length": self.model.generation.max_text_length}
+            folder = self.cache.folder("text", signature(counted, self.fingerprint, self.device), make)
+            self._embedded[prompt] = load_file(folder / TEXT)["embedding"]
+        return self._embedded[prompt]
+
+    def generate(self, pairs: Sequence[Pair], on_step: Callable[[], None], **how: Any) -> list[Sample]:
+        """In the model's batches, whatever the transformer is at the moment; kept nowhere."""
+        settings = self.model.generation
+        return generate(self.pipe, pairs, settings, on_step, batch=self.model.batch, embed=self.embed, **how)
+
+    def steps(self, pairs: Sequence[Pair], times: int = 1) -> int:
+        """Denoising steps of the pairs' batches, so many times."""
+        return times * -(-len(pairs) // self.model.batch) * self.model.generation.steps
+
+    @contextmanager
+    def progress(self, label: str, pairs: Sequence[Pair], times: int = 1) -> Iterator[Callable[[], None]]:
+        with progress(label, self.steps(pairs, times)) as tick:
+            yield tick
+
+    def latents(
+        self, label: str, pairs: list[Pair], how: dict[str, Any] | None = None, afresh: bool = False
+    ) -> tuple[list[torch.Tensor], Counter[str]]:
+        """Final latents of every pair, float32 [channels, frames', h, w], and how many elements overflowed by linear.
+
+        ``how`` says what the transformer is, or what is done to the noise (``{"moved": "1 ulp"}``), where that is not
+        plain BF16: all that the caller has done to it. ``afresh`` makes them again.
+        """
+        how, batch = how or {}, self.model.batch
+        groups = [pairs[first : first + batch] for first in range(0, len(pairs), batch)]
+        signatures = [self.signature("latents", pairs=group, **how) for group in groups]
+        if afresh:
+            for each in signatures:
+                self.cache.forget("latents", each)
+        known = [self.cache.has("latents", each) for each in signatures]
+        if all(known):
+            self._known(label)
+        self._made.add(label)
+        latents: list[torch.Tensor] = []
+        overflows: Counter[str] = Counter()
+        missing = [pair for group, there in zip(groups, known, strict=True) for pair in group if not there]
+        with self.progress(label, missing) if missing else _silence() as tick:
+            for group, each in zip(groups, signatures, strict=True):
+                folder = self.cache.folder("latents", each, self._maker(group, how, tick))
+                found = load_file(folder / LATENTS)
+                latents += [found[str(place)] for place in range(len(group))]
+                overflows.update(json.loads((folder / OVERFLOWS).read_text()))
+        return latents, overflows
+
+    def _maker(self, group: list[Pair], how: dict[str, Any], tick: Callable[[], None]) -> Callable[[Path], None]:
+        perturb = one_ulp_up if how.get("moved") == "1 ulp" else None
+
+        def overflowed() -> dict[str, int]:
+            return {name: int(layer.overflowed) for name, layer in quantized_linears(self.pipe.transformer).items()}
+
+        def make(folder: Path) -> None:
+            before = overflowed()
+            samples = self.generate(group, tick, perturb=perturb, decode=False)
+            save_file({str(i): sample.latents for i, sample in enumerate(samples)}, folder / LATENTS)
+            counts = {name: count - before[name] for name, count in overflowed().items()}
+            (folder / OVERFLOWS).write_text(json.dumps({name: count for name, count in counts.items() if count}))
+
+        return make
+
+    def videos(self, label: str, pairs: list[Pair], latents: list[torch.Tensor]) -> list[Sample]:
+        """Decoded."""
+        with progress(f"decode ({label})", len(pairs), "video") as tick:
+            samples = []
+            for pair, final in zip(pairs, latents, strict=True):
+                samples.append(Sample(*pair, final, decode_video(self.pipe, final)))
+                tick()
+        return samples
+
+
+@contextmanager
+def _silence() -> Iterator[Callable[[], None]]:
+    yield lambda: None
