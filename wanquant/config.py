@@ -35,7 +35,7 @@ from wanquant.evaluate.sweep import results_of
 from wanquant.ptq.config import PTQConfig
 from wanquant.report import report, text
 from wanquant.runs.files import write_atomic
-from wanquant.runs.run import write_refusal
+from wanquant.runs.run import VOLATILE, refused_leave_no_result, write_refusal
 from wanquant.runs.tracking import TrackerConfig, mirror_table
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -65,21 +65,29 @@ class Watch(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if config.dry_run:
             return
-        folder = Path(config.hydra.sweep.dir)
-        asked = sorted(o for o in config.hydra.overrides.task if o.lstrip("+").split("=")[0].split(".")[0] not in ASIDE)
-        asked += [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        note = folder / "sweep.json"
-        if note.is_file() and json.loads(note.read_text())["overrides"] != asked:
-            # Hydra swallows a callback's exceptions, but not this one.
-            _complain(ValueError(f"{folder} holds another sweep: choose another hydra.sweep.dir"))
+        try:
+            Watch.sweep = _begin_sweep(config)
+            Watch.tracker = TrackerConfig(**{str(key): value for key, value in config.tracker.items()})
+        except Exception as error:  # Hydra would make a warning of it, and go on
+            _complain(error)
             sys.exit(1)
-        write_atomic(note, json.dumps({"overrides": asked}, indent=2) + "\n")
-        Watch.sweep = folder
-        Watch.tracker = TrackerConfig(**{str(key): value for key, value in config.tracker.items()})
 
 
-#: Overrides that make no other sweep of it.
-ASIDE = ("force", "tracker", "checkpoint")
+def _begin_sweep(config: DictConfig) -> Path:
+    folder = Path(config.hydra.sweep.dir)
+    asked = sorted(override for override in config.hydra.overrides.task if not _changes_nothing(override))
+    asked += [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    note = folder / "sweep.json"
+    if note.is_file() and json.loads(note.read_text())["overrides"] != asked:
+        raise ValueError(f"{folder} holds another sweep: choose another hydra.sweep.dir")
+    write_atomic(note, json.dumps({"overrides": asked}, indent=2) + "\n")
+    return folder
+
+
+def _changes_nothing(override: str) -> bool:
+    """An override that makes no other sweep of it."""
+    key = override.lstrip("+~").split("=")[0]
+    return any(key == name or key.startswith(f"{name}.") for name in VOLATILE if name != "model.path")
 
 
 def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
@@ -122,21 +130,22 @@ def carry_out(raw: DictConfig, config_name: str, job: Callable[[Any, Path, str],
     home = Path(hydra_config.runtime.cwd)
     folder = home / hydra_config.runtime.output_dir
     try:
-        name_after_overrides(raw, list(hydra_config.overrides.task))
-        config: Any = OmegaConf.to_object(raw)
-        refuse_unknown_keys(raw, config)
-        config.cache = str(home / config.cache)
+        with contextlib.nullcontext() if raw.dry_run else refused_leave_no_result(folder):
+            name_after_overrides(raw, list(hydra_config.overrides.task))
+            config: Any = OmegaConf.to_object(raw)
+            refuse_unknown_keys(raw, config)
+            config.cache = str(home / config.cache)
         job(config, folder, OmegaConf.to_yaml(raw, resolve=True))
     except Exception as error:
-        if not isinstance(error, USER_ERRORS) and not out_of_memory(error):
-            raise
-        # Caught here and not outside, where Hydra would have added lines of its own.
         several = hydra_config.mode == RunMode.MULTIRUN
-        _complain(error, f"job {hydra_config.job.num}: " if several else "")
-        if several and not (folder / "result.json").is_file():
+        if several and not raw.dry_run and not (folder / "result.json").is_file():  # else the run itself has told
             names = {group: {"name": str(raw[group].name)} for group in ("model", "quant", "protect")}
             with contextlib.suppress(OSError, ValueError):  # a full disk, a folder that is not ours
                 write_refusal(folder, config_name, OmegaConf.to_yaml(raw), names, one_line(error))
+        if not isinstance(error, USER_ERRORS) and not out_of_memory(error):
+            raise
+        # Told here and not outside, where Hydra would have added lines of its own.
+        _complain(error, f"job {hydra_config.job.num}: " if several else "")
         return error
     finally:
         _remove_if_empty(folder)
@@ -148,9 +157,14 @@ def end_sweep() -> bool:
     assert Watch.sweep is not None
     try:
         summary = report(Watch.sweep)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        _complain(error, "the table of the sweep: ")
+        return False
+    except ValueError as error:  # of analyses there is none, nor of what cannot be compared
         print(f"no table of this sweep: {one_line(error)}", file=sys.stderr)
-        return all(result["status"] == "ok" for result in results_of(Watch.sweep))
+        with contextlib.suppress(ValueError):
+            return all(result["status"] == "ok" for result in results_of(Watch.sweep))
+        return False
     print(text(summary, Watch.sweep), flush=True)
     mirror_table(Watch.tracker, Watch.sweep, summary)
     failed = summary["failed"]
@@ -200,7 +214,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, HydraException) and cause is not None and str(cause) not in str(error):
         parts += [line.strip() for line in str(cause).splitlines() if line.strip()]
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        parts.append("free some space, or write elsewhere with hydra.run.dir=<folder>")
+        parts.append("free some space, or write elsewhere with hydra.run.dir=<folder> or cache=<folder>")
     if out_of_memory(error):
         parts.append("out of memory: ask for fewer frames or a smaller picture (model.generation.*)")
     # OmegaConf names the key on a line of its own, which is noise where the message names it already.

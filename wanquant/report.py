@@ -29,7 +29,7 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
     if summary["rows"]:
         heads, rows = cells(summary)
         kept = [place for place, head in enumerate(heads) if place < 2 or head in _shown(summary)]
-        table = [[line[place] for place in kept] for line in (heads, *rows)]
+        table = [[line[place].replace("*", "") for place in kept] for line in (heads, *rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
         lines += [f"caution: {caution}" for caution in summary["cautions"]]

@@ -57,7 +57,7 @@ def test_analysis_of_planted_outliers(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert statistics.layout.steps == 2
 
     # Again: read from the cache, and the same.
-    assert ptq(monkeypatch, *overrides) == 0
+    assert ptq(monkeypatch, *overrides, "force=true") == 0
     again = read_result(tmp_path)
     assert again["analysis"] == result["analysis"]
     assert again["provenance"]["from_cache"] == ["calibrate"]

@@ -300,6 +300,7 @@ def truncated_model(folder: Path) -> str:
         ("model.generation.steps=0", "generation.steps=0"),
         ("model.generation.num_frames=18", "generation.num_frames=18"),
         ("prompts.seeds=[-1]", "prompts.seeds"),
+        ("threads=0", "threads=0: must be at least 1"),
         ("prompts.texts=[]", "prompts.texts is empty"),
         ("model.device=tpu", "model.device=tpu"),
         ("model.device=cpu:x", "model.device=cpu:x"),

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.evaluate.results import changed
 from wanquant.runs.cache import Cache
-from wanquant.runs.finished import find_finished, note_finished, take_over
+from wanquant.runs.finished import find_finished, in_use, note_finished, take_over
 from wanquant.runs.run import Run, read_result
 
 ASKED = "a" * 64
+#: What a run writes itself.
+HEAD = ("schema", "status", "error", "timings")
 NAMES = {"protect": {"name": "none"}, "quant": {"name": "hif8_w8a8"}, "model": {"name": "tiny"}}
+
+
+WANTED = {"fps": 8}
+PACKED = {"fps": 8, "packed": False}
 
 
 def finished(folder: Path, cache: Cache, checkpoint: bool = True) -> Path:
@@ -22,50 +29,70 @@ def finished(folder: Path, cache: Cache, checkpoint: bool = True) -> Path:
     (folder / "videos" / "bf16" / "0.mp4").write_text("film")
     if checkpoint:
         (folder / "checkpoint").mkdir()
-    result = {k: v for k, v in changed({}).items() if k not in ("schema", "status", "error", "timings")}
-    run.finish({**result, "signature": "s"}, lambda _: None)
+    result = {k: v for k, v in changed({"generation.fps": 8, "quant.packed": False}).items() if k not in HEAD}
+    run.finish({**result, "signature": "s", "asked": ASKED}, lambda _: None)
     note_finished(cache, ASKED, folder)
     return folder
 
 
 def test_it_is_found_while_it_is_whole(tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "cache")
-    assert find_finished(cache, ASKED, False) is None
+    cache, new = Cache(tmp_path / "cache"), tmp_path / "new"
+    assert find_finished(cache, ASKED, new, WANTED) is None
     folder = finished(tmp_path / "run", cache, checkpoint=False)
-    assert find_finished(cache, ASKED, False) == folder
-    assert find_finished(cache, "b" * 64, False) is None
-    assert find_finished(cache, ASKED, with_checkpoint=True) is None
-    Run(folder, "ptq", "", NAMES).fail(ValueError("no"))
-    assert find_finished(cache, ASKED, False) is None
+    assert find_finished(cache, ASKED, new, WANTED) == folder
+    assert find_finished(cache, "b" * 64, new, WANTED) is None
+    assert find_finished(cache, "b" * 64, folder, WANTED) is None
+    assert find_finished(cache, ASKED, new, PACKED) is None
+    assert find_finished(cache, ASKED, new, {"fps": 16}) is None
+    # In its own folder it is found by itself.
+    assert find_finished(Cache(tmp_path / "empty"), ASKED, folder, WANTED) == folder
+    (folder / "checkpoint").mkdir()
+    assert find_finished(cache, ASKED, new, PACKED) == folder
+    assert find_finished(cache, ASKED, new, {"fps": 8, "packed": True}) is None
     folder.rename(tmp_path / "elsewhere")
-    assert find_finished(cache, ASKED, False) is None
+    assert find_finished(cache, ASKED, new, WANTED) is None
+    (tmp_path / "elsewhere").rename(folder)
+    Run(folder, "ptq", "", NAMES).fail(ValueError("no"))
+    assert find_finished(cache, ASKED, new, WANTED) is None
 
 
 def test_it_is_taken_over_under_the_names_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = finished(tmp_path / "run", Cache(tmp_path / "cache"))
-    published: list[Any] = []
     names = {**NAMES, "protect": {"name": "blocks=[]"}}
-    folder = tmp_path / "other"
-    taken = take_over(source, folder, "a: 2\n", names, lambda *what: published.append(what))
+    run = Run(tmp_path / "other", "ptq", "a: 2\n", names)
+    (run.folder / "videos.partial").mkdir()
+    taken = run.finish(take_over(run, source, names, with_checkpoint=True), lambda _: None)
     assert "force=true runs it again" in capsys.readouterr().out
-    assert taken == read_result(folder)
-    assert taken["protect"] == {**read_result(source)["protect"], "name": "blocks=[]"}
-    assert taken["metrics"] == read_result(source)["metrics"]
+    before = read_result(source)
+    assert taken == read_result(run.folder)
+    assert taken["protect"] == {**before["protect"], "name": "blocks=[]"}
+    assert (taken["metrics"], taken["timings"], taken["asked"]) == (before["metrics"], before["timings"], ASKED)
     assert taken["provenance"]["taken_from"] == str(source)
-    assert published == [(folder, taken)]
-    assert (folder / "videos" / "bf16" / "0.mp4").read_text() == "film"
-    assert (folder / "checkpoint").is_dir()
-    assert (folder / "config.yaml").read_text().endswith("a: 2\n")
+    assert (run.folder / "videos" / "bf16" / "0.mp4").read_text() == "film"
+    assert (run.folder / "checkpoint").is_dir()
+    assert not (run.folder / "videos.partial").exists()
     # The other's files are not ours to change.
-    Run(folder, "ptq", "", NAMES)
+    again = Run(run.folder, "ptq", "", NAMES)
     assert (source / "videos" / "bf16" / "0.mp4").read_text() == "film"
+    take_over(again, source, NAMES, with_checkpoint=False)
+    assert not (run.folder / "checkpoint").exists()
 
 
-def test_in_its_own_folder_nothing_is_touched(tmp_path: Path) -> None:
-    source = finished(tmp_path / "run", Cache(tmp_path / "cache"))
-    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
-    take_over(source, source, "a: 2\n", NAMES, lambda *_: pytest.fail("drawn again"))
-    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
-    renamed = take_over(source, source, "", {**NAMES, "quant": {"name": "mine"}}, lambda *_: None)
-    assert read_result(source)["quant"]["name"] == renamed["quant"]["name"] == "mine"
-    assert (source / "videos" / "bf16" / "0.mp4").exists()
+def use(cache: Path, folder: Path, notes: Path) -> None:
+    with in_use(cache, folder):
+        with notes.open("a") as file:
+            file.write("in\n")
+        time.sleep(0.3)
+        with notes.open("a") as file:
+            file.write("out\n")
+
+
+def test_a_directory_is_one_process_at_a_time(tmp_path: Path) -> None:
+    spawn, notes = multiprocessing.get_context("spawn"), tmp_path / "notes"
+    arguments = (tmp_path / "cache", tmp_path / "run", notes)
+    workers = [spawn.Process(target=use, args=arguments) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert notes.read_text().split() == ["in", "out"] * 3

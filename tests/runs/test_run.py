@@ -14,7 +14,16 @@ import torch
 from wanquant.ptq.config import PTQConfig
 from wanquant.runs import pictures
 from wanquant.runs.files import write_atomic
-from wanquant.runs.run import Run, clean_json, read_result, signature
+from wanquant.runs.run import (
+    GENERATES,
+    MEASURES,
+    Run,
+    clean_json,
+    code_hash,
+    read_result,
+    signature,
+    what_it_does,
+)
 from wanquant.wan.device import forget_peak_memory, peak_memory, pick_device
 
 CPU = torch.device("cpu")
@@ -55,6 +64,14 @@ def test_the_signature_changes_with_what_changes_numbers_and_with_nothing_else(p
     volatile = path in QUIET or path.startswith("tracker.") or path.split(".")[1:] in (["name"], ["by_language"])
     assert (signature(changed(path), "f", CPU) == signature(CONFIG, "f", CPU)) == volatile
     assert signature(CONFIG, "other weights", CPU) != signature(CONFIG, "f", CPU)
+
+
+def test_code_counts_by_what_it_does() -> None:
+    source = 'x = 1\n\n\ndef f(a):\n    """Doubles."""\n    return 2 * a  # twice\n'
+    same = '"""A module."""\nx = 1\ndef f(a):\n    return (2 * a)\n'
+    assert what_it_does(source) == what_it_does(same)
+    assert what_it_does(source) != what_it_does(source.replace("2 *", "3 *"))
+    assert len({code_hash(rooms) for rooms in (GENERATES, MEASURES, ("quant",))}) == 3
 
 
 def test_json_knows_no_nan() -> None:

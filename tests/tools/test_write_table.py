@@ -68,8 +68,11 @@ def test_what_is_no_complete_sweep_is_refused(tmp_path: Path) -> None:
     (sweep(tmp_path / "running") / "1").mkdir()
     with pytest.raises(ValueError, match="not finished"):
         write_table.write(tmp_path / "running")
+    few = sweep(tmp_path / "few", named("x"))
+    for path in few.glob("*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"demonstration": True}))
     with pytest.raises(ValueError, match="too few"):
-        write_table.write(sweep(tmp_path / "few", named("x", demonstration=True)))
+        write_table.write(few)
 
 
 def test_a_file_without_markers_is_one_line(tmp_path: Path) -> None:

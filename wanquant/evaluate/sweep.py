@@ -13,20 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wanquant.evaluate.stats import Estimate, Item, difference, estimate
-from wanquant.runs.run import SCHEMA, failed_result, read_result
+from wanquant.evaluate.stats import Estimate, Item, compared, difference
+from wanquant.runs.run import SCHEMA, clean_json, failed_result, read_result
+from wanquant.runs.sweep_table import MANY_PAIRS
 
 #: By which configurations are ranked, in dB, and the difference in it that is called none.
 METRIC, MARGIN = "latent_sqnr", 1.0
-#: Beyond so many pairs nobody wants to know.
-MANY_PAIRS = 100_000
 #: What a sweep may vary, and by what its runs are equal otherwise.
 VARIED = {"quant": ("quant",), "protect": ("protect.blocks", "protect.modules")}
 #: What runs must share to stand in one table.
 SAME = (
-    *("mode", "generation", "model.fingerprint", "model.outliers", "model.octaves"),
+    *("mode", "demonstration", "generation", "model.fingerprint", "model.outliers", "model.octaves"),
     *("calibration.videos", "calibration.input_absmax"),
     *(f"provenance.{key}" for key in ("prompts", "seeds", "packages", "device", "threads", "instructions", "version")),
+    *("provenance.bf16_products", "provenance.device_name"),
 )
 #: What they should share; if they do not, it is said.
 SHOULD_SAME = ("provenance.git_commit", "provenance.dirty")
@@ -81,20 +81,22 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
         raise ValueError(f"no configuration is named {reference}: choose {', '.join(names)}")
     rows = [_row(job, name, result) for name, (job, result) in zip(names, done, strict=True)]
     _compare(rows, [_items(result) for result in results], names.index(reference), margin)
-    rows.sort(key=_mean, reverse=True)
-    return {
+    rows.sort(key=lambda row: (row["rank"] is not None, _mean(row)), reverse=True)
+    found = {
         **summary,
         "by": varied(results),
         "metric": METRIC,
         "reference": reference,
         "margin": margin,
-        "demonstration": any(result["demonstration"] for result in results),
-        "cautions": _cautions(results),
+        "demonstration": results[0]["demonstration"],
+        "cautions": _cautions(results, rows, reference),
         "rows": rows,
         "floors": {prefix: _floor(results[0], prefix) for prefix in ("floor_ulp.", "floor_seed.", "bf16.")},
         "pairs": results[0]["metrics"][METRIC]["n"],
         "protocol": _protocol(results),
     }
+    plain: dict[str, Any] = clean_json(found)
+    return plain
 
 
 def varied(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -163,31 +165,36 @@ def _items(result: dict[str, Any]) -> list[Item] | None:
 
 
 def _compare(rows: list[dict[str, Any]], items: list[list[Item] | None], reference: int, margin: float) -> None:
-    """Adds to each row its difference from the reference, a verdict, the pairs it would take, and its rank."""
-    count = len(rows)
+    """Adds to each row its difference from the reference, a verdict, the pairs it would take, and its rank. What is
+    broken or has collapsed has no rank, whatever its average, and takes nobody else's place."""
     for place, row in enumerate(rows):
         if place == reference:
             row |= {"difference": None, "verdict": "reference", "pairs_needed": None}
             continue
-        found = _between(items[place], items[reference], count - 1)
+        found = _between(items[place], items[reference], len(rows) - 1)
         row["difference"] = None if found is None else _without_items(found.as_json())
-        row["verdict"] = "broken" if found is None else verdict(found, margin)
         row["pairs_needed"] = None if found is None else pairs_needed(found)
+        row["verdict"] = "broken" if found is None else "collapsed" if row["gates_failed"] else verdict(found, margin)
+    sound = [place for place, row in enumerate(rows) if items[place] is not None and not row["gates_failed"]]
     for place, row in enumerate(rows):
-        above = below = 0
-        for other in range(count):
-            if other == place or items[place] is None or items[other] is None:
-                continue
-            found = _between(items[place], items[other], count * (count - 1) // 2)
+        row["rank"] = _rank(place, sound, items) if place in sound else None
+
+
+def _rank(place: int, sound: Sequence[int], items: list[list[Item] | None]) -> list[int]:
+    """The places no comparison rules out."""
+    above = below = 0
+    for other in sound:
+        if other != place:
+            found = _between(items[place], items[other], len(sound) * (len(sound) - 1) // 2)
             above += found is not None and found.high < 0
             below += found is not None and found.low > 0
-        row["rank"] = None if items[place] is None else [1 + above, count - below]
+    return [1 + above, len(sound) - below]
 
 
 def _between(ours: list[Item] | None, theirs: list[Item] | None, comparisons: int) -> Estimate | None:
     if ours is None or theirs is None:
         return None
-    return estimate(difference(ours, theirs), comparisons=comparisons)
+    return compared(difference(ours, theirs), comparisons)
 
 
 def verdict(found: Estimate, margin: float) -> str:
@@ -212,8 +219,9 @@ def pairs_needed(found: Estimate) -> int | None:
     return min(MANY_PAIRS, max(1, math.ceil(len(found.items) * (toward_zero / found.mean) ** 2)))
 
 
-def _cautions(results: Sequence[dict[str, Any]]) -> list[str]:
-    texts = []
+def _cautions(results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], reference: str) -> list[str]:
+    texts = [f"{row['name']} collapsed, and is what the others are compared with" for row in rows
+             if row["name"] == reference and row["gates_failed"]]  # fmt: skip
     if results[0]["demonstration"]:
         count = results[0]["metrics"][METRIC]["n"]
         texts.append(f"{count} (prompt, seed) pairs are a demonstration, compare nothing by them")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
-from wanquant.evaluate.prompts import EvalConfig, PromptsConfig
+from wanquant.evaluate.prompts import EvalConfig, PromptsConfig, pairs
 from wanquant.ptq.analyze import AnalysisConfig, check_analysis
 from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check_protect
 from wanquant.quant import QuantConfig, plan_conversion
@@ -62,6 +63,8 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
         check_analysis(config.analysis, config.model.generation.steps)
         if scheme.format.name != "hif8":
             raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
+    if config.threads < 1:
+        raise ValueError(f"threads={config.threads}: must be at least 1")
     if config.model.batch < 1:
         raise ValueError(f"model.batch={config.model.batch}: must be at least 1")
     if config.model.language == "scenes":
@@ -94,20 +97,26 @@ def settle_config(config: PTQConfig) -> PTQConfig:
     return dataclasses.replace(config, quant=quant, model=model)
 
 
-def identity(config: PTQConfig, blocks: int, protected: list[int] | None) -> PTQConfig:
+def identity(config: PTQConfig, blocks: int, protected: list[int] | None) -> dict[str, Any]:
     """The config with all that cannot change the numbers of this run put to its default, to be signed.
 
-    ``protected`` are the blocks once they are known: how they were chosen changes nothing but which they are.
+    ``protected`` are the blocks once they are known: how they were chosen changes nothing but which they are. Until
+    then, and in an analysis, the calibration videos count in their batches too.
     """
-    videos = len(config.prompts.texts) * len(config.prompts.seeds)
-    model = dataclasses.replace(config.model, batch=min(config.model.batch, videos))
+    videos, calibration = len(pairs(config.prompts)), len(pairs(config.calib, "calib"))
+    batches = [min(config.model.batch, count) for count in (videos, calibration)]
     if config.mode == "analyze":
-        return dataclasses.replace(config, prompts=PromptsConfig(), eval=EvalConfig())
-    analysis = AnalysisConfig(bins=config.analysis.bins)
-    protect = config.protect
+        config = dataclasses.replace(config, prompts=PromptsConfig(), eval=EvalConfig())
+        batches = batches[1:]
+    else:
+        config = dataclasses.replace(config, analysis=AnalysisConfig(bins=config.analysis.bins))
     if protected is not None:
-        protect = ProtectConfig(protect.name, list(resolve_blocks(protected, blocks)), protect.modules)
-    return dataclasses.replace(config, model=model, protect=protect, analysis=analysis)
+        settled = ProtectConfig(blocks=list(resolve_blocks(protected, blocks)), modules=config.protect.modules)
+        config = dataclasses.replace(config, protect=settled)
+        batches = batches[:1]
+    counted = dataclasses.asdict(config)
+    counted["model"]["batch"] = batches
+    return counted
 
 
 def rule_blocks(config: ProtectConfig, blocks: int) -> list[int] | None:

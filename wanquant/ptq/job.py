@@ -32,10 +32,10 @@ from wanquant.quant import ConversionReport, plan_conversion, quantize_
 from wanquant.quant.statistics import RESIDUAL, Site
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cache
-from wanquant.runs.finished import find_finished, note_finished, take_over
+from wanquant.runs.finished import by, find_finished, in_use, note_finished, take_over
 from wanquant.runs.progress import progress
 from wanquant.runs.report import summary, write_report
-from wanquant.runs.run import Run, digest, provenance, refused_leave_no_result, signature
+from wanquant.runs.run import Run, digest, provenance, read_result, refused_leave_no_result, signature
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import save_quantized
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
@@ -89,13 +89,18 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
         _plan(config, config_yaml, pairs_, calibration_pairs)
         return None
     hush_libraries()
-    with one_card(device) as card:
+    # A process whose launcher was killed may still be at it.
+    with in_use(Path(config.cache), folder), one_card(device) as card:
         with refused_leave_no_result(folder):
             job = _Job(config, card, model_folder, pairs_, calibration_pairs)
-            known = None if config.force else job.finished()
-        if known is not None:
-            return take_over(known, folder, config_yaml, job.names, write_report)
-        return job.carry_out(Run(folder, "ptq", config_yaml, job.names))
+            known = None if config.force else job.finished(folder)
+        if known is not None and known.resolve() == folder.resolve():
+            result = read_result(folder)
+            if all(result[group].items() >= given.items() for group, given in job.names.items()):
+                print(f"finished already: {folder}{by(result)}; force=true runs it again", flush=True)
+                return result
+            known = None  # under other names: most of it is in the cache
+        return job.carry_out(Run(folder, "ptq", config_yaml, job.names), known)
 
 
 def _plan(config: PTQConfig, config_yaml: str, pairs_: list[Pair], calibration_pairs: list[Pair]) -> None:
@@ -130,8 +135,8 @@ class _Job:
         return {group: {"name": getattr(config, group).name} for group in ("model", "quant", "protect")}
 
     def signed(self, protected: list[int] | None) -> str:
-        config = identity(self.config, self.blocks, protected)
-        return signature(dataclasses.asdict(config), self.fingerprint, self.device)
+        counted = identity(self.config, self.blocks, protected)
+        return signature(counted, self.fingerprint, self.device)
 
     @property
     def asked(self) -> str:
@@ -139,14 +144,24 @@ class _Job:
         by_rule = self.config.mode == "quantize"
         return self.signed(rule_blocks(self.config.protect, self.blocks) if by_rule else None)
 
-    def finished(self) -> Path | None:
-        with_checkpoint = self.config.checkpoint and self.config.mode == "quantize"
-        return find_finished(self.cache, self.asked, with_checkpoint)
+    def finished(self, folder: Path) -> Path | None:
+        wanted: dict[str, Any] = {"fps": self.config.model.generation.fps}
+        if self.with_checkpoint:
+            wanted["packed"] = self.config.quant.packed
+        return find_finished(self.cache, self.asked, folder, wanted)
 
-    def carry_out(self, run: Run) -> dict[str, Any]:
+    @property
+    def with_checkpoint(self) -> bool:
+        return self.config.checkpoint and self.config.mode == "quantize"
+
+    def carry_out(self, run: Run, known: Path | None) -> dict[str, Any]:
+        """Runs, or takes over what another folder holds."""
         self.run_ = run
         try:
-            result = self.analyze() if self.config.mode == "analyze" else self.run()
+            if known is not None:
+                result = take_over(run, known, self.names, self.with_checkpoint)
+            else:
+                result = {**(self.analyze() if self.config.mode == "analyze" else self.run()), "asked": self.asked}
             full = run.finish(result, lambda complete: write_report(run.folder, complete))
         except BaseException as error:
             run.fail(error)

@@ -32,29 +32,31 @@ class Cache:
     """Below ``root``: ``<kind>/<signature>/``, and a lock file beside each."""
 
     root: Path
-    #: Folders whose sums this process has checked.
+    #: Folders that were not there before.
+    made: set[Path] = field(default_factory=set)
+    #: Folders whose sums have been checked.
     _whole: set[Path] = field(default_factory=set)
 
     def has(self, kind: str, signature: str) -> bool:
-        """Whether it is there and undamaged; that it is not is said."""
+        """Whether it is there and undamaged."""
         folder = self.root / kind / signature
-        if folder not in self._whole and folder.is_dir():
-            wrong = damaged(folder)
-            if wrong:
-                print(f"damaged: {folder} ({wrong}); it is made again", file=sys.stderr, flush=True)
-                return False
+        if folder not in self._whole and folder.is_dir() and damaged(folder) is None:
             self._whole.add(folder)
-        return folder.is_dir()
+        return folder in self._whole and folder.is_dir()
 
     def folder(self, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
-        """The folder of that signature, made by ``make(empty folder)`` if it is not there yet."""
+        """The folder of that signature, made by ``make(empty folder)`` if it is not there yet; damage is said."""
         final = self.root / kind / signature
         if self.has(kind, signature):
             return final
         with locked(final.with_name(f"{signature}.lock"), f"{kind} {signature[:8]}"):
-            if not final.is_dir() or damaged(final):  # else it was made meanwhile
+            if not self.has(kind, signature):  # else it was made meanwhile
+                wrong = damaged(final) if final.is_dir() else None
+                if wrong:
+                    print(f"damaged: {final} ({wrong}); it is made again", file=sys.stderr, flush=True)
                 self._make(final, make)
-            self._whole.add(final)
+                self._whole.add(final)
+                self.made.add(final)
         return final
 
     def _make(self, final: Path, make: Callable[[Path], None]) -> None:
@@ -81,8 +83,10 @@ class Cache:
 
     def forget_parts(self, kind: str, signature: str) -> None:
         """Of an artefact that is whole: folders named after its signature, a dash and a number."""
-        for path in (self.root / kind).glob(f"{signature}-[0-9]*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with locked(self.root / kind / f"{signature}.lock", f"{kind} {signature[:8]}"):
+            for path in (self.root / kind).glob(f"{signature}-[0-9]*"):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
 
     def cells(self, kind: str, signature: str) -> Cells:
         return Cells(self.root / kind / signature)

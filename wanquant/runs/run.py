@@ -6,6 +6,7 @@ looks complete. Numbers that are not finite become null: JSON has no other word 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,10 @@ PRODUCTS = ("checkpoint", "videos", "figures", "analysis")
 #: By which a directory is known to hold a finished run.
 SUMMARIES = ("result.json", "report.html")
 #: Whose versions can change a number, besides torch's.
-COUNTED = ("diffusers", "transformers")
+COUNTED = ("diffusers", "numba", "numpy", "transformers")
+#: Rooms of the package whose code can change what is generated, and what is measured on it.
+GENERATES = ("formats", "kernels", "quant", "wan")
+MEASURES = (*GENERATES, "evaluate", "ptq")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "numba", "torch_npu")
 
 
@@ -68,10 +73,29 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(clean_json(value), sort_keys=True).encode()).hexdigest()
 
 
-def signature(config: dict[str, Any], fingerprint: str, device: torch.device) -> str:
+@cache
+def code_hash(rooms: tuple[str, ...]) -> str:
+    """SHA-256 of what the package's code in these rooms does."""
+    digest_ = hashlib.sha256()
+    for path in sorted(p for room in rooms for p in (Path(wanquant.__file__).parent / room).glob("*.py")):
+        digest_.update(f"{path.parent.name}/{path.name} {what_it_does(path.read_text(encoding='utf-8'))}".encode())
+    return digest_.hexdigest()
+
+
+def what_it_does(source: str) -> str:
+    """The syntax of a module without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def signature(config: dict[str, Any], fingerprint: str, device: torch.device, rooms: tuple[str, ...] = MEASURES) -> str:
     """Hash of everything that can change the numbers, and of nothing else.
 
-    ``config`` is the resolved config; the model counts by its ``fingerprint``, not by its path.
+    ``config`` is the resolved config; the model counts by its ``fingerprint``, not by its path; the code by what it
+    does in the ``rooms`` that matter.
     """
     counted = clean_json(config)
     for key in VOLATILE:
@@ -87,6 +111,7 @@ def signature(config: dict[str, Any], fingerprint: str, device: torch.device) ->
             "config": counted,
             "model": fingerprint,
             "schema": SCHEMA,
+            "code": code_hash(rooms),
             "device": device.type,
             "device_name": _card_name(device),
             "torch": torch.__version__,
@@ -149,7 +174,7 @@ def _git() -> dict[str, Any]:
 def remove_products(folder: Path) -> None:
     """Removes all that looks like a result."""
     summaries = [path for name in SUMMARIES for path in (folder / name, _previous(folder / name))]
-    made = [folder / name for name in (*PRODUCTS, "checkpoint.partial")]
+    made = [folder / f"{name}{end}" for name in PRODUCTS for end in ("", ".partial")]
     for path in (*summaries, *made, *_unfinished(folder)):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -169,7 +194,7 @@ def refused_leave_no_result(folder: Path) -> Iterator[None]:
     refuse_foreign(folder)
     try:
         yield
-    except BaseException:  # an interrupted download too
+    except Exception:
         for name in SUMMARIES:
             path = folder / name
             if path.is_file():
@@ -237,7 +262,7 @@ class Run:
             (self.folder / "result.json").unlink(missing_ok=True)
 
     def _full(self, status: str, error: str | None, result: dict[str, Any]) -> dict[str, Any]:
-        timings = {**self.timings, "total": time.time() - self.started}
+        timings = result.get("timings", {**self.timings, "total": time.time() - self.started})
         head = {"schema": SCHEMA, "job": self.job, "status": status, "error": error}
         full: dict[str, Any] = clean_json({**head, **result, "timings": timings})
         return full

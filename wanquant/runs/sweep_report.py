@@ -13,10 +13,10 @@ from typing import Any
 
 from wanquant.runs import figures, pictures, sweep_table
 from wanquant.runs.files import write_atomic
-from wanquant.runs.report import data_uri, html_environment
+from wanquant.runs.report import FIDELITY, data_uri, html_environment
 
-#: The report stays below 20 MB, whatever the videos: so many pairs at most, and so many bytes of them.
-MAX_PAIRS, MAX_BYTES = 8, 12_000_000
+#: The report stays below 20 MB: so many films at most, so many panels of prompts, and so many bytes of films.
+MAX_FILMS, MAX_PANELS, MAX_BYTES = 8, 24, 12_000_000
 PANEL_HEIGHT, COLUMNS = 192, 4
 METRIC_LABEL = "latent SQNR, dB"
 
@@ -63,7 +63,9 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     dots = [(f"{number}  {row['name']}", *_interval(row)) for number, row in rows]
     shares = [(row["name"], row["protect"]["fraction_of_flops_quantized"], *_interval(row)) for _, row in rows]
     prompts = list(dict.fromkeys(item["prompt"] for item in rows[0][1]["metrics"][summary["metric"]]["per_item"]))
-    panels = [(prompt, [_of_prompt(row, summary["metric"], prompt) for _, row in rows]) for prompt in prompts]
+    panels = [
+        (prompt, [_of_prompt(row, summary["metric"], prompt) for _, row in rows]) for prompt in prompts[:MAX_PANELS]
+    ]
     found = [
         (
             "Fidelity to BF16",
@@ -76,16 +78,18 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         note = "Numbers are the rows of the table. No other row beats an orange diamond in both quality and share."
         found.append(("What a block in BF16 buys", note, figures.pareto(shares, METRIC_LABEL)))
     note = "A dot a seed, a bar at their mean; numbers are the rows of the table."
+    if len(prompts) > MAX_PANELS:
+        note += f" The first {MAX_PANELS} of {len(prompts)} prompts."
     return [*found, ("Prompt by prompt", note, figures.small_multiples(panels, METRIC_LABEL))]
 
 
 def _finite(row: dict[str, Any]) -> bool:
-    metric = row["metrics"]["latent_sqnr"]
+    metric = row["metrics"][FIDELITY[0][0]]
     return None not in (metric["mean"], *metric["ci95"], *(item["value"] for item in metric["per_item"]))
 
 
 def _interval(row: dict[str, Any]) -> tuple[float, float, float]:
-    metric = row["metrics"]["latent_sqnr"]
+    metric = row["metrics"][FIDELITY[0][0]]
     return metric["mean"], *metric["ci95"]
 
 
@@ -98,7 +102,7 @@ def _videos(folder: Path, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str
     items = rows[0]["metrics"]["psnr"]["per_item"]
     firsts = list({item["prompt"]: place for place, item in reversed(list(enumerate(items)))}.values())
     found, size = [], 0
-    for place in sorted(firsts)[:MAX_PAIRS]:
+    for place in sorted(firsts)[:MAX_FILMS]:
         film = _film(folder, rows, f"{place:03d}-seed{items[place]['seed']}.mp4")
         size += len(film or "")
         if size > MAX_BYTES:

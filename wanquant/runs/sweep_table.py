@@ -7,16 +7,16 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from wanquant.runs.report import FIDELITY, estimate_text
+from wanquant.runs.report import FIDELITY, FLOORS, estimate_text
 
 Row = dict[str, Any]
 Cells = tuple[list[str], list[list[str]]]
-#: Rows of the noise floor, in italics where there are any.
-FLOORS = (("floor_ulp.", "BF16, noise moved by 1 ulp"), ("floor_seed.", "BF16, another seed"))
+#: Beyond so many pairs it is not said how many it would take.
+MANY_PAIRS = 100_000
 
 
 def cells(summary: dict[str, Any]) -> Cells:
-    """Heads and rows: the configurations by rank, then the noise floor."""
+    """Heads and rows: the configurations by rank, then the noise floor, its names in asterisks."""
     columns = _columns(summary)
     rows = [[make(row) for _, make in columns] for row in summary["rows"]]
     return [head for head, _ in columns], rows + _floor_rows(summary, [head for head, _ in columns])
@@ -87,18 +87,18 @@ def _scale(side: dict[str, Any]) -> str:
 
 def _needed(row: Row) -> str:
     needed = row["pairs_needed"]
-    return "" if needed is None else f"{needed:,}" if needed < 100_000 else "> 100,000"
+    return "" if needed is None else f"{needed:,}" if needed < MANY_PAIRS else f"> {MANY_PAIRS:,}"
 
 
 def _floor_rows(summary: dict[str, Any], heads: list[str]) -> list[list[str]]:
     rows = []
-    for prefix, label in FLOORS:
+    for prefix, label in FLOORS[1:]:
         found = summary["floors"][prefix]
         if not found:
             continue
         count = found[FIDELITY[0][0]]["n"]
         values = {_head(column): estimate_text(found[column[0]]) for column in FIDELITY}
-        values[heads[1]] = label if count == summary["pairs"] else f"{label} ({count} pairs)"
+        values[heads[1]] = f"*{label}*" if count == summary["pairs"] else f"*{label}* ({count} pairs)"
         right = summary["floors"]["bf16."].get("attributes")
         if prefix == "floor_ulp." and right is not None:
             # What BF16 itself gets right, beside the floor of the same seeds.
@@ -119,9 +119,10 @@ def protocol(summary: dict[str, Any]) -> str:
     threads = f"{made['threads']} thread{'s' if made['threads'] > 1 else ''}"
     text = (
         f"{fixed}on {card['model']}{planted}: {count} (prompt, seed) pairs, mean and 95 % bootstrap interval "
-        f"clustered by prompt. Differences are taken pair by pair, and the 95 % of their intervals is for all of them "
-        f"together (Bonferroni), as is that of the ranks for all pairs of rows. Equivalent: within {margin:g} "
-        f"dB; pairs to tell: so many would resolve the difference observed. {generation['num_frames']} frames of "
+        f"clustered by prompt. Differences are taken pair by pair; their intervals are Student's over prompts, so wide "
+        f"that 95 % is for all of them together (Bonferroni), as is that of the ranks for all pairs of rows. "
+        f"Equivalent: within {margin:g} dB; pairs to tell: so many would resolve the difference observed. "
+        f"{generation['num_frames']} frames of "
         f"{generation['height']}x{generation['width']}, {generation['steps']} steps, guidance "
         f"{generation['guidance_scale']}, flow shift {generation['flow_shift']}; calibrated on "
         f"{card['calibration_videos']} other videos; {linears} converted. {made['device'].upper()}, {threads}, torch "
@@ -162,12 +163,19 @@ def numbers(summary: dict[str, Any]) -> str:
             "rank_high": row["rank"] and row["rank"][1],
             "gates_failed": " ".join(row["gates_failed"]),
         }
-        for key, metric in {**row["metrics"], "minus_reference": row["difference"]}.items():
-            mean, (low, high) = (metric["mean"], metric["ci95"]) if metric else (None, (None, None))
-            flat |= {key: mean, f"{key}_low": low, f"{key}_high": high}
-        rows.append(flat)
+        rows.append(flat | _flat({**row["metrics"], "minus_reference": row["difference"]}))
+    for prefix, label in FLOORS[1:]:
+        rows.append({"name": label, **_flat(summary["floors"][prefix])})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _flat(metrics: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, metric in metrics.items():
+        mean, (low, high) = (metric["mean"], metric["ci95"]) if metric else (None, (None, None))
+        flat |= {key: mean, f"{key}_low": low, f"{key}_high": high}
+    return flat

@@ -47,12 +47,18 @@ def one_card(device: torch.device) -> Iterator[torch.device]:
         yield device
         return
     backend = getattr(torch, device.type)
-    seen = os.environ.get(VISIBLE[device.type], "").split(",")
-    count = backend.device_count()
-    names = seen if len(seen) == count else [str(index) for index in range(count)]
-    with first_free([f"{device.type}-{name}" for name in names]) as index:
+    with first_free([_card_name(device.type, index) for index in range(backend.device_count())]) as index:
         backend.set_device(index)
         yield torch.device(device.type, index)
+
+
+def _card_name(kind: str, index: int) -> str:
+    """What the machine calls the card: its number among those this process may see is not the same in every job."""
+    unique = getattr(getattr(torch, kind).get_device_properties(index), "uuid", None)
+    if unique is not None:
+        return f"{kind}-{unique}"
+    seen = [name for name in os.environ.get(VISIBLE[kind], "").split(",") if name]
+    return f"{kind}-{seen[index] if index < len(seen) else index}"
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
-from wanquant.runs.run import signature
+from wanquant.runs.run import GENERATES, signature
 from wanquant.wan.checkpoint import quantized_linears
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.generate import Sample, decode_video, embed_prompt, generate, one_ulp_up
@@ -43,25 +43,26 @@ class Studio:
     cache: Cache
     #: What was not made by this run but found in the cache.
     reused: list[str] = field(default_factory=list)
-    _made: set[str] = field(default_factory=set)
+    _noted: set[str] = field(default_factory=set)
     _embedded: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def signature(self, kind: str, **counted: Any) -> str:
         generation = {k: v for k, v in dataclasses.asdict(self.model.generation).items() if k not in NOT_COUNTED}
         common = {"artefact": kind, "generation": generation, "outliers": dataclasses.asdict(self.model.outliers)}
-        return signature({**common, **counted}, self.fingerprint, self.device)
+        return signature({**common, **counted}, self.fingerprint, self.device, GENERATES)
 
     def artefact(self, label: str, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
         """From the cache, which is said, or made now."""
-        if self.cache.has(kind, signature):
-            self._known(label)
-        self._made.add(label)
-        return self.cache.folder(kind, signature, make)
+        folder = self.cache.folder(kind, signature, make)
+        self._note(label, known=folder not in self.cache.made)
+        return folder
 
-    def _known(self, label: str) -> None:
-        if label not in self._made and label not in self.reused:
+    def _note(self, label: str, known: bool) -> None:
+        """Once for each label: what comes from the cache, be it that another process has just made it."""
+        if known and label not in self._noted:
             self.reused.append(label)
             print(f"{label:<20} known, from {self.cache.root}", file=sys.stderr, flush=True)
+        self._noted.add(label)
 
     def embed(self, prompt: str) -> torch.Tensor:
         """[text length, width], on the CPU."""
@@ -72,7 +73,7 @@ class Studio:
                 save_file({"embedding": embedded.contiguous().cpu()}, folder / TEXT)
 
             counted = {"artefact": "text", "prompt": prompt, "length": self.model.generation.max_text_length}
-            folder = self.cache.folder("text", signature(counted, self.fingerprint, self.device), make)
+            folder = self.cache.folder("text", signature(counted, self.fingerprint, self.device, GENERATES), make)
             self._embedded[prompt] = load_file(folder / TEXT)["embedding"]
         return self._embedded[prompt]
 
@@ -105,18 +106,18 @@ class Studio:
             for each in signatures:
                 self.cache.forget("latents", each)
         known = [self.cache.has("latents", each) for each in signatures]
-        if all(known):
-            self._known(label)
-        self._made.add(label)
         latents: list[torch.Tensor] = []
         overflows: Counter[str] = Counter()
+        folders = []
         missing = [pair for group, there in zip(groups, known, strict=True) for pair in group if not there]
         with self.progress(label, missing) if missing else _silence() as tick:
             for group, each in zip(groups, signatures, strict=True):
                 folder = self.cache.folder("latents", each, self._maker(group, how, tick))
+                folders.append(folder)
                 found = load_file(folder / LATENTS)
-                latents += [found[str(place)] for place in range(len(group))]
+                latents += [found[str(number)] for number in range(len(group))]
                 overflows.update(json.loads((folder / OVERFLOWS).read_text()))
+        self._note(label, known=not self.cache.made.intersection(folders))
         return latents, overflows
 
     def _maker(self, group: list[Pair], how: dict[str, Any], tick: Callable[[], None]) -> Callable[[Path], None]:
