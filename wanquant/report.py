@@ -27,9 +27,9 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
     """What the terminal shows: the table's most important columns, what failed, and where the report is."""
     lines = []
     if summary["rows"]:
-        heads, rows = cells(summary)
+        heads, rows, floors = cells(summary)
         kept = [place for place, head in enumerate(heads) if place < 2 or head in _shown(summary)]
-        table = [[line[place].replace("*", "") for place in kept] for line in (heads, *rows)]
+        table = [[line[place] for place in kept] for line in (heads, *rows, *floors)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
         lines += [f"caution: {caution}" for caution in summary["cautions"]]

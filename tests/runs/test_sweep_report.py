@@ -25,9 +25,9 @@ def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
     summary = summarize(
         sweep(tmp_path, named("ends", **protected), named("odd", **{"conversion.converted": 380, **gates}))
     )
-    heads, rows = sweep_table.cells(summary)
-    table = [dict(zip(heads, row, strict=True)) for row in rows]
-    assert [row["protect"] for row in table] == ["ends", "none", "odd", "*BF16, noise moved by 1 ulp*"]
+    heads, rows, floors = sweep_table.cells(summary)
+    table = [dict(zip(heads, row, strict=True)) for row in rows + floors]
+    assert [row["protect"] for row in table] == ["ends", "none", "odd", "BF16, noise moved by 1 ulp"]
     assert table[0]["in BF16"] == "0, 39; ffn.net.2"
     assert table[0]["rank"] == "1"
     assert (table[1]["rank"], table[2]["rank"]) == ("2", "–")
@@ -38,14 +38,15 @@ def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
     text = sweep_table.protocol(summary)
     assert "quant=hif8_w8a8 on tiny: 24 (prompt, seed) pairs" in text
     assert "380 to 400 linears" in text
-    lines = sweep_table.markdown(heads, rows).splitlines()
+    lines = sweep_table.markdown(heads, rows, floors).splitlines()
     assert len(lines) == 6
+    assert lines[-1].startswith("|  | *BF16, noise moved by 1 ulp* |")
     assert all(line.count("|") == len(heads) + 1 for line in lines)
 
 
 def test_quantizations_are_told_by_their_scales(tmp_path: Path) -> None:
     changes = {"quant.name": "percentile", "quant.activations": STATIC, "quant.smoothing": 0.5, "model.batch": 1}
-    heads, rows = sweep_table.cells(summarize(sweep(tmp_path, changes)))
+    heads, rows, _ = sweep_table.cells(summarize(sweep(tmp_path, changes)))
     found = dict(zip(heads, rows[1], strict=True))
     assert found["quant"] == "percentile (videos one at a time)"
     assert found["weights"] == "per channel, amax/15"
@@ -54,11 +55,13 @@ def test_quantizations_are_told_by_their_scales(tmp_path: Path) -> None:
 
 
 def test_latex_and_markdown_escape_what_they_must() -> None:
-    heads, rows = ["a_b", "c"], [["1–4 % & ~", "x|y"]]
-    text = sweep_table.latex(heads, rows)
+    heads, rows, floors = ["a_b", "c"], [["1–4 % & ~", "x|y"]], [["", r"attn[12]\..*"]]
+    text = sweep_table.latex(heads, rows, floors)
     assert r"a\_b & c \\" in text
     assert r"1--4 \% \& \textasciitilde{} & x|y \\" in text
-    assert sweep_table.markdown(heads, rows).splitlines()[2] == r"| 1–4 % & ~ | x\|y |"
+    assert text.splitlines()[5:7] == [r"\midrule", r" & attn[12]\textbackslash{}..* \\"]
+    lines = sweep_table.markdown(heads, rows, floors).splitlines()
+    assert lines[2:] == [r"| 1–4 % & ~ | x\|y |", r"|  | *attn[12]\..\** |"]
 
 
 def write_videos(folder: Path, jobs: int) -> None:

@@ -24,7 +24,7 @@ METRIC_LABEL = "latent SQNR, dB"
 def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
     """Writes report and tables into ``folder``; the path of the report."""
     rows = summary["rows"]
-    table: sweep_table.Cells = sweep_table.cells(summary) if rows else ([], [])
+    table: sweep_table.Cells = sweep_table.cells(summary) if rows else ([], [], [])
     files = {}
     if rows:
         files = {
@@ -39,6 +39,7 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
         summary=summary,
         heads=table[0],
         rows=table[1],
+        floors=table[2],
         configurations=len(rows),
         text=sweep_table.protocol(summary) if rows else "",
         figures=_figures(summary) if rows else [],

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from wanquant.runs.report import FIDELITY, FLOORS, estimate_text
 
 Row = dict[str, Any]
-Cells = tuple[list[str], list[list[str]]]
+Cells = tuple[list[str], list[list[str]], list[list[str]]]
 #: Beyond so many pairs it is not said how many it would take.
 MANY_PAIRS = 100_000
 
 
 def cells(summary: dict[str, Any]) -> Cells:
-    """Heads and rows: the configurations by rank, then the noise floor, its names in asterisks."""
+    """Heads, rows of the configurations by rank, and rows of the noise floor."""
     columns = _columns(summary)
     rows = [[make(row) for _, make in columns] for row in summary["rows"]]
-    return [head for head, _ in columns], rows + _floor_rows(summary, [head for head, _ in columns])
+    heads = [head for head, _ in columns]
+    return heads, rows, _floor_rows(summary, heads)
 
 
 def _columns(summary: dict[str, Any]) -> list[tuple[str, Callable[[Row], str]]]:
@@ -98,7 +100,7 @@ def _floor_rows(summary: dict[str, Any], heads: list[str]) -> list[list[str]]:
             continue
         count = found[FIDELITY[0][0]]["n"]
         values = {_head(column): estimate_text(found[column[0]]) for column in FIDELITY}
-        values[heads[1]] = f"*{label}*" if count == summary["pairs"] else f"*{label}* ({count} pairs)"
+        values[heads[1]] = label if count == summary["pairs"] else f"{label} ({count} pairs)"
         right = summary["floors"]["bf16."].get("attributes")
         if prefix == "floor_ulp." and right is not None:
             # What BF16 itself gets right, beside the floor of the same seeds.
@@ -131,21 +133,29 @@ def protocol(summary: dict[str, Any]) -> str:
     return " ".join([text, *(f"Caution: {caution}." for caution in summary["cautions"])])
 
 
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [heads, ["---"] * len(heads), *rows]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
+def markdown(heads: list[str], rows: list[list[str]], floors: Sequence[list[str]] = ()) -> str:
+    """The names of the floors in italics."""
+
+    def escaped(row: list[str]) -> list[str]:
+        return [re.sub(r"([|*])", r"\\\1", cell) for cell in row]
+
+    named = [[first, f"*{name}*", *rest] for first, name, *rest in map(escaped, floors)]
+    lines = [escaped(heads), ["---"] * len(heads), *map(escaped, rows), *named]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "→": r"$\to$"}
 
 
-def latex(heads: list[str], rows: list[list[str]]) -> str:
-    """For the booktabs package."""
+def latex(heads: list[str], rows: list[list[str]], floors: Sequence[list[str]] = ()) -> str:
+    """For the booktabs package; the floors behind a rule of their own."""
 
     def escaped(cell: str) -> str:
         return "".join(LATEX.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in cell)
 
-    lines = [" & ".join(map(escaped, row)) + r" \\" for row in (heads, *rows)]
+    lines = [" & ".join(map(escaped, row)) + r" \\" for row in (heads, *rows, *floors)]
+    if floors:
+        lines.insert(1 + len(rows), r"\midrule")
     begin = rf"\begin{{tabular}}{{{'l' * len(heads)}}}"
     return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"])
 

@@ -88,6 +88,6 @@ def mirror_table(config: TrackerConfig, folder: Path, summary: dict[str, Any]) -
 def _send_table(config: TrackerConfig, folder: Path, summary: dict[str, Any]) -> None:
     import wandb
 
-    heads, rows = cells(summary)
+    heads, rows, floors = cells(summary)
     with _run(config, folder, "sweep", {"protocol": summary["protocol"]}) as run:
-        run.log({"ranking": wandb.Table(columns=heads, data=rows)})
+        run.log({"ranking": wandb.Table(columns=heads, data=rows + floors)})
