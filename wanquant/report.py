@@ -35,7 +35,7 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
         lines += [f"caution: {caution}" for caution in summary["cautions"]]
     lines += [f"job {job['job']} failed ({job['name']}): {job['error']}" for job in summary["failed"]]
     if summary["unfinished"]:
-        lines.append(f"not finished: {', '.join(map(str, summary['unfinished']))}")
+        lines.append(f"not finished: job {', job '.join(map(str, summary['unfinished']))}")
     return "\n".join([*lines, f"report: {sweep / 'report.html'}"])
 
 

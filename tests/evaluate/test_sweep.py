@@ -13,7 +13,7 @@ import pytest
 from tests.evaluate.results import METRIC, metric, named, shifted, sweep
 from wanquant.evaluate.stats import Estimate, Item, compared, difference
 from wanquant.evaluate.sweep import pairs_needed, summarize, verdict
-from wanquant.runs.run import Run, clean_json
+from wanquant.runs.run import Run, clean_json, failed_result
 from wanquant.runs.sweep_table import MANY_PAIRS
 
 SQNR = "metrics.latent_sqnr"
@@ -179,6 +179,23 @@ def test_what_failed_or_runs_still_is_told(tmp_path: Path) -> None:
         summarize(folder / "0")
     with pytest.raises(ValueError, match="choose none, x, y"):
         summarize(folder, reference="w")
+
+
+def test_who_is_compared_with_what_is_said_when_the_first_job_failed(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, named("x"), named("y"))
+    (folder / "0" / "result.json").write_text(json.dumps(failed_result("no")))
+    assert summarize(folder)["cautions"] == ["job 0 failed, so the others are compared with x"]
+
+
+def test_a_demonstration_has_no_verdicts(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, named("x", **{SQNR: shifted(2.0, 0.1)}))
+    for path in folder.glob("*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"demonstration": True}))
+    found = summarize(folder)
+    assert [(row["name"], row["verdict"], row["rank"]) for row in found["rows"]] == [
+        ("x", "too few pairs", None),
+        ("none", "reference", None),
+    ]
 
 
 def test_a_broken_configuration_is_last_and_compared_with_nothing(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from wanquant.quant.statistics_file import load_statistics
 from wanquant.runs.run import read_result
 
 #: Two calibration videos of two steps.
-SMALL = ["model.generation.steps=2", "model.device=cpu", "tracker=none", "analysis.bins=2"]
+SMALL = ["model.generation.steps=2", "model.device=cpu", "tracker=none"]
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].startswith("1 ")
     assert "job 3 failed (w): ValueError: out of <luck>" in done.stdout
-    assert "not finished: 4" in done.stdout
+    assert "not finished: job 4" in done.stdout
     written = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert written.keys() == {"report.html", "table.md", "table.tex", "table.csv"}
     html = written["report.html"].decode()
@@ -99,7 +99,9 @@ def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) 
     assert len(html) < 20e6
     numbers = list(csv.DictReader(written["table.csv"].decode().splitlines()))
     floors = ["BF16, noise moved by 1 ulp", "BF16, another seed"]
-    assert [row["name"] for row in numbers] == ["x", "none", "y", *floors]
+    assert [row["name"] for row in numbers] == ["x", "none", "y", "w", *floors]
+    assert numbers[3]["verdict"] == "job failed"
+    assert "w (job 3) |" in written["table.md"].decode()
     assert float(numbers[0]["minus_reference"]) == 1.0
     assert float(numbers[1]["latent_sqnr"]) == METRIC["mean"]
     report.report(folder)

@@ -81,6 +81,11 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
         raise ValueError(f"no configuration is named {reference}: choose {', '.join(names)}")
     rows = [_row(job, name, result) for name, (job, result) in zip(names, done, strict=True)]
     _compare(rows, [_items(result) for result in results], names.index(reference), margin)
+    if results[0]["demonstration"]:
+        for row in rows:
+            row["rank"] = None
+            if row["verdict"] not in ("reference", "broken", "collapsed"):
+                row["verdict"] = "too few pairs"
     rows.sort(key=lambda row: (row["rank"] is not None, _mean(row)), reverse=True)
     found = {
         **summary,
@@ -89,7 +94,7 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
         "reference": reference,
         "margin": margin,
         "demonstration": results[0]["demonstration"],
-        "cautions": _cautions(results, rows, reference),
+        "cautions": _cautions(results, rows, reference) + _without_first(failed, done, reference),
         "rows": rows,
         "floors": {prefix: _floor(results[0], prefix) for prefix in ("floor_ulp.", "floor_seed.", "bf16.")},
         "pairs": results[0]["metrics"][METRIC]["n"],
@@ -232,6 +237,12 @@ def _cautions(results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]],
     if any(result["provenance"]["dirty"] for result in results):
         texts.append("made by code that was changed after its commit")
     return texts
+
+
+def _without_first(failed: list[dict[str, Any]], done: list[tuple[int, dict[str, Any]]], reference: str) -> list[str]:
+    first = done[0][0]
+    lost = [job["job"] for job in failed if job["job"] < first]
+    return [f"job {lost[0]} failed, so the others are compared with {reference}"] if lost else []
 
 
 def _protocol(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -55,12 +55,10 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     check_tracker(config.tracker)
     if config.mode not in MODES:
         raise ValueError(f"mode={config.mode}: choose {' or '.join(MODES)}")
-    if config.analysis.bins < 1:
-        raise ValueError(f"analysis.bins={config.analysis.bins}: must be at least 1")
+    check_analysis(config.analysis)
     if config.mode == "analyze":
         if config.dry_run:
             raise ValueError("dry_run=true plans a quantization: leave mode=analyze out")
-        check_analysis(config.analysis, config.model.generation.steps)
         if scheme.format.name != "hif8":
             raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
     if config.threads < 1:
@@ -89,12 +87,14 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
 
 
 def settle_config(config: PTQConfig) -> PTQConfig:
-    """The config with the format's own choices, and videos one at a time where a batch would share a step: the videos
-    of a real run come alone."""
+    """The config with the format's own choices, no more bins than steps, and videos one at a time where a batch would
+    share a step: the videos of a real run come alone."""
     quant = settle(config.quant)
     alone = config.model.batch > 1 and not parse(quant).independent
     model = dataclasses.replace(config.model, batch=1) if alone else config.model
-    return dataclasses.replace(config, quant=quant, model=model)
+    bins = min(config.analysis.bins, config.model.generation.steps)
+    analysis = dataclasses.replace(config.analysis, bins=bins)
+    return dataclasses.replace(config, quant=quant, model=model, analysis=analysis)
 
 
 def identity(config: PTQConfig, blocks: int, protected: list[int] | None) -> dict[str, Any]:

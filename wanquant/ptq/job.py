@@ -179,9 +179,8 @@ class _Job:
             with progress("load", LOAD_PARTS, "part") as tick:
                 pipe = load_pipeline(self.model_folder, str(self.device), tick)
             plant_outliers_(pipe.transformer, config.model.outliers)
-        bins = min(config.analysis.bins, config.model.generation.steps)
         studio = Studio(pipe, config.model, self.fingerprint, self.device, self.cache)
-        return Bench(studio, config.quant, self.calibration_pairs, bins, tuple(config.protect.modules))
+        return Bench(studio, config.quant, self.calibration_pairs, config.analysis.bins, tuple(config.protect.modules))
 
     def analyze(self) -> dict[str, Any]:
         bench = self.load()

@@ -168,7 +168,7 @@ def _git() -> dict[str, Any]:
     # An installed package may lie inside somebody else's repository.
     if ask("rev-parse", "--show-toplevel") != str(root):
         return {"git_commit": None, "dirty": None}
-    return {"git_commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    return {"git_commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
 
 
 def remove_products(folder: Path) -> None:

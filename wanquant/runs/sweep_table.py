@@ -21,6 +21,9 @@ def cells(summary: dict[str, Any]) -> Cells:
     columns = _columns(summary)
     rows = [[make(row) for _, make in columns] for row in summary["rows"]]
     heads = [head for head, _ in columns]
+    for job in summary["failed"]:
+        told = {"rank": "–", heads[1]: f"{job['name']} (job {job['job']})", "verdict": "job failed"}
+        rows.append([told.get(head, "") for head in heads])
     return heads, rows, _floor_rows(summary, heads)
 
 
@@ -44,12 +47,13 @@ def _columns(summary: dict[str, Any]) -> list[tuple[str, Callable[[Row], str]]]:
         (_head(metric), lambda row: estimate_text(row["metrics"][metric[0]])),
         (f"minus {reference}, dB", lambda row: estimate_text(row["difference"]) if row["difference"] else ""),
         ("verdict", lambda row: row["verdict"]),
+        ("gates", _gates),
         ("pairs to tell", _needed),
     ]
     columns += [(_head(column), _metric(column[0])) for column in further]
     if attributes:
         columns += [("attributes right", _metric("attributes")), ("minus BF16", _metric("difference.attributes"))]
-    return [*columns, ("gates", _gates)]
+    return columns
 
 
 def _gates(row: Row) -> str:
@@ -174,6 +178,7 @@ def numbers(summary: dict[str, Any]) -> str:
             "gates_failed": " ".join(row["gates_failed"]),
         }
         rows.append(flat | _flat({**row["metrics"], "minus_reference": row["difference"]}))
+    rows += [{"job": job["job"], "name": job["name"], "verdict": "job failed"} for job in summary["failed"]]
     for prefix, label in FLOORS[1:]:
         rows.append({"name": label, **_flat(summary["floors"][prefix])})
     text = io.StringIO()
