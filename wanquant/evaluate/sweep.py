@@ -76,6 +76,7 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
         raise ValueError(f"{sweep} holds analyses, of which each has its own report")
     refuse_incomparable([(sweep / str(job), result) for job, result in done])
     names = names_of(results)
+    chosen = reference is not None
     reference = names[0] if reference is None else reference
     if reference not in names:
         raise ValueError(f"no configuration is named {reference}: choose {', '.join(names)}")
@@ -94,7 +95,7 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
         "reference": reference,
         "margin": margin,
         "demonstration": results[0]["demonstration"],
-        "cautions": _cautions(results, rows, reference) + _without_first(failed, done, reference),
+        "cautions": _cautions(results, rows, reference) + ([] if chosen else _without_first(failed, done, reference)),
         "rows": rows,
         "floors": {prefix: _floor(results[0], prefix) for prefix in ("floor_ulp.", "floor_seed.", "bf16.")},
         "pairs": results[0]["metrics"][METRIC]["n"],

@@ -12,8 +12,7 @@ from wanquant.quant.observe import Observer
 from wanquant.quant.statistics import Layout, Statistics
 from wanquant.wan.generate import Embed, GenerationConfig, Position, generate
 from wanquant.wan.load import Pipeline
-
-Pair = tuple[str, int]
+from wanquant.wan.studio import Pair
 
 
 @dataclass(frozen=True)

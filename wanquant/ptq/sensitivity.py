@@ -20,11 +20,11 @@ from torch import nn
 
 from wanquant.evaluate.fidelity import EQUAL_DB, latent_sqnr
 from wanquant.evaluate.stats import Item
-from wanquant.ptq.calibrate import Pair
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
 from wanquant.quant.statistics import Site
 from wanquant.wan.generate import Position, Sample
 from wanquant.wan.load import FOLDS, Pipeline
+from wanquant.wan.studio import Pair
 
 Stats = Mapping[str, float | Site]
 #: ``wanquant.wan.generate.generate`` with all but the pairs and what is asked of them decided.

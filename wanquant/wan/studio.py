@@ -82,13 +82,10 @@ class Studio:
         settings = self.model.generation
         return generate(self.pipe, pairs, settings, on_step, batch=self.model.batch, embed=self.embed, **how)
 
-    def steps(self, pairs: Sequence[Pair], times: int = 1) -> int:
-        """Denoising steps of the pairs' batches, so many times."""
-        return times * -(-len(pairs) // self.model.batch) * self.model.generation.steps
-
     @contextmanager
     def progress(self, label: str, pairs: Sequence[Pair], times: int = 1) -> Iterator[Callable[[], None]]:
-        with progress(label, self.steps(pairs, times)) as tick:
+        """Over the denoising steps of the pairs' batches, so many times."""
+        with progress(label, times * -(-len(pairs) // self.model.batch) * self.model.generation.steps) as tick:
             yield tick
 
     def latents(
