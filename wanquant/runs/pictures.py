@@ -26,12 +26,15 @@ def to_uint8(video: np.ndarray) -> np.ndarray:
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int, crf: int = 10) -> None:
-    """H.264, yuv420p, uint8 [frames, height, width, 3] with even sides; renamed into place when whole."""
+    """H.264, yuv420p, uint8 [frames, height, width, 3] with even sides; renamed into place when whole. The same frames
+    give the same file."""
     with (
         replacing(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf)})
+        # With AVX-512, x264's macroblock tree does not come out the same each time.
+        options = {"crf": str(crf), "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:
