@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Of half a million files only those that are used are compiled, as they are used: --no-compile.
 .PHONY: ptq test lint clean
 
 ptq: .venv/installed
@@ -20,11 +21,12 @@ lint: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-compile --editable .
 	touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --no-deps vbench==0.1.5
 	touch $@ .venv/installed
 
 clean:

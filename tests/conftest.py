@@ -13,12 +13,33 @@ os.environ.update(
     DO_NOT_TRACK="1",
 )
 
+import atexit
+import shutil
 import socket
+import sys
+import tempfile
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+
+# Weights of judges are those a test puts there; VBench reads the first when it is imported.
+JUDGES = tempfile.mkdtemp(prefix="wanquant-judges-")
+atexit.register(shutil.rmtree, JUDGES, ignore_errors=True)
+os.environ.update(VBENCH_CACHE_DIR=f"{JUDGES}/vbench", TORCH_HOME=f"{JUDGES}/torch")
+
+
+class Hidden:
+    """As where decord has no wheel: not to be found."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == "decord":
+            raise ModuleNotFoundError(name)
+
+
+if os.environ.get("WANQUANT_TEST_WITHOUT_DECORD"):
+    sys.meta_path.insert(0, Hidden())
 
 #: As jobs are by default; tests run side by side.
 torch.set_num_threads(1)

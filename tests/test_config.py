@@ -12,8 +12,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from wanquant.config import CONF, name_after_overrides
+from wanquant.evaluate.config import EvaluateConfig
 from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
+from wanquant.evaluate.vbench import DIMENSIONS, check_dimensions
 from wanquant.ptq.config import PTQConfig
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import parse, settle
@@ -43,6 +45,17 @@ def test_every_choice_composes_and_is_valid(group: str, name: str) -> None:
     check_tracker(config.tracker)
     assert pairs(config.prompts)
     assert pairs(config.calib)
+    check_dimensions(config.eval.dimensions)
+
+
+def test_evaluation_composes_and_vbenchs_list_is_whole() -> None:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = OmegaConf.to_object(compose("eval", ["prompts=vbench", "eval=vbench_full_custom"]))
+    assert isinstance(config, EvaluateConfig)
+    assert len(pairs(config.prompts)) == 5 * 944
+    assert config.eval.dimensions == list(DIMENSIONS)
+    first = dataclasses.replace(config.prompts, dimensions=["temporal_flickering", "human_action"], first=2)
+    assert len(pairs(first)) == 5 * 4
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "experiment"])

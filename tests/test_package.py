@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import wanquant
+from wanquant.evaluate import vbench
 
 
 def imported_by(statement: str) -> set[str]:
@@ -18,9 +22,14 @@ def test_formats_and_quant_need_no_diffusers() -> None:
 
 
 def test_the_public_names_are_there() -> None:
-    import wanquant
-
     assert all(callable(getattr(wanquant, name)) for name in wanquant.__all__)
+
+
+def test_vbenchs_version_is_one() -> None:
+    root = Path(wanquant.__file__).parent.parent
+    assert f"--no-deps vbench=={vbench.VERSION}\n" in (root / "Makefile").read_text()
+    assert vbench.INSTALL in (root / "README.md").read_text()
+    assert vbench.version() == vbench.VERSION
 
 
 def test_backend_autoload_is_off_before_torch_is_imported() -> None:

@@ -31,9 +31,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from wanquant.evaluate.config import EvaluateConfig
 from wanquant.evaluate.sweep import results_of
+from wanquant.evaluate.tables import report, text
 from wanquant.ptq.config import PTQConfig
-from wanquant.report import report, text
 from wanquant.runs.files import write_atomic
 from wanquant.runs.run import VOLATILE, refused_leave_no_result, write_refusal
 from wanquant.runs.tracking import TrackerConfig, mirror_table
@@ -42,6 +43,7 @@ CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
 
 ConfigStore.instance().store(name="ptq_schema", node=PTQConfig)
+ConfigStore.instance().store(name="eval_schema", node=EvaluateConfig)
 
 
 #: What a user can mend. Whatever else is raised is a defect of ours and keeps its traceback.
@@ -139,7 +141,7 @@ def carry_out(raw: DictConfig, config_name: str, job: Callable[[Any, Path, str],
     except Exception as error:
         several = hydra_config.mode == RunMode.MULTIRUN
         if several and not raw.dry_run and not (folder / "result.json").is_file():  # else the run itself has told
-            names = {group: {"name": str(raw[group].name)} for group in ("model", "quant", "protect")}
+            names = {group: {"name": str(raw[group].name)} for group in ("model", "quant", "protect") if group in raw}
             with contextlib.suppress(OSError, ValueError):  # a full disk, a folder that is not ours
                 write_refusal(folder, config_name, OmegaConf.to_yaml(raw), names, one_line(error))
         if not isinstance(error, USER_ERRORS) and not out_of_memory(error):
@@ -190,7 +192,7 @@ def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
         raw.model.name = Path(raw.model.path).name
     planted = [o.removeprefix("model.") for o in overrides if o.startswith("model.outliers.")]
     raw.model.name = " ".join([raw.model.name, *planted])
-    for group in ("protect", "quant"):
+    for group in (group for group in ("protect", "quant") if group in raw):
         changes = [o.removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")]
         if changes and not any(change.startswith("name=") for change in changes):
             replaced = group == "protect" and any(change.startswith("blocks=") for change in changes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +163,48 @@ def test_each_job_has_a_card_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
         assert index == 0
         with first_free(names, tmp_path / "locks") as second:
             assert second == 1
+
+
+def share(root: str, start: Any, done: Any) -> None:
+    cells = Cache(Path(root)).cells("kind", "s")
+    start.wait()
+
+    def measure(names: list[str]) -> list[str]:
+        time.sleep(0.1)
+        for name in names:
+            (Path(root) / "measured").mkdir(exist_ok=True)
+            (Path(root) / "measured" / f"{name}-{os.getpid()}").touch()
+        return [name.upper() for name in names]
+
+    done.put((os.getpid(), cells.shared([f"n{i}" for i in range(9)], measure, itertools.repeat(2))))
+
+
+def test_processes_side_by_side_share_the_cells(tmp_path: Path) -> None:
+    start, done = SPAWN.Event(), SPAWN.Queue()
+    workers = [SPAWN.Process(target=share, args=(str(tmp_path), start, done)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    start.set()
+    found = dict(done.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join()
+    assert all(values == {f"n{i}": f"N{i}" for i in range(9)} for values in found.values())
+    measured = [path.name for path in (tmp_path / "measured").iterdir()]
+    assert len(measured) == 9
+    assert {int(name.split("-")[1]) for name in measured} == set(found)
+
+
+def test_a_shared_measurement_that_fails_leaves_what_is_done(tmp_path: Path) -> None:
+    cells = Cache(tmp_path).cells("kind", "s")
+    asked: list[str] = []
+
+    def measure(names: list[str]) -> list[int]:
+        asked.extend(names)
+        if "c" in names:
+            raise RuntimeError("stop")
+        return [1] * len(names)
+
+    with pytest.raises(RuntimeError, match="stop"):
+        cells.shared(["a", "b", "c"], measure, itertools.repeat(1))
+    assert cells.shared(["a", "b"], measure, itertools.repeat(1)) == {"a": 1, "b": 1}
+    assert asked == ["a", "b", "c"]

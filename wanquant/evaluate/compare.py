@@ -10,36 +10,47 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from wanquant.evaluate import attributes, fidelity
+from wanquant.evaluate.perceptual import Distance
 from wanquant.evaluate.stats import Item, difference
 from wanquant.wan.generate import Sample
 from wanquant.wan.tiny import parse_caption
+
+
+def of_pair(sample: Sample, reference: Sample | None, scenes: bool, lpips: Distance | None) -> dict[str, float]:
+    """Every metric of one pair.
+
+    scenes   the prompt is a caption of ``wanquant.wan.tiny``, so attributes can be measured too
+    lpips    measures that distance, where it can be measured
+    """
+    found = fidelity.compare(reference, sample, lpips) if reference is not None else {}
+    if scenes:
+        for prefix, side in (("bf16.", reference), ("", sample)):
+            if side is not None:
+                scores = attributes.score(side.video, parse_caption(side.prompt))
+                found |= {prefix + name: value for name, value in scores.items()}
+    return found
 
 
 def measure(
     beside: Mapping[str, Sequence[tuple[Sample, Sample]]],
     scenes: bool,
     on_pair: Callable[[], None] = lambda: None,
+    lpips: Distance | None = None,
 ) -> dict[str, list[Item]]:
     """Every metric of every pair.
 
     beside   by prefix: couples (reference, sample); the prefix ``""`` is BF16 beside quantized
-    scenes   the prompts are captions of ``wanquant.wan.tiny``, so attributes can be measured too
     """
     found: dict[str, list[Item]] = {}
-
-    def add(name: str, sample: Sample, value: float) -> None:
-        found.setdefault(name, []).append(Item(sample.prompt, sample.seed, value))
-
     for prefix, couples in beside.items():
         for reference, sample in couples:
-            for name, value in fidelity.compare(reference, sample).items():
-                add(prefix + name, reference, value)
+            for name, value in of_pair(sample, reference, scenes and not prefix, lpips).items():
+                found.setdefault(prefix + name, []).append(Item(reference.prompt, reference.seed, value))
             on_pair()
-    if scenes:
-        for reference, sample in beside[""]:
-            for prefix, side in (("bf16.", reference), ("", sample)):
-                for name, value in attributes.score(side.video, parse_caption(side.prompt)).items():
-                    add(prefix + name, side, value)
-        for name in (*attributes.ATTRIBUTES, "attributes"):
-            found["difference." + name] = difference(found[name], found["bf16." + name])
-    return found
+    return with_differences(found)
+
+
+def with_differences(found: dict[str, list[Item]]) -> dict[str, list[Item]]:
+    """And for what was measured on both sides the paired difference, quantized less BF16."""
+    both = [name for name in found if f"bf16.{name}" in found]
+    return found | {f"difference.{name}": difference(found[name], found[f"bf16.{name}"]) for name in both}

@@ -96,4 +96,8 @@ def stand_in() -> bool:
         module = ModuleType("decord")
         module.__dict__.update(VideoReader=VideoReader, bridge=bridge, cpu=cpu, __spec__=None)
         sys.modules["decord"], sys.modules["decord.bridge"] = module, bridge
+    return stands_in()
+
+
+def stands_in() -> bool:
     return getattr(sys.modules.get("decord"), "VideoReader", None) is VideoReader

@@ -8,7 +8,7 @@ BF16; one bad video fails the gate, and a failed gate fails the run's verdict.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class GateResult:
     bad_if: str
     worst: int
     meaning: str
+    #: Of every pair.
+    figures: tuple[float, ...]
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -50,6 +52,7 @@ class GateResult:
             "bad_if": self.bad_if,
             "worst_item": self.worst,
             "meaning": self.meaning,
+            "per_item": list(self.figures),
         }
 
 
@@ -124,17 +127,35 @@ REFERENCE_GATES = (
     Gate("bf16.static", _alone(motion), 0.0005, "below", "motion of BF16"),
     Gate("bf16.noise", _alone(roughness), 0.7, "above", "roughness of BF16"),
 )
+#: Where there is no reference, a model's own videos have to pass what BF16 has to.
+ALONE_GATES = tuple(
+    replace(gate, name=f"alone{gate.name.removeprefix('bf16')}", meaning=gate.meaning.removesuffix(" of BF16"))
+    for gate in REFERENCE_GATES
+)
 
 
 def check(samples: Sequence[Sample], references: Sequence[Sample]) -> list[GateResult]:
     """All gates over paired samples, then those that BF16 has to pass alone."""
-    results = [_run(gate, list(zip(samples, references, strict=True))) for gate in GATES]
-    return results + [_run(gate, [(reference, reference) for reference in references]) for gate in REFERENCE_GATES]
+    return judge([figures_of(*pair) for pair in zip(samples, references, strict=True)])
 
 
-def _run(gate: Gate, pairs: list[tuple[Sample, Sample]]) -> GateResult:
-    figures = [gate.figure(sample, reference) for sample, reference in pairs]
+def figures_of(sample: Sample, reference: Sample | None) -> dict[str, float]:
+    """Of one pair, by gate. Without a reference only those that a video has to pass alone."""
+    if reference is None:
+        return {gate.name: gate.figure(sample, sample) for gate in ALONE_GATES}
+    beside = {gate.name: gate.figure(sample, reference) for gate in GATES}
+    return beside | {gate.name: gate.figure(reference, reference) for gate in REFERENCE_GATES}
+
+
+def judge(found: Sequence[dict[str, float]]) -> list[GateResult]:
+    """By ``figures_of`` every pair."""
+    gates = [gate for gate in (*GATES, *REFERENCE_GATES, *ALONE_GATES) if gate.name in found[0]]
+    return [_judge(gate, [of_pair[gate.name] for of_pair in found]) for gate in gates]
+
+
+def _judge(gate: Gate, figures: Sequence[float]) -> GateResult:
     badness = np.array([-figure if gate.bad_if == "below" else figure for figure in figures])
     worst = int(np.argmax(np.where(np.isnan(badness), np.inf, badness)))
     passed = not any(gate.fails(figure) for figure in figures)
-    return GateResult(gate.name, passed, figures[worst], gate.threshold, gate.bad_if, worst, gate.meaning)
+    at_worst = (figures[worst], gate.threshold, gate.bad_if, worst, gate.meaning)
+    return GateResult(gate.name, passed, *at_worst, tuple(figures))

@@ -2,38 +2,81 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
+
+Pair = tuple[str, int]
+#: Seeds of VBench's standard, and the most its standard mode looks for.
+STANDARD_SEEDS = 5
 
 
 @dataclass
 class PromptsConfig:
     """Every prompt with every seed. ``by_language`` holds the same list for each kind of model;
-    ``texts`` is the one in use and can be given freely: ``prompts.texts=["a red circle ..."]``."""
+    ``texts`` is the one in use and can be given freely: ``prompts.texts=["a red circle ..."]``.
+
+    ``official`` takes VBench's own list instead, of all ``dimensions`` or of some, and of each no more than ``first``
+    prompts, where that is not 0.
+    """
 
     name: str = "demo5"
     by_language: dict[str, list[str]] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
+    official: bool = False
+    dimensions: list[str] = field(default_factory=list)
+    first: int = 0
 
 
-def pairs(config: PromptsConfig, group: str = "prompts") -> list[tuple[str, int]]:
+def pairs(config: PromptsConfig, group: str = "prompts") -> list[Pair]:
     """``ValueError`` where there is nothing to generate, or the same thing twice."""
-    if not config.texts:
+    texts = official_texts(config) if config.official else config.texts
+    if not texts:
         raise ValueError(f"{group}.texts is empty: give at least one prompt")
     if not config.seeds:
         raise ValueError(f"{group}.seeds is empty: give at least one seed")
-    for name, values in (("texts", config.texts), ("seeds", config.seeds)):
+    for name, values in (("texts", texts), ("seeds", config.seeds)):
         if len(set(values)) != len(values):
             raise ValueError(f"{group}.{name} holds a value twice")
     if not all(0 <= seed < 2**63 for seed in config.seeds):
         raise ValueError(f"{group}.seeds must lie between 0 and 2^63")
-    return [(text, seed) for text in config.texts for seed in config.seeds]
+    if config.official and not all(seed < STANDARD_SEEDS for seed in config.seeds):
+        raise ValueError(f"{group}.seeds: VBench's standard has the seeds 0 to {STANDARD_SEEDS - 1}")
+    return [(text, seed) for text in texts for seed in config.seeds]
 
 
-@dataclass
-class EvalConfig:
-    """``noise_floor``: also compare BF16 with itself, other seeds and initial noise moved by one unit
-    in the last place; costs one more BF16 video a pair, and with a single seed two."""
+def following(seeds: list[int]) -> dict[int, int]:
+    """With which other seed each is compared; of two, each prompt's pair counts once. Empty for a single one."""
+    found = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True)) if len(seeds) > 1 else {}
+    if len(seeds) == 2:
+        del found[seeds[1]]
+    return found
 
-    name: str = "fidelity"
-    noise_floor: bool = True
+
+def official_texts(config: PromptsConfig) -> list[str]:
+    """Of the dimensions asked for, in VBench's order, each text once."""
+    if config.texts:
+        raise ValueError("prompts.official takes VBench's texts: leave prompts.texts empty")
+    by_dimension = official_prompts()
+    for name in config.dimensions:
+        if name not in by_dimension:
+            raise ValueError(f"prompts.dimensions: VBench has no {name}; choose of {', '.join(sorted(by_dimension))}")
+    chosen = [by_dimension[name] for name in config.dimensions or by_dimension]
+    wanted = {text for texts in chosen for text in (texts[: config.first] if config.first else texts)}
+    return [text for text in dict.fromkeys(text for texts in by_dimension.values() for text in texts) if text in wanted]
+
+
+def official_prompts() -> dict[str, list[str]]:
+    """Dimension to the prompts VBench judges it on; from the file in its package, which is not imported."""
+    found = importlib.util.find_spec("vbench")
+    if found is None or found.origin is None:
+        raise ValueError("prompts=vbench is the list that comes with VBench, which is not installed")
+    listed: dict[str, list[str]] = {}
+    for entry in json.loads((Path(found.origin).parent / "VBench_full_info.json").read_text(encoding="utf-8")):
+        for dimension in entry["dimension"]:
+            texts = listed.setdefault(dimension, [])
+            if entry["prompt_en"] not in texts:
+                texts.append(entry["prompt_en"])
+    return listed

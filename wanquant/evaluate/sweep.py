@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wanquant.evaluate.ladder import ladder
 from wanquant.evaluate.stats import Estimate, Item, compared, difference
 from wanquant.runs.run import SCHEMA, clean_json, failed_result, read_result
 from wanquant.runs.sweep_table import MANY_PAIRS
@@ -99,6 +100,7 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
         "rows": rows,
         "floors": {prefix: _floor(results[0], prefix) for prefix in ("floor_ulp.", "floor_seed.", "bf16.")},
         "pairs": results[0]["metrics"][METRIC]["n"],
+        "ladder": ladder(rows),
         "protocol": _protocol(results),
     }
     plain: dict[str, Any] = clean_json(found)
@@ -149,9 +151,17 @@ def _row(job: int, name: str, result: dict[str, Any]) -> dict[str, Any]:
         "batch": _batch(result),
         "gates_failed": [gate for gate, found in result["gates"].items() if found["verdict"] == "fail"],
         "gates": result["gates"],
-        "metrics": {key: value for key, value in result["metrics"].items() if not key.startswith(("floor_", "bf16."))},
+        "metrics": {key: value for key, value in _metrics(result).items() if not key.startswith(("floor_", "bf16."))},
+        "vbench": result.get("evaluations", {}).get("own", {}).get("vbench", {}),
         "seconds": result["timings"]["total"],
     }
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, Any]:
+    """And what an evaluation of the run's own prompts has added, and the noise of the blocks alone."""
+    own = result.get("evaluations", {}).get("own", {}).get("metrics", {})
+    alone = {"block_sqnr": result["block_sqnr"]} if result.get("block_sqnr") else {}
+    return {**result["metrics"], **own, **alone}
 
 
 def _mean(row: dict[str, Any]) -> float:

@@ -6,6 +6,7 @@ Everything here is BF16 or leaves the model as it was: the transformer is quanti
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +15,13 @@ from typing import Any
 
 import torch
 
+from wanquant.evaluate.fidelity import EQUAL_DB
 from wanquant.evaluate.stats import Estimate, Item, estimate
 from wanquant.ptq import sensitivity
 from wanquant.ptq.calibrate import Calibration, calibrate, linear_flops
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import Scheme, parse
+from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import Site, merge
 from wanquant.quant.statistics_file import KIND, load_statistics, save_statistics
 from wanquant.runs.progress import progress
@@ -113,6 +116,21 @@ class Bench:
             return [[vars(item) for item in row] for row in rows]
 
         return [estimate([Item(**item) for item in row]) for row in cells.measured("blocks", measure)]
+
+    def block_sqnr(self, protected: Sequence[int]) -> Estimate:
+        """The cheapest word on a protection: the noise that the unprotected blocks add to their own outputs, each
+        quantized alone, against these outputs, summed over blocks, in dB."""
+        kept = resolve_blocks(protected, self.blocks)
+        rows = [row.items for index, row in enumerate(self.block_errors()) if index not in kept]
+        items = [
+            Item(
+                prompt,
+                seed,
+                -10 * math.log10(sum(10 ** (-row[place].value / 10) for row in rows)) if rows else EQUAL_DB,
+            )
+            for place, (prompt, seed) in enumerate(self.pairs)
+        ]
+        return estimate(items)
 
     def _signature(self, kind: str, **more: Any) -> str:
         return self.studio.signature(kind, pairs=self.pairs, **more)

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from wanquant.evaluate.prompts import EvalConfig, PromptsConfig, pairs
+from wanquant.evaluate.config import EvalConfig, check_eval
+from wanquant.evaluate.prompts import PromptsConfig, pairs
 from wanquant.ptq.analyze import AnalysisConfig, check_analysis
 from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check_protect
 from wanquant.quant import QuantConfig, plan_conversion
@@ -53,10 +54,13 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     """Refuses what can be refused by the config and the model's shape, before a weight is read or fetched."""
     scheme = parse(config.quant)
     check_tracker(config.tracker)
+    check_eval(config.eval)
     if config.mode not in MODES:
         raise ValueError(f"mode={config.mode}: choose {' or '.join(MODES)}")
     check_analysis(config.analysis)
     if config.mode == "analyze":
+        if config.eval.dimensions:
+            raise ValueError("mode=analyze makes no videos to judge: leave eval.dimensions out")
         if config.dry_run:
             raise ValueError("dry_run=true plans a quantization: leave mode=analyze out")
         if scheme.format.name != "hif8":

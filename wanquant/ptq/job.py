@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,9 @@ import torch
 
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
-from wanquant.evaluate.prompts import PromptsConfig, pairs
+from wanquant.evaluate.job import evaluate_run
+from wanquant.evaluate.perceptual import distance
+from wanquant.evaluate.prompts import PromptsConfig, following, pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS, estimate
 from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze
@@ -89,6 +91,14 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
         _plan(config, config_yaml, pairs_, calibration_pairs)
         return None
     hush_libraries()
+    return _judged(config, folder, device, _finished(config, folder, config_yaml, device, model_folder))
+
+
+def _finished(
+    config: PTQConfig, folder: Path, config_yaml: str, device: torch.device, model_folder: Path
+) -> dict[str, Any]:
+    """The run's result, be it known already."""
+    pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
     # A process whose launcher was killed may still be at it.
     with in_use(Path(config.cache), folder), one_card(device) as card:
         with refused_leave_no_result(folder):
@@ -101,6 +111,14 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
                 return result
             known = None  # under other names: most of it is in the cache
         return job.carry_out(Run(folder, "ptq", config_yaml, job.names), known)
+
+
+def _judged(config: PTQConfig, folder: Path, device: torch.device, result: dict[str, Any]) -> dict[str, Any]:
+    """By VBench too, where that is asked for: by its scores in the cache as far as they are known."""
+    if not config.eval.dimensions or config.mode != "quantize":
+        return result
+    with one_card(device) as card:
+        return evaluate_run(folder, config.eval, Path(config.cache), card)
 
 
 def _plan(config: PTQConfig, config_yaml: str, pairs_: list[Pair], calibration_pairs: list[Pair]) -> None:
@@ -208,6 +226,7 @@ class _Job:
         }
 
     def _tail(self, bench: Bench, prompts: PromptsConfig) -> dict[str, Any]:
+        texts = list(dict.fromkeys(text for text, _ in pairs(prompts)))
         return {
             "generation": dataclasses.asdict(self.config.model.generation),
             "memory": {"peak_bytes": peak_memory(self.device)},
@@ -216,8 +235,8 @@ class _Job:
                 "bf16_products": "native" if multiplies_bf16(self.device) else "float32, rounded once",
                 "from_cache": bench.studio.reused,
                 "seeds": prompts.seeds,
-                "prompts": prompts.texts,
-                "prompt_hash": digest(prompts.texts),
+                "prompts": texts,
+                "prompt_hash": digest(texts),
             },
         }
 
@@ -229,6 +248,7 @@ class _Job:
             calibration, stats = bench.calibration(), bench.inputs()
         with run.stage("choose"):
             choice = choose(config.protect, bench)
+            block_sqnr = bench.block_sqnr(choice.blocks).as_json() if config.eval.block_sqnr else None
         with run.stage("generate_bf16"):
             reference = self._bf16(studio, "generate BF16", self.pairs)
         floors: dict[str, list[tuple[Sample, Sample]]] = {}
@@ -244,16 +264,18 @@ class _Job:
         with run.stage("compare"):
             beside = {"": list(zip(reference, samples, strict=True)), **floors}
             with progress("compare", sum(map(len, beside.values())), "pair") as tick:
-                metrics = measure(beside, scenes=config.model.language == "scenes", on_pair=tick)
+                lpips = distance(config.eval.lpips, self.device)
+                metrics = measure(beside, config.model.language == "scenes", tick, lpips)
             gate_results = gates.check(samples, reference)
         with run.stage("write"):
-            self._write_videos(reference, samples)
+            self._write_videos(reference, samples, floors)
             if config.checkpoint and report.names("converted"):
                 with progress("save", len(report.names("converted")), "linear") as tick:
                     save_quantized(pipe, run.folder / "checkpoint", tick)
         return {
             **self._head(bench, list(report.protected_blocks)),
             **self._conversion(report, calibration, choice, overflows),
+            "block_sqnr": block_sqnr,
             "metrics": {name: estimate(items).as_json() for name, items in metrics.items()},
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
             "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
@@ -274,14 +296,16 @@ class _Job:
         """BF16 beside itself: the initial noise moved by one unit in its last place, and another seed."""
         moved = self._bf16(studio, "noise floor: 1 ulp", self.pairs, {"moved": "1 ulp"})
         known = {(sample.prompt, sample.seed): sample for sample in reference}
-        further, following = _other_seed(self.config.prompts)
+        further, other_seed = _other_seed(self.config.prompts)
         if further:
             for sample in self._bf16(studio, "noise floor: seed", further):
                 known[sample.prompt, sample.seed] = sample
-        other = [(s, known[s.prompt, following[s.seed]]) for s in reference if s.seed in following]
+        other = [(s, known[s.prompt, other_seed[s.seed]]) for s in reference if s.seed in other_seed]
         return {"floor_ulp.": list(zip(reference, moved, strict=True)), "floor_seed.": other}
 
-    def _write_videos(self, reference: list[Sample], samples: list[Sample]) -> None:
+    def _write_videos(
+        self, reference: list[Sample], samples: list[Sample], floors: Mapping[str, Sequence[tuple[Sample, Sample]]]
+    ) -> None:
         folder, fps = self.run_.folder, self.config.model.generation.fps
         labels = ("BF16", self.config.quant.format)
         rows = []
@@ -289,6 +313,8 @@ class _Job:
             for number, (a, b) in enumerate(zip(reference, samples, strict=True)):
                 frames = pictures.to_uint8(a.video), pictures.to_uint8(b.video)
                 name = f"{number:03d}-seed{a.seed}.mp4"
+                for _, moved in floors.get("floor_ulp.", ())[number : number + 1]:
+                    pictures.write_mp4(folder / "videos" / "bf16_ulp" / name, pictures.to_uint8(moved.video), fps)
                 pictures.write_mp4(folder / "videos" / "bf16" / name, frames[0], fps)
                 pictures.write_mp4(folder / "videos" / "quantized" / name, frames[1], fps)
                 both = pictures.side_by_side(frames, labels)
@@ -334,14 +360,9 @@ class _Job:
 
 
 def _other_seed(prompts: PromptsConfig) -> tuple[list[tuple[str, int]], dict[int, int]]:
-    """The videos to generate besides, and with which other seed each seed is compared.
-
-    A single seed gets a further one; of two, each prompt's pair counts once.
-    """
+    """The videos to generate besides, and with which other seed each seed is compared. A single one gets a further."""
     seeds = prompts.seeds
     if len(seeds) == 1:
-        return [(text, seeds[0] + 1) for text in prompts.texts], {seeds[0]: seeds[0] + 1}
-    following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
-    if len(seeds) == 2:
-        del following[seeds[1]]
-    return [], following
+        texts = dict.fromkeys(text for text, _ in pairs(prompts))
+        return [(text, seeds[0] + 1) for text in texts], {seeds[0]: seeds[0] + 1}
+    return [], following(seeds)

@@ -12,8 +12,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,26 @@ class Cache:
         if self.has(kind, signature):
             return final
         with locked(final.with_name(f"{signature}.lock"), f"{kind} {signature[:8]}"):
-            if not self.has(kind, signature):  # else it was made meanwhile
-                wrong = damaged(final) if final.is_dir() else None
-                if wrong:
-                    print(f"damaged: {final} ({wrong}); it is made again", file=sys.stderr, flush=True)
-                self._make(final, make)
-                self._whole.add(final)
-                self.made.add(final)
+            self._make_if_missing(kind, signature, make)
         return final
+
+    def offer(self, kind: str, signature: str, make: Callable[[Path], None]) -> None:
+        """Makes it, unless it is there or another process is at it."""
+        with _locked_if_free(self.root / kind / f"{signature}.lock") as free:
+            if free:
+                self._make_if_missing(kind, signature, make)
+
+    def _make_if_missing(self, kind: str, signature: str, make: Callable[[Path], None]) -> None:
+        """For the lock's holder: it may have been made meanwhile."""
+        final = self.root / kind / signature
+        if self.has(kind, signature):
+            return
+        wrong = damaged(final) if final.is_dir() else None
+        if wrong:
+            print(f"damaged: {final} ({wrong}); it is made again", file=sys.stderr, flush=True)
+        self._make(final, make)
+        self._whole.add(final)
+        self.made.add(final)
 
     def _make(self, final: Path, make: Callable[[Path], None]) -> None:
         """Only the lock's holder writes here: what is there already, damage or a kill left."""
@@ -90,6 +102,22 @@ class Cache:
 
     def cells(self, kind: str, signature: str) -> Cells:
         return Cells(self.root / kind / signature)
+
+
+@contextmanager
+def _locked_if_free(path: Path) -> Iterator[bool]:
+    """Holds the lock file, or yields False, since another process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -162,6 +190,35 @@ class Cells:
                     self.put(name, measure())
                     known = self.get(name)
         return known
+
+    def shared(
+        self, names: Sequence[str], measure: Callable[[list[str]], list[Any]], sizes: Iterator[int]
+    ) -> dict[str, Any]:
+        """The cells of these names; those that are not known are measured, several at a time, as many as ``sizes``
+        says. Processes that do the same side by side share the work: each takes what no other is at."""
+        found = {name: self.get(name) for name in names}
+        while left := [name for name in found if found[name] is None]:
+            with self._claimed(left, next(sizes)) as mine:
+                for name, value in zip(mine, measure(mine) if mine else [], strict=True):
+                    self.put(name, value)
+            if not mine:
+                with locked(self.folder / f"{left[0]}.lock", left[0]):
+                    pass
+            found |= {name: self.get(name) for name in (mine or left)}
+        return found
+
+    @contextmanager
+    def _claimed(self, names: Sequence[str], most: int) -> Iterator[list[str]]:
+        """The first that are not known and not being measured by another process, locked."""
+        with ExitStack() as held:
+            mine: list[str] = []
+            for name in names:
+                if len(mine) == most:
+                    break
+                free = held.enter_context(_locked_if_free(self.folder / f"{name}.lock"))
+                if free and self.get(name) is None:  # else it was measured meanwhile
+                    mine.append(name)
+            yield mine
 
 
 def _sum_of(value: Any) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wanquant.runs.analysis_report import analysis_html, analysis_summary
+from wanquant.runs.estimates import estimate_text
+from wanquant.runs.evaluation_report import FURTHER, sections
 from wanquant.runs.figures import block_magnitudes, intervals
 from wanquant.runs.files import write_atomic
 
@@ -38,12 +40,14 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
     if result["mode"] == "analyze":
         write_atomic(path, analysis_html(environment, folder, result))
         return path
+    evaluations = [_with_films(section) for section in sections(folder, result)]
+    if result["mode"] == "evaluate":
+        template = environment.get_template("evaluation.html.j2")
+        settings = json.dumps({key: result[key] for key in ("model", "generation", "provenance")}, indent=2)
+        write_atomic(path, template.render(result=result, evaluations=evaluations, settings=settings))
+        return path
     metrics = result["metrics"]
-    rows = [
-        (label + _pairs_if_other(metrics, prefix), [metrics[prefix + key] for key, _, _ in FIDELITY])
-        for prefix, label in FLOORS
-        if prefix + FIDELITY[0][0] in metrics
-    ]
+    rows, further = (_fidelity_rows(metrics, columns) for columns in (FIDELITY, _further(metrics)))
     sqnr = [(label, m[0]["mean"], *m[0]["ci95"]) for label, m in rows if None not in (m[0]["mean"], *m[0]["ci95"])]
     videos = sorted((folder / "videos" / "side_by_side").glob("*.mp4"))[:MAX_VIDEOS]
     while sum(path.stat().st_size for path in videos) > MAX_VIDEO_BYTES:
@@ -53,6 +57,9 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
         result=result,
         fidelity_rows=rows,
         fidelity_columns=[(title, unit) for _, title, unit in FIDELITY],
+        further_rows=further,
+        further_columns=[(title, unit) for _, title, unit in _further(metrics)],
+        evaluations=evaluations,
         attributes=[name for name in ATTRIBUTES if name in metrics],
         failed=failed_gates(result),
         cautions=cautions(result),
@@ -65,6 +72,29 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
     )
     write_atomic(path, html)
     return path
+
+
+def _fidelity_rows(metrics: dict[str, Any], columns: tuple[tuple[str, str, str], ...]) -> list[tuple[str, list[Any]]]:
+    """The run's own and the noise floors'."""
+    return [
+        (label + _pairs_if_other(metrics, prefix), [metrics[prefix + key] for key, _, _ in columns])
+        for prefix, label in FLOORS
+        if prefix + FIDELITY[0][0] in metrics
+    ]
+
+
+def _further(metrics: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    return tuple(column for column in FURTHER if column[0] in metrics)
+
+
+def _with_films(section: dict[str, Any]) -> dict[str, Any]:
+    """As many as the report can hold, as data."""
+    films, size = [], 0
+    for path in section["films"]:
+        size += path.stat().st_size
+        if size < MAX_VIDEO_BYTES / 2:
+            films.append((path.stem, data_uri(path, "video/mp4")))
+    return {**section, "films": films}
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:
@@ -126,16 +156,6 @@ def _pairs_if_other(metrics: dict[str, Any], prefix: str) -> str:
 
 def failed_gates(result: dict[str, Any]) -> list[str]:
     return [name for name, gate in result["gates"].items() if gate["verdict"] == "fail"]
-
-
-def estimate_text(metric: dict[str, Any]) -> str:
-    """``23.4 [22.9, 24.0]``; a dash for what is unknown."""
-    low, high = metric["ci95"]
-    return f"{_number(metric['mean'])} [{_number(low)}, {_number(high)}]"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}" if abs(value) < 1.5 else f"{value:.2f}"
 
 
 def data_uri(path: Path, kind: str) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import wanquant
 from wanquant.runs.files import write_atomic
@@ -42,11 +43,13 @@ VOLATILE = (
     "model.device",
     "model.path",
     "model.generation.fps",
+    "eval.dimensions",
+    "eval.foreign_weights",
     "*.name",
     "*.by_language",
 )
 #: Folders a run makes beside its summaries.
-PRODUCTS = ("checkpoint", "videos", "figures", "analysis")
+PRODUCTS = ("checkpoint", "videos", "figures", "analysis", "evaluations")
 #: By which a directory is known to hold a finished run.
 SUMMARIES = ("result.json", "report.html")
 #: Whose versions can change a number, besides torch's.
@@ -283,6 +286,18 @@ def write_refusal(folder: Path, job: str, config_yaml: str, names: dict[str, Any
 
 def write_result(folder: Path, full: dict[str, Any]) -> None:
     write_atomic(folder / "result.json", json.dumps(full, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.yaml`` of a run directory."""
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no config of a run")
+    return config
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
     files = {}
     if rows:
         files = {
-            "table.md": sweep_table.markdown(*table) + "\n\n" + sweep_table.protocol(summary) + "\n",
+            "table.md": _markdown(summary, table),
             "table.tex": sweep_table.latex(*table) + "\n",
             "table.csv": sweep_table.numbers(summary),
         }
@@ -42,6 +42,8 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
         floors=table[2],
         configurations=len(rows),
         text=sweep_table.protocol(summary) if rows else "",
+        further=sweep_table.further_cells(summary) if rows else ([], []),
+        ladder=sweep_table.ladder_cells(summary) if rows else ([], []),
         figures=_figures(summary) if rows else [],
         downloads=[(name, _text_uri(text)) for name, text in files.items()],
         videos=_videos(folder, rows) if rows else [],
@@ -50,6 +52,16 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
     path = folder / "report.html"
     write_atomic(path, page)
     return path
+
+
+def _markdown(summary: dict[str, Any], table: sweep_table.Cells) -> str:
+    parts = [
+        sweep_table.markdown(*table),
+        sweep_table.protocol(summary),
+        sweep_table.markdown(*sweep_table.further_cells(summary)),
+    ]
+    heads, rows = sweep_table.ladder_cells(summary)
+    return "\n\n".join([*parts, *([sweep_table.markdown(heads, rows)] if rows else [])]) + "\n"
 
 
 def _text_uri(text: str) -> str:

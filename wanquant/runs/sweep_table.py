@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from wanquant.runs.report import FIDELITY, FLOORS, estimate_text
+from wanquant.runs.estimates import estimate_text
+from wanquant.runs.evaluation_report import FURTHER, NOTICE_COLLAPSE
+from wanquant.runs.report import FIDELITY, FLOORS
 
 Row = dict[str, Any]
 Cells = tuple[list[str], list[list[str]], list[list[str]]]
@@ -54,6 +56,53 @@ def _columns(summary: dict[str, Any]) -> list[tuple[str, Callable[[Row], str]]]:
     if attributes:
         columns += [("attributes right", _metric("attributes")), ("minus BF16", _metric("difference.attributes"))]
     return columns
+
+
+def further_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """How the errors look, and VBench's means with the paired difference from BF16: what all rows have. Where VBench
+    judged, the dimensions that notice a collapse stand there in any case."""
+    rows = summary["rows"]
+    shared = [name for name in rows[0]["metrics"] if all(name in row["metrics"] for row in rows)]
+    heads, keys = [" and ".join(summary["by"])], []
+    for name, title, unit in (("block_sqnr", "blocks alone, SQNR", "dB"), *FURTHER):
+        if name in shared:
+            heads.append(title + (f", {unit}" if unit else ""))
+            keys.append(name)
+    judged = [name for name in shared if name.startswith("vbench.")]
+    if judged:
+        for name in dict.fromkeys((*judged, *(f"vbench.{dimension}" for dimension in NOTICE_COLLAPSE))):
+            heads += [name.removeprefix("vbench."), "minus BF16"]
+            keys += [name, f"difference.{name}"]
+    return heads, [[str(row["name"]), *(_further(row, key) for key in keys)] for row in rows]
+
+
+def _further(row: Row, key: str) -> str:
+    metric = row["metrics"].get(key)
+    return "not measured" if metric is None else estimate_text(metric, 5 if "vbench." in key else None)
+
+
+def ladder_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Rank correlations, a measure a row, the cheaper ones as columns."""
+    found = summary["ladder"]
+    if found is None:
+        return [], []
+    rows = []
+    for rung in found["rungs"]:
+        known = rung["correlations"]
+        values = {name: _correlation(value) for name, value in known.items()}
+        rows.append([_measure(rung["name"]), *(values.get(name, "") for name in found["cheap"])])
+    return ["ranks of, against", *map(_measure, found["cheap"])], rows
+
+
+def _correlation(value: Sequence[float] | None) -> str:
+    if value is None:
+        return "constant"
+    return estimate_text({"mean": value[0], "ci95": value[1:]}, 2)
+
+
+def _measure(name: str) -> str:
+    titles = {key: title for key, title, _ in (*FIDELITY, *FURTHER)}
+    return {"block_sqnr": "blocks alone, SQNR", **titles}.get(name, name.removeprefix("vbench."))
 
 
 def _gates(row: Row) -> str:

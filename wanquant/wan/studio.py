@@ -108,6 +108,9 @@ class Studio:
         folders = []
         missing = [pair for group, there in zip(groups, known, strict=True) for pair in group if not there]
         with self.progress(label, missing) if missing else _silence() as tick:
+            for group, each, there in zip(groups, signatures, known, strict=True):
+                if not there:  # first what no other process is at, then what they have made
+                    self.cache.offer("latents", each, self._maker(group, how, tick))
             for group, each in zip(groups, signatures, strict=True):
                 folder = self.cache.folder("latents", each, self._maker(group, how, tick))
                 folders.append(folder)

@@ -1,0 +1,271 @@
+"""``python eval.py`` end to end on tiny-wan at two denoising steps, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ptq.test_job import CACHE, QUICK, ROOT, TWO, ptq
+from wanquant import config
+from wanquant.evaluate.job import run_evaluate
+from wanquant.runs import pictures
+from wanquant.runs.run import read_result
+
+FLICKER = "eval.dimensions=[temporal_flickering]"
+NEW = (
+    'prompts.texts=["a red circle moving right on a black background","a green square moving up on a gray background"]'
+)
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
+    """``python eval.py`` in this process; the exit status."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", "tracker=none", f"cache={CACHE}", *overrides])
+    try:
+        config.main("eval", run_evaluate)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of four, of two pairs each."""
+    folder = tmp_path_factory.mktemp("made") / "sweep"
+    with pytest.MonkeyPatch.context() as patch:
+        protect = "protect=none,entry,exit,boundary"
+        assert ptq(patch, "-m", protect, TWO, *QUICK, "tracker=none", f"hydra.sweep.dir={folder}") == 0
+    return folder
+
+
+@pytest.fixture
+def sweep(made: Path, tmp_path: Path) -> Path:
+    """A copy to be changed."""
+    return Path(shutil.copytree(made, tmp_path / "sweep"))
+
+
+def entry(run: Path, name: str = "own") -> dict[str, Any]:
+    found: dict[str, Any] = read_result(run)["evaluations"][name]
+    return found
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_sweep_by_vbench_and_in_its_report(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read_result(sweep / "0")
+    assert evaluate(monkeypatch, f"run={sweep}", FLICKER) == 0
+    results = [read_result(sweep / str(job)) for job in range(4)]
+    assert {key: value for key, value in results[0].items() if key != "evaluations"} == before
+    for result in results:
+        found = result["evaluations"]["own"]
+        metrics = found["metrics"]
+        name = "vbench.temporal_flickering"
+        assert set(metrics) == {name, f"bf16.{name}", f"difference.{name}", f"floor_ulp.{name}"}
+        for item in metrics[name]["per_item"]:
+            assert 0.9 < item["value"] < 1
+        assert metrics[f"difference.{name}"]["mean"] == pytest.approx(
+            metrics[name]["mean"] - metrics[f"bf16.{name}"]["mean"], abs=1e-12
+        )
+        assert found["vbench"]["long"] == 0
+        assert found["vbench"]["weights"] == {}
+        assert found["demonstration"]
+    # BF16 is the same in all of them.
+    assert (
+        len({json.dumps(r["evaluations"]["own"]["metrics"]["bf16.vbench.temporal_flickering"]) for r in results}) == 1
+    )
+    page = (sweep / "report.html").read_text()
+    for words in (
+        "temporal_flickering",
+        "imaging_quality",
+        "not measured",
+        "error flicker",
+        "Which measure could be spared",
+    ):
+        assert words in page
+    run_page = (sweep / "3" / "report.html").read_text()
+    for words in ("Evaluation: own", "temporal_flickering", "dynamic_degree", "not measured", "How the error looks"):
+        assert words in run_page
+
+
+def test_the_same_by_ptq_itself(tmp_path: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    assert ptq(monkeypatch, "protect=boundary", TWO, *QUICK, "tracker=none", FLICKER, f"hydra.run.dir={run}") == 0
+    assert evaluate(monkeypatch, f"run={sweep / '3'}", FLICKER) == 0
+    assert entry(run)["metrics"] == entry(sweep / "3")["metrics"]
+    written = (run / "result.json").stat().st_mtime_ns
+    assert ptq(monkeypatch, "protect=boundary", TWO, *QUICK, "tracker=none", f"hydra.run.dir={run}") == 0
+    assert (run / "result.json").stat().st_mtime_ns == written
+
+
+def test_other_prompts_are_generated_and_the_runs_own_are_not(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = sweep / "3"
+    assert evaluate(monkeypatch, f"run={run}", NEW, "prompts.name=new", FLICKER) == 0
+    found = entry(run, "new")
+    assert found["pairs"] == 2
+    own = {item["prompt"]: item["value"] for item in read_result(run)["metrics"]["psnr"]["per_item"]}
+    by_prompt = {item["prompt"]: item["value"] for item in found["metrics"]["psnr"]["per_item"]}
+    shared = "a red circle moving right on a black background"
+    assert by_prompt[shared] == own[shared]
+    assert 10 < by_prompt["a green square moving up on a gray background"] < 100
+    assert found["metrics"]["color"]["n"] == found["metrics"]["vbench.temporal_flickering"]["n"] == 2
+    assert len(found["gates"]["black"]["per_item"]) == 2
+    assert found["verdict"] == "pass"
+    videos = sorted(path.relative_to(run / "evaluations" / "new") for path in (run / "evaluations").rglob("*.mp4"))
+    assert [str(video) for video in videos] == [
+        "bf16/001-seed0.mp4", "quantized/001-seed0.mp4", "side_by_side/001-seed0.mp4"
+    ]  # fmt: skip
+    capsys.readouterr()
+    # Again, into a folder that lost its videos: nothing is measured anew, and the same files are written.
+    kept = {path: path.read_bytes() for path in (run / "evaluations").rglob("*.mp4")}
+    shutil.rmtree(run / "evaluations")
+    assert evaluate(monkeypatch, f"run={run}", NEW, "prompts.name=new", FLICKER) == 0
+    assert {path: path.read_bytes() for path in (run / "evaluations").rglob("*.mp4")} == kept
+    again = entry(run, "new")
+    assert again["metrics"] == found["metrics"]
+    # Other pairs of the same name stand beside it.
+    assert evaluate(monkeypatch, f"run={run}", NEW, "prompts.name=new", "prompts.seeds=[3]") == 0
+    assert len(read_result(run)["evaluations"]) == 2
+
+
+def test_the_standards_prompts_under_the_standards_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model that is told the texts are English; what it makes of them does not matter."""
+    run, cache = tmp_path / "run", f"cache={tmp_path / 'cache'}"
+    english = ["model.language=english", "prompts.texts=[A corgi,A train]", "model.generation.num_frames=5"]
+    assert ptq(monkeypatch, *english, *QUICK, "tracker=none", f"hydra.run.dir={run}", cache) == 0
+    part = ["prompts=vbench", "prompts.dimensions=[temporal_flickering,human_action]", "prompts.first=1"]
+    assert evaluate(monkeypatch, f"run={run}", *part, "prompts.seeds=[0,1]", FLICKER, cache) == 0
+    found = entry(run, "vbench")
+    assert (found["official"], found["pairs"]) == (True, 4)
+    assert found["metrics"]["vbench.temporal_flickering"]["n"] == 2
+    assert found["metrics"]["floor_seed.vbench.temporal_flickering"]["n"] == 1
+    texts = ["In a still frame, a stop sign", "A person is riding a bike"]
+    assert sorted(found["texts"]) == sorted(texts)
+    names = {path.name for path in (run / "evaluations" / "vbench" / "quantized").iterdir()}
+    assert names == {f"{text}-{seed}.mp4" for text in texts for seed in (0, 1)}
+
+
+def test_a_model_as_it_is_and_beside_another(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = [f"model.path={sweep / '3' / 'checkpoint'}", TWO, *QUICK, FLICKER]
+    assert evaluate(monkeypatch, *model, f"hydra.run.dir={tmp_path / 'alone'}") == 0
+    result = read_result(tmp_path / "alone")
+    assert (result["job"], result["mode"], result["verdict"]) == ("eval", "evaluate", "pass")
+    (alone,) = result["evaluations"].values()
+    assert {"color", "vbench.temporal_flickering"} <= set(alone["metrics"])
+    assert "psnr" not in alone["metrics"]
+    assert {"alone.black", "alone.noise"} <= set(alone["gates"])
+    assert "temporal_flickering" in (tmp_path / "alone" / "report.html").read_text()
+    assert evaluate(monkeypatch, *model, "reference=tiny", f"hydra.run.dir={tmp_path / 'beside'}") == 0
+    (beside,) = read_result(tmp_path / "beside")["evaluations"].values()
+    run = read_result(sweep / "3")
+    for name in ("latent_sqnr", "psnr", "error_flicker", "color"):
+        assert beside["metrics"][name] == run["metrics"][name]
+    assert {name: gate["verdict"] for name, gate in beside["gates"].items()} == {
+        name: gate["verdict"] for name, gate in run["gates"].items()
+    }
+    assert beside["metrics"]["vbench.temporal_flickering"] == alone["metrics"]["vbench.temporal_flickering"]
+
+
+def test_long_videos_are_said_to_be(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = sweep / "0"
+    for path in (run / "videos").rglob("0*.mp4"):
+        pictures.write_mp4(path, pictures.read_mp4(path), 3)  # 17 frames
+    assert evaluate(monkeypatch, f"run={run}", FLICKER) == 0
+    assert entry(run)["vbench"]["long"] == 2
+    assert "2 of 2 videos last 5.0 s or more and belong to VBench-Long" in (run / "report.html").read_text()
+
+
+def test_processes_of_one_launch_share_the_work(sweep: Path, tmp_path: Path) -> None:
+    """Each video is generated and judged once, and one process writes."""
+    run, cache = sweep / "3", tmp_path / "cache"
+    command = ["launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command += [
+        "--dynamo_backend",
+        "no",
+        "eval.py",
+        f"run={run}",
+        NEW,
+        "prompts.seeds=[0,1,2]",
+        "prompts.name=new",
+        FLICKER,
+    ]
+    command += ["tracker=none", f"cache={cache}"]
+    accelerate = Path(sys.executable).with_name("accelerate")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([accelerate, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("evaluation new joined") == 1
+    assert entry(run, "new")["metrics"]["vbench.temporal_flickering"]["n"] == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["run={tmp}/nowhere"], "nowhere holds no result.json"),
+        (["run={tmp}"], "holds no result.json"),
+        (["run={run}", "eval.dimensions=[color]"], "VBench refuses color"),
+        (["run={run}", "eval.dimensions=[beauty]"], "VBench has no dimension beauty"),
+        (["run={run}", "eval=vbench5"], "which is not there: `python -m wanquant.doctor fetch`"),
+        (["run={run}", "eval.lpips=maybe"], "eval.lpips=maybe: choose auto, on, off"),
+        (["run={run}", "eval.lpips=on"], "lpips needs"),
+        (["run={run}", "prompts.texts=[]", "prompts.name=none"], "prompts.texts is empty"),
+        (["run={run}", "prompts=vbench", "prompts.dimensions=[temporal_flickering]"], "In a still frame"),
+        (["run={run}", "prompts=vbench", "prompts.dimensions=[beauty]"], "VBench has no beauty"),
+        (["run={run}", "prompts=vbench", "prompts.seeds=[7]"], "VBench's standard has the seeds 0 to 4"),
+        (["run={run}", NEW, "prompts.name=new", "reference={run}/checkpoint"], "not the model this run was made with"),
+        (["model.path={tmp}/nowhere"], "no model folder"),
+        (["run={run}", "threads=0"], "threads=0"),
+    ],
+)
+def test_bad_input_is_one_line(
+    overrides: list[str], words: str, sweep: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    run = sweep / "3"
+    before = (run / "result.json").read_bytes()
+    told = [override.format(tmp=tmp_path / "empty", run=run) for override in overrides]
+    assert evaluate(monkeypatch, *told, f"hydra.run.dir={tmp_path / 'log'}") == 1
+    assert words in complaint(capsys)
+    assert (run / "result.json").read_bytes() == before
+
+
+def test_broken_videos_and_runs_are_one_line(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep / "0" / "videos" / "quantized" / "001-seed0.mp4"
+    path.write_bytes(b"no video")
+    assert evaluate(monkeypatch, f"run={sweep / '0'}", FLICKER) == 1
+    assert f"cannot read the video {path}" in complaint(capsys)
+    shutil.rmtree(sweep / "1" / "checkpoint")
+    assert evaluate(monkeypatch, f"run={sweep / '1'}", NEW, "prompts.name=new") == 1
+    assert "has no checkpoint to generate from: run ptq.py with checkpoint=true" in complaint(capsys)
+    assert evaluate(monkeypatch, f"run={sweep / '1'}", FLICKER) == 0
+    capsys.readouterr()
+    result = read_result(sweep / "2")
+    (sweep / "2" / "result.json").write_text(json.dumps({**result, "status": "failed", "error": "out of luck"}))
+    shutil.copytree(sweep / "3" / "videos" / "quantized", sweep / "0" / "videos" / "quantized", dirs_exist_ok=True)
+    assert evaluate(monkeypatch, f"run={sweep}", FLICKER) == 1
+    assert "failed (out of luck): there is nothing to evaluate" in complaint(capsys)
+    assert "own" in read_result(sweep / "3")["evaluations"]
+
+
+def test_a_dry_run_says_what_would_be_done(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(monkeypatch, f"run={sweep / '0'}", NEW, "prompts.name=new", FLICKER, "dry_run=true") == 0
+    out = capsys.readouterr().out
+    assert "2 pairs of new, of which 1 would be generated" in out
+    assert "dimensions of VBench: temporal_flickering" in out
+    assert not (sweep / "0" / "evaluations").exists()

@@ -1,0 +1,126 @@
+"""python -m wanquant.doctor          what is installed, which weights are there, and what to do about what is not
+python -m wanquant.doctor fetch    gets the weights that are missing, where there is a network
+
+Weights go where VBench looks for them, ``VBENCH_CACHE_DIR`` or ``~/.cache/vbench``, and torch, ``TORCH_HOME`` or
+``~/.cache/torch``: carry these two folders to a machine that has no network. Nothing else in wanquant fetches them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+
+from wanquant.evaluate import vbench, weights
+from wanquant.wan.device import DEVICES, pick_device
+
+#: What is asked for, by the package that brings it.
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "numpy", "numba", "av", "wandb")
+OPTIONAL = {
+    "vbench": vbench.INSTALL,
+    "pyiqa": vbench.INSTALL,
+    "openai-clip": vbench.INSTALL,
+    "timm": vbench.INSTALL,
+    "decord": "a reader over PyAV takes its place",
+    "torch_npu": "pip install -e '.[npu]', with CANN",
+}
+WORDS = {
+    "published": "as published",
+    "recorded": "as on record",
+    "new": "not on record yet: its sum goes there when it is first used",
+    "other": "NOT what it should be: fetch it again",
+    "missing": "missing",
+}
+
+
+def examine() -> list[str]:
+    """Lines for the terminal."""
+    lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    usable = [name for name in DEVICES[1:] if _usable(name)]
+    lines += [f"devices: {', '.join(usable)}", "", "packages"]
+    for name in (*PACKAGES, *OPTIONAL):
+        version = _version(name)
+        lines.append(f"  {name:<14}{version or 'not installed: ' + OPTIONAL.get(name, 'reinstall wanquant')}")
+    lines += ["", "dimensions of VBench"]
+    lines += [f"  {name:<24}{_state(name)}" for name in vbench.DIMENSIONS]
+    lines += [
+        f"  {'(LPIPS)':<24}{_state(weights.LPIPS)}",
+        "",
+        f"weights in {weights.vbench_root()}, {weights.torch_root()}",
+    ]
+    found = [weights.find(weight) for weight in weights.WEIGHTS]
+    for each in found:
+        lines.append(f"  {each.weight.recorded_as:<54}{each.sha256[:12] or '-':<14}{WORDS[each.state]}")
+    if any(each.state in ("missing", "other") for each in found):
+        lines += ["", "`python -m wanquant.doctor fetch` gets what is missing, or the dimensions you name behind it"]
+    return lines
+
+
+def _usable(device: str) -> bool:
+    try:
+        pick_device(device)
+    except ValueError:
+        return False
+    return True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _state(name: str) -> str:
+    """Whether a dimension can be measured here, found out as the measurement would."""
+    lacking = [
+        found.weight for found in map(weights.find, weights.needed([name])) if found.state in ("missing", "other")
+    ]
+    if name != weights.LPIPS and not (name in weights.VICLIP and lacking):  # imported, ViCLIP fetches its vocabulary
+        try:
+            vbench.importable([name])
+        except ValueError as error:
+            return str(error)
+    return f"needs {', '.join(weight.recorded_as for weight in lacking)}" if lacking else "ready"
+
+
+def fetch(names: Sequence[str]) -> bool:
+    """The missing weights of these dimensions, or of all; what cannot be had is told, and the others go on."""
+    wanted = weights.needed(names) if names else list(weights.WEIGHTS)
+    if names and {name for weight in wanted for name in weight.used_by} & set(names) != set(names):
+        known = dict.fromkeys(name for weight in weights.WEIGHTS for name in weight.used_by)
+        raise ValueError(f"weights are known of {', '.join(known)}")
+    complete = True
+    for weight in wanted:
+        if weights.find(weight).state not in ("missing", "other"):
+            print(f"there already: {weight.path}")
+            continue
+        print(f"fetching {weight.url}", flush=True)
+        try:
+            weights.fetch(weight)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            complete = False
+    return complete
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m wanquant.doctor", description="What is installed, and what is not."
+    )
+    parser.add_argument("command", nargs="?", choices=("fetch",), help="get the missing weights")
+    parser.add_argument("dimensions", nargs="*", help="of these dimensions of VBench, or lpips (default: all)")
+    args = parser.parse_args()
+    try:
+        if args.command == "fetch":
+            sys.exit(0 if fetch(args.dimensions) else 1)
+        print("\n".join(examine()))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

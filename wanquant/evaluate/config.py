@@ -1,0 +1,55 @@
+"""What is measured on videos, and the whole of ``python eval.py`` as one dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from wanquant.evaluate import perceptual, vbench
+from wanquant.evaluate.prompts import PromptsConfig
+from wanquant.runs.tracking import TrackerConfig
+from wanquant.wan.config import ModelConfig
+
+LPIPS_CHOICES = ("auto", "on", "off")
+
+
+@dataclass
+class EvalConfig:
+    """``noise_floor``: also compare BF16 with itself, other seeds and initial noise moved by one unit
+    in the last place; costs one more BF16 video a pair, and with a single seed two."""
+
+    name: str = "fidelity"
+    noise_floor: bool = True
+    #: Of VBench.
+    dimensions: list[str] = field(default_factory=list)
+    #: ``auto``: where its weights are.
+    lpips: str = "auto"
+    #: Also quantize each block alone, on the calibration prompts: the cheapest measure, for the ladder of a sweep.
+    block_sqnr: bool = False
+    #: Take weights that are not the published ones; the scores are marked as meaningless.
+    foreign_weights: bool = False
+
+
+@dataclass
+class EvaluateConfig:
+    """The whole of ``python eval.py``: of a ``run`` (or each of a sweep), or of the model at ``model.path``."""
+
+    run: str | None = None
+    #: The BF16 model beside it; of a run, where it is now, if not where it was.
+    reference: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    dry_run: bool = False
+    cache: str = "outputs/cache"
+    threads: int = 1
+
+
+def check_eval(config: EvalConfig) -> None:
+    """Refuses what can be refused before a model is read: dimensions, packages, weights."""
+    vbench.check_dimensions(config.dimensions)
+    if config.lpips not in LPIPS_CHOICES:
+        raise ValueError(f"eval.lpips={config.lpips}: choose {', '.join(LPIPS_CHOICES)}")
+    if config.lpips == "on":
+        perceptual.check()
+    vbench.prepare(config.dimensions, config.foreign_weights)

@@ -1,0 +1,56 @@
+"""The ladder of proxies: does a cheap measure rank a sweep's configurations as an expensive one does?
+
+Where it does, the expensive one need not be taken for every candidate. The cheapest is the noise of each block alone,
+which needs a single BF16 pass over the calibration prompts; then the final latents; then pixels; then judges. It is
+Spearman's rank correlation over configurations, with an interval from drawing them with replacement: of few
+configurations it says little, and then the interval says that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from wanquant.evaluate.stats import rank_correlation
+
+#: From the cheapest up.
+CHEAP = ("block_sqnr", "latent_sqnr", "psnr")
+#: The measures that a small value is good of are turned, so that agreement is 1 everywhere.
+EXPENSIVE = ("ssim", "lpips", "error_flicker", "attributes")
+LESS_IS_BETTER = ("lpips", "error_flicker")
+#: Fewer configurations have no ladder; an interval over fewer than ``MANY`` is hardly one.
+FEW, MANY = 3, 8
+
+
+def ladder(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """``rungs``: a measure each, with its correlations by cheap measure, or None where one of the two is constant."""
+    sound = [row for row in rows if all(_finite(row, name) for name in ("latent_sqnr", "psnr"))]
+    if len(sound) < FEW:
+        return None
+    names = [name for name in sound[0]["metrics"] if all(_finite(row, name) for row in sound)]
+    cheap = [name for name in CHEAP if name in names]
+    judged = [name for name in names if name.startswith("vbench.")]
+    rungs = []
+    for name in [*CHEAP[1:], *(name for name in EXPENSIVE if name in names), *judged]:
+        below = cheap[: cheap.index(name)] if name in cheap else cheap
+        if below:
+            found = {other: _correlated(sound, other, name) for other in below}
+            rungs.append({"name": name, "correlations": found})
+    return {"configurations": len(sound), "few": len(sound) < MANY, "cheap": cheap, "rungs": rungs}
+
+
+def _finite(row: dict[str, Any], name: str) -> bool:
+    mean = row["metrics"].get(name, {}).get("mean")
+    return mean is not None and math.isfinite(mean)
+
+
+def _correlated(rows: Sequence[dict[str, Any]], a: str, b: str) -> list[float] | None:
+    x, y = ([_turned(row, name) for row in rows] for name in (a, b))
+    found = rank_correlation(x, y)
+    return None if math.isnan(found[0]) else list(found)
+
+
+def _turned(row: dict[str, Any], name: str) -> float:
+    mean = float(row["metrics"][name]["mean"])
+    return -mean if name in LESS_IS_BETTER else mean

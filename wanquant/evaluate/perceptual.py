@@ -1,0 +1,49 @@
+"""LPIPS (Zhang et al. 2018), AlexNet's, by torchmetrics: where torchvision and its weights are there."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from wanquant.evaluate import weights
+
+#: Two videos [frames, height, width, 3] in 0..1 to their mean distance over frames.
+Distance = Callable[[np.ndarray, np.ndarray], float]
+#: Frames given to the network at a time.
+TOGETHER = 16
+
+
+def check() -> None:
+    """``ValueError`` says what is missing."""
+    if importlib.util.find_spec("torchvision") is None:
+        raise ValueError("eval.lpips=on needs torchvision: pip install -e '.[vbench]'")
+    weights.checked([weights.LPIPS])
+
+
+def there() -> bool:
+    return importlib.util.find_spec("torchvision") is not None and not weights.missing([weights.LPIPS])
+
+
+def distance(choice: str, device: torch.device) -> Distance | None:
+    """None where it is ``off``, or ``auto`` and not there."""
+    if choice == "off" or (choice == "auto" and not there()):
+        return None
+    check()
+    from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+
+    network = LearnedPerceptualImagePatchSimilarity("alex", reduction="sum", normalize=True).to(device)
+
+    @torch.no_grad()
+    def between(reference: np.ndarray, video: np.ndarray) -> float:
+        if not (np.isfinite(reference).all() and np.isfinite(video).all()):
+            return float("nan")
+        network.reset()
+        for first in range(0, len(video), TOGETHER):
+            pair = (frames[first : first + TOGETHER] for frames in (video, reference))
+            network.update(*(torch.from_numpy(part).permute(0, 3, 1, 2).to(device) for part in pair))
+        return float(network.compute()) / len(video)
+
+    return between

@@ -1,0 +1,37 @@
+"""A sweep's one table: written, and as the terminal shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from wanquant.evaluate.sweep import MARGIN, summarize
+from wanquant.runs.sweep_report import write_sweep
+from wanquant.runs.sweep_table import cells
+
+
+def report(sweep: Path, reference: str | None = None, margin: float = MARGIN) -> dict[str, Any]:
+    """Writes the sweep's report and returns what is in it."""
+    summary = summarize(sweep, reference, margin)
+    write_sweep(sweep, summary)
+    return summary
+
+
+def text(summary: dict[str, Any], sweep: Path) -> str:
+    """What the terminal shows: the table's most important columns, what failed, and where the report is."""
+    lines = []
+    if summary["rows"]:
+        heads, rows, floors = cells(summary)
+        kept = [place for place, head in enumerate(heads) if place < 2 or head in _shown(summary)]
+        table = [[line[place] for place in kept] for line in (heads, *rows, *floors)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+        lines += [f"caution: {caution}" for caution in summary["cautions"]]
+    lines += [f"job {job['job']} failed ({job['name']}): {job['error']}" for job in summary["failed"]]
+    if summary["unfinished"]:
+        lines.append(f"not finished: job {', job '.join(map(str, summary['unfinished']))}")
+    return "\n".join([*lines, f"report: {sweep / 'report.html'}"])
+
+
+def _shown(summary: dict[str, Any]) -> tuple[str, ...]:
+    return ("latent SQNR, dB", f"minus {summary['reference']}, dB", "verdict", "gates")
