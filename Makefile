@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Of half a million files only those that are used are compiled, as they are used: --no-compile.
+# Only the modules that are used are compiled, as they are used: --no-compile.
 .PHONY: ptq test lint clean
 
 ptq: .venv/installed

@@ -18,7 +18,7 @@ from wanquant.runs.analysis_report import short
 from wanquant.runs.files import write_atomic
 from wanquant.runs.report import estimate_text
 from wanquant.runs.run import read_result
-from wanquant.runs.sweep_table import cells, markdown, protocol
+from wanquant.runs.sweep_table import cells, further_cells, ladder_cells, markdown, protocol
 
 
 def table_of_blocks(result: dict[str, Any]) -> str:
@@ -52,8 +52,9 @@ def _machine(made: dict[str, Any]) -> str:
     return f"{made['device'].upper()}, {threads}, torch {made['packages']['torch']}, prompts {prompts}"
 
 
-def table_of_sweep(sweep: Path, reference: str | None = None) -> str:
-    """Markdown of a sweep in which every job has finished, and how it was measured."""
+def table_of_sweep(sweep: Path, reference: str | None = None, further: bool = False) -> str:
+    """Markdown of a sweep in which every job has finished, and how it was measured; or, ``further``, how its errors
+    look, VBench's means, and the rank correlations of cheap measures."""
     summary = summarize(sweep, reference)
     for job in summary["failed"]:
         raise ValueError(f"{sweep / str(job['job'])} failed: {job['error']}")
@@ -61,13 +62,17 @@ def table_of_sweep(sweep: Path, reference: str | None = None) -> str:
         raise ValueError(f"{sweep / str(summary['unfinished'][0])} holds no result.json: the run was not finished")
     if summary["demonstration"]:
         raise ValueError(f"{sweep} has too few (prompt, seed) pairs for a table")
-    return markdown(*cells(summary)) + "\n\n" + protocol(summary)
+    if not further:
+        return markdown(*cells(summary)) + "\n\n" + protocol(summary)
+    heads, rows = ladder_cells(summary)
+    tables = [markdown(*further_cells(summary)), protocol(summary), *([markdown(heads, rows)] if rows else [])]
+    return "\n\n".join(tables)
 
 
-def write(directory: Path, reference: str | None = None) -> str:
+def write(directory: Path, reference: str | None = None, further: bool = False) -> str:
     """The table of a sweep, or of an analysis."""
     if not (directory / "result.json").is_file():
-        return table_of_sweep(directory, reference)
+        return table_of_sweep(directory, reference, further)
     result = read_result(directory)
     if result["status"] != "ok" or result.get("mode") != "analyze":
         raise ValueError(f"{directory} is one run, and not a finished analysis: a table takes a sweep of several")
@@ -89,9 +94,11 @@ def main() -> None:
     parser.add_argument("name", help="of the markers: <!-- table NAME: begin --> and <!-- table NAME: end -->")
     parser.add_argument("file", type=Path)
     parser.add_argument("--reference", help="configuration the others are compared with (default: the first)")
+    parser.add_argument("--further", action="store_true", help="how errors look, VBench, and rank correlations instead")
     args = parser.parse_args()
     try:
-        write_atomic(args.file, replace_table(args.file.read_text(), args.name, write(args.directory, args.reference)))
+        table = write(args.directory, args.reference, args.further)
+        write_atomic(args.file, replace_table(args.file.read_text(), args.name, table))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from wanquant.evaluate import vbench, weights
 from wanquant.wan.device import DEVICES, pick_device
@@ -48,7 +49,7 @@ def examine() -> list[str]:
     lines += [
         f"  {'(LPIPS)':<24}{_state(weights.LPIPS)}",
         "",
-        f"weights in {weights.vbench_root()}, {weights.torch_root()}",
+        f"weights in {_short(weights.vbench_root())}, {_short(weights.torch_root())}",
     ]
     found = [weights.find(weight) for weight in weights.WEIGHTS]
     for each in found:
@@ -56,6 +57,10 @@ def examine() -> list[str]:
     if any(each.state in ("missing", "other") for each in found):
         lines += ["", "`python -m wanquant.doctor fetch` gets what is missing, or the dimensions you name behind it"]
     return lines
+
+
+def _short(path: Path) -> str:
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def _usable(device: str) -> bool:
