@@ -56,6 +56,8 @@ QUIET = {
     "model.device",
     "model.path",
     "model.generation.fps",
+    "eval.dimensions",
+    "eval.foreign_weights",
 }
 
 

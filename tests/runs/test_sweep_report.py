@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,37 @@ def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
     assert len(lines) == 6
     assert lines[-1].startswith("|  | *BF16, noise moved by 1 ulp* |")
     assert all(line.count("|") == len(heads) + 1 for line in lines)
+
+
+def judged(by: float, **told: Any) -> dict[str, Any]:
+    """What ``eval.py`` joins to a result: a dimension of which BF16 has the pairs of ``METRIC``."""
+    scores = {"vbench.temporal_flickering": shifted(by), "difference.vbench.temporal_flickering": shifted(by - 20)}
+    notes = {"version": "0", "dimensions": ["temporal_flickering"], "long": 0, "foreign_weights": False, **told}
+    return {"evaluations": {"own": {"metrics": scores, "vbench": notes}}}
+
+
+def test_vbench_beside_bf16_and_the_reference(tmp_path: Path) -> None:
+    """What notices a collapse is there, measured or not."""
+    summary = summarize(sweep(tmp_path, named("x", **judged(1.0)), named("y", **judged(0.5))))
+    assert sweep_table.vbench_cells(summary) == ([], [])  # job 0 was not judged
+    for job, by in ((0, 0.0), (1, 1.0), (2, 0.5)):
+        path = tmp_path / str(job) / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **judged(by, long=3)}))
+    summary = summarize(tmp_path)
+    heads, rows = sweep_table.vbench_cells(summary)
+    assert heads == [
+        "protect", "temporal_flickering", "minus BF16", "minus none",
+        "imaging_quality", "dynamic_degree", "overall_consistency",
+    ]  # fmt: skip
+    by_name = {row[0]: row[1:] for row in rows}
+    assert by_name["x"][2] == "1.00000 [1.00000, 1.00000]"
+    assert by_name["none"][2] == ""
+    assert by_name["y"][3:] == ["not measured"] * 3
+    report.report(tmp_path)
+    assert "3 videos of each configuration last 5.0 s or more" in (tmp_path / "report.html").read_text()
+    assert "| y | " in (tmp_path / "table.md").read_text().split("imaging_quality")[1]
+    rung = next(rung for rung in summary["ladder"]["rungs"] if rung["name"] == "vbench.temporal_flickering")
+    assert rung["correlations"]["latent_sqnr"] is None  # all three have the same
 
 
 def test_quantizations_are_told_by_their_scales(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluate.results import changed, named, sweep
+from tests.evaluate.results import METRIC, changed, named, sweep
 from tools import write_table
 from wanquant.runs.run import Run
 
@@ -33,6 +33,21 @@ def test_a_sweep_goes_between_its_markers(tmp_path: Path) -> None:
     assert "old" not in text
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 5
     assert "minus ends, dB" in write_table.write(folder, reference="ends")
+
+
+def test_further_tables_instead(tmp_path: Path) -> None:
+    looks = {"metrics.error_flicker": METRIC, "metrics.motion_energy": METRIC}
+    folder = sweep(tmp_path / "sweep", named("ends", **looks), named("other", **looks))
+    first = folder / "0" / "result.json"
+    first.write_text(json.dumps(changed(looks)))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    done = run(folder, "T", readme, "--further")
+    assert done.returncode == 0, done.stderr
+    text = readme.read_text()
+    assert "| protect | error flicker | motion energy, dB |" in text
+    assert "| ranks of, against | latent SQNR | PSNR |" in text
+    assert "latent SQNR, dB" not in text
 
 
 def test_an_analysis_is_a_table_of_its_blocks(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
         raise ValueError(f"no configuration is named {reference}: choose {', '.join(names)}")
     rows = [_row(job, name, result) for name, (job, result) in zip(names, done, strict=True)]
     _compare(rows, [_items(result) for result in results], names.index(reference), margin)
+    _compare_judged(rows, names.index(reference))
     if results[0]["demonstration"]:
         for row in rows:
             row["rank"] = None
@@ -194,6 +195,23 @@ def _compare(rows: list[dict[str, Any]], items: list[list[Item] | None], referen
     sound = [place for place, row in enumerate(rows) if items[place] is not None and not row["gates_failed"]]
     for place, row in enumerate(rows):
         row["rank"] = _rank(place, sound, items) if place in sound else None
+
+
+def _compare_judged(rows: list[dict[str, Any]], reference: int) -> None:
+    """Adds to each row, under ``judged``, what VBench's scores differ by from the reference's, pair by pair; None for
+    the reference itself, and where the pairs are not the same."""
+    for row in rows:
+        row["judged"] = {}
+        for name in (name for name in row["metrics"] if name.startswith("vbench.")):
+            row["judged"][name] = None
+            sides = [_judged_items(other, name) for other in (row, rows[reference])]
+            same = [{(item.prompt, item.seed) for item in items} for items in sides]
+            if row is not rows[reference] and same[0] == same[1]:
+                row["judged"][name] = _without_items(compared(difference(*sides), len(rows) - 1).as_json())
+
+
+def _judged_items(row: dict[str, Any], name: str) -> list[Item]:
+    return [Item(**item) for item in row["metrics"].get(name, {"per_item": []})["per_item"]]
 
 
 def _rank(place: int, sound: Sequence[int], items: list[list[Item] | None]) -> list[int]:

@@ -43,6 +43,7 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
         configurations=len(rows),
         text=sweep_table.protocol(summary) if rows else "",
         further=sweep_table.further_cells(summary) if rows else ([], []),
+        judged=sweep_table.vbench_cells(summary) if rows else ([], []),
         ladder=sweep_table.ladder_cells(summary) if rows else ([], []),
         figures=_figures(summary) if rows else [],
         downloads=[(name, _text_uri(text)) for name, text in files.items()],
@@ -55,13 +56,9 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
 
 
 def _markdown(summary: dict[str, Any], table: sweep_table.Cells) -> str:
-    parts = [
-        sweep_table.markdown(*table),
-        sweep_table.protocol(summary),
-        sweep_table.markdown(*sweep_table.further_cells(summary)),
-    ]
-    heads, rows = sweep_table.ladder_cells(summary)
-    return "\n\n".join([*parts, *([sweep_table.markdown(heads, rows)] if rows else [])]) + "\n"
+    further = (sweep_table.vbench_cells(summary), sweep_table.further_cells(summary), sweep_table.ladder_cells(summary))
+    parts = [sweep_table.markdown(*table), sweep_table.protocol(summary)]
+    return "\n\n".join([*parts, *(sweep_table.markdown(*cells) for cells in further if len(cells[0]) > 1)]) + "\n"
 
 
 def _text_uri(text: str) -> str:

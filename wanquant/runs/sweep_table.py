@@ -59,26 +59,42 @@ def _columns(summary: dict[str, Any]) -> list[tuple[str, Callable[[Row], str]]]:
 
 
 def further_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """How the errors look, and VBench's means with the paired difference from BF16: what all rows have. Where VBench
-    judged, the dimensions that notice a collapse stand there in any case."""
+    """How the errors look: what all rows have of it."""
     rows = summary["rows"]
-    shared = [name for name in rows[0]["metrics"] if all(name in row["metrics"] for row in rows)]
-    heads, keys = [" and ".join(summary["by"])], []
-    for name, title, unit in (("block_sqnr", "blocks alone, SQNR", "dB"), *FURTHER):
-        if name in shared:
-            heads.append(title + (f", {unit}" if unit else ""))
-            keys.append(name)
-    judged = [name for name in shared if name.startswith("vbench.")]
-    if judged:
-        for name in dict.fromkeys((*judged, *(f"vbench.{dimension}" for dimension in NOTICE_COLLAPSE))):
-            heads += [name.removeprefix("vbench."), "minus BF16"]
-            keys += [name, f"difference.{name}"]
-    return heads, [[str(row["name"]), *(_further(row, key) for key in keys)] for row in rows]
+    columns = [
+        (title + (f", {unit}" if unit else ""), _metric(name))
+        for name, title, unit in (("block_sqnr", "blocks alone, SQNR", "dB"), *FURTHER)
+        if all(name in row["metrics"] for row in rows)
+    ]
+    heads = [" and ".join(summary["by"]), *(head for head, _ in columns)]
+    return heads, [[str(row["name"]), *(make(row) for _, make in columns)] for row in rows]
 
 
-def _further(row: Row, key: str) -> str:
-    metric = row["metrics"].get(key)
-    return "not measured" if metric is None else estimate_text(metric, 5 if "vbench." in key else None)
+def vbench_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """VBench's means, and paired differences from BF16 and from the reference. The dimensions that notice a collapse
+    stand there in any case; nothing does where VBench has not judged."""
+    rows = summary["rows"]
+    if not all(row["vbench"] for row in rows):
+        return [], []
+    judged = [name for name in rows[0]["judged"] if all(name in row["judged"] for row in rows)]
+    names = dict.fromkeys((*judged, *(f"vbench.{dimension}" for dimension in NOTICE_COLLAPSE)))
+    heads = [" and ".join(summary["by"])]
+    for name in names:
+        heads.append(name.removeprefix("vbench."))
+        heads += ["minus BF16", f"minus {summary['reference']}"] if name in judged else []
+    table = []
+    for row in rows:
+        cells = [str(row["name"])]
+        for name in names:
+            cells += _judged(row, name) if name in judged else ["not measured"]
+        table.append(cells)
+    return heads, table
+
+
+def _judged(row: Row, name: str) -> list[str]:
+    metrics, from_reference = row["metrics"], row["judged"][name]
+    found = [metrics[name], metrics.get(f"difference.{name}"), from_reference]
+    return [estimate_text(metric, 5) if metric else "" for metric in found]
 
 
 def ladder_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
