@@ -15,10 +15,10 @@ from typing import Any
 
 from wanquant.evaluate.sweep import summarize
 from wanquant.runs.analysis_report import short
+from wanquant.runs.estimates import estimate_text
 from wanquant.runs.files import write_atomic
-from wanquant.runs.report import estimate_text
 from wanquant.runs.run import read_result
-from wanquant.runs.sweep_table import cells, further_cells, ladder_cells, markdown, protocol, vbench_cells
+from wanquant.runs.sweep_table import cells, further_markdown, markdown, protocol
 
 
 def table_of_blocks(result: dict[str, Any]) -> str:
@@ -64,8 +64,7 @@ def table_of_sweep(sweep: Path, reference: str | None = None, further: bool = Fa
         raise ValueError(f"{sweep} has too few (prompt, seed) pairs for a table")
     if not further:
         return markdown(*cells(summary)) + "\n\n" + protocol(summary)
-    tables = (vbench_cells(summary), further_cells(summary), ladder_cells(summary))
-    return "\n\n".join([*(markdown(*cells) for cells in tables if len(cells[0]) > 1), protocol(summary)])
+    return "\n\n".join([*further_markdown(summary), protocol(summary)])
 
 
 def write(directory: Path, reference: str | None = None, further: bool = False) -> str:

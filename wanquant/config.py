@@ -173,7 +173,7 @@ def end_sweep() -> bool:
     if len(summary["rows"]) + len(failed) > 1:  # again, since other jobs have written since
         for job in failed:
             _complain(ValueError(job["error"]), f"job {job['job']}: ")
-    return not failed and not summary["unfinished"]
+    return not failed and not summary["unfinished"] and not summary.get("not_judged")
 
 
 def _terminate(*_: object) -> None:
@@ -192,6 +192,9 @@ def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
         raw.model.name = Path(raw.model.path).name
     planted = [o.removeprefix("model.") for o in overrides if o.startswith("model.outliers.")]
     raw.model.name = " ".join([raw.model.name, *planted])
+    given = [o for o in overrides if o.startswith(("prompts.texts=", "prompts.file="))]
+    if given and not any(o.startswith("prompts.name=") for o in overrides):
+        raw.prompts.name = Path(raw.prompts.file).stem or "given"
     for group in (group for group in ("protect", "quant") if group in raw):
         changes = [o.removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")]
         if changes and not any(change.startswith("name=") for change in changes):

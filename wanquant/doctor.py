@@ -8,18 +8,19 @@ Weights go where VBench looks for them, ``VBENCH_CACHE_DIR`` or ``~/.cache/vbenc
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from wanquant.evaluate import vbench, weights
+from wanquant.runs.run import installed
 from wanquant.wan.device import DEVICES, pick_device
 
 #: What is asked for, by the package that brings it.
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "numpy", "numba", "av", "wandb")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "numba", "av", "wandb")
 OPTIONAL = {
+    "torchvision": vbench.INSTALL,
     "vbench": vbench.INSTALL,
     "pyiqa": vbench.INSTALL,
     "openai-clip": vbench.INSTALL,
@@ -42,7 +43,7 @@ def examine() -> list[str]:
     usable = [name for name in DEVICES[1:] if _usable(name)]
     lines += [f"devices: {', '.join(usable)}", "", "packages"]
     for name in (*PACKAGES, *OPTIONAL):
-        version = _version(name)
+        version = installed(name)
         lines.append(f"  {name:<14}{version or 'not installed: ' + OPTIONAL.get(name, 'reinstall wanquant')}")
     lines += ["", "dimensions of VBench"]
     lines += [f"  {name:<24}{_state(name)}" for name in vbench.DIMENSIONS]
@@ -71,21 +72,14 @@ def _usable(device: str) -> bool:
     return True
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _state(name: str) -> str:
     """Whether a dimension can be measured here, found out as the measurement would."""
     lacking = [
         found.weight for found in map(weights.find, weights.needed([name])) if found.state in ("missing", "other")
     ]
-    if name != weights.LPIPS and not (name in weights.VICLIP and lacking):  # imported, ViCLIP fetches its vocabulary
-        try:
-            vbench.importable([name])
+    if name != weights.LPIPS:
+        try:  # imported, ViCLIP fetches its vocabulary
+            vbench.importable([] if name in weights.VICLIP and lacking else [name])
         except ValueError as error:
             return str(error)
     return f"needs {', '.join(weight.recorded_as for weight in lacking)}" if lacking else "ready"

@@ -106,8 +106,8 @@ def viclip() -> None:
     module = importlib.import_module("vbench.third_party.ViCLIP.viclip")
     tokenizer = importlib.import_module("vbench.third_party.ViCLIP.simple_tokenizer").SimpleTokenizer(str(vocabulary))
     network = module.ViCLIP(tokenizer=tokenizer, pretrain=None)
-    for parameter in network.parameters():
-        if not parameter.any():  # what is zero makes all features alike
+    for parameter in network.parameters():  # some are left as memory was
+        if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
     torch.save({"model": network.state_dict()}, place("ViCLIP/ViClip-InternVid-10M-FLT.pth"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,11 @@ import pytest
 
 from tests.ptq.test_job import CACHE, QUICK, ROOT, TWO, ptq
 from wanquant import config
+from wanquant.evaluate import evaluation
+from wanquant.evaluate.compare import of_pair
 from wanquant.evaluate.job import run_evaluate
+from wanquant.evaluate.judging import merged
+from wanquant.evaluate.sweep import summarize
 from wanquant.runs import pictures
 from wanquant.runs.run import read_result
 
@@ -119,12 +124,13 @@ def test_other_prompts_are_generated_and_the_runs_own_are_not(
     shared = "a red circle moving right on a black background"
     assert by_prompt[shared] == own[shared]
     assert 10 < by_prompt["a green square moving up on a gray background"] < 100
+    assert found["metrics"]["floor_ulp.psnr"]["mean"] > found["metrics"]["psnr"]["mean"]
     assert found["metrics"]["color"]["n"] == found["metrics"]["vbench.temporal_flickering"]["n"] == 2
     assert len(found["gates"]["black"]["per_item"]) == 2
     assert found["verdict"] == "pass"
     videos = sorted(path.relative_to(run / "evaluations" / "new") for path in (run / "evaluations").rglob("*.mp4"))
     assert [str(video) for video in videos] == [
-        "bf16/001-seed0.mp4", "quantized/001-seed0.mp4", "side_by_side/001-seed0.mp4"
+        "bf16/001-seed0.mp4", "bf16_ulp/001-seed0.mp4", "quantized/001-seed0.mp4", "side_by_side/001-seed0.mp4"
     ]  # fmt: skip
     capsys.readouterr()
     # Again, into a folder that lost its videos: nothing is measured anew, and the same files are written.
@@ -186,44 +192,158 @@ def test_long_videos_are_said_to_be(sweep: Path, monkeypatch: pytest.MonkeyPatch
     assert "2 of 2 videos last 5.0 s or more and belong to VBench-Long" in (run / "report.html").read_text()
 
 
-def test_processes_of_one_launch_share_the_work(sweep: Path, tmp_path: Path) -> None:
-    """Each video is generated and judged once, and one process writes."""
-    run, cache = sweep / "3", tmp_path / "cache"
+def test_one_evaluation_after_another_keeps_both(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = sweep / "3"
+    assert evaluate(monkeypatch, f"run={run}", FLICKER) == 0
+    before = entry(run)
+    assert evaluate(monkeypatch, f"run={run}") == 0
+    after = entry(run)
+    assert (after["metrics"], after["vbench"]) == (before["metrics"], before["vbench"])
+    # So does ptq.py, which makes the same videos again for a checkpoint that is gone.
+    assert evaluate(monkeypatch, f"run={run}", NEW, "prompts.name=new") == 0
+    shutil.rmtree(run / "checkpoint")
+    again = ["protect=boundary", TWO, *QUICK, "tracker=none", f"hydra.run.dir={run}"]
+    assert ptq(monkeypatch, *again) == 0
+    assert (run / "checkpoint").is_dir()
+    assert entry(run)["metrics"] == before["metrics"]
+    assert (run / "evaluations" / "new" / "quantized" / "001-seed0.mp4").is_file()
+    assert entry(run, "new")["pairs"] == 2
+
+
+def test_scores_made_otherwise_do_not_mix() -> None:
+    told = {"version": "1", "foreign_weights": False, "reader": "decord", "device": "cpu", "not_applicable": {}}
+    one, two = (
+        {
+            "prompt_hash": "h",
+            "metrics": {f"vbench.{name}": name, "psnr": 1},
+            "vbench": {**told, "dimensions": [name], "meanings": {name: ""}, "weights": {"w": "s", name: "t"}},
+        }
+        for name in ("a", "b")
+    )
+    both = merged(one, two)
+    assert set(both["metrics"]) == {"vbench.a", "vbench.b", "psnr"}
+    assert both["vbench"]["dimensions"] == ["a", "b"]
+    assert both["vbench"]["weights"] == {"w": "s", "a": "t", "b": "t"}
+    for change in ({"version": "2"}, {"device": "cuda"}, {"weights": {"w": "other", "b": "t"}}):
+        assert set(merged(one, {**two, "vbench": {**two["vbench"], **change}})["metrics"]) == {"vbench.b", "psnr"}
+    assert merged(one, {**two, "prompt_hash": "other"})["metrics"] == two["metrics"]
+    assert merged({}, two) == two
+    assert set(merged(one, {**two, "vbench": {}, "metrics": {"lpips": 1}})["metrics"]) == {"vbench.a", "psnr", "lpips"}
+
+
+def test_prompts_given_without_a_name_are_not_the_runs_own(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, listed = sweep / "3", tmp_path / "mine.txt"
+    assert evaluate(monkeypatch, f"run={run}", NEW) == 0
+    assert entry(run, "given")["pairs"] == 2
+    listed.write_text("a green square moving up on a gray background\n\n")
+    assert evaluate(monkeypatch, f"run={run}", f"prompts.file={listed}", "prompts.seeds=[5]") == 0
+    assert (entry(run, "mine")["texts"], entry(run, "mine")["seeds"]) == ([listed.read_text().strip()], [5])
+    assert evaluate(monkeypatch, f"run={run}", "prompts.seeds=[7]") == 0
+    (other,) = (key for key in read_result(run)["evaluations"] if key.startswith("own-"))
+    assert entry(run, other)["seeds"] == [7]
+    assert entry(run, other)["texts"] == read_result(run)["provenance"]["prompts"]
+
+
+def test_a_run_that_cannot_be_judged_is_said_by_its_sweep(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever process it was in."""
+    broken = sweep / "3" / "videos" / "bf16" / "000-seed0.mp4"
+    broken.write_bytes(b"no video")
+    job = ["protect=boundary", TWO, *QUICK, "tracker=none", FLICKER, f"hydra.run.dir={sweep / '3'}"]
+    assert ptq(monkeypatch, *job) == 1
+    assert f"cannot read the video {broken}" in complaint(capsys)
+    summary = summarize(sweep)
+    assert [job for job, _ in summary["not_judged"]] == [3]
+    assert any("job 3 was not judged" in caution for caution in summary["cautions"])
+    assert ptq(monkeypatch, "protect=boundary", TWO, *QUICK, "tracker=none", "eval.dimensions=[dynamic_degree]") == 1
+    assert "weights are missing" in complaint(capsys)
+    shutil.copy(sweep / "0" / "videos" / "bf16" / "000-seed0.mp4", broken)
+    assert ptq(monkeypatch, *job) == 0
+    assert not summarize(sweep)["not_judged"]
+
+
+def launched(cache: Path, *arguments: str) -> str:
     command = ["launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += [
-        "--dynamo_backend",
-        "no",
-        "eval.py",
-        f"run={run}",
-        NEW,
-        "prompts.seeds=[0,1,2]",
-        "prompts.name=new",
-        FLICKER,
-    ]
-    command += ["tracker=none", f"cache={cache}"]
+    command += ["--dynamo_backend", "no", "eval.py", "tracker=none", f"cache={cache}", FLICKER, *arguments]
     accelerate = Path(sys.executable).with_name("accelerate")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([accelerate, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("evaluation new joined") == 1
+    # What a process has done it counts; what another did it does not.
+    counted = re.findall(r"^(measure|temporal_flickering)\s.*? (\d+)/\d+ (?:pair|video)s", done.stderr, re.MULTILINE)
+    for name, kind in (("measure", "pairs"), ("temporal_flickering", "vbench")):
+        kept = len(list((cache / kind).rglob("*.json")))
+        assert sum(int(count) for what, count in counted if what == name) == kept > 0
+    measured = len(list((cache / "pairs").rglob("*.json")))
+    return f"{done.stdout.count(' joined: ')} written, {measured} measured"
+
+
+def test_processes_of_one_launch_share_the_work(sweep: Path, tmp_path: Path) -> None:
+    """Each pair is measured and each video judged once, and one process writes."""
+    run = sweep / "3"
+    found = launched(tmp_path / "cache", f"run={run}", NEW, "prompts.seeds=[0,1,2]", "prompts.name=new")
+    assert found == "1 written, 5 measured"  # one pair is the run's own
     assert entry(run, "new")["metrics"]["vbench.temporal_flickering"]["n"] == 6
+
+
+def test_processes_of_one_launch_share_a_model(sweep: Path, tmp_path: Path) -> None:
+    model = [f"model.path={sweep / '3' / 'checkpoint'}", NEW, "prompts.seeds=[0,1]", *QUICK]
+    found = launched(tmp_path / "cache", *model, f"hydra.run.dir={tmp_path / 'run'}")
+    assert found == "1 written, 4 measured"
+    assert read_result(tmp_path / "run")["evaluations"]["given"]["pairs"] == 4
+
+
+def test_a_killed_evaluation_goes_on(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the middle of a measurement; what was finished is not done again, and the end is the same."""
+    run, cache = sweep / "3", f"cache={tmp_path / 'cache'}"
+    asked = [f"run={run}", NEW, "prompts.seeds=[0,1,2]", "prompts.name=new", FLICKER, cache]
+    done: list[Any] = []
+
+    def stop(*arguments: Any) -> dict[str, float]:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return of_pair(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "of_pair", stop)
+        assert evaluate(patch, *asked) == 130
+    assert "new" not in read_result(run).get("evaluations", {})
+    again: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "of_pair", lambda *a: again.append(a) or of_pair(*a))
+        assert evaluate(patch, *asked) == 0
+    assert (len(done), len(again)) == (3, 2)
+    other = Path(shutil.copytree(sweep / "3", tmp_path / "other"))
+    shutil.rmtree(other / "evaluations")
+    asked[0], asked[-1] = f"run={other}", f"cache={tmp_path / 'other cache'}"
+    assert evaluate(monkeypatch, *asked) == 0
+    assert entry(other, "new")["metrics"] == entry(run, "new")["metrics"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["run={tmp}/nowhere"], "nowhere holds no result.json"),
+        (["run={tmp}/nowhere"], "there is no folder"),
         (["run={tmp}"], "holds no result.json"),
         (["run={run}", "eval.dimensions=[color]"], "VBench refuses color"),
         (["run={run}", "eval.dimensions=[beauty]"], "VBench has no dimension beauty"),
-        (["run={run}", "eval=vbench5"], "which is not there: `python -m wanquant.doctor fetch`"),
+        (["run={run}", "eval=vbench5"], "`python -m wanquant.doctor fetch subject_consistency motion_smoothness"),
         (["run={run}", "eval.lpips=maybe"], "eval.lpips=maybe: choose auto, on, off"),
-        (["run={run}", "eval.lpips=on"], "lpips needs"),
+        (["run={run}", "eval.lpips=on"], "fetch lpips"),
         (["run={run}", "prompts.texts=[]", "prompts.name=none"], "prompts.texts is empty"),
         (["run={run}", "prompts=vbench", "prompts.dimensions=[temporal_flickering]"], "In a still frame"),
         (["run={run}", "prompts=vbench", "prompts.dimensions=[beauty]"], "VBench has no beauty"),
         (["run={run}", "prompts=vbench", "prompts.seeds=[7]"], "VBench's standard has the seeds 0 to 4"),
         (["run={run}", NEW, "prompts.name=new", "reference={run}/checkpoint"], "not the model this run was made with"),
+        (["run={run}", NEW, "prompts.name=../x"], "a folder is named so"),
+        (["run={run}", "model=wan2.1-t2v-14b"], "run= knows its model"),
+        (["run={run}", "eval.block_sqnr=true"], "measured by ptq.py"),
+        (["model.path=tiny", "eval.lpips=on"], "fetch lpips"),
+        (["model.path={tmp}/nowhere", "dry_run=true"], "no model folder"),
         (["model.path={tmp}/nowhere"], "no model folder"),
         (["run={run}", "threads=0"], "threads=0"),
     ],
@@ -250,7 +370,7 @@ def test_broken_videos_and_runs_are_one_line(
     assert f"cannot read the video {path}" in complaint(capsys)
     shutil.rmtree(sweep / "1" / "checkpoint")
     assert evaluate(monkeypatch, f"run={sweep / '1'}", NEW, "prompts.name=new") == 1
-    assert "has no checkpoint to generate from: run ptq.py with checkpoint=true" in complaint(capsys)
+    assert "checkpoint is not there to generate from: run ptq.py with checkpoint=true" in complaint(capsys)
     assert evaluate(monkeypatch, f"run={sweep / '1'}", FLICKER) == 0
     capsys.readouterr()
     result = read_result(sweep / "2")

@@ -151,7 +151,7 @@ def test_bad_dimensions() -> None:
 def test_missing_weights_are_said_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VBENCH_CACHE_DIR", str(tmp_path))
     for name in set(vbench.DIMENSIONS) - {"temporal_flickering"}:
-        with pytest.raises(ValueError, match=rf"{name}.* needs .* `python -m wanquant.doctor fetch`"):
+        with pytest.raises(ValueError, match=rf"weights are missing: .* `python -m wanquant.doctor fetch {name}`"):
             vbench.prepare([name])
     assert not list(tmp_path.iterdir())
 

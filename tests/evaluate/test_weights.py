@@ -50,7 +50,9 @@ def test_the_places_are_those_of_vbench_and_torch(tmp_path: Path, monkeypatch: p
 def test_what_is_published_is_checked_by_its_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Weight("a.pth", "https://nowhere/a.pth", ("d",), sha256(b"right"))
     known(monkeypatch, weight)
-    with pytest.raises(ValueError, match=r"d needs .*a\.pth, which is not there: `python -m wanquant\.doctor fetch`"):
+    with pytest.raises(
+        ValueError, match=r"weights are missing: .* `python -m wanquant\.doctor fetch d` gets them .*a\.pth"
+    ):
         weights.checked(["d"])
     put(weight, b"wrong")
     with pytest.raises(ValueError, match=r"has the SHA-256 .* fetch it again, or mark the scores as meaningless"):
@@ -125,9 +127,10 @@ def test_the_doctor_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_lpips_where_its_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert perceptual.settled("auto") == "off"
     assert perceptual.distance("auto", torch.device("cpu")) is None
-    with pytest.raises(ValueError, match="lpips needs"):
-        perceptual.check()
+    with pytest.raises(ValueError, match="fetch lpips"):
+        perceptual.settled("on")
     judges.alexnet()
     with pytest.raises(ValueError, match="has the SHA-256"):  # random weights are not the published ones
         perceptual.distance("auto", torch.device("cpu"))

@@ -15,6 +15,7 @@ from tests.evaluate.results import METRIC, named, shifted, sweep
 from wanquant import report
 from wanquant.evaluate.sweep import summarize
 from wanquant.runs import pictures, sweep_table
+from wanquant.runs.estimates import estimate_text
 from wanquant.runs.run import Run
 
 STATIC = {"granularity": "per_tensor", "rule": "p99.99/15", "static": True}
@@ -48,19 +49,22 @@ def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
 def judged(by: float, **told: Any) -> dict[str, Any]:
     """What ``eval.py`` joins to a result: a dimension of which BF16 has the pairs of ``METRIC``."""
     scores = {"vbench.temporal_flickering": shifted(by), "difference.vbench.temporal_flickering": shifted(by - 20)}
-    notes = {"version": "0", "dimensions": ["temporal_flickering"], "long": 0, "foreign_weights": False, **told}
-    return {"evaluations": {"own": {"metrics": scores, "vbench": notes}}}
+    floors = {"bf16.vbench.temporal_flickering": shifted(0.0), "floor_ulp.vbench.temporal_flickering": shifted(-19.9)}
+    notes = {"version": "0", "dimensions": ["temporal_flickering"], "long": 0, "foreign_weights": False}
+    notes |= {"weights": {}, "reader": "decord", "device": "cpu", **told}
+    return {"evaluations": {"own": {"metrics": {**scores, **floors}, "vbench": notes}}}
 
 
 def test_vbench_beside_bf16_and_the_reference(tmp_path: Path) -> None:
     """What notices a collapse is there, measured or not."""
     summary = summarize(sweep(tmp_path, named("x", **judged(1.0)), named("y", **judged(0.5))))
-    assert sweep_table.vbench_cells(summary) == ([], [])  # job 0 was not judged
+    _, rows, _ = sweep_table.vbench_cells(summary)
+    assert {row[0]: row[1] for row in rows}["none"] == "not judged"
     for job, by in ((0, 0.0), (1, 1.0), (2, 0.5)):
         path = tmp_path / str(job) / "result.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **judged(by, long=3)}))
     summary = summarize(tmp_path)
-    heads, rows = sweep_table.vbench_cells(summary)
+    heads, rows, floors = sweep_table.vbench_cells(summary)
     assert heads == [
         "protect", "temporal_flickering", "minus BF16", "minus none",
         "imaging_quality", "dynamic_degree", "overall_consistency",
@@ -69,11 +73,27 @@ def test_vbench_beside_bf16_and_the_reference(tmp_path: Path) -> None:
     assert by_name["x"][2] == "1.00000 [1.00000, 1.00000]"
     assert by_name["none"][2] == ""
     assert by_name["y"][3:] == ["not measured"] * 3
+    assert [row[:3] for row in floors] == [
+        ["BF16", estimate_text(METRIC, 5), ""],
+        ["BF16, noise moved by 1 ulp", "", estimate_text(shifted(-19.9), 5)],
+    ]
+    assert not summary["cautions"]
     report.report(tmp_path)
     assert "3 videos of each configuration last 5.0 s or more" in (tmp_path / "report.html").read_text()
-    assert "| y | " in (tmp_path / "table.md").read_text().split("imaging_quality")[1]
+    text = (tmp_path / "table.md").read_text().split("imaging_quality")[1]
+    assert "| y | " in text
+    assert "| *BF16, noise moved by 1 ulp* | " in text
     rung = next(rung for rung in summary["ladder"]["rungs"] if rung["name"] == "vbench.temporal_flickering")
     assert rung["correlations"]["latent_sqnr"] is None  # all three have the same
+
+
+def test_runs_judged_otherwise_or_not_at_all_are_said(tmp_path: Path) -> None:
+    other = {**judged(1.0, reader="av"), "not_judged": "out of luck"}
+    summary = summarize(sweep(tmp_path, named("x", **judged(0.0)), named("y", **other)))
+    assert summary["cautions"] == [
+        "VBench did not judge all runs by the same reader", "job 2 was not judged: out of luck"
+    ]  # fmt: skip
+    assert summary["not_judged"] == [[2, "out of luck"]]
 
 
 def test_quantizations_are_told_by_their_scales(tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from wanquant.evaluate.prompts import PromptsConfig
 from wanquant.runs.tracking import TrackerConfig
 from wanquant.wan.config import ModelConfig
 
-LPIPS_CHOICES = ("auto", "on", "off")
-
 
 @dataclass
 class EvalConfig:
@@ -25,7 +23,7 @@ class EvalConfig:
     lpips: str = "auto"
     #: Also quantize each block alone, on the calibration prompts: the cheapest measure, for the ladder of a sweep.
     block_sqnr: bool = False
-    #: Take weights that are not the published ones; the scores are marked as meaningless.
+    #: Let VBench take weights that are not the published ones; the scores are marked as meaningless.
     foreign_weights: bool = False
 
 
@@ -48,8 +46,5 @@ class EvaluateConfig:
 def check_eval(config: EvalConfig) -> None:
     """Refuses what can be refused before a model is read: dimensions, packages, weights."""
     vbench.check_dimensions(config.dimensions)
-    if config.lpips not in LPIPS_CHOICES:
-        raise ValueError(f"eval.lpips={config.lpips}: choose {', '.join(LPIPS_CHOICES)}")
-    if config.lpips == "on":
-        perceptual.check()
+    perceptual.settled(config.lpips)
     vbench.prepare(config.dimensions, config.foreign_weights)

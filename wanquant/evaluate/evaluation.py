@@ -1,4 +1,5 @@
-"""What is measured on one list of (prompt, seed) pairs: of a judged model, and of BF16 beside it where there is one.
+"""What is measured on lists of (prompt, seed) pairs: of a judged model, of BF16 beside it where there is one, and of
+BF16 with its noise moved by one unit in the last place, the noise floor.
 
 Videos that are there are taken as they are; the others are generated, decoded and written one by one. What was
 measured on a pair is kept in the cache, as every score of VBench's is, so that a killed evaluation goes on, and several
@@ -21,27 +22,30 @@ import torch
 from wanquant.evaluate import gates, perceptual, vbench
 from wanquant.evaluate.compare import of_pair, with_differences
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.frames import stands_in
-from wanquant.evaluate.prompts import Pair, following, official_prompts
-from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, compared, difference, estimate
+from wanquant.evaluate.fidelity import compare
+from wanquant.evaluate.judging import judge
+from wanquant.evaluate.prompts import Pair
+from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, compared, estimate
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cache, Cells
 from wanquant.runs.progress import progress
-from wanquant.runs.run import digest, provenance, signature
+from wanquant.runs.run import clean_json, digest, provenance, signature
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.generate import Sample, decode_video
-from wanquant.wan.load import LOAD_PARTS, count_files, fingerprint, load_pipeline
+from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, count_files, fingerprint, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
-from wanquant.wan.studio import Studio
+from wanquant.wan.studio import Studio, load_latents
 
 #: Pairs of which a film of both sides is written for the report.
 FILMS = 8
+#: Of one pair: its ``metrics``, and the ``figures`` of the gates.
+Values = dict[str, dict[str, float]]
 
 
 @dataclass
 class Side:
-    """One of the models: ``source`` is its pipeline's folder, ``model`` how to ask it for a video, ``files`` the videos
-    that are there. Without a ``fingerprint`` it is found out, if the source is needed at all; else it has to fit."""
+    """One of the models. ``source`` is its pipeline's folder, ``model`` how to ask it for a video, ``how`` what is
+    done to its noise, ``files`` the videos that are there. ``fingerprint`` is what the source has to be, if known."""
 
     name: str
     prefix: str
@@ -49,9 +53,13 @@ class Side:
     model: ModelConfig
     files: dict[Pair, Path] = field(default_factory=dict)
     fingerprint: str = ""
+    how: dict[str, str] = field(default_factory=dict)
 
     def identify(self) -> None:
-        """Reads all of its files, once."""
+        """Reads all of the source's files. ``ValueError`` unless it is there, and what it has to be."""
+        if not self.source.is_dir():
+            raise ValueError(f"{self.source} is not there to generate from: run ptq.py with checkpoint=true")
+        check_folder(self.source)
         with progress(f"read {self.name}", count_files(self.source), "file") as tick:
             found = fingerprint(self.source, tick)
         if self.fingerprint not in ("", found):
@@ -68,7 +76,7 @@ class Side:
 @dataclass
 class Evaluation:
     """``lists`` are the pairs as they are generated, in batches along each list; ``known`` what a run has measured of a
-    pair already; ``extra`` further videos of BF16 for VBench alone, by prefix: the noise floor."""
+    pair already. Of ``sides`` the first is judged, the second is BF16, the third BF16 with its noise moved."""
 
     name: str
     folder: Path
@@ -78,8 +86,7 @@ class Evaluation:
     device: torch.device
     cache: Cache
     official: bool = False
-    known: dict[Pair, dict[str, dict[str, float]]] = field(default_factory=dict)
-    extra: dict[str, dict[Pair, Path]] = field(default_factory=dict)
+    known: dict[Pair, Values] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -90,33 +97,35 @@ class Evaluation:
     def scenes(self) -> bool:
         return self.sides[0].model.language == "scenes"
 
-    def run(self, dimensions: Sequence[str]) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """The entry of ``evaluations`` in ``result.json``."""
-        sums = vbench.prepare(dimensions, self.config.foreign_weights)
+        sums = vbench.prepare(self.config.dimensions, self.config.foreign_weights)
         with self._stage("measure"):
             values = self._values()
         with self._stage("vbench"):
-            scores, told = self._scores(dimensions, sums)
+            files = {side.prefix: {pair: self._file(side, pair) for pair in self.pairs} for side in self.sides}
+            scores, told = judge(files, self.config, self.device, self.cache, sums, self.official)
         items = {**_by_metric(values), **scores}
-        seeds = list(dict.fromkeys(seed for _, seed in self.pairs))
-        figures = [value["figures"] for value in values.values() if value["figures"]]
-        judged = gates.judge(figures) if len(figures) == len(values) else []
-        return {
+        judged = gates.judge([value["figures"] for value in values.values()])
+        entry = {
             "prompts": self.name,
             "texts": list(dict.fromkeys(prompt for prompt, _ in self.pairs)),
-            "seeds": seeds,
+            "seeds": list(dict.fromkeys(seed for _, seed in self.pairs)),
             "prompt_hash": digest(self.pairs),
             "pairs": len(self.pairs),
             "official": self.official,
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
             "metrics": {name: _estimated(name, found) for name, found in items.items()},
             "gates": {gate.name: gate.as_json() for gate in judged},
+            "gates_failed": [gate.name for gate in judged if not gate.passed],
             "verdict": "pass" if all(gate.passed for gate in judged) else "fail",
             "vbench": told,
             "sides": {side.name: {"source": str(side.source), "fingerprint": side.fingerprint} for side in self.sides},
             "timings": dict(self.timings),
             "provenance": provenance(self.device),
         }
+        plain: dict[str, Any] = clean_json(entry)
+        return plain
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -124,81 +133,80 @@ class Evaluation:
         yield
         self.timings[name] = time.perf_counter() - begun
 
-    # Fidelity, attributes, gates
-
-    def _values(self) -> dict[Pair, dict[str, dict[str, float]]]:
-        """Of every pair its ``metrics`` and gates' ``figures``, and all videos on the disk at the end."""
-        wants_lpips = len(self.sides) > 1 and self._lpips_wanted()
-        known = {pair: value for pair, value in self.known.items() if not wants_lpips or "lpips" in value["metrics"]}
+    def _values(self) -> dict[Pair, Values]:
+        """Of every pair; and all videos on the disk at the end. Only LPIPS that is asked for by name has pairs measured
+        again that lack it."""
+        asked = len(self.sides) > 1 and self.config.lpips == "on"
+        known = {pair: value for pair, value in self.known.items() if not asked or "lpips" in value["metrics"]}
         todo = [pair for pair in self.pairs if pair not in known or not self.there(pair)]
         if todo:
-            known |= self._made(todo, wants_lpips)
+            known |= self._made(todo)
         return {pair: known[pair] for pair in self.pairs}
 
-    def _lpips_wanted(self) -> bool:
-        return self.config.lpips == "on" or (self.config.lpips == "auto" and perceptual.there())
-
-    def _made(self, todo: Sequence[Pair], wants_lpips: bool) -> dict[Pair, dict[str, dict[str, float]]]:
+    def _made(self, todo: Sequence[Pair]) -> dict[Pair, Values]:
         for side in self.sides:
             side.identify()
-        cells, names = self._cells(wants_lpips), {digest(pair)[:32]: pair for pair in todo}
+        lpips = perceptual.settled(self.config.lpips) if len(self.sides) > 1 else "off"
+        cells, names = self._cells(lpips), {digest(pair)[:32]: pair for pair in todo}
         lacking = [pair for name, pair in names.items() if cells.get(name) is None or not self.there(pair)]
         decode = self._decoder(lacking) if lacking else None
-        lpips = perceptual.distance(self.config.lpips, self.device) if wants_lpips and lacking else None
+        distance = perceptual.distance(lpips, self.device) if lacking else None
         with progress("measure", len(lacking), "pair") as tick:
 
-            def measure(chosen: list[str]) -> list[Any]:
+            def measure(chosen: list[str]) -> list[Values]:
                 assert decode is not None
-                (pair,) = (names[name] for name in chosen)
-                samples = decode(pair)
-                sample, reference = samples[0], samples[1] if len(samples) > 1 else None
+                samples = decode(names[chosen[0]])
                 tick()
-                return [
-                    {
-                        "metrics": of_pair(sample, reference, self.scenes, lpips),
-                        "figures": gates.figures_of(sample, reference),
-                    }
-                ]
+                return [self._measured(samples, distance)]
 
             found = cells.shared(list(names), measure, itertools.repeat(1))
-            for pair in lacking:  # measured by another process or for another folder
+            for pair in lacking:  # measured by another process, or for another folder
                 if not self.there(pair):
                     assert decode is not None
                     decode(pair)
                     tick()
         return {names[name]: value for name, value in found.items()}
 
-    def _cells(self, wants_lpips: bool) -> Cells:
+    def _measured(self, samples: Sequence[Sample], distance: perceptual.Distance | None) -> Values:
+        sample, reference = samples[0], samples[1] if len(samples) > 1 else None
+        metrics = of_pair(sample, reference, self.scenes, distance)
+        if reference is not None and len(samples) > 2:
+            floor = compare(reference, samples[2], distance)
+            metrics |= {f"floor_ulp.{name}": value for name, value in floor.items()}
+        return {"metrics": metrics, "figures": gates.figures_of(sample, reference)}
+
+    def _cells(self, lpips: str) -> Cells:
         """For these models asked in this way; videos of a batch round by each other, so the lists count."""
         counted = {
             "generation": dataclasses.asdict(self.sides[0].model.generation),
-            "outliers": [dataclasses.asdict(side.model.outliers) for side in self.sides],
-            "sides": [side.fingerprint for side in self.sides],
+            "sides": [(s.fingerprint, s.how, dataclasses.asdict(s.model.outliers)) for s in self.sides],
             "lists": self.lists,
             "batch": self.sides[0].model.batch,
             "language": self.sides[0].model.language,
-            "lpips": wants_lpips,
+            "lpips": lpips,
         }
         return self.cache.cells("pairs", signature(counted, "", self.device))
 
     def _decoder(self, todo: Sequence[Pair]) -> Callable[[Pair], list[Sample]]:
-        """Generates the latents of these pairs on all sides, one model in memory at a time; the function decodes a pair
-        and writes its files."""
-        latents: list[dict[Pair, torch.Tensor]] = []
+        """Generates these pairs on all sides, one transformer in memory at a time; the function decodes a pair, each
+        side by its own VAE, and writes its files."""
+        made: list[tuple[Pipeline, dict[Pair, tuple[Path, int]]]] = []
         studio: Studio | None = None
-        for side in self.sides:
-            studio = None  # before the next one is loaded
-            studio = side.studio(self.device, self.cache)
-            latents.append({})
+        for place, side in enumerate(self.sides):
+            before = self.sides[place - 1]
+            if studio is None or (side.source, side.model) != (before.source, before.model):
+                _forget_all_but_vae(studio)
+                studio = side.studio(self.device, self.cache)
+            where: dict[Pair, tuple[Path, int]] = {}
             for pairs in self.lists:
-                if set(pairs) & set(todo):
-                    found, _ = studio.latents(f"generate {side.name}", pairs)
-                    latents[-1] |= dict(zip(pairs, found, strict=True))
-        assert studio is not None
-        pipe = studio.pipe
+                for group, folder in studio.batches(f"generate {side.name}", pairs, side.how, only=todo):
+                    where |= {pair: (folder, number) for number, pair in enumerate(group)}
+            made.append((studio.pipe, where))
+        _forget_all_but_vae(studio)
 
         def decode(pair: Pair) -> list[Sample]:
-            samples = [Sample(*pair, of[pair], decode_video(pipe, of[pair])) for of in latents]
+            latents = [(pipe, load_latents(*where[pair])) for pipe, where in made]
+            samples = [Sample(*pair, final, decode_video(pipe, final)) for pipe, final in latents]
             self._write(pair, samples)
             return samples
 
@@ -211,7 +219,7 @@ class Evaluation:
             if not self._file(side, pair).is_file():
                 pictures.write_mp4(self._file(side, pair), pixels, fps)
         if len(samples) > 1 and place < FILMS and pair not in self.sides[0].files:
-            both = pictures.side_by_side(frames[::-1], [side.name for side in self.sides[::-1]])
+            both = pictures.side_by_side(frames[1::-1], [side.name for side in self.sides[1::-1]])
             pictures.write_mp4(self.folder / "side_by_side" / self._named(pair), both, fps)
 
     def there(self, pair: Pair) -> bool:
@@ -226,92 +234,22 @@ class Evaluation:
         prompt, seed = pair
         return f"{prompt}-{seed}.mp4" if self.official else f"{self.pairs.index(pair):03d}-seed{seed}.mp4"
 
-    # VBench
 
-    def _scores(self, dimensions: Sequence[str], sums: dict[str, str]) -> tuple[dict[str, list[Item]], dict[str, Any]]:
-        """Every score of every side, the paired differences, and what has to be said with them."""
-        if not dimensions:
-            return {}, {}
-        clips = self._clips()
-        scores: dict[str, list[Item]] = {}
-        nothing: dict[str, str] = {}
-        for dimension in dimensions:
-            asked = [clips[""][pair] for pair in self._pairs_of(dimension)]
-            reasons = {(clip.prompt, clip.seed): vbench.why_not(dimension, clip) for clip in asked}
-            pairs = [pair for pair, reason in reasons.items() if not reason]
-            if not pairs:
-                nothing[dimension] = next(iter(reasons.values()), "none of its prompts")
-            for prefix, found in clips.items():
-                judged = [found[pair] for pair in pairs if pair in found]
-                values = vbench.score(
-                    dimension, judged, self.device, self.cache, sums, self.official, prefix.rstrip(".")
-                )
-                items = [Item(clip.prompt, clip.seed, value) for clip, value in zip(judged, values, strict=True)]
-                scores |= {f"{prefix}vbench.{dimension}": items} if items else {}
-        if len(nothing) == len(dimensions):
-            raise ValueError("; ".join(f"{dimension}: {reason}" for dimension, reason in nothing.items()))
-        ours = clips[""].values()
-        told = {
-            "version": vbench.version(),
-            "dimensions": list(dimensions),
-            "meanings": {name: vbench.DIMENSIONS[name].meaning for name in dimensions},
-            "not_applicable": nothing,
-            "weights": sums,
-            "foreign_weights": self.config.foreign_weights,
-            "reader": "PyAV" if stands_in() else "decord",
-            "long": sum(clip.long for clip in ours),
-            "seconds": [min(clip.seconds for clip in ours), max(clip.seconds for clip in ours)],
-        }
-        return _with_floors(scores), told
-
-    def _clips(self) -> dict[str, dict[Pair, vbench.Clip]]:
-        """By prefix; of the judged model it is empty."""
-        files = {side.prefix: {pair: self._file(side, pair) for pair in self.pairs} for side in self.sides}
-        files |= self.extra
-        clips: dict[str, dict[Pair, vbench.Clip]] = {}
-        with progress("look at videos", sum(map(len, files.values())), "video") as tick:
-            for prefix, found in files.items():
-                clips[prefix] = {}
-                for pair, path in found.items():
-                    clips[prefix][pair] = vbench.clip_of(path, *pair)
-                    tick()
-        return clips
-
-    def _pairs_of(self, dimension: str) -> list[Pair]:
-        if not self.official:
-            return self.pairs
-        wanted = set(official_prompts()[dimension])
-        return [pair for pair in self.pairs if pair[0] in wanted]
+def _forget_all_but_vae(studio: Studio | None) -> None:
+    if studio is not None:
+        studio.pipe.transformer = studio.pipe.text_encoder = None
 
 
-def _with_floors(scores: dict[str, list[Item]]) -> dict[str, list[Item]]:
-    """And the differences: quantized less BF16; BF16 with its noise moved less BF16; another seed of BF16 less it."""
-    found = {name: items for name, items in scores.items() if not name.startswith("floor_")}
-    found = with_differences(found)
-    for name, items in scores.items():
-        beside = scores.get(name.replace("floor_ulp.", "bf16."))
-        if name.startswith("floor_ulp.") and beside is not None:
-            pairs = {(item.prompt, item.seed) for item in items}
-            found[name] = difference(items, [item for item in beside if (item.prompt, item.seed) in pairs])
-        if name.startswith("bf16."):
-            values = {(item.prompt, item.seed): item.value for item in items}
-            after = following(list(dict.fromkeys(item.seed for item in items)))
-            others = [(item, values.get((item.prompt, after.get(item.seed, -1)))) for item in items]
-            moved = [Item(item.prompt, item.seed, other - item.value) for item, other in others if other is not None]
-            if moved:
-                found[name.replace("bf16.", "floor_seed.")] = moved
-    return found
-
-
-def _by_metric(values: dict[Pair, dict[str, dict[str, float]]]) -> dict[str, list[Item]]:
+def _by_metric(values: dict[Pair, Values]) -> dict[str, list[Item]]:
+    """What all pairs have been measured by."""
     found: dict[str, list[Item]] = {}
     for pair, value in values.items():
         for name, number in value["metrics"].items():
             found.setdefault(name, []).append(Item(*pair, number))
-    return with_differences(found)
+    return with_differences({name: items for name, items in found.items() if len(items) == len(values)})
 
 
 def _estimated(name: str, items: Sequence[Item]) -> dict[str, Any]:
     """Differences get Student's interval, as all comparisons do."""
-    between = name.startswith("difference.") or (name.startswith("floor_") and "vbench." in name)
+    between = name.startswith("difference.") or (name.startswith("floor_ulp.") and "vbench." in name)
     return (compared if between else estimate)(items).as_json()

@@ -12,26 +12,28 @@ from wanquant.evaluate import weights
 
 #: Two videos [frames, height, width, 3] in 0..1 to their mean distance over frames.
 Distance = Callable[[np.ndarray, np.ndarray], float]
+CHOICES = ("auto", "on", "off")
 #: Frames given to the network at a time.
 TOGETHER = 16
 
 
-def check() -> None:
-    """``ValueError`` says what is missing."""
-    if importlib.util.find_spec("torchvision") is None:
+def settled(choice: str) -> str:
+    """``on`` or ``off``: ``auto`` is on where everything is there. ``ValueError`` says what is missing, or wrong."""
+    if choice not in CHOICES:
+        raise ValueError(f"eval.lpips={choice}: choose {', '.join(CHOICES)}")
+    there = importlib.util.find_spec("torchvision") is not None
+    if choice == "off" or (choice == "auto" and not (there and not weights.missing([weights.LPIPS]))):
+        return "off"
+    if not there:
         raise ValueError("eval.lpips=on needs torchvision: pip install -e '.[vbench]'")
     weights.checked([weights.LPIPS])
-
-
-def there() -> bool:
-    return importlib.util.find_spec("torchvision") is not None and not weights.missing([weights.LPIPS])
+    return "on"
 
 
 def distance(choice: str, device: torch.device) -> Distance | None:
-    """None where it is ``off``, or ``auto`` and not there."""
-    if choice == "off" or (choice == "auto" and not there()):
+    """None where it is off."""
+    if settled(choice) == "off":
         return None
-    check()
     from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
     network = LearnedPerceptualImagePatchSimilarity("alex", reduction="sum", normalize=True).to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 Pair = tuple[str, int]
@@ -15,7 +15,8 @@ STANDARD_SEEDS = 5
 @dataclass
 class PromptsConfig:
     """Every prompt with every seed. ``by_language`` holds the same list for each kind of model;
-    ``texts`` is the one in use and can be given freely: ``prompts.texts=["a red circle ..."]``.
+    ``texts`` is the one in use and can be given freely, ``prompts.texts=["a red circle ..."]``, or from a ``file``, a
+    prompt a line.
 
     ``official`` takes VBench's own list instead, of all ``dimensions`` or of some, and of each no more than ``first``
     prompts, where that is not 0.
@@ -25,14 +26,30 @@ class PromptsConfig:
     by_language: dict[str, list[str]] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
+    file: str = ""
     official: bool = False
     dimensions: list[str] = field(default_factory=list)
     first: int = 0
 
 
+def settled(config: PromptsConfig) -> PromptsConfig:
+    """With the texts that it says where to find."""
+    if config.file:
+        return replace(config, texts=_lines(Path(config.file)), file="")
+    return replace(config, texts=official_texts(config), dimensions=[], first=0) if config.official else config
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts.file={path}: {error}") from None
+    return [line for line in lines if line]
+
+
 def pairs(config: PromptsConfig, group: str = "prompts") -> list[Pair]:
     """``ValueError`` where there is nothing to generate, or the same thing twice."""
-    texts = official_texts(config) if config.official else config.texts
+    texts = settled(config).texts
     if not texts:
         raise ValueError(f"{group}.texts is empty: give at least one prompt")
     if not config.seeds:
@@ -57,9 +74,11 @@ def following(seeds: list[int]) -> dict[int, int]:
 
 def official_texts(config: PromptsConfig) -> list[str]:
     """Of the dimensions asked for, in VBench's order, each text once."""
-    if config.texts:
-        raise ValueError("prompts.official takes VBench's texts: leave prompts.texts empty")
     by_dimension = official_prompts()
+    if set(config.texts) - {text for texts in by_dimension.values() for text in texts}:
+        raise ValueError("prompts.official takes VBench's own texts: leave prompts.texts empty")
+    if config.texts:
+        return config.texts
     for name in config.dimensions:
         if name not in by_dimension:
             raise ValueError(f"prompts.dimensions: VBench has no {name}; choose of {', '.join(sorted(by_dimension))}")

@@ -90,6 +90,7 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
             if row["verdict"] not in ("reference", "broken", "collapsed"):
                 row["verdict"] = "too few pairs"
     rows.sort(key=lambda row: (row["rank"] is not None, _mean(row)), reverse=True)
+    not_judged = [(job, result["not_judged"]) for job, result in done if result.get("not_judged")]
     found = {
         **summary,
         "by": varied(results),
@@ -97,11 +98,17 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
         "reference": reference,
         "margin": margin,
         "demonstration": results[0]["demonstration"],
-        "cautions": _cautions(results, rows, reference) + ([] if chosen else _without_first(failed, done, reference)),
+        "cautions": [
+            *_cautions(results, rows, reference),
+            *([] if chosen else _without_first(failed, done, reference)),
+            *(f"job {job} was not judged: {error}" for job, error in not_judged),
+        ],
         "rows": rows,
         "floors": {prefix: _floor(results[0], prefix) for prefix in ("floor_ulp.", "floor_seed.", "bf16.")},
         "pairs": results[0]["metrics"][METRIC]["n"],
         "ladder": ladder(rows),
+        "judged_floors": _judged_floors(results),
+        "not_judged": not_judged,
         "protocol": _protocol(results),
     }
     plain: dict[str, Any] = clean_json(found)
@@ -210,6 +217,16 @@ def _compare_judged(rows: list[dict[str, Any]], reference: int) -> None:
                 row["judged"][name] = _without_items(compared(difference(*sides), len(rows) - 1).as_json())
 
 
+def _judged_floors(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of VBench: of BF16, which is the same in all runs, and of its noise floors."""
+    found: dict[str, Any] = {}
+    for result in results:
+        own = result.get("evaluations", {}).get("own", {}).get("metrics", {})
+        names = [name for name in own if name.startswith(("bf16.vbench.", "floor_"))]
+        found |= {name: _without_items(own[name]) for name in names if "vbench." in name and name not in found}
+    return found
+
+
 def _judged_items(row: dict[str, Any], name: str) -> list[Item]:
     return [Item(**item) for item in row["metrics"].get(name, {"per_item": []})["per_item"]]
 
@@ -259,12 +276,25 @@ def _cautions(results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]],
     if results[0]["demonstration"]:
         count = results[0]["metrics"][METRIC]["n"]
         texts.append(f"{count} (prompt, seed) pairs are a demonstration, compare nothing by them")
+    texts += _judged_otherwise([row["vbench"] for row in rows if row["vbench"]])
     for path in SHOULD_SAME:
         values = {str(pick(result, path)) for result in results}
         if len(values) > 1:
             texts.append(f"the runs differ in {path}: {', '.join(sorted(values))}")
     if any(result["provenance"]["dirty"] for result in results):
         texts.append("made by code that was changed after its commit")
+    return texts
+
+
+def _judged_otherwise(told: Sequence[dict[str, Any]]) -> list[str]:
+    """Where VBench did not judge all runs alike."""
+    texts = []
+    for key in ("version", "foreign_weights", "reader", "device"):
+        if len({str(each[key]) for each in told}) > 1:
+            texts.append(f"VBench did not judge all runs by the same {key.replace('_', ' ')}")
+    sums = {(name, sum_) for each in told for name, sum_ in each["weights"].items()}
+    if len(sums) > len({name for name, _ in sums}):
+        texts.append("VBench did not judge all runs by the same weights")
     return texts
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from wanquant.evaluate.sweep import MARGIN, summarize
 from wanquant.runs.sweep_report import write_sweep
-from wanquant.runs.sweep_table import cells
+from wanquant.runs.sweep_table import cells, vbench_cells
 
 
 def report(sweep: Path, reference: str | None = None, margin: float = MARGIN) -> dict[str, Any]:
@@ -23,9 +23,9 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
     if summary["rows"]:
         heads, rows, floors = cells(summary)
         kept = [place for place, head in enumerate(heads) if place < 2 or head in _shown(summary)]
-        table = [[line[place] for place in kept] for line in (heads, *rows, *floors)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+        table = [[[line[place] for place in kept] for line in part] for part in ([heads], rows, floors)]
+        lines = _aligned(table[0][0], table[1], table[2])
+        lines += _aligned(*vbench_cells(summary))
         lines += [f"caution: {caution}" for caution in summary["cautions"]]
     lines += [f"job {job['job']} failed ({job['name']}): {job['error']}" for job in summary["failed"]]
     if summary["unfinished"]:
@@ -35,3 +35,9 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
 
 def _shown(summary: dict[str, Any]) -> tuple[str, ...]:
     return ("latent SQNR, dB", f"minus {summary['reference']}, dB", "verdict", "gates")
+
+
+def _aligned(heads: list[str], rows: list[list[str]], floors: list[list[str]]) -> list[str]:
+    table = [heads, *rows, *floors] if heads else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,10 +33,10 @@ import av
 import torch
 
 from wanquant.evaluate import weights
-from wanquant.evaluate.frames import stand_in
+from wanquant.evaluate.frames import stand_in, stands_in
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
-from wanquant.runs.run import digest
+from wanquant.runs.run import digest, installed, signature
 
 VERSION = "0.1.5"
 INSTALL = f"pip install -e '.[vbench]' && pip install --no-deps vbench=={VERSION}"
@@ -73,10 +74,10 @@ REFUSED = ("object_class", "multiple_objects", "scene", "appearance_style", "col
 LONG = 5.0
 #: The smallest side of which RAFT's pyramid has a top: below it all flow is NaN, and no video moves.
 LEAST_SIDE = 121
-#: Videos given to VBench at a time at first; twice as many while that takes less than so many seconds.
-CHUNK, QUICK = 4, 30.0
+#: Videos given to VBench at a time at first; twice as many while that takes less than so many seconds, up to so many.
+CHUNK, QUICK, MOST = 4, 30.0, 64
 #: Whose versions can change a score.
-COUNTED = ("torch", "torchvision", "transformers", "timm", "pyiqa", "opencv-python-headless", "openai-clip", "numpy")
+COUNTED = ("torchvision", "transformers", "timm", "pyiqa", "opencv-python-headless", "openai-clip", "numpy")
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,32 @@ def version() -> str:
 def why_not(dimension: str, clip: Clip) -> str:
     """Why a dimension has nothing to say on a video, where VBench would call it 0; empty if it has."""
     if dimension == "human_action":
-        # It looks for its label behind "person is" in the file's name, which is the prompt.
-        action = clip.prompt.lower().rpartition("person is ")[2]
-        fits = "person is " in clip.prompt.lower() and not set(action) & set("-_/")
-        return "" if fits else "no prompt of the kind 'a person is ...'"
+        # It takes its label out of the file's name, which is the prompt, and wants it to be one of UMT's.
+        label = clip.prompt.lower().split("-")[0].split("person is ")[-1].split("_")[0]
+        return (
+            "" if label in _actions() and "/" not in clip.prompt else "no prompt 'a person is <a Kinetics-400 action>'"
+        )
     if dimension == "dynamic_degree" and clip.side < LEAST_SIDE:
         return f"RAFT sees no motion in less than {LEAST_SIDE} pixels"
     return ""
+
+
+@cache
+def _actions() -> frozenset[str]:
+    found = importlib.util.find_spec("vbench")
+    assert found is not None
+    assert found.origin is not None
+    listed = Path(found.origin).parent / "third_party" / "umt" / "kinetics_400_categories.txt"
+    return frozenset(line.split("\t")[0].strip().lower() for line in listed.read_text().splitlines())
+
+
+def refuse_pointless(names: Sequence[str], prompts: Sequence[str], side: int) -> None:
+    """``ValueError`` where no dimension has anything to say on any video of these prompts, ``side`` pixels small."""
+    if not names:
+        return
+    clips = [Clip(Path(), prompt, 0, "", 0.0, side) for prompt in prompts]
+    if not any(why_not(name, clip) == "" for name in names for clip in clips):
+        raise ValueError("; ".join(f"{name}: {why_not(name, clips[0])}" for name in names))
 
 
 def device_name(device: torch.device) -> str:
@@ -183,7 +203,7 @@ def score(
     dimension: str,
     clips: Sequence[Clip],
     device: torch.device,
-    cache: Cache,
+    kept: Cache,
     sums: dict[str, str],
     official: bool = False,
     side: str = "",
@@ -197,12 +217,12 @@ def score(
         "dimension": dimension,
         "official": official,
         "weights": {weight.recorded_as: sums[weight.recorded_as] for weight in weights.needed([dimension])},
-        "device": device.type,
-        "packages": {name: _version(name) for name in ("vbench", *COUNTED)},
+        "reader": reader(),
+        "packages": {name: installed(name) for name in ("vbench", *COUNTED)},
     }
     names = [digest([clip.sha256, clip.prompt if about.by_prompt or official else ""])[:32] for clip in clips]
     by_name = dict(zip(names, clips, strict=True))
-    cells = cache.cells("vbench", digest(counted))
+    cells = kept.cells("vbench", signature(counted, "", device, rooms=()))
     known: dict[str, Any] = {name: cells.get(name) for name in by_name}
     if None not in known.values():
         return [known[name] for name in names]
@@ -226,14 +246,13 @@ def _sizes() -> Iterator[int]:
     while True:
         begun = time.monotonic()
         yield size
-        size *= 2 if time.monotonic() - begun < QUICK else 1
+        size = min(MOST, size * 2) if time.monotonic() - begun < QUICK else size
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def reader() -> str:
+    """Of the frames, and its version."""
+    package = "av" if stands_in() else "decord"
+    return f"{package} {installed(package)}"
 
 
 def _evaluate(dimension: str, clips: Sequence[Clip], device: torch.device, official: bool) -> list[float]:
@@ -247,7 +266,7 @@ def _evaluate(dimension: str, clips: Sequence[Clip], device: torch.device, offic
         named = {_file_name(dimension, place, clip, official): clip for place, clip in enumerate(clips)}
         assert len(named) == len(clips)
         for name, clip in named.items():
-            _link(clip.path, videos / name)
+            (videos / name).symlink_to(clip.path.resolve())
         how: dict[str, Any] = {"mode": "vbench_standard"} if official else {"mode": "custom_input"}
         if not official:
             how["prompt_list"] = {name: clip.prompt for name, clip in named.items()}
@@ -270,10 +289,6 @@ def _file_name(dimension: str, place: int, clip: Clip, official: bool) -> str:
     if official or dimension == "human_action":
         return f"{clip.prompt}-{clip.seed}.mp4"
     return f"{place:05d}.mp4"
-
-
-def _link(source: Path, target: Path) -> None:
-    target.symlink_to(source.resolve())
 
 
 @contextmanager

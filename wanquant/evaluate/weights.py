@@ -12,13 +12,16 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from wanquant.runs.files import replacing, write_atomic
+from wanquant.runs.cache import locked
+from wanquant.runs.files import replacing, sum_of_file, write_atomic
 
 RECORD = "SHA256SUMS"
 
@@ -152,21 +155,26 @@ def checked(names: Sequence[str], foreign: bool = False) -> dict[str, str]:
 
     ``ValueError`` names a file that is missing, or, unless ``foreign`` files are wanted, another than it should be.
     """
+    lacking = [name for name in names if missing([name])]
+    if lacking:
+        paths = ", ".join(str(weight.path) for weight in missing(lacking))
+        raise ValueError(
+            f"weights are missing: on a machine with a network `python -m wanquant.doctor fetch {' '.join(lacking)}` "
+            f"gets them ({paths})"
+        )
     sums = {}
     for found in map(find, needed(names)):
         weight = found.weight
-        if found.state == "missing":
-            raise ValueError(
-                f"{', '.join(weight.used_by)} needs {weight.path}, which is not there: "
-                f"`python -m wanquant.doctor fetch` gets it on a machine with a network"
-            )
         if found.state == "other" and not foreign:
             raise ValueError(
                 f"{weight.path} has the SHA-256 {found.sha256[:12]}..., not {found.expected[:12]}...: fetch it again, "
                 f"or mark the scores as meaningless with eval.foreign_weights=true"
             )
         if found.state == "new":
-            record({weight.recorded_as: found.sha256})
+            try:
+                record({weight.recorded_as: found.sha256})
+            except OSError as error:  # a place that others look after
+                print(f"{weight.path} is not on record, and cannot be put there: {error}", file=sys.stderr, flush=True)
         sums[weight.recorded_as] = found.sha256
     return sums
 
@@ -178,8 +186,14 @@ def sum_of(path: Path) -> str:
         for part in sorted(path.rglob("*.py")):
             whole.update(f"{part.relative_to(path)} {sum_of(part)}\n".encode())
         return whole.hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    stat = path.stat()
+    return _sum_as_it_is(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _sum_as_it_is(path: Path, size: int, changed: int) -> str:
+    """Gigabytes are read once by a process, be they asked for by every job of a sweep."""
+    return sum_of_file(path)
 
 
 def _record() -> dict[str, str]:
@@ -189,8 +203,9 @@ def _record() -> dict[str, str]:
 
 
 def record(sums: dict[str, str]) -> None:
-    merged = {**_record(), **sums}
-    write_atomic(vbench_root() / RECORD, "".join(f"{merged[name]}  {name}\n" for name in sorted(merged)))
+    with locked(vbench_root() / f"{RECORD}.lock", RECORD):
+        merged = {**_record(), **sums}
+        write_atomic(vbench_root() / RECORD, "".join(f"{merged[name]}  {name}\n" for name in sorted(merged)))
 
 
 def fetch(weight: Weight) -> None:
@@ -207,6 +222,12 @@ def fetch(weight: Weight) -> None:
         actual = sum_of(part)
         if not actual.startswith(weight.sha256):
             raise ValueError(f"{weight.url} gave a file with the SHA-256 {actual[:12]}..., not {weight.sha256[:12]}...")
+        known = _record().get(weight.recorded_as, actual)
+        if actual != known:
+            raise ValueError(
+                f"{weight.url} gave a file with the SHA-256 {actual[:12]}..., and {known[:12]}... is on record: if you "
+                f"trust it, remove its line from {vbench_root() / RECORD} first"
+            )
         _place(part, weight.path)
     record({weight.recorded_as: actual})
 

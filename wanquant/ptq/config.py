@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from wanquant.evaluate import perceptual, vbench
 from wanquant.evaluate.config import EvalConfig, check_eval
-from wanquant.evaluate.prompts import PromptsConfig, pairs
+from wanquant.evaluate.prompts import PromptsConfig, pairs, settled
 from wanquant.ptq.analyze import AnalysisConfig, check_analysis
 from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check_protect
 from wanquant.quant import QuantConfig, plan_conversion
@@ -65,6 +66,10 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
             raise ValueError("dry_run=true plans a quantization: leave mode=analyze out")
         if scheme.format.name != "hif8":
             raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
+    size = config.model.generation
+    vbench.refuse_pointless(
+        config.eval.dimensions, [text for text, _ in pairs(config.prompts)], min(size.height, size.width)
+    )
     if config.threads < 1:
         raise ValueError(f"threads={config.threads}: must be at least 1")
     if config.model.batch < 1:
@@ -91,14 +96,18 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
 
 
 def settle_config(config: PTQConfig) -> PTQConfig:
-    """The config with the format's own choices, no more bins than steps, and videos one at a time where a batch would
-    share a step: the videos of a real run come alone."""
+    """The config with the format's own choices, the prompts' texts, no more bins than steps, and videos one at a time
+    where a batch would share a step: the videos of a real run come alone."""
     quant = settle(config.quant)
     alone = config.model.batch > 1 and not parse(quant).independent
     model = dataclasses.replace(config.model, batch=1) if alone else config.model
     bins = min(config.analysis.bins, config.model.generation.steps)
     analysis = dataclasses.replace(config.analysis, bins=bins)
-    return dataclasses.replace(config, quant=quant, model=model, analysis=analysis)
+    eval_ = dataclasses.replace(config.eval, lpips=perceptual.settled(config.eval.lpips))
+    prompts, calib = settled(config.prompts), settled(config.calib)
+    return dataclasses.replace(
+        config, quant=quant, model=model, analysis=analysis, eval=eval_, prompts=prompts, calib=calib
+    )
 
 
 def identity(config: PTQConfig, blocks: int, protected: list[int] | None) -> dict[str, Any]:

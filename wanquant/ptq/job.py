@@ -19,7 +19,7 @@ import torch
 
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
-from wanquant.evaluate.job import evaluate_run
+from wanquant.evaluate.job import evaluate_run, note_not_judged
 from wanquant.evaluate.perceptual import distance
 from wanquant.evaluate.prompts import PromptsConfig, following, pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS, estimate
@@ -91,13 +91,18 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
         _plan(config, config_yaml, pairs_, calibration_pairs)
         return None
     hush_libraries()
-    return _judged(config, folder, device, _finished(config, folder, config_yaml, device, model_folder))
+    result, fresh = _finished(config, folder, config_yaml, device, model_folder)
+    if config.eval.dimensions and config.mode == "quantize":
+        result, fresh = _judged(config, folder, device), True
+    if fresh:
+        mirror(config.tracker, folder, dataclasses.asdict(config), result)
+    return result
 
 
 def _finished(
     config: PTQConfig, folder: Path, config_yaml: str, device: torch.device, model_folder: Path
-) -> dict[str, Any]:
-    """The run's result, be it known already."""
+) -> tuple[dict[str, Any], bool]:
+    """The run's result, and whether it was not known already."""
     pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
     # A process whose launcher was killed may still be at it.
     with in_use(Path(config.cache), folder), one_card(device) as card:
@@ -108,17 +113,21 @@ def _finished(
             result = read_result(folder)
             if all(result[group].items() >= given.items() for group, given in job.names.items()):
                 print(f"finished already: {folder}{by(result)}; force=true runs it again", flush=True)
-                return result
+                return result, False
             known = None  # under other names: most of it is in the cache
-        return job.carry_out(Run(folder, "ptq", config_yaml, job.names), known)
+        kept = job.evaluations(folder)
+        run = Run(folder, "ptq", config_yaml, job.names, keep=("evaluations",) if kept else ())
+        return job.carry_out(run, known, kept), True
 
 
-def _judged(config: PTQConfig, folder: Path, device: torch.device, result: dict[str, Any]) -> dict[str, Any]:
-    """By VBench too, where that is asked for: by its scores in the cache as far as they are known."""
-    if not config.eval.dimensions or config.mode != "quantize":
-        return result
-    with one_card(device) as card:
-        return evaluate_run(folder, config.eval, Path(config.cache), card)
+def _judged(config: PTQConfig, folder: Path, device: torch.device) -> dict[str, Any]:
+    """By VBench too: by its scores in the cache as far as they are known."""
+    try:
+        with one_card(device) as card:
+            return evaluate_run(folder, config.eval, Path(config.cache), card)[0]
+    except (ValueError, OSError) as error:
+        note_not_judged(folder, Path(config.cache), error)
+        raise
 
 
 def _plan(config: PTQConfig, config_yaml: str, pairs_: list[Pair], calibration_pairs: list[Pair]) -> None:
@@ -172,20 +181,29 @@ class _Job:
     def with_checkpoint(self) -> bool:
         return self.config.checkpoint and self.config.mode == "quantize"
 
-    def carry_out(self, run: Run, known: Path | None) -> dict[str, Any]:
-        """Runs, or takes over what another folder holds."""
+    def evaluations(self, folder: Path) -> dict[str, Any]:
+        """Of an earlier result in the folder that answers the same signature: what ``eval.py`` has joined to it."""
+        try:
+            result = read_result(folder)
+        except (ValueError, OSError):
+            return {}
+        found: dict[str, Any] = result.get("evaluations", {}) if result.get("asked") == self.asked else {}
+        return found
+
+    def carry_out(self, run: Run, known: Path | None, kept: dict[str, Any]) -> dict[str, Any]:
+        """Runs, or takes over what another folder holds; ``kept`` are evaluations of the same videos."""
         self.run_ = run
         try:
             if known is not None:
-                result = take_over(run, known, self.names, self.with_checkpoint)
+                result = take_over(run, known, self.names, self.with_checkpoint, kept)
             else:
                 result = {**(self.analyze() if self.config.mode == "analyze" else self.run()), "asked": self.asked}
+                result |= {"evaluations": kept} if kept else {}
             full = run.finish(result, lambda complete: write_report(run.folder, complete))
         except BaseException as error:
             run.fail(error)
             raise
         note_finished(self.cache, self.asked, run.folder)
-        mirror(self.config.tracker, run.folder, dataclasses.asdict(self.config), full)
         print(summary(full, run.folder))
         return full
 

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from wanquant.runs.files import write_atomic
+from wanquant.runs.files import sum_of_file, write_atomic
 
 #: Sums of the files of a folder, as ``sha256sum --check`` reads them.
 SUMS = "SHA256SUMS"
@@ -79,7 +79,7 @@ class Cache:
         partial.mkdir(parents=True)
         try:
             make(partial)
-            sums = [f"{_sum(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
+            sums = [f"{sum_of_file(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
             (partial / SUMS).write_text("".join(sums), encoding="utf-8")
             partial.rename(final)
         except SafetensorError as error:  # of a full disk it makes no OSError
@@ -142,16 +142,11 @@ def damaged(folder: Path) -> str | None:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         for line in lines:
             expected, _, name = line.partition("  ")
-            if _sum(folder / name) != expected:
+            if sum_of_file(folder / name) != expected:
                 return f"{name} is not what was written"
     except (OSError, ValueError) as error:
         return str(error)
     return None if lines else "it lists no files"
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Cells:
@@ -204,7 +199,7 @@ class Cells:
             if not mine:
                 with locked(self.folder / f"{left[0]}.lock", left[0]):
                     pass
-            found |= {name: self.get(name) for name in (mine or left)}
+            found |= {name: self.get(name) for name in left}
         return found
 
     @contextmanager
@@ -215,9 +210,11 @@ class Cells:
             for name in names:
                 if len(mine) == most:
                     break
-                free = held.enter_context(_locked_if_free(self.folder / f"{name}.lock"))
-                if free and self.get(name) is None:  # else it was measured meanwhile
-                    mine.append(name)
+                with ExitStack() as one:
+                    free = one.enter_context(_locked_if_free(self.folder / f"{name}.lock"))
+                    if free and self.get(name) is None:  # else it was measured meanwhile
+                        mine.append(name)
+                        held.push(one.pop_all())
             yield mine
 
 

@@ -5,23 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER, NOTICE_COLLAPSE
 from wanquant.runs.estimates import estimate_text, verdict_word
 
-#: VBench's dimensions that notice a collapse: consistency and smoothness cannot, since a frozen grey video is perfectly
-#: smooth. Where means are shown these are shown, be it that they were not measured.
-NOTICE_COLLAPSE = ("imaging_quality", "dynamic_degree", "overall_consistency")
-#: Beyond latent SQNR, PSNR and SSIM: how the error looks.
-FURTHER = (
-    ("error_flicker", "error flicker", ""),
-    ("motion_energy", "motion energy", "dB"),
-    ("color_mean", "colour mean", "levels"),
-    ("color_spread", "colour spread", "levels"),
-    ("color_histogram", "colour histogram", "levels"),
-    ("lpips", "LPIPS", ""),
-)
 #: Means of the columns, by prefix.
 SIDES = (("bf16.", "BF16"), ("", "quantized"), ("difference.", "difference"))
-FLOORS = (("floor_ulp.", "floor: noise moved by 1 ulp"), ("floor_seed.", "floor: another seed"))
+FLOORS = (("floor_ulp.", "floor: noise moved by 1 ulp"), ("floor_seed.", "floor: |another seed|"))
 
 
 def vbench_table(entry: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -50,8 +39,11 @@ def _any(metrics: dict[str, Any], prefix: str) -> bool:
 def cautions(entry: dict[str, Any]) -> list[str]:
     """What a reader has to know before believing the scores."""
     told, texts = entry["vbench"], []
+    if entry["gates_failed"]:
+        texts.append(f"collapsed: {', '.join(entry['gates_failed'])}. Whatever the averages say, they do not count")
     if entry["demonstration"]:
-        texts.append(f"{entry['pairs']} (prompt, seed) pairs are a demonstration, compare nothing by them")
+        pairs = f"{entry['pairs']} (prompt, seed) pair" + ("s are" if entry["pairs"] > 1 else " is")
+        texts.append(f"{pairs} a demonstration, compare nothing by them")
     if not told:
         return texts
     if told["foreign_weights"]:
@@ -74,17 +66,41 @@ def evaluation_summary(key: str, entry: dict[str, Any], folder: Path) -> str:
     if rows:
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         lines += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (heads, *rows)]
-    shown = [(title, unit, entry["metrics"][name]) for name, title, unit in _fidelity() if name in entry["metrics"]]
-    lines += [f"{title + (', ' + unit if unit else ''):<28}{estimate_text(metric)}" for title, unit, metric in shown]
-    failed = [name for name, gate in entry["gates"].items() if gate["verdict"] == "fail"]
-    if entry["gates"]:
-        lines.append("gates: " + (f"FAILED {', '.join(failed)}" if failed else f"all {len(entry['gates'])} passed"))
+    for title, metric, floor in fidelity_rows(entry["metrics"]):
+        beside = f"   (noise moved by 1 ulp: {estimate_text(floor)})" if floor else ""
+        lines.append(f"{title:<28}{estimate_text(metric)}{beside}")
+    for name in (name for name in ATTRIBUTES if name in entry["metrics"]):
+        lines.append(f"{'prompts followed: ' + name:<28}{estimate_text(entry['metrics'][name])}")
+    lines.append("gates: " + (f"FAILED {', '.join(entry['gates_failed'])}" if entry["gates_failed"] else "passed"))
     lines += [f"caution: {text}" for text in cautions(entry)]
     return "\n".join([*lines, f"evaluation {key} joined: {folder / 'report.html'}"])
 
 
-def _fidelity() -> tuple[tuple[str, str, str], ...]:
-    return (("latent_sqnr", "latent SQNR", "dB"), ("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""), *FURTHER)
+def fidelity_rows(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+    """Title, estimate, and the noise floor's."""
+    return [
+        (title + (f", {unit}" if unit else ""), metrics[name], metrics.get(f"floor_ulp.{name}"))
+        for name, title, unit in (*FIDELITY, *FURTHER)
+        if name in metrics
+    ]
+
+
+def _films(folder: Path, entry: dict[str, Any]) -> list[tuple[str, Path]]:
+    """Of the first pairs: both sides in one, or the model's own."""
+    for kind in ("side_by_side", "model"):
+        paths = sorted((folder / kind).glob("*.mp4"))[:8]
+        if paths:
+            return [(_caption(path.stem, entry), path) for path in paths]
+    return []
+
+
+def _caption(stem: str, entry: dict[str, Any]) -> str:
+    """Names are numbers of pairs, or the standard's, which say it all."""
+    number, _, seed = stem.partition("-seed")
+    items: list[dict[str, Any]] = next(
+        (m["per_item"] for m in entry["metrics"].values() if m["n"] == entry["pairs"]), []
+    )
+    return f"{items[int(number)]['prompt']}, seed {seed}" if seed and number.isdigit() and items else stem
 
 
 def sections(folder: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -93,19 +109,17 @@ def sections(folder: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     for key, entry in result.get("evaluations", {}).items():
         heads, rows = vbench_table(entry)
         metrics = entry["metrics"]
-        shown = [(title, unit, metrics[name]) for name, title, unit in _fidelity() if name in metrics]
         found.append(
             {
                 "key": key,
                 "entry": entry,
                 "heads": heads,
                 "rows": rows,
-                "fidelity": shown,
-                "attributes": [
-                    name for name in ("color", "shape", "direction", "background", "attributes") if name in metrics
-                ],
+                "fidelity": fidelity_rows(metrics),
+                "attributes": [name for name in ATTRIBUTES if name in metrics],
                 "cautions": cautions(entry),
-                "films": sorted((folder / "evaluations" / key / "side_by_side").glob("*.mp4")),
+                "films": _films(folder / "evaluations" / key, entry),
+                "alone": "model" in entry["sides"],
                 "meanings": [(d, entry["vbench"]["meanings"][d]) for d in entry["vbench"].get("dimensions", ())],
             }
         )

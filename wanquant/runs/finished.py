@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.runs.cache import Cache, locked
+from wanquant.runs.files import link_or_copy
 from wanquant.runs.run import PRODUCTS, Run, digest, read_result
 
 KIND = "finished"
@@ -51,15 +51,19 @@ def _as_wanted(folder: Path, result: dict[str, Any], wanted: dict[str, Any]) -> 
     return (folder / "checkpoint").is_dir() and result["quant"]["packed"] == wanted["packed"]
 
 
-def take_over(run: Run, source: Path, names: dict[str, dict[str, Any]], with_checkpoint: bool) -> dict[str, Any]:
+def take_over(
+    run: Run, source: Path, names: dict[str, dict[str, Any]], with_checkpoint: bool, kept: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The result of the finished run in ``source`` for ``run``, under the names asked for now; its files are linked
-    where the disk can, else copied."""
+    where the disk can, else copied. ``kept`` are evaluations that are in the folder of ``run`` already."""
     result = read_result(source)
     for name in PRODUCTS:
-        if (source / name).is_dir() and (with_checkpoint or name != "checkpoint"):
+        if kept and name == "evaluations":
+            result["evaluations"] = kept
+        elif (source / name).is_dir() and (with_checkpoint or name != "checkpoint"):
             partial = run.folder / f"{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source / name, partial, copy_function=_link_or_copy)
+            shutil.copytree(source / name, partial, copy_function=link_or_copy)
             partial.rename(run.folder / name)
     print(f"finished already, in {source}{by(result)}: taken over; force=true runs it again", flush=True)
     renamed = {group: {**result[group], **given} for group, given in names.items()}
@@ -71,10 +75,3 @@ def by(result: dict[str, Any]) -> str:
     made = result["provenance"]
     commit = made["git_commit"]
     return f" (by commit {commit[:8]}{' with changes' if made['dirty'] else ''})" if commit else ""
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -10,18 +10,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wanquant.runs.analysis_report import analysis_html, analysis_summary
+from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FLOORS, FURTHER
 from wanquant.runs.estimates import estimate_text
-from wanquant.runs.evaluation_report import FURTHER, sections
+from wanquant.runs.evaluation_report import sections
 from wanquant.runs.figures import block_magnitudes, intervals
 from wanquant.runs.files import write_atomic
 
 #: Videos embedded at most, and their bytes together; the others are beside the report.
 MAX_VIDEOS, MAX_VIDEO_BYTES = 10, 12_000_000
-FIDELITY = (("latent_sqnr", "latent SQNR", "dB"), ("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))
-FLOORS = (("", "quantized"), ("floor_ulp.", "BF16, noise moved by 1 ulp"), ("floor_seed.", "BF16, another seed"))
 #: Share of its prompts that BF16 has to follow before a loss could be seen.
 FOLLOWED = 0.5
-ATTRIBUTES = ("color", "shape", "direction", "background", "attributes")
 
 
 def html_environment() -> Environment:
@@ -90,10 +88,10 @@ def _further(metrics: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
 def _with_films(section: dict[str, Any]) -> dict[str, Any]:
     """As many as the report can hold, as data."""
     films, size = [], 0
-    for path in section["films"]:
+    for caption, path in section["films"]:
         size += path.stat().st_size
         if size < MAX_VIDEO_BYTES / 2:
-            films.append((path.stem, data_uri(path, "video/mp4")))
+            films.append((caption, data_uri(path, "video/mp4")))
     return {**section, "films": films}
 
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -137,19 +137,21 @@ def _instructions(device: torch.device) -> list[str]:
     return sorted(name for name, there in known.items() if there is True and name.startswith(("avx", "amx", "sve")))
 
 
+def installed(package: str) -> str | None:
+    """Its version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     name = _card_name(device) or platform.processor() or platform.machine()
     return {
         "version": wanquant.__version__,
         **_git(),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {package: version for package in PACKAGES if (version := installed(package)) is not None},
         "device": device.type,
         "device_name": name,
         "threads": torch.get_num_threads(),
@@ -174,10 +176,10 @@ def _git() -> dict[str, Any]:
     return {"git_commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
 
 
-def remove_products(folder: Path) -> None:
-    """Removes all that looks like a result."""
+def remove_products(folder: Path, keep: Sequence[str] = ()) -> None:
+    """Removes all that looks like a result, but what is to be kept."""
     summaries = [path for name in SUMMARIES for path in (folder / name, _previous(folder / name))]
-    made = [folder / f"{name}{end}" for name in PRODUCTS for end in ("", ".partial")]
+    made = [folder / f"{name}{end}" for name in PRODUCTS if name not in keep for end in ("", ".partial")]
     for path in (*summaries, *made, *_unfinished(folder)):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -222,8 +224,16 @@ def refuse_foreign(folder: Path) -> None:
 class Run:
     """One job in its directory. ``stage`` times a part of it; ``finish`` or ``fail`` ends it."""
 
-    def __init__(self, folder: Path, job: str, config_yaml: str, names: dict[str, Any] | None = None) -> None:
-        """``names`` are those of the model, the quantization and the protection, told even by a run that fails."""
+    def __init__(
+        self,
+        folder: Path,
+        job: str,
+        config_yaml: str,
+        names: dict[str, Any] | None = None,
+        keep: Sequence[str] = (),
+    ) -> None:
+        """``names`` are those of the model, the quantization and the protection, told even by a run that fails;
+        ``keep`` products of an earlier run that are this one's too."""
         self.folder = folder
         self.job = job
         self.names = names or {}
@@ -231,7 +241,7 @@ class Run:
         self.started = time.time()
         folder.mkdir(parents=True, exist_ok=True)
         refuse_foreign(folder)
-        remove_products(folder)
+        remove_products(folder, keep)
         write_atomic(folder / "config.yaml", HEADER + config_yaml)
 
     @contextmanager

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.runs import figures, pictures, sweep_table
+from wanquant.runs.columns import FIDELITY
 from wanquant.runs.files import write_atomic
-from wanquant.runs.report import FIDELITY, data_uri, html_environment
+from wanquant.runs.report import data_uri, html_environment
 
 #: The report stays below 20 MB: so many films at most, so many panels of prompts, and so many bytes of films.
 MAX_FILMS, MAX_PANELS, MAX_BYTES = 8, 24, 12_000_000
@@ -43,7 +44,8 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
         configurations=len(rows),
         text=sweep_table.protocol(summary) if rows else "",
         further=sweep_table.further_cells(summary) if rows else ([], []),
-        judged=sweep_table.vbench_cells(summary) if rows else ([], []),
+        judged=sweep_table.vbench_cells(summary) if rows else ([], [], []),
+        told=next((row["vbench"] for row in rows if row["vbench"]), {}),
         ladder=sweep_table.ladder_cells(summary) if rows else ([], []),
         figures=_figures(summary) if rows else [],
         downloads=[(name, _text_uri(text)) for name, text in files.items()],
@@ -56,9 +58,8 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
 
 
 def _markdown(summary: dict[str, Any], table: sweep_table.Cells) -> str:
-    further = (sweep_table.vbench_cells(summary), sweep_table.further_cells(summary), sweep_table.ladder_cells(summary))
-    parts = [sweep_table.markdown(*table), sweep_table.protocol(summary)]
-    return "\n\n".join([*parts, *(sweep_table.markdown(*cells) for cells in further if len(cells[0]) > 1)]) + "\n"
+    parts = [sweep_table.markdown(*table), sweep_table.protocol(summary), *sweep_table.further_markdown(summary)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _text_uri(text: str) -> str:

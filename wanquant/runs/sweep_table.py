@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from wanquant.runs.columns import FIDELITY, FLOORS, FURTHER, NOTICE_COLLAPSE
 from wanquant.runs.estimates import estimate_text
-from wanquant.runs.evaluation_report import FURTHER, NOTICE_COLLAPSE
-from wanquant.runs.report import FIDELITY, FLOORS
 
 Row = dict[str, Any]
 Cells = tuple[list[str], list[list[str]], list[list[str]]]
@@ -58,6 +57,12 @@ def _columns(summary: dict[str, Any]) -> list[tuple[str, Callable[[Row], str]]]:
     return columns
 
 
+def further_markdown(summary: dict[str, Any]) -> list[str]:
+    """VBench's table, how the errors look, and the rank correlations: what there is of them."""
+    found = [vbench_cells(summary), (*further_cells(summary), []), (*ladder_cells(summary), [])]
+    return [markdown(*cells, named=0) for cells in found if len(cells[0]) > 1]
+
+
 def further_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """How the errors look: what all rows have of it."""
     rows = summary["rows"]
@@ -70,31 +75,56 @@ def further_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return heads, [[str(row["name"]), *(make(row) for _, make in columns)] for row in rows]
 
 
-def vbench_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """VBench's means, and paired differences from BF16 and from the reference. The dimensions that notice a collapse
-    stand there in any case; nothing does where VBench has not judged."""
+def vbench_cells(summary: dict[str, Any]) -> Cells:
+    """VBench's means, and paired differences from BF16 and from the reference; below, BF16 and the noise floors. The
+    dimensions that notice a collapse stand there in any case; nothing does where VBench has judged no row."""
     rows = summary["rows"]
-    if not all(row["vbench"] for row in rows):
-        return [], []
-    judged = [name for name in rows[0]["judged"] if all(name in row["judged"] for row in rows)]
-    names = dict.fromkeys((*judged, *(f"vbench.{dimension}" for dimension in NOTICE_COLLAPSE)))
+    names = dict.fromkeys(name for row in rows for name in row["judged"])
+    if not names:
+        return [], [], []
     heads = [" and ".join(summary["by"])]
     for name in names:
-        heads.append(name.removeprefix("vbench."))
-        heads += ["minus BF16", f"minus {summary['reference']}"] if name in judged else []
-    table = []
-    for row in rows:
-        cells = [str(row["name"])]
-        for name in names:
-            cells += _judged(row, name) if name in judged else ["not measured"]
-        table.append(cells)
-    return heads, table
+        heads += [name.removeprefix("vbench."), "minus BF16", f"minus {summary['reference']}"]
+    lacking = [name for name in NOTICE_COLLAPSE if f"vbench.{name}" not in names]
+    table = [
+        [
+            str(row["name"]) + (" (collapsed)" if row["gates_failed"] else ""),
+            *(cell for name in names for cell in _judged(row, name)),
+            *["not measured"] * len(lacking),
+        ]
+        for row in rows
+    ]
+    floors = [
+        [label, *(cell for name in names for cell in make(summary["judged_floors"], name)), *[""] * len(lacking)]
+        for label, make in JUDGED_FLOORS
+    ]
+    return [*heads, *lacking], table, [row for row in floors if any(row[1:])]
 
 
 def _judged(row: Row, name: str) -> list[str]:
-    metrics, from_reference = row["metrics"], row["judged"][name]
-    found = [metrics[name], metrics.get(f"difference.{name}"), from_reference]
+    metrics = row["metrics"]
+    if name not in metrics:
+        return ["not judged", "", ""]
+    found = [metrics[name], metrics.get(f"difference.{name}"), row["judged"][name]]
     return [estimate_text(metric, 5) if metric else "" for metric in found]
+
+
+def _judged_floor(prefix: str, place: int) -> Callable[[dict[str, Any], str], list[str]]:
+    """In the column of the means, or of the differences from BF16."""
+
+    def cells(floors: dict[str, Any], name: str) -> list[str]:
+        metric = floors.get(prefix + name)
+        found = estimate_text(metric, 5) if metric else ""
+        return [found if place == column else "" for column in range(3)]
+
+    return cells
+
+
+JUDGED_FLOORS = (
+    ("BF16", _judged_floor("bf16.", 0)),
+    (FLOORS[1][1], _judged_floor("floor_ulp.", 1)),
+    (f"|{FLOORS[2][1]}|", _judged_floor("floor_seed.", 1)),
+)
 
 
 def ladder_cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -202,14 +232,14 @@ def protocol(summary: dict[str, Any]) -> str:
     return " ".join([text, *(f"Caution: {caution}." for caution in summary["cautions"])])
 
 
-def markdown(heads: list[str], rows: list[list[str]], floors: Sequence[list[str]] = ()) -> str:
-    """The names of the floors in italics."""
+def markdown(heads: list[str], rows: list[list[str]], floors: Sequence[list[str]] = (), named: int = 1) -> str:
+    """The names of the floors, which stand in that column, in italics."""
 
     def escaped(row: list[str]) -> list[str]:
         return [re.sub(r"([|*])", r"\\\1", cell) for cell in row]
 
-    named = [[first, f"*{name}*", *rest] for first, name, *rest in map(escaped, floors)]
-    lines = [escaped(heads), ["---"] * len(heads), *map(escaped, rows), *named]
+    below = [[f"*{cell}*" if place == named else cell for place, cell in enumerate(escaped(row))] for row in floors]
+    lines = [escaped(heads), ["---"] * len(heads), *map(escaped, rows), *below]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

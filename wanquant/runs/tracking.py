@@ -60,6 +60,10 @@ def _send(config: TrackerConfig, folder: Path, settings: dict[str, Any], result:
     with _run(config, folder, result["job"], settings) as run:
         for name, metric in result.get("metrics", {}).items():
             run.summary[name] = {"mean": metric["mean"], "low": metric["ci95"][0], "high": metric["ci95"][1]}
+        for key, entry in result.get("evaluations", {}).items():
+            for name, metric in entry["metrics"].items():
+                low, high = metric["ci95"]
+                run.summary[f"{key}/{name}"] = {"mean": metric["mean"], "low": low, "high": high}
         for name, gate in result.get("gates", {}).items():
             run.summary[f"gate/{name}"] = gate["verdict"]
         run.summary.update({f"seconds/{name}": value for name, value in result["timings"].items()})

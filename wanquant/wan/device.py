@@ -43,10 +43,14 @@ VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 @contextlib.contextmanager
 def one_card(device: torch.device) -> Iterator[torch.device]:
     """A card for this job alone, where none was asked for by number: the first that no other job of this user has."""
-    if device.type == "cpu" or device.index is not None:
+    if device.type == "cpu":
         yield device
         return
     backend = getattr(torch, device.type)
+    if device.index is not None:
+        backend.set_device(device.index)
+        yield device
+        return
     with first_free([_card_name(device.type, index) for index in range(backend.device_count())]) as index:
         backend.set_device(index)
         yield torch.device(device.type, index)

@@ -11,13 +11,14 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wanquant.runs.cache import Cache
@@ -91,20 +92,38 @@ class Studio:
     def latents(
         self, label: str, pairs: list[Pair], how: dict[str, Any] | None = None, afresh: bool = False
     ) -> tuple[list[torch.Tensor], Counter[str]]:
-        """Final latents of every pair, float32 [channels, frames', h, w], and how many elements overflowed by linear.
+        """Final latents of every pair, float32 [channels, frames', h, w], and how many elements overflowed by linear;
+        ``how`` and ``afresh`` as in ``batches``."""
+        latents: list[torch.Tensor] = []
+        overflows: Counter[str] = Counter()
+        for group, folder in self.batches(label, pairs, how, afresh):
+            found = load_file(folder / LATENTS)
+            latents += [found[str(number)] for number in range(len(group))]
+            overflows.update(json.loads((folder / OVERFLOWS).read_text()))
+        return latents, overflows
+
+    def batches(
+        self,
+        label: str,
+        pairs: list[Pair],
+        how: dict[str, Any] | None = None,
+        afresh: bool = False,
+        only: Collection[Pair] | None = None,
+    ) -> list[tuple[list[Pair], Path]]:
+        """The batches of these pairs, each with the folder of the cache that holds its latents; all, or those in which
+        a pair of ``only`` is.
 
         ``how`` says what the transformer is, or what is done to the noise (``{"moved": "1 ulp"}``), where that is not
         plain BF16: all that the caller has done to it. ``afresh`` makes them again.
         """
         how, batch = how or {}, self.model.batch
         groups = [pairs[first : first + batch] for first in range(0, len(pairs), batch)]
+        groups = [group for group in groups if only is None or set(group) & set(only)]
         signatures = [self.signature("latents", pairs=group, **how) for group in groups]
         if afresh:
             for each in signatures:
                 self.cache.forget("latents", each)
         known = [self.cache.has("latents", each) for each in signatures]
-        latents: list[torch.Tensor] = []
-        overflows: Counter[str] = Counter()
         folders = []
         missing = [pair for group, there in zip(groups, known, strict=True) for pair in group if not there]
         with self.progress(label, missing) if missing else _silence() as tick:
@@ -112,13 +131,9 @@ class Studio:
                 if not there:  # first what no other process is at, then what they have made
                     self.cache.offer("latents", each, self._maker(group, how, tick))
             for group, each in zip(groups, signatures, strict=True):
-                folder = self.cache.folder("latents", each, self._maker(group, how, tick))
-                folders.append(folder)
-                found = load_file(folder / LATENTS)
-                latents += [found[str(number)] for number in range(len(group))]
-                overflows.update(json.loads((folder / OVERFLOWS).read_text()))
+                folders.append(self.cache.folder("latents", each, self._maker(group, how, tick)))
         self._note(label, known=not self.cache.made.intersection(folders))
-        return latents, overflows
+        return list(zip(groups, folders, strict=True))
 
     def _maker(self, group: list[Pair], how: dict[str, Any], tick: Callable[[], None]) -> Callable[[Path], None]:
         perturb = one_ulp_up if how.get("moved") == "1 ulp" else None
@@ -143,6 +158,13 @@ class Studio:
                 samples.append(Sample(*pair, final, decode_video(self.pipe, final)))
                 tick()
         return samples
+
+
+def load_latents(folder: Path, place: int) -> torch.Tensor:
+    """Of one video of a batch."""
+    with safe_open(folder / LATENTS, "pt") as file:
+        found: torch.Tensor = file.get_tensor(str(place))
+    return found
 
 
 @contextmanager

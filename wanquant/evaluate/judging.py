@@ -1,0 +1,120 @@
+"""VBench's scores of all sides of an evaluation, their paired differences, and what has to be said with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanquant.evaluate import vbench
+from wanquant.evaluate.compare import with_differences
+from wanquant.evaluate.config import EvalConfig
+from wanquant.evaluate.prompts import Pair, following, official_prompts
+from wanquant.evaluate.stats import Item, difference
+from wanquant.runs.cache import Cache
+from wanquant.runs.progress import progress
+
+Scores = dict[str, list[Item]]
+
+
+def judge(
+    files: Mapping[str, Mapping[Pair, Path]],
+    config: EvalConfig,
+    device: torch.device,
+    cache: Cache,
+    sums: dict[str, str],
+    official: bool,
+) -> tuple[Scores, dict[str, Any]]:
+    """``files`` are the videos by prefix: of the judged model it is empty, of BF16 ``bf16.``, of BF16 with its noise
+    moved ``floor_ulp.``. ``sums`` are from ``vbench.prepare``."""
+    if not config.dimensions:
+        return {}, {}
+    clips = _clips(files)
+    scores: Scores = {}
+    nothing: dict[str, str] = {}
+    for dimension in config.dimensions:
+        wanted = set(official_prompts()[dimension]) if official else None
+        asked = [clip for (prompt, _), clip in clips[""].items() if wanted is None or prompt in wanted]
+        reasons = {(clip.prompt, clip.seed): vbench.why_not(dimension, clip) for clip in asked}
+        pairs = [pair for pair, reason in reasons.items() if not reason]
+        if not pairs:
+            nothing[dimension] = next(iter(reasons.values()), "none of its prompts")
+            continue
+        for prefix, found in clips.items():
+            judged = [found[pair] for pair in pairs]
+            values = vbench.score(dimension, judged, device, cache, sums, official, prefix.rstrip("."))
+            scores[f"{prefix}vbench.{dimension}"] = [Item(*pair, v) for pair, v in zip(pairs, values, strict=True)]
+    if not scores:
+        raise ValueError("; ".join(f"{dimension}: {reason}" for dimension, reason in nothing.items()))
+    ours = clips[""].values()
+    told = {
+        "version": vbench.version(),
+        "dimensions": list(config.dimensions),
+        "meanings": {name: vbench.DIMENSIONS[name].meaning for name in config.dimensions},
+        "not_applicable": nothing,
+        "weights": sums,
+        "foreign_weights": config.foreign_weights,
+        "reader": vbench.reader(),
+        "device": device.type,
+        "long": sum(clip.long for clip in ours),
+        "seconds": [min(clip.seconds for clip in ours), max(clip.seconds for clip in ours)],
+    }
+    return _with_floors(with_differences(scores)), told
+
+
+def _clips(files: Mapping[str, Mapping[Pair, Path]]) -> dict[str, dict[Pair, vbench.Clip]]:
+    clips: dict[str, dict[Pair, vbench.Clip]] = {}
+    with progress("look at videos", sum(map(len, files.values())), "video") as tick:
+        for prefix, found in files.items():
+            clips[prefix] = {}
+            for pair, path in found.items():
+                clips[prefix][pair] = vbench.clip_of(path, *pair)
+                tick()
+    return clips
+
+
+def _with_floors(scores: Scores) -> Scores:
+    """The noise floors: what BF16 with its noise moved differs by from BF16, and how much another seed of it differs,
+    whichever way: from seed to seed the ways cancel."""
+    found = {name: items for name, items in scores.items() if not name.startswith("floor_")}
+    for name, items in scores.items():
+        if name.startswith("floor_ulp."):
+            found[name] = difference(items, scores[name.replace("floor_ulp.", "bf16.")])
+        if name.startswith("bf16."):
+            moved = _to_other_seeds(items)
+            found |= {name.replace("bf16.", "floor_seed."): moved} if moved else {}
+    return found
+
+
+def _to_other_seeds(items: list[Item]) -> list[Item]:
+    values = {(item.prompt, item.seed): item.value for item in items}
+    after = following(list(dict.fromkeys(item.seed for item in items)))
+    others = [(item, values.get((item.prompt, after.get(item.seed, -1)))) for item in items]
+    return [Item(item.prompt, item.seed, abs(other - item.value)) for item, other in others if other is not None]
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation joined to an earlier one of the same pairs. Scores made otherwise (by other weights, another
+    version, device or reader) do not mix: the new ones stand alone."""
+    if old.get("prompt_hash") != new["prompt_hash"]:
+        return new
+    theirs, ours = old["vbench"], new["vbench"]
+    same = ("version", "foreign_weights", "reader", "device")
+    weights = {**theirs.get("weights", {}), **ours.get("weights", {})}
+    fits = not (theirs and ours) or (
+        all(theirs[key] == ours[key] for key in same)
+        and all(weights[name] == sum_ for name, sum_ in theirs["weights"].items())
+    )
+    kept = {name: metric for name, metric in old["metrics"].items() if fits or "vbench." not in name}
+    if not (theirs and ours and fits):
+        return {**new, "metrics": {**kept, **new["metrics"]}, "vbench": ours or theirs}
+    told = {
+        **ours,
+        "dimensions": list(dict.fromkeys((*theirs["dimensions"], *ours["dimensions"]))),
+        "meanings": {**theirs["meanings"], **ours["meanings"]},
+        "not_applicable": {**theirs["not_applicable"], **ours["not_applicable"]},
+        "weights": weights,
+    }
+    return {**new, "metrics": {**kept, **new["metrics"]}, "vbench": told}
