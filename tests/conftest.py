@@ -14,6 +14,7 @@ os.environ.update(
 )
 
 import atexit
+import importlib.util
 import shutil
 import socket
 import sys
@@ -40,6 +41,9 @@ class Hidden:
 
 if os.environ.get("WANQUANT_TEST_WITHOUT_DECORD"):
     sys.meta_path.insert(0, Hidden())
+
+#: Whether there is a real one: what is in ``sys.modules`` may be the reader that stands in.
+DECORD = importlib.util.find_spec("decord") is not None if not os.environ.get("WANQUANT_TEST_WITHOUT_DECORD") else False
 
 #: As jobs are by default; tests run side by side.
 torch.set_num_threads(1)

@@ -289,6 +289,7 @@ def test_processes_of_one_launch_share_the_work(sweep: Path, tmp_path: Path) -> 
     assert entry(run, "new")["metrics"]["vbench.temporal_flickering"]["n"] == 6
 
 
+@pytest.mark.slow
 def test_processes_of_one_launch_share_a_model(sweep: Path, tmp_path: Path) -> None:
     model = [f"model.path={sweep / '3' / 'checkpoint'}", NEW, "prompts.seeds=[0,1]", *QUICK]
     found = launched(tmp_path / "cache", *model, f"hydra.run.dir={tmp_path / 'run'}")

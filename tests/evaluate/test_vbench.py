@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import DECORD
 from tests.evaluate import judges
 from wanquant.evaluate import frames, vbench, weights
 from wanquant.evaluate.vbench import Clip, clip_of
@@ -170,4 +171,4 @@ def test_where_decord_has_no_wheel(which: str) -> None:
 
 def test_which_reader_is_used() -> None:
     vbench.prepare(["temporal_flickering"])
-    assert frames.stands_in() is bool(os.environ.get("WANQUANT_TEST_WITHOUT_DECORD"))
+    assert frames.stands_in() is not DECORD

@@ -63,6 +63,7 @@ def test_analysis_of_planted_outliers(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert again["provenance"]["from_cache"] == ["calibrate"]
 
 
+@pytest.mark.slow
 def test_two_processes_record_what_one_does(tmp_path: Path) -> None:
     prompts = [
         "a cyan square moving left on a black background",

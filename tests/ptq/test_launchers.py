@@ -54,6 +54,7 @@ def test_joblib_side_by_side(serial: dict[str, Any], tmp_path: Path) -> None:
         assert sum(label not in reused for reused in known) == 1
 
 
+@pytest.mark.slow
 def test_ray(serial: dict[str, Any], tmp_path: Path) -> None:
     """A local cluster, which Ray starts itself."""
     assert sweep(tmp_path, "hydra/launcher=ray") == serial
