@@ -31,7 +31,10 @@ NEW = (
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     """``python eval.py`` in this process; the exit status."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", "tracker=none", f"cache={CACHE}", *overrides])
+    overrides = (f"cache={CACHE}", *overrides)
+    if not any(override.startswith("tracker=") for override in overrides):
+        overrides = ("tracker=none", *overrides)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *overrides])
     try:
         config.main("eval", run_evaluate)
     except SystemExit as stopped:
@@ -208,6 +211,12 @@ def test_one_evaluation_after_another_keeps_both(sweep: Path, monkeypatch: pytes
     assert entry(run)["metrics"] == before["metrics"]
     assert (run / "evaluations" / "new" / "quantized" / "001-seed0.mp4").is_file()
     assert entry(run, "new")["pairs"] == 2
+
+
+def test_the_tracker_gets_an_evaluation(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluate(monkeypatch, f"run={sweep / '3'}", FLICKER, "tracker=wandb") == 0
+    (sent,) = (sweep / "3").glob("wandb/offline-run-*/*.wandb")
+    assert b"own/difference.vbench.temporal_flickering" in sent.read_bytes()
 
 
 def test_scores_made_otherwise_do_not_mix() -> None:
