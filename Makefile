@@ -9,7 +9,7 @@ ptq: .venv/installed
 	$(BIN)/python ptq.py protect=boundary
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -81,7 +81,7 @@ class QuantLinear(nn.Linear):
         source = linear.weight.detach().to(torch.bfloat16)
         if divisors is not None and factored:
             source, self.input_factor = source * divisors.to(torch.bfloat16), 1 / divisors
-        rounded, self.weight_scale, over = _quantize_weight(source, scheme, seen, divisors)
+        rounded, self.weight_scale, over = quantize_weight(source, scheme, seen, divisors)
         self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.packed else rounded, False)
         self.overflowed = torch.zeros_like(self.weight_scale, dtype=torch.int64).sum() if over is None else over
         if linear.bias is not None:
@@ -143,15 +143,11 @@ class QuantLinear(nn.Linear):
         if self.scheme.product == "native":
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
             return y.view(*x.shape[:-1], self.out_features)
-        scheme, weight_scale = self.scheme, self.weight_scale
         weight: torch.Tensor = self.weight
         if weight.dtype == torch.uint8:
-            weight = scheme.format.decode(weight)
-        if isinstance(scheme.weight_granularity, PerBlock):
-            operand, scale = _into_operand(operand, scale)
-            weight, weight_scale = _into_operand(weight, weight_scale)
-        product = _exact_product(operand, weight) if scheme.product == "exact" else F.linear(operand, weight)
-        return descale(product, scale, weight_scale, self.bias, x.dtype).view(*x.shape[:-1], self.out_features)
+            weight = self.scheme.format.decode(weight)
+        y = take_product(operand, scale, weight, self.weight_scale, self.bias, self.scheme, x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
         """Moves like any module, but a change of type leaves the scales in float32 and the weight what it is."""
@@ -170,7 +166,7 @@ class QuantLinear(nn.Linear):
         return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.is_packed}"
 
 
-def _quantize_weight(
+def quantize_weight(
     source: torch.Tensor, scheme: Scheme, seen: float | Site | None, divisors: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As ``quantize_matrix``, with a step that is searched for if the rule says so."""
@@ -186,6 +182,23 @@ def _quantize_weight(
     steps = weight_steps(source, granularity, rule, scheme.format, scheme.overflow, mean_square)
     rounded, over = scheme.format.scaled_round(source, steps, scheme.overflow)
     return rounded, steps, over
+
+
+def take_product(
+    operand: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    scheme: Scheme,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[rows, out] of BF16 values [rows, in] and [out, in], with the scales behind it."""
+    if isinstance(scheme.weight_granularity, PerBlock):
+        operand, scale = _into_operand(operand, scale)
+        weight, weight_scale = _into_operand(weight, weight_scale)
+    product = _exact_product(operand, weight) if scheme.product == "exact" else F.linear(operand, weight)
+    return descale(product, scale, weight_scale, bias, dtype)
 
 
 def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
