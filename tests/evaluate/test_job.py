@@ -21,7 +21,7 @@ from wanquant.evaluate.job import run_evaluate
 from wanquant.evaluate.judging import merged
 from wanquant.evaluate.sweep import summarize
 from wanquant.runs import pictures
-from wanquant.runs.run import read_result
+from wanquant.runs.run import digest, read_result
 
 FLICKER = "eval.dimensions=[temporal_flickering]"
 NEW = (
@@ -132,9 +132,10 @@ def test_other_prompts_are_generated_and_the_runs_own_are_not(
     assert len(found["gates"]["black"]["per_item"]) == 2
     assert found["verdict"] == "pass"
     videos = sorted(path.relative_to(run / "evaluations" / "new") for path in (run / "evaluations").rglob("*.mp4"))
-    assert [str(video) for video in videos] == [
-        "bf16/001-seed0.mp4", "bf16_ulp/001-seed0.mp4", "quantized/001-seed0.mp4", "side_by_side/001-seed0.mp4"
-    ]  # fmt: skip
+    name = f"{digest('a green square moving up on a gray background')[:8]}-seed0.mp4"
+    sides = ("bf16", "bf16_ulp", "quantized", "side_by_side")
+    assert [str(video) for video in videos] == [f"{side}/{name}" for side in sides]
+    assert "a green square moving up on a gray background, seed 0" in (run / "report.html").read_text()
     capsys.readouterr()
     # Again, into a folder that lost its videos: nothing is measured anew, and the same files are written.
     kept = {path: path.read_bytes() for path in (run / "evaluations").rglob("*.mp4")}
@@ -209,7 +210,7 @@ def test_one_evaluation_after_another_keeps_both(sweep: Path, monkeypatch: pytes
     assert ptq(monkeypatch, *again) == 0
     assert (run / "checkpoint").is_dir()
     assert entry(run)["metrics"] == before["metrics"]
-    assert (run / "evaluations" / "new" / "quantized" / "001-seed0.mp4").is_file()
+    assert len(list((run / "evaluations" / "new" / "quantized").iterdir())) == 1
     assert entry(run, "new")["pairs"] == 2
 
 
@@ -238,6 +239,29 @@ def test_scores_made_otherwise_do_not_mix() -> None:
     assert merged(one, {**two, "prompt_hash": "other"})["metrics"] == two["metrics"]
     assert merged({}, two) == two
     assert set(merged(one, {**two, "vbench": {}, "metrics": {"lpips": 1}})["metrics"]) == {"vbench.a", "psnr", "lpips"}
+
+
+def test_a_list_is_the_same_in_any_order_and_takes_no_other_lists_videos(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new prompt stands before one of the run's own, which comes first when they are made; and what a killed
+    evaluation of other prompts has left under the same name is not taken for it."""
+    run, texts = (
+        sweep / "3",
+        ["a green square moving up on a gray background", "a red circle moving right on a black background"],
+    )
+    asked = [f"run={run}", f"prompts.texts={json.dumps(texts)}", "prompts.name=mine", FLICKER]
+    for side in ("quantized", "bf16", "bf16_ulp"):
+        left = run / "evaluations" / "mine" / side / "000-seed0.mp4"
+        left.parent.mkdir(parents=True)
+        shutil.copy(run / "videos" / "bf16" / "001-seed0.mp4", left)
+    assert evaluate(monkeypatch, *asked) == 0
+    first = entry(run, "mine")
+    for side in ("quantized", "bf16", "bf16_ulp"):
+        assert (run / "evaluations" / "mine" / side / f"{digest(texts[0])[:8]}-seed0.mp4").is_file()
+    assert evaluate(monkeypatch, *asked) == 0
+    assert list(read_result(run)["evaluations"]) == ["mine"]
+    assert entry(run, "mine")["metrics"] == first["metrics"]
 
 
 def test_prompts_given_without_a_name_are_not_the_runs_own(

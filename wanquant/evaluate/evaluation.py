@@ -24,7 +24,6 @@ from wanquant.evaluate.compare import of_pair, with_differences
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.fidelity import compare
 from wanquant.evaluate.judging import judge
-from wanquant.evaluate.prompts import Pair
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, compared, estimate
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cache, Cells
@@ -34,7 +33,7 @@ from wanquant.wan.config import ModelConfig
 from wanquant.wan.generate import Sample, decode_video
 from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, count_files, fingerprint, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
-from wanquant.wan.studio import Studio, load_latents
+from wanquant.wan.studio import Pair, Studio, load_latents
 
 #: Pairs of which a film of both sides is written for the report.
 FILMS = 8
@@ -111,7 +110,7 @@ class Evaluation:
             "prompts": self.name,
             "texts": list(dict.fromkeys(prompt for prompt, _ in self.pairs)),
             "seeds": list(dict.fromkeys(seed for _, seed in self.pairs)),
-            "prompt_hash": digest(self.pairs),
+            "prompt_hash": hash_of(self.pairs),
             "pairs": len(self.pairs),
             "official": self.official,
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
@@ -214,11 +213,12 @@ class Evaluation:
 
     def _write(self, pair: Pair, samples: Sequence[Sample]) -> None:
         frames = [pictures.to_uint8(sample.video) for sample in samples]
-        fps, place = self.sides[0].model.generation.fps, self.pairs.index(pair)
+        fps = self.sides[0].model.generation.fps
         for side, pixels in zip(self.sides, frames, strict=True):
-            if not self._file(side, pair).is_file():
-                pictures.write_mp4(self._file(side, pair), pixels, fps)
-        if len(samples) > 1 and place < FILMS and pair not in self.sides[0].files:
+            path = self._file(side, pair)
+            if path != side.files.get(pair):  # what another version of the code has left gives way
+                pictures.write_mp4(path, pixels, fps)
+        if len(samples) > 1 and pair in self.pairs[:FILMS] and pair not in self.sides[0].files:
             both = pictures.side_by_side(frames[1::-1], [side.name for side in self.sides[1::-1]])
             pictures.write_mp4(self.folder / "side_by_side" / self._named(pair), both, fps)
 
@@ -230,9 +230,15 @@ class Evaluation:
         return there if there is not None and there.is_file() else self.folder / side.name / self._named(pair)
 
     def _named(self, pair: Pair) -> str:
-        """The standard's name for the standard's prompts."""
+        """The standard's name for the standard's prompts; else one that is this pair's whatever its place in a list,
+        so that no other list's video is taken for it."""
         prompt, seed = pair
-        return f"{prompt}-{seed}.mp4" if self.official else f"{self.pairs.index(pair):03d}-seed{seed}.mp4"
+        return f"{prompt}-{seed}.mp4" if self.official else f"{digest(prompt)[:8]}-seed{seed}.mp4"
+
+
+def hash_of(pairs: Sequence[Pair]) -> str:
+    """In whichever order they are generated."""
+    return digest(sorted(pairs))
 
 
 def _forget_all_but_vae(studio: Studio | None) -> None:

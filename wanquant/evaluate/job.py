@@ -17,9 +17,9 @@ import torch
 
 from wanquant.evaluate import perceptual
 from wanquant.evaluate.config import EvalConfig, EvaluateConfig, check_eval
-from wanquant.evaluate.evaluation import Evaluation, Side, Values
+from wanquant.evaluate.evaluation import Evaluation, Side, Values, hash_of
 from wanquant.evaluate.judging import merged
-from wanquant.evaluate.prompts import Pair, PromptsConfig, pairs, settled
+from wanquant.evaluate.prompts import PromptsConfig, pairs, settled
 from wanquant.evaluate.sweep import jobs_of
 from wanquant.evaluate.tables import report, text
 from wanquant.quant.config import parse
@@ -30,7 +30,6 @@ from wanquant.runs.finished import in_use
 from wanquant.runs.report import write_report
 from wanquant.runs.run import (
     Run,
-    digest,
     provenance,
     read_config,
     read_result,
@@ -45,6 +44,7 @@ from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_
 from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.load import check_folder, empty_transformer, find_folder, hush_libraries
 from wanquant.wan.outliers import OutliersConfig, chosen_blocks
+from wanquant.wan.studio import Pair
 from wanquant.wan.tiny import parse_caption
 
 #: The prompts a run was made with, and the name of their evaluation.
@@ -195,7 +195,7 @@ def _of_run(
         sides.append(_moved(sides[1], files["bf16_ulp"]))
     known = {pair: value for pair, value in _measured(result, own).items() if pair in set(ours)}
     there = result.get("evaluations", {}).get(name)
-    key = name if there is None or there["prompt_hash"] == digest(asked) else f"{name}-{digest(asked)[:8]}"
+    key = name if there is None or there["prompt_hash"] == hash_of(asked) else f"{name}-{hash_of(asked)[:8]}"
     lists = [pairs_ for pairs_ in (ours, new) if pairs_]
     official = prompts is not None and prompts.official
     return Evaluation(name, run / "evaluations" / key, sides, lists, config, device, cache, official, known)
@@ -220,7 +220,7 @@ def _asked(prompts: PromptsConfig | None, own: Sequence[Pair], language: str) ->
     asked = pairs(dataclasses.replace(prompts, texts=texts, seeds=seeds))
     if asked == list(own):
         return asked, OWN
-    return asked, f"{OWN}-{digest(asked)[:8]}" if prompts.name == OWN else prompts.name
+    return asked, f"{OWN}-{hash_of(asked)[:8]}" if prompts.name == OWN else prompts.name
 
 
 def _same_machine(result: dict[str, Any], device: torch.device) -> bool:

@@ -11,10 +11,11 @@ import torch
 from wanquant.evaluate import vbench
 from wanquant.evaluate.compare import with_differences
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.prompts import Pair, following, official_prompts
+from wanquant.evaluate.prompts import following, official_prompts
 from wanquant.evaluate.stats import Item, difference
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
+from wanquant.wan.studio import Pair
 
 Scores = dict[str, list[Item]]
 

@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-Pair = tuple[str, int]
+from wanquant.wan.studio import Pair
+
 #: Seeds of VBench's standard, and the most its standard mode looks for.
 STANDARD_SEEDS = 5
 

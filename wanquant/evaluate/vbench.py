@@ -150,9 +150,8 @@ def _stand_ins() -> None:
     stand_in()
     try:
         importlib.import_module("numpy.lib.function_base")
-    except (
-        ModuleNotFoundError
-    ):  # since numpy 2; of it the code behind human_action imports a function, and never calls it
+    except ModuleNotFoundError:
+        # Since numpy 2. The code behind human_action imports a function of it, and never calls it.
         module = ModuleType("numpy.lib.function_base")
         module.__dict__["disp"] = print
         sys.modules[module.__name__] = module
@@ -167,9 +166,8 @@ def why_not(dimension: str, clip: Clip) -> str:
     if dimension == "human_action":
         # It takes its label out of the file's name, which is the prompt, and wants it to be one of UMT's.
         label = clip.prompt.lower().split("-")[0].split("person is ")[-1].split("_")[0]
-        return (
-            "" if label in _actions() and "/" not in clip.prompt else "no prompt 'a person is <a Kinetics-400 action>'"
-        )
+        fits = label in _actions() and "/" not in clip.prompt
+        return "" if fits else "no prompt 'a person is <a Kinetics-400 action>'"
     if dimension == "dynamic_degree" and clip.side < LEAST_SIDE:
         return f"RAFT sees no motion in less than {LEAST_SIDE} pixels"
     return ""

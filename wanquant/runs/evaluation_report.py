@@ -7,6 +7,7 @@ from typing import Any
 
 from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER, NOTICE_COLLAPSE
 from wanquant.runs.estimates import estimate_text, verdict_word
+from wanquant.runs.run import digest
 
 #: Means of the columns, by prefix.
 SIDES = (("bf16.", "BF16"), ("", "quantized"), ("difference.", "difference"))
@@ -95,12 +96,9 @@ def _films(folder: Path, entry: dict[str, Any]) -> list[tuple[str, Path]]:
 
 
 def _caption(stem: str, entry: dict[str, Any]) -> str:
-    """Names are numbers of pairs, or the standard's, which say it all."""
-    number, _, seed = stem.partition("-seed")
-    items: list[dict[str, Any]] = next(
-        (m["per_item"] for m in entry["metrics"].values() if m["n"] == entry["pairs"]), []
-    )
-    return f"{items[int(number)]['prompt']}, seed {seed}" if seed and number.isdigit() and items else stem
+    """Names begin with the hash of a prompt, or are the standard's, which say it all."""
+    hashed, _, seed = stem.partition("-seed")
+    return next((f"{text}, seed {seed}" for text in entry["texts"] if digest(text)[:8] == hashed), stem)
 
 
 def sections(folder: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
