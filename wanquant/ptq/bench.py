@@ -122,14 +122,10 @@ class Bench:
         quantized alone, against these outputs, summed over blocks, in dB."""
         kept = resolve_blocks(protected, self.blocks)
         rows = [row.items for index, row in enumerate(self.block_errors()) if index not in kept]
-        items = [
-            Item(
-                prompt,
-                seed,
-                -10 * math.log10(sum(10 ** (-row[place].value / 10) for row in rows)) if rows else EQUAL_DB,
-            )
-            for place, (prompt, seed) in enumerate(self.pairs)
-        ]
+        items = []
+        for place, pair in enumerate(self.pairs):
+            noise = sum(10 ** (-row[place].value / 10) for row in rows)
+            items.append(Item(*pair, -10 * math.log10(noise) if rows else EQUAL_DB))
         return estimate(items)
 
     def _signature(self, kind: str, **more: Any) -> str:

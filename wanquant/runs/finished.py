@@ -57,6 +57,7 @@ def take_over(
     """The result of the finished run in ``source`` for ``run``, under the names asked for now; its files are linked
     where the disk can, else copied. ``kept`` are evaluations that are in the folder of ``run`` already."""
     result = read_result(source)
+    result.pop("not_judged", None)  # there, by whoever asked for it there
     for name in PRODUCTS:
         if kept and name == "evaluations":
             result["evaluations"] = kept
