@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from tests.ptq.test_job import CACHE, QUICK, ROOT, TWO, ptq
 from wanquant import config
@@ -216,6 +217,7 @@ def test_one_evaluation_after_another_keeps_both(sweep: Path, monkeypatch: pytes
 
 def test_the_tracker_gets_an_evaluation(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluate(monkeypatch, f"run={sweep / '3'}", FLICKER, "tracker=wandb") == 0
+    wandb.teardown()  # a finished run's file is closed by W&B's own process, a little later
     (sent,) = (sweep / "3").glob("wandb/offline-run-*/*.wandb")
     assert b"own/difference.vbench.temporal_flickering" in sent.read_bytes()
 

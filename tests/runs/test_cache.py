@@ -165,12 +165,14 @@ def test_each_job_has_a_card_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
             assert second == 1
 
 
-def share(root: str, start: Any, done: Any) -> None:
+def share(root: str, both: Any, done: Any) -> None:
     cells = Cache(Path(root)).cells("kind", "s")
-    start.wait()
+    begun: list[bool] = []
 
     def measure(names: list[str]) -> list[str]:
-        time.sleep(0.1)
+        if not begun:  # the first batch of each is in hand while the other's is
+            begun.append(True)
+            both.wait(timeout=120)
         for name in names:
             (Path(root) / "measured").mkdir(exist_ok=True)
             (Path(root) / "measured" / f"{name}-{os.getpid()}").touch()
@@ -180,11 +182,10 @@ def share(root: str, start: Any, done: Any) -> None:
 
 
 def test_processes_side_by_side_share_the_cells(tmp_path: Path) -> None:
-    start, done = SPAWN.Event(), SPAWN.Queue()
-    workers = [SPAWN.Process(target=share, args=(str(tmp_path), start, done)) for _ in range(2)]
+    both, done = SPAWN.Barrier(2), SPAWN.Queue()
+    workers = [SPAWN.Process(target=share, args=(str(tmp_path), both, done)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    start.set()
     found = dict(done.get(timeout=120) for _ in workers)
     for worker in workers:
         worker.join()
