@@ -53,23 +53,30 @@ class QuantAttention:
             raise ValueError("quantized attention takes text-to-video Wan with separate projections")
         check_processor(self)
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(source)).unflatten(2, (attn.heads, -1))
+        dtype = hidden_states.dtype  # norms whose weights are in float32 give that, while they are trained
+        query = attn.norm_q(attn.to_q(hidden_states)).to(dtype).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(source)).to(dtype).unflatten(2, (attn.heads, -1))
         value = attn.to_v(source).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             query, key = (rotate(x, *rotary_emb) for x in (query, key))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        query, key, value = self.per_token(query), self.per_token(key), self.per_head(value)
-        if self.scheme.attention == "qkvp":
-            mixed = self.attend(query, key, value, attention_mask)
-        else:
-            if self.scheme.product == "exact":
-                query, key, value = query.float(), key.float(), value.float()
-            mixed = F.scaled_dot_product_attention(query, key, value, attention_mask)
-        mixed = mixed.transpose(1, 2).flatten(2, 3).to(hidden_states.dtype)
+        with torch.autocast(query.device.type, enabled=False):  # it would take float32 products in 16 bits
+            mixed = self.mix(query, key, value, attention_mask)
+        mixed = mixed.transpose(1, 2).flatten(2, 3).to(dtype)
         for layer in attn.to_out:
             mixed = layer(mixed)
         return mixed
+
+    def mix(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention of rounded operands, [batch, heads, tokens, channels]."""
+        query, key, value = self.per_token(query), self.per_token(key), self.per_head(value)
+        if self.scheme.attention == "qkvp":
+            return self.attend(query, key, value, mask)
+        if self.scheme.product == "exact":
+            query, key, value = query.float(), key.float(), value.float()
+        return F.scaled_dot_product_attention(query, key, value, mask)
 
     def per_token(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, heads, tokens, channels] rounded with a power of two for each of the channels' vectors."""
@@ -80,8 +87,12 @@ class QuantAttention:
 
     def _round_rows(self, rows: torch.Tensor) -> torch.Tensor:
         scheme = self.scheme
-        values, steps = scheme.format.quantize_rows(rows, scheme.format.target, True, scheme.overflow)
-        return values * steps[:, None].to(torch.bfloat16)
+        values, steps = scheme.format.quantize_rows(rows.detach(), scheme.format.target, True, scheme.overflow)
+        return self.pass_on(rows, values * steps[:, None].to(torch.bfloat16))
+
+    def pass_on(self, values: torch.Tensor, rounded: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
+        """What takes the place of ``values``, or of values / step."""
+        return rounded
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -97,14 +108,33 @@ class QuantAttention:
         for first in range(0, queries, chunk):
             scores = query[:, :, first : first + chunk].float() @ key.float().mT / math.sqrt(channels)
             numerators = (scores - scores.amax(-1, keepdim=True)).exp()
-            rounded, _ = scheme.format.scaled_round(numerators.flatten(0, 2), step, scheme.overflow)
-            operands = rounded.view(numerators.shape), value
+            rounded, _ = scheme.format.scaled_round(numerators.detach().flatten(0, 2), step, scheme.overflow)
+            weights = self.pass_on(numerators, rounded.view(numerators.shape), step)
             if scheme.product == "exact":
-                product = operands[0].float() @ operands[1].float() * step
+                product = weights.float() @ value.float() * step
             else:
-                product = (operands[0] @ operands[1]).float() * step
+                product = (weights @ value).float() * step
             parts.append((product / numerators.sum(-1, keepdim=True)).to(torch.bfloat16))
         return torch.cat(parts, dim=2)
+
+
+class TrainableQuantAttention(QuantAttention):
+    """The same while what is around it is trained: forward to the bit, backward as if nothing were rounded."""
+
+    def pass_on(self, values: torch.Tensor, rounded: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
+        passed: torch.Tensor = _PassThrough.apply(values if step is None else values / step, rounded)
+        return passed
+
+
+class _PassThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.dtype = values.dtype
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0].to(ctx.dtype), None
 
 
 def check_processor(processor: Any) -> None:

@@ -7,15 +7,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from wanquant.kernels import check_native
-from wanquant.quant.attention import QuantAttention, check_processor
+from wanquant.quant.attention import QuantAttention, TrainableQuantAttention, check_processor
 from wanquant.quant.config import QuantConfig, Scheme, parse
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.select import match_names, resolve_blocks
 from wanquant.quant.smooth import Smoothing, smooth_
 from wanquant.quant.statistics import Site
+from wanquant.quant.trainable import (
+    LastInput,
+    TrainableQuantLinear,
+    Training,
+    check_trainable,
+    trainable_linears,
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,51 @@ def quantize_(
         on_linear()
     _set_attention(module, [row.name for row in plan.attentions if row.status == "converted"], scheme)
     return plan
+
+
+def make_trainable_(
+    module: nn.Module,
+    config: QuantConfig | None = None,
+    protected_blocks: Sequence[int] = (),
+    protected_modules: Sequence[str] = (),
+    stats: Mapping[str, float | Site] | None = None,
+    how: Training | None = None,
+    blocks: str = "blocks",
+) -> ConversionReport:
+    """As ``quantize_`` with the same arguments, but what it converts is to be trained, in the way ``how`` says. What it
+    does not convert is left as it is."""
+    scheme, how, known = parse(config or QuantConfig()), how or Training(), dict(stats or {})
+    check_trainable(scheme, how)
+    plan = plan_conversion(module, config, protected_blocks, protected_modules, blocks)
+    todo, last = plan.names("converted"), LastInput()
+    _check_statistics(scheme, todo, known)
+    for name in todo:
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        module.set_submodule(name, TrainableQuantLinear(linear, scheme, known.get(name), how, last))
+    for row in plan.attentions:
+        if row.status == "converted":
+            attention: Any = module.get_submodule(row.name)
+            attention.set_processor(TrainableQuantAttention(scheme))
+    return plan
+
+
+def freeze_into_(target: nn.Module, trained: nn.Module) -> None:
+    """Makes of ``target``, the model before it was made trainable, what inference runs: its tensors get the trained
+    values in their own type, its linears become what was trained in their place."""
+    layers = trainable_linears(trained)
+    values = dict(trained.named_parameters())
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            if name.rpartition(".")[0] not in layers:
+                parameter.copy_(values[name])
+    for name, layer in layers.items():
+        target.set_submodule(name, layer.frozen())
+    for name, child in trained.named_modules():
+        processor = getattr(child, "processor", None)
+        if isinstance(processor, TrainableQuantAttention):
+            attention: Any = target.get_submodule(name)
+            attention.set_processor(QuantAttention(processor.scheme))
 
 
 def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, float | Site]) -> None:

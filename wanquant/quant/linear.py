@@ -77,22 +77,41 @@ class QuantLinear(nn.Linear):
         """
         divisors = None if smoothing is None else smoothing.divisors
         factored = smoothing is not None and not smoothing.folded
-        self = cls(linear.in_features, linear.out_features, linear.bias is not None, scheme, factored)
         source = linear.weight.detach().to(torch.bfloat16)
+        factor = input_scale = None
         if divisors is not None and factored:
-            source, self.input_factor = source * divisors.to(torch.bfloat16), 1 / divisors
-        rounded, self.weight_scale, over = quantize_weight(source, scheme, seen, divisors)
-        self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.packed else rounded, False)
-        self.overflowed = torch.zeros_like(self.weight_scale, dtype=torch.int64).sum() if over is None else over
-        if linear.bias is not None:
-            self.bias = nn.Parameter(linear.bias.detach().to(torch.bfloat16), requires_grad=False)
+            source, factor = source * divisors.to(torch.bfloat16), 1 / divisors
+        rounded, weight_scale, over = quantize_weight(source, scheme, seen, divisors)
         if scheme.act_static:
             assert seen is not None, "a static scheme needs a calibrated input"
             if divisors is not None:
                 assert isinstance(seen, Site), "smoothing needs what each channel did"
                 seen = float((torch.from_numpy(seen.view().channel_absmax) / divisors.cpu()).amax())
-            self.input_scale = static_step(scheme.act_rule, seen, scheme.format, scheme.overflow).to(source.device)
+            input_scale = static_step(scheme.act_rule, seen, scheme.format, scheme.overflow).to(source.device)
+        bias = None if linear.bias is None else linear.bias.detach()
+        self = cls.assembled(scheme, rounded, weight_scale, over, bias, input_scale, factor)
         self.train(linear.training)
+        return self
+
+    @classmethod
+    def assembled(
+        cls,
+        scheme: Scheme,
+        rounded: torch.Tensor,
+        weight_scale: torch.Tensor,
+        overflowed: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        input_scale: torch.Tensor | None,
+        input_factor: torch.Tensor | None = None,
+    ) -> QuantLinear:
+        """Of BF16 values on the grid [out, in], their scale, and how many overflowed (None: none could)."""
+        self = cls(rounded.shape[1], rounded.shape[0], bias is not None, scheme, input_factor is not None)
+        self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.packed else rounded, False)
+        self.weight_scale = weight_scale
+        self.overflowed = torch.zeros_like(weight_scale, dtype=torch.int64).sum() if overflowed is None else overflowed
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(torch.bfloat16), requires_grad=False)
+        self.input_scale, self.input_factor = input_scale, input_factor
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""The quantized linear while it is trained: float32 master weights, rounded anew in every forward pass.
+"""The quantized linear while it is trained: master weights, rounded anew in every forward pass.
 
 Forward is ``QuantLinear``'s to the bit, of the weights as they are now. Backward is that of the straight-through
 surrogate (Bengio et al. 2013), in which rounding adds a constant and a scale is one:
@@ -8,122 +8,321 @@ surrogate (Bengio et al. 2013), in which rounding adds a constant and a scale is
 
 so the products of the backward pass have quantized operands too, as OSP-Next takes them (arXiv 2605.28691). With a clip
 mask the surrogate is constant where a value fell beyond the format's range, and there is no gradient there.
+
+A scale that is learned (LSQ, arXiv 1902.08153) is s exp(g) with g = 0 at first, so that a learning rate means the same
+for all of them. The surrogate's derivative is that of s Q(v), v = w / s, with Q passed straight through:
+
+    dg = s Σ dŵ (Q(v) - v)
+
+Gradients may be quantized as hardware would take them, by the largest magnitude of each operand to ``GRADIENT_TARGET``:
+dy goes into the product for dx with the weight's scale in it, and into that for dw with the input's, because a scale
+of the dimension that is summed over cannot wait until after the product.
+
+*Delayed* scaling takes an input's step from the largest magnitudes of the last steps and not from the input itself
+(arXiv 2605.26189): ``advance`` ends a step.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from wanquant import kernels
+from wanquant.formats import hif8
 from wanquant.quant.config import Scheme
 from wanquant.quant.linear import QuantLinear, quantize_weight, take_product
-from wanquant.quant.scale import Ema, LeastError, PerBlock, Percentile, quantize_matrix
+from wanquant.quant.scale import AmaxTo, Ema, LeastError, PerBlock, Percentile, PowerOfTwo, quantize_matrix
 from wanquant.quant.search import static_step
 from wanquant.quant.statistics import Site
 
+#: What the largest magnitude of a gradient becomes: the zone of two mantissa bits (OSP-Next, MindSpeed).
+GRADIENT_TARGET = 224.0
+GRADIENTS = ("none", "hif8", "stochastic")
+SCALINGS = ("current", "delayed")
 
-class TrainableQuantLinear(nn.Linear):
-    """Takes the place of an ``nn.Linear`` while its weights are trained.
 
-    weight, bias  float32 [out, in], [out]: the master copies, to which an optimizer adds
-    input_scale   float32 [], with static activations only
-    clip_mask     whether what falls beyond the range has no gradient
-    clipped       int64 []: such elements of all inputs and weights so far
+@dataclass(frozen=True)
+class Training:
+    """How a quantized linear is trained.
+
+    weights        whether the weight and bias are trained; if not, they stay BF16 and have no gradient
+    clip_mask      whether what falls beyond the range has no gradient
+    learn_scales   the weight's scales are trained too, and the input's where it is static
+    gradients      ``none``: BF16; ``hif8``: rounded to nearest; ``stochastic``: to either neighbour
+    scaling        of static inputs: ``current``, as calibrated; ``delayed``, by the last ``window`` steps
     """
 
+    weights: bool = True
+    clip_mask: bool = True
+    learn_scales: bool = False
+    gradients: str = "none"
+    scaling: str = "current"
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        if self.gradients not in GRADIENTS:
+            raise ValueError(f"gradients={self.gradients}: choose {', '.join(GRADIENTS)}")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling={self.scaling}: choose {', '.join(SCALINGS)}")
+        if self.window < 1:
+            raise ValueError(f"window={self.window}: must be at least 1")
+        if self.learn_scales and self.scaling == "delayed":
+            raise ValueError("scaling=delayed takes scales from what passes, so they cannot be learned")
+
+
+def check_trainable(scheme: Scheme, how: Training) -> None:
+    """``ValueError`` names what cannot be trained: a format with blocks, smoothing, delayed scales that have no use."""
+    if isinstance(scheme.weight_granularity, PerBlock):
+        raise ValueError(f"{scheme.format.name} cannot be trained: its steps go into the operands")
+    if scheme.smoothing is not None:
+        raise ValueError("quant.smoothing cannot be trained: its factors are found for the weights as they were")
+    if scheme.product == "native":
+        raise ValueError("quant.product=native cannot be trained: choose fast or exact")
+    if how.gradients != "none" and scheme.format.name != "hif8":
+        raise ValueError(f"gradients={how.gradients} are rounded to HiF8, and quant.format is {scheme.format.name}")
+    if how.scaling == "delayed":
+        if not scheme.act_static:
+            raise ValueError("scaling=delayed makes static scales: set quant.activations.static=true")
+        if not isinstance(scheme.act_rule, AmaxTo | PowerOfTwo):
+            raise ValueError(f"scaling=delayed needs quant.activations.rule=amax or pow2, not {_rule(scheme)}")
+
+
+def _rule(scheme: Scheme) -> str:
+    return scheme.config.activations.rule
+
+
+class LastInput:
+    """What became of the input that was rounded last, for the layers that get the same one: ``to_q``, ``to_k`` and
+    ``to_v`` do. Rounding it once saves time, and two copies of it kept for the backward pass."""
+
+    def __init__(self) -> None:
+        self._of: weakref.ref[torch.Tensor] | None = None
+        self._version = -1
+        self._found: Any = None
+
+    def rounded(self, x: torch.Tensor, round_: Callable[[], Any]) -> Any:
+        if self._of is None or self._of() is not x or self._version != x._version:
+            self._found, self._of, self._version = round_(), weakref.ref(x), x._version
+        return self._found
+
+
+class TrainableQuantLinear(nn.Linear):
+    """Takes the place of an ``nn.Linear`` while it is trained.
+
+    weight, bias  float32 [out, in], [out]: the master copies, to which an optimizer adds; BF16 if they are not trained
+    weight_step   float32 [out] or []: where the scales are learned, or were searched for and stay
+    weight_gain   float32, in its shape: learned scales are weight_step · exp(weight_gain)
+    input_scale   float32 [], with static activations only
+    input_gain    float32 []: as weight_gain
+    history       float32 [window]: with delayed scaling the largest magnitudes of the last steps, the newest last
+    clipped       int64 []: elements of all inputs and weights so far that fell beyond the range
+    quantizing    False for a warm-up in BF16
+    """
+
+    weight_step: torch.Tensor | None
     input_scale: torch.Tensor | None
+    history: torch.Tensor
     clipped: torch.Tensor
 
     def __init__(
-        self, linear: nn.Linear, scheme: Scheme, seen: float | Site | None = None, clip_mask: bool = True
+        self,
+        linear: nn.Linear,
+        scheme: Scheme,
+        seen: float | Site | None = None,
+        how: Training | None = None,
+        last: LastInput | None = None,
     ) -> None:
-        """From a linear in float32 or BF16, with all of its weights trainable. ``ValueError`` names what cannot be
-        trained: a format with blocks, smoothing, and weights' steps that are searched for."""
-        if isinstance(scheme.weight_granularity, PerBlock):
-            raise ValueError(f"{scheme.format.name} cannot be trained: its steps go into the operands")
-        if scheme.smoothing is not None:
-            raise ValueError("quant.smoothing cannot be trained: its factors are found for the weights as they were")
-        if isinstance(scheme.weight_rule, Percentile | Ema | LeastError):
-            raise ValueError(
-                f"quant.weights.rule={scheme.config.weights.rule} is searched for, which no step can wait for"
-            )
+        """From a linear in float32 or BF16. ``seen`` is its input in calibration, which static schemes and some rules
+        need; ``last`` is shared by the layers of a model."""
+        how = how or Training()
+        check_trainable(scheme, how)
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.scheme, self.clip_mask = scheme, clip_mask
-        self.weight = nn.Parameter(linear.weight.detach().float())
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float())  # type: ignore[assignment]
+        self.scheme, self.how, self.quantizing = scheme, how, True
+        self._last, self._seen = last or LastInput(), None
+        device, dtype = linear.weight.device, torch.float32 if how.weights else torch.bfloat16
+        self.weight = nn.Parameter(linear.weight.detach().to(dtype), how.weights)
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach().to(dtype), how.weights)
+        step = None
+        if how.learn_scales or isinstance(scheme.weight_rule, Percentile | Ema | LeastError):
+            step = quantize_weight(self.weight.detach().to(torch.bfloat16), scheme, seen, None)[1]
+        self.register_buffer("weight_step", step)
         scale = None
         if scheme.act_static:
             assert seen is not None, "a static scheme needs a calibrated input"
-            scale = static_step(scheme.act_rule, seen, scheme.format, scheme.overflow).to(linear.weight.device)
+            scale = static_step(scheme.act_rule, seen, scheme.format, scheme.overflow).to(device)
         self.register_buffer("input_scale", scale)
-        self.register_buffer(
-            "clipped", torch.zeros((), dtype=torch.int64, device=linear.weight.device), persistent=False
-        )
+        learned = [how.learn_scales, how.learn_scales and scale is not None]
+        for name, like, there in zip(("weight_gain", "input_gain"), (step, scale), learned, strict=True):
+            self.register_parameter(name, nn.Parameter(torch.zeros_like(like)) if there and like is not None else None)
+        if how.scaling == "delayed":
+            assert seen is not None
+            largest = seen.largest() if isinstance(seen, Site) else float(seen)
+            self.register_buffer("history", torch.zeros(how.window, device=device))
+            self.history[-1] = largest
+        self.register_buffer("clipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
-        y: torch.Tensor = _StraightThrough.apply(rows, self.weight, self.bias, self)
+        return self.of(x, self.weight)
+
+    def of(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Forward with another weight than its own: with what an adapter adds to it."""
+        if self.how.scaling == "delayed":
+            self._watch(x)
+        if not self.quantizing:
+            return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        rows = x.detach().reshape(-1, self.in_features)
+        rounded = (
+            self._last.rounded(x, lambda: self.rounded_input(rows))
+            if self.input_scale is None
+            else self.rounded_input(rows)
+        )
+        y: torch.Tensor = _StraightThrough.apply(
+            x.reshape(-1, self.in_features), weight, self.bias, self.weight_gain, self.input_gain, rounded, self
+        )
         return y.view(*x.shape[:-1], self.out_features)
 
     def rounded_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """BF16 values on the grid, their scale, and how many overflowed (None: none could)."""
         scheme = self.scheme
         if self.input_scale is not None:
-            operand, over = scheme.format.scaled_round(rows, self.input_scale, scheme.overflow)
-            return operand, self.input_scale, over
+            scale = _gained(self.input_scale, self.input_gain)
+            operand, over = scheme.format.scaled_round(rows, scale, scheme.overflow)
+            return operand, scale, over
         assert not isinstance(scheme.act_rule, Percentile | Ema | LeastError), "parse lets none be dynamic"
         return quantize_matrix(rows, scheme.act_granularity, scheme.act_rule, scheme.format, scheme.overflow)
 
-    def frozen(self) -> QuantLinear:
-        """What inference runs, computing what this computes."""
-        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        plain.weight, plain.bias = self.weight, self.bias
-        found = QuantLinear.from_linear(plain, self.scheme, 1.0 if self.input_scale is not None else None)
-        if self.input_scale is not None:
-            found.input_scale = self.input_scale.clone()
-        return found
+    def rounded_weight(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The same of a weight in BF16."""
+        if self.weight_step is None:
+            return quantize_weight(source, self.scheme, None, None)
+        step = _gained(self.weight_step, self.weight_gain)
+        rounded, over = self.scheme.format.scaled_round(source, step, self.scheme.overflow)
+        return rounded, step, over
+
+    @torch.no_grad()
+    def _watch(self, x: torch.Tensor) -> None:
+        now = x.detach().abs().amax().float()
+        self._seen = now if self._seen is None else torch.maximum(self._seen, now)
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """The largest magnitude of the inputs since the last ``advance``; 0 if there were none."""
+        return torch.zeros_like(self.history[0]) if self._seen is None else self._seen
+
+    @torch.no_grad()
+    def advance(self, largest: torch.Tensor) -> None:
+        """Ends a step of delayed scaling: ``largest`` (``seen``, over all processes) joins the history, whose maximum
+        is the next step's scale. One that is not finite makes the scale NaN, so that a broken input is not repaired."""
+        assert self.input_scale is not None
+        assert isinstance(self.scheme.act_rule, AmaxTo | PowerOfTwo)
+        self.history.copy_(torch.cat([self.history[1:], largest.view(1)]))
+        self.input_scale.copy_(self.scheme.act_rule(self.history.amax()))
+        self._seen = None
+
+    @torch.no_grad()
+    def frozen(self, weight: torch.Tensor | None = None) -> QuantLinear:
+        """What inference runs, computing what this computes; ``weight`` as in ``of``."""
+        source = (self.weight if weight is None else weight).detach().to(torch.bfloat16)
+        rounded, scale, over = self.rounded_weight(source)
+        static = None if self.input_scale is None else _gained(self.input_scale, self.input_gain).clone()
+        bias = None if self.bias is None else self.bias.detach()
+        return QuantLinear.assembled(self.scheme, rounded, scale, over, bias, static)
+
+
+def _gained(step: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+    return step if gain is None else step * gain.detach().exp()
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: TrainableQuantLinear
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_gain: torch.Tensor | None,
+        input_gain: torch.Tensor | None,
+        rounded: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        layer: TrainableQuantLinear,
     ) -> torch.Tensor:
-        scheme = layer.scheme
+        scheme, how = layer.scheme, layer.how
         source = weight.to(torch.bfloat16)
-        w, w_scale, w_over = quantize_weight(source, scheme, None, None)
-        x, x_scale, x_over = layer.rounded_input(rows)
+        x, x_scale, x_over = rounded
+        w, w_scale, w_over = layer.rounded_weight(source)
         layer.clipped += sum(over for over in (w_over, x_over) if over is not None)
         ctx.masks = [
-            _in_range(values, scale, scheme.format.overflow) if layer.clip_mask and over is not None else None
+            _in_range(values, scale, scheme.format.overflow) if how.clip_mask and over is not None else None
             for values, scale, over in ((rows, x_scale, x_over), (source, w_scale, w_over))
         ]
-        ctx.save_for_backward(x, x_scale, w, w_scale)
-        ctx.exact, ctx.has_bias = scheme.product == "exact", bias is not None
+        # What was rounded is needed again only where the scale is learned.
+        kept = rows if input_gain is not None else None, source if weight_gain is not None else None
+        ctx.save_for_backward(x, x_scale, w, w_scale, *kept)
+        ctx.exact, ctx.has_bias, ctx.gradients = scheme.product == "exact", bias is not None, how.gradients
         bias16 = None if bias is None else bias.to(torch.bfloat16)
-        return take_product(x, x_scale, w, w_scale, bias16, scheme, rows.dtype)
+        with torch.autocast(rows.device.type, enabled=False):  # it would take the exact product in 16 bits
+            return take_product(x, x_scale, w, w_scale, bias16, scheme, rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        """The scale of the dimension that is summed over goes into the gradient, the other one behind the product."""
         (grad,) = grads
-        x, x_scale, w, w_scale = ctx.saved_tensors
-        dtype = torch.float32 if ctx.exact else torch.bfloat16
-        grad_x = grad_w = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.linear((grad * w_scale).to(dtype), w.T.to(dtype)).to(grad.dtype)
-            grad_x = grad_x if ctx.masks[0] is None else grad_x * ctx.masks[0]
-        if ctx.needs_input_grad[1]:
-            scaled = grad * (x_scale[:, None] if x_scale.ndim else x_scale)
-            grad_w = F.linear(scaled.T.to(dtype), x.T.to(dtype)).float()
-            grad_w = grad_w if ctx.masks[1] is None else grad_w * ctx.masks[1]
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_b = grad.float().sum(0)
-        return grad_x, grad_w, grad_b, None
+        x, x_scale, w, w_scale, rows, source = ctx.saved_tensors
+        wants_x, wants_w, wants_b, wants_weight_gain, wants_input_gain = ctx.needs_input_grad[:5]
+        grad_x = grad_w = grad_b = grad_wg = grad_xg = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if wants_x or wants_input_gain:
+                grad_x = _product(grad, w_scale, w, ctx).to(grad.dtype)
+                if wants_input_gain:
+                    grad_xg = x_scale * (grad_x.float() * _missed(x, rows, x_scale)).sum()
+                grad_x = grad_x if ctx.masks[0] is None else grad_x * ctx.masks[0]
+            if wants_w or wants_weight_gain:
+                grad_w = _product(grad.T, x_scale, x, ctx).float()
+                if wants_weight_gain:
+                    missed = grad_w * _missed(w, source, w_scale)
+                    grad_wg = w_scale * (missed.sum(1) if w_scale.ndim else missed.sum())
+                grad_w = grad_w if ctx.masks[1] is None else grad_w * ctx.masks[1]
+            if ctx.has_bias and wants_b:
+                grad_b = grad.float().sum(0)
+        return grad_x, grad_w if wants_w else None, grad_b, grad_wg, grad_xg, None, None
+
+
+def _product(grad: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, ctx: Any) -> torch.Tensor:
+    """(grad · scale) @ values; the scale is that of the dimension summed over. In BF16 it goes into whichever operand
+    is the smaller, or exactly into float32."""
+    if ctx.gradients != "none":
+        return _quantized_product(grad * scale, values, ctx)
+    if ctx.exact:
+        return F.linear(grad.float() * scale, values.T.float())
+    if values.numel() < grad.numel():
+        scaled = torch.empty_like(values)
+        torch.mul(values, scale[:, None] if scale.ndim else scale, out=scaled)
+        return F.linear(grad.to(torch.bfloat16), scaled.T)
+    return F.linear((grad * scale).to(torch.bfloat16), values.T)
+
+
+def _quantized_product(scaled: torch.Tensor, values: torch.Tensor, ctx: Any) -> torch.Tensor:
+    """With the gradient in HiF8, by one step for all of it."""
+    step = kernels.step(scaled.abs().amax().float(), GRADIENT_TARGET, False)
+    divided = scaled.float() / step
+    rounded = hif8.round_stochastic(divided) if ctx.gradients == "stochastic" else hif8.round(divided)
+    dtype = torch.float32 if ctx.exact else torch.bfloat16
+    return F.linear(rounded.to(dtype), values.T.to(dtype)).float() * step
+
+
+def _missed(rounded: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Q(v) - v."""
+    return rounded.float() - values.float() / (scale[:, None] if scale.ndim else scale)
 
 
 def _in_range(values: torch.Tensor, scale: torch.Tensor, overflow: float) -> torch.Tensor:
     return (values.float() / (scale[:, None] if scale.ndim else scale)).abs() < overflow
+
+
+def trainable_linears(module: nn.Module) -> dict[str, TrainableQuantLinear]:
+    return {name: child for name, child in module.named_modules() if isinstance(child, TrainableQuantLinear)}

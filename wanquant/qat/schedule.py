@@ -1,0 +1,81 @@
+"""Learning rates as shares of the highest, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+#: Step to a share of the learning rate, 0 to 1.
+Rate = Callable[[int], float]
+
+
+def make_rate(name: str, steps: int, warmup: int = 0, floor: float = 0.0, begin: int = 0) -> Rate:
+    """Rises over ``warmup`` steps, then stays, or falls to ``floor`` in the last of ``steps``.
+
+    The first ``begin`` steps have the whole rate: another phase, after which the schedule starts.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule={name}: choose {', '.join(SCHEDULES)}")
+
+    def rate(step: int) -> float:
+        if step < begin:
+            return 1.0
+        done = step - begin
+        if done < warmup:
+            return (done + 1) / warmup
+        share = (done - warmup) / max(1, steps - begin - warmup - 1)
+        fall = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}[name]
+        return floor + (1 - floor) * fall
+
+    return rate
+
+
+class Average:
+    """Exponential moving average of parameters: d average + (1 - d) parameter after every step, from ``start`` on.
+
+    The decay of step n is min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float, start: int = 0) -> None:
+        self.parameters, self.decay, self.start, self.steps = list(parameters), decay, start, 0
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if step < self.start:
+            for value, parameter in zip(self.values, self.parameters, strict=True):
+                value.copy_(parameter)
+            return
+        self.steps += 1
+        keep = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        current = [parameter.detach() for parameter in self.parameters]
+        torch._foreach_lerp_(self.values, current, 1 - keep)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model with the averages for its parameters while entered."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"steps": self.steps, "values": self.values}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.steps = int(state["steps"])  # type: ignore[call-overload]
+        for value, saved in zip(self.values, state["values"], strict=True):  # type: ignore[call-overload]
+            value.copy_(saved)
