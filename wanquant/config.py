@@ -35,6 +35,7 @@ from wanquant.evaluate.config import EvaluateConfig
 from wanquant.evaluate.sweep import results_of
 from wanquant.evaluate.tables import report, text
 from wanquant.ptq.config import PTQConfig
+from wanquant.qat.config import TrainConfig
 from wanquant.runs.files import write_atomic
 from wanquant.runs.run import VOLATILE, refused_leave_no_result, write_refusal
 from wanquant.runs.tracking import TrackerConfig, mirror_table
@@ -43,6 +44,7 @@ CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
 
 ConfigStore.instance().store(name="ptq_schema", node=PTQConfig)
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 ConfigStore.instance().store(name="eval_schema", node=EvaluateConfig)
 
 

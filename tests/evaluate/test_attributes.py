@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tools.tiny_wan.scenes import draw
 from wanquant.evaluate.attributes import measure, score
+from wanquant.wan.scenes import draw
 from wanquant.wan.tiny import DIRECTIONS, MIN_TRAVEL, PALETTE, SHAPES, Scene, all_scenes, caption, parse_caption
 
 

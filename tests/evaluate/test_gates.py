@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tools.tiny_wan.scenes import draw
 from wanquant.evaluate.gates import check
 from wanquant.wan.generate import Sample
+from wanquant.wan.scenes import draw
 from wanquant.wan.tiny import all_scenes
 
 GOOD = draw(all_scenes()[7], np.random.default_rng(0)).astype(np.float32) / 255

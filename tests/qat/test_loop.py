@@ -207,5 +207,3 @@ def test_rates() -> None:
     assert [after(step) for step in (4, 5, 6, 19)] == [1.0, 0.5, 1.0, 1.0]
     with pytest.raises(ValueError, match="choose constant"):
         make_rate("steps", 3)
-
-

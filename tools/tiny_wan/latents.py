@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tools.tiny_wan.scenes import draw
+from wanquant.wan.scenes import draw
 from wanquant.wan.tiny import all_scenes
 
 CHANNELS = 16

@@ -43,7 +43,7 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 from tools.tiny_wan.checkpoint import load_state, log_row, save_state
 from tools.tiny_wan.latents import SCENES, Components, load_or_fit, to_model
 from tools.tiny_wan.muon import Muon
-from tools.tiny_wan.scenes import draw
+from wanquant.wan.scenes import draw
 from wanquant.wan.tiny import Scene, all_scenes
 
 TEXT_LENGTH = 64

@@ -28,7 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from tools.tiny_wan.checkpoint import load_state, log_row, save_state
 from tools.tiny_wan.latents import CHANNELS, SCENES, Components, load_or_fit, to_model
-from tools.tiny_wan.scenes import draw
+from wanquant.wan.scenes import draw
 from wanquant.wan.tiny import NUM_FRAMES
 
 CONFIG = {

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -67,11 +67,16 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
 
     ``ValueError`` and ``OSError`` are the user's; whatever else goes wrong, ``result.json`` says failed.
     """
+    return run_job(config, folder, config_yaml, Job)
+
+
+def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) -> dict[str, Any] | None:
+    """``run_ptq`` for any job that quantizes a model and measures what became of it."""
     with refused_leave_no_result(folder) if not config.dry_run else nullcontext():
-        config = settle_config(config)
+        config = kind.settle(config)
         pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
         device = pick_device(config.model.device)
-        check(config, pairs_ + calibration_pairs)
+        kind.check(config)
         torch.set_num_threads(config.threads)
         if not config.dry_run:
             if config.quant.product == "native":
@@ -91,7 +96,7 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
         _plan(config, config_yaml, pairs_, calibration_pairs)
         return None
     hush_libraries()
-    result, fresh = _finished(config, folder, config_yaml, device, model_folder)
+    result, fresh = _finished(config, folder, config_yaml, device, model_folder, kind)
     if config.eval.dimensions and config.mode == "quantize":
         result, fresh = _judged(config, folder, device), True
     if fresh:
@@ -100,14 +105,14 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
 
 
 def _finished(
-    config: PTQConfig, folder: Path, config_yaml: str, device: torch.device, model_folder: Path
+    config: PTQConfig, folder: Path, config_yaml: str, device: torch.device, model_folder: Path, kind: type[Job]
 ) -> tuple[dict[str, Any], bool]:
     """The run's result, and whether it was not known already."""
     pairs_, calibration_pairs = pairs(config.prompts), pairs(config.calib, "calib")
     # A process whose launcher was killed may still be at it.
     with in_use(Path(config.cache), folder), one_card(device) as card:
         with refused_leave_no_result(folder):
-            job = _Job(config, card, model_folder, pairs_, calibration_pairs)
+            job = kind(config, card, model_folder, pairs_, calibration_pairs)
             known = None if config.force else job.finished(folder)
         if known is not None and known.resolve() == folder.resolve():
             result = read_result(folder)
@@ -116,7 +121,7 @@ def _finished(
                 return result, False
             known = None  # under other names: most of it is in the cache
         kept = job.evaluations(folder)
-        run = Run(folder, "ptq", config_yaml, job.names, keep=("evaluations",) if kept else ())
+        run = Run(folder, job.name, config_yaml, job.names, keep=("evaluations",) if kept else ())
         return job.carry_out(run, known, kept), True
 
 
@@ -142,12 +147,23 @@ def _plan(config: PTQConfig, config_yaml: str, pairs_: list[Pair], calibration_p
 
 
 @dataclass
-class _Job:
-    config: PTQConfig
+class Job:
+    """``settle`` and ``check`` before anything is loaded; then ``run``."""
+
+    name: ClassVar[str] = "ptq"
+    config: Any
     device: torch.device
     model_folder: Path
     pairs: list[Pair]
     calibration_pairs: list[Pair]
+
+    @staticmethod
+    def settle(config: Any) -> Any:
+        return settle_config(config)
+
+    @staticmethod
+    def check(config: Any) -> None:
+        check(config, pairs(config.prompts) + pairs(config.calib, "calib"))
 
     def __post_init__(self) -> None:
         self.cache = Cache(Path(self.config.cache))

@@ -141,8 +141,6 @@ class Loop:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.groups = self._grouped(groups)
         self.average = Average(self.parameters, course.ema, course.ema_start) if course.ema else None
-        if self.average is not None:
-            accelerator.register_for_checkpointing(self.average)
         self._resume()
         # After the states are loaded, which replaces the groups.
         self._rates = [
@@ -189,7 +187,6 @@ class Loop:
     def release(self) -> nn.Module:
         """The model as it came, without what accelerate put around it; the loop is at its end."""
         bare: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.accelerator._custom_objects.clear()
         self.accelerator.free_memory()
         return bare
 
@@ -229,9 +226,7 @@ class Loop:
 
     def _norms(self) -> dict[str, Any]:
         """Of the gradients, by group."""
-        if any(
-            hasattr(parameter.grad, "full_tensor") for parameter in self.parameters
-        ):  # shards have none of their own
+        if self.sharded:  # a shard has none of its own
             return {}
         absent = torch.zeros((), device=self.parameters[0].device)
         squares = [absent if p.grad is None else p.grad.float().square().sum() for p in self.parameters]
@@ -300,6 +295,14 @@ class Loop:
                     return f"the gradient of {name} was the first to grow, in step {each['step']}"
         return "the gradients of all blocks grew together"
 
+    @property
+    def sharded(self) -> bool:
+        return any(hasattr(parameter, "full_tensor") for parameter in self.parameters)
+
+    @property
+    def _average_file(self) -> str:
+        return f"average-{self.accelerator.process_index if self.sharded else 0}.safetensors"
+
     def _states(self) -> list[tuple[int, Path]]:
         found = (re.fullmatch(r"state-(\d+)", path.name) for path in self.folder.glob("state-*"))
         return sorted((int(match[1]), self.folder / match[0]) for match in found if match)
@@ -312,6 +315,8 @@ class Loop:
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial))
+        if self.average is not None and (self.sharded or self.accelerator.is_main_process):
+            self.average.save(partial / self._average_file)
         if self.accelerator.is_main_process:
             told = {"recipe": self.recipe, "done": self.done, **vars(self.curves)}
             (partial / "loop.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
@@ -333,4 +338,6 @@ class Loop:
         if told["recipe"] != self.recipe:
             raise ValueError(f"{folder} was made by another recipe: {told['recipe']}, not {self.recipe}")
         self.accelerator.load_state(str(folder))
+        if self.average is not None:
+            self.average.load(folder / self._average_file)
         self.done, self.curves = int(told["done"]), Curves(told["rows"], told["checks"])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -66,16 +69,31 @@ class Average:
             self._swap()
 
     @torch.no_grad()
+    def settle(self) -> None:
+        """The parameters become their averages, for good."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            parameter.copy_(value)
+
+    @torch.no_grad()
     def _swap(self) -> None:
         for value, parameter in zip(self.values, self.parameters, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(value)
             value.copy_(kept)
 
-    def state_dict(self) -> dict[str, object]:
-        return {"steps": self.steps, "values": self.values}
+    def save(self, path: Path) -> None:
+        """Of shards, this process's own."""
+        values = {str(place): _local(value) for place, value in enumerate(self.values)}
+        save_file(values, path, {"steps": str(self.steps)})
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self.steps = int(state["steps"])  # type: ignore[call-overload]
-        for value, saved in zip(self.values, state["values"], strict=True):  # type: ignore[call-overload]
-            value.copy_(saved)
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self.steps = int(file.metadata()["steps"])
+            for place, value in enumerate(self.values):
+                _local(value).copy_(file.get_tensor(str(place)))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

@@ -74,7 +74,7 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
             if component is None:
                 continue
             if name in TRANSFORMERS and quantized_linears(component):
-                _save_transformer(component, source / name, temporary / name, on_linear)
+                save_transformer(component, source / name, temporary / name, on_linear)
             else:
                 component.save_pretrained(temporary / name)
         # safetensors gives its files to their owner alone; they are no more secret than the configs beside them.
@@ -89,7 +89,7 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
     return folder
 
 
-def _save_transformer(
+def save_transformer(
     transformer: WanTransformer3DModel, source: Path, folder: Path, on_linear: Callable[[], None]
 ) -> None:
     layers = quantized_linears(transformer)
@@ -104,7 +104,7 @@ def _save_transformer(
             tensors[name] = tensor
         else:
             tensors[name] = tensor if _kept_in_fp32(transformer, name) else tensor.to(torch.bfloat16)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     _write_shards(tensors, source / INDEX, folder)
     transformer.save_config(folder)
     path = folder / "config.json"

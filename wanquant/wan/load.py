@@ -57,7 +57,7 @@ def load_pipeline(
     check_folder(folder)
     try:
         parts = {
-            name: _transformer(folder / name, packed, product) for name in TRANSFORMERS if (folder / name).is_dir()
+            name: read_transformer(folder / name, packed, product) for name in TRANSFORMERS if (folder / name).is_dir()
         }
         on_part()
         parts["vae"] = _whole(AutoencoderKLWan, folder / "vae", torch.float32)
@@ -158,7 +158,7 @@ def empty_transformer(folder: Path) -> WanTransformer3DModel:
         raise ValueError(f"{folder / 'transformer'} is no Wan transformer: {_first_line(error)}") from error
 
 
-def _transformer(folder: Path, packed: bool | None, product: str | None) -> WanTransformer3DModel:
+def read_transformer(folder: Path, packed: bool | None = None, product: str | None = None) -> WanTransformer3DModel:
     described = quantization_of(folder)
     if described is not None:
         return load_transformer(folder, described, packed, product)

@@ -4,7 +4,7 @@ tiny-wan knows plain scenes only: one shape of one colour on a plain background,
 axis. Everything a stranger needs to check it with a checker of their own is here: the palette, the
 grammar, the sizes, and which combinations were held out of training.
 
-Differs from a dataset card in that it is code: the drawing in ``tools/`` and the attribute metric
+Differs from a dataset card in that it is code: the drawing in ``wanquant.wan.scenes`` and the attribute metric
 in ``wanquant.evaluate.attributes`` read the same constants.
 """
 

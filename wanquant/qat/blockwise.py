@@ -1,0 +1,199 @@
+"""One block after the other: each is trained to give, from inputs that carry the quantization error of the blocks
+before it, what the BF16 block gives without any.
+
+    minimize over the block's parameters   mean |b(x̂) - b'(x)|² / |b'(x)|²,     x̂ = what the trained blocks before gave
+
+In memory are one block's float32 weights, gradients and optimizer state, and the activations of one batch inside it;
+what flows between blocks, two hidden states for each question, is on the host. That is what lets a model be trained
+on a card that could not hold its gradients. Nothing but the blocks is trained.
+
+A part of the questions is set aside. A block whose error on them did not fall keeps its weights, so that training can
+hardly make it worse than plain quantization does.
+
+What is learned is kept block by block, so a killed run goes on in the block it was killed in, to the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from wanquant.qat.data import Trajectories, order
+from wanquant.qat.loop import Course, Hooks, Loop, Row
+from wanquant.qat.loss import relative_error
+from wanquant.qat.schedule import Rate
+from wanquant.quant.convert import freeze_into_
+from wanquant.runs.files import write_atomic
+
+#: One in so many questions is set aside.
+SET_ASIDE = 8
+#: Questions that pass through a block together where nothing is trained.
+AT_ONCE = 32
+Optimizers = Callable[[Sequence[nn.Parameter]], list[torch.optim.Optimizer]]
+
+
+@dataclass
+class Stream:
+    """What enters a block, on the host: ``bf16`` and ``quantized`` [questions, tokens, width], and what they share."""
+
+    bf16: torch.Tensor
+    quantized: torch.Tensor
+    text: torch.Tensor
+    modulation: torch.Tensor
+    rotary: Any
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.bf16)
+
+    def call(self, block: nn.Module, hidden: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+        """The block on these questions' ``hidden``, whichever it is given from."""
+        rows = torch.as_tensor(places)
+        taken = (tensor[rows].to(self.device) for tensor in (hidden, self.text, self.modulation))
+        output: torch.Tensor = block(*taken, self.rotary)
+        return output
+
+    @torch.no_grad()
+    def through(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        outputs = torch.empty_like(hidden)
+        for first in range(0, len(self), AT_ONCE):
+            places = range(first, min(first + AT_ONCE, len(self)))
+            outputs[first : places.stop] = self.call(block, hidden, places).to("cpu", hidden.dtype)
+        return outputs
+
+
+class _Reached(Exception):
+    pass
+
+
+@torch.no_grad()
+def enter(transformer: nn.Module, questions: Trajectories, places: Sequence[int], device: torch.device) -> Stream:
+    """What the first block is given for these questions."""
+    given: list[tuple[torch.Tensor, ...]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        given.append((*(part.cpu() for part in args[:3]), args[3]))
+        raise _Reached
+
+    handle = transformer.get_submodule("blocks.0").register_forward_pre_hook(stop)
+    try:
+        for first in range(0, len(places), AT_ONCE):
+            batch = questions.of(places[first : first + AT_ONCE])
+            asked = (batch.noisy.to(device), batch.timestep.to(device), batch.text.to(device))
+            with suppress(_Reached):
+                transformer(*asked, return_dict=False)
+    finally:
+        handle.remove()
+    hidden, text, modulation = (torch.cat([call[part] for call in given]) for part in range(3))
+    return Stream(hidden, hidden.clone(), text, modulation, given[0][3], device)
+
+
+@dataclass
+class Blockwise:
+    """``make`` gives a copy of a BF16 block made trainable, or None for one that is not quantized; ``optimizers`` those
+    of its parameters; ``course`` is that of one block. Only the ``chosen`` are trained, the others quantized as they
+    are."""
+
+    accelerator: Accelerator
+    transformer: nn.Module
+    stream: Stream
+    make: Callable[[int], nn.Module | None]
+    chosen: Collection[int]
+    optimizers: Optimizers
+    rate: Rate
+    course: Course
+    folder: Path
+    recipe: str
+    show: Callable[[Row], None] = lambda row: None
+
+    def run(self) -> list[Row]:
+        """Trains every block in place, so that the transformer is quantized at the end; a row of each."""
+        blocks = self.transformer.get_submodule("blocks")
+        assert isinstance(blocks, nn.ModuleList)
+        rows = []
+        for index, block in enumerate(blocks):
+            target = self.stream.through(block, self.stream.bf16)
+            trainable = self.make(index)
+            if trainable is None:
+                self.stream.quantized = self.stream.through(block, self.stream.quantized)
+            else:
+                if index in self.chosen:
+                    rows.append(self._train(index, trainable, target))
+                frozen = copy.deepcopy(block)
+                freeze_into_(frozen, trainable)
+                blocks[index] = frozen
+                self.stream.quantized = self.stream.through(frozen, self.stream.quantized)
+            self.stream.bf16 = target
+        return rows
+
+    def _train(self, index: int, block: nn.Module, target: torch.Tensor) -> Row:
+        """Loads the block's trained weights into it, made now if they are not in the folder."""
+        folder = self.folder / f"block-{index:03d}"
+        done, told = folder / "trained.safetensors", folder / "row.json"
+        row: Row
+        if not told.is_file():
+            row = self._learn(index, block, target, folder / "states")
+            kept = {name: value.detach().contiguous().cpu() for name, value in block.state_dict().items()}
+            if self.accelerator.is_main_process:
+                save_file(kept, done)
+                write_atomic(told, json.dumps(row) + "\n")
+                shutil.rmtree(folder / "states", ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+        else:
+            row = json.loads(told.read_text(encoding="utf-8"))
+            block.load_state_dict(load_file(done))
+        return row
+
+    def _learn(self, index: int, block: nn.Module, target: torch.Tensor, folder: Path) -> Row:
+        stream, size = self.stream, self.course.batch
+        aside = range(0, len(stream), SET_ASIDE)
+        learned = [place for place in range(len(stream)) if place % SET_ASIDE]
+        before, first = self._error(block, target, aside), copy.deepcopy(block.state_dict())
+
+        def loss(model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
+            taken = order(len(learned), self.course.seed + index, step * size, size)[rows.start : rows.stop]
+            places = [learned[place] for place in taken]
+            output = stream.call(model, stream.quantized, places)
+            return {"loss": relative_error(output, target[torch.as_tensor(places)].to(output.device)).mean()}
+
+        parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        loop = Loop(
+            self.accelerator,
+            block,
+            self.optimizers(parameters),
+            self.rate,
+            loss,
+            self.course,
+            folder,
+            f"{self.recipe} block {index}",
+        )
+        curves = loop.run(f"block {index}", Hooks(show=lambda row: self.show({"block": index, **row})))
+        if loop.average is not None:
+            loop.average.settle()
+        loop.release()
+        after = self._error(block, target, aside)
+        if not after < before:
+            block.load_state_dict(first)
+        losses = [row["loss"] for row in curves.rows]
+        return {"block": index, "before": before, "after": after, "kept": after < before, "losses": losses}
+
+    @torch.no_grad()
+    def _error(self, block: nn.Module, target: torch.Tensor, places: range) -> float:
+        """On what is set aside."""
+        errors = []
+        for first in range(0, len(places), AT_ONCE):
+            part = places[first : first + AT_ONCE]
+            wanted = target[torch.as_tensor(part)]
+            errors.append(relative_error(self.stream.call(block, self.stream.quantized, part).cpu(), wanted))
+        return float(torch.cat(errors).mean())

@@ -1,0 +1,176 @@
+"""The whole of ``python train.py`` as one dataclass, and what of it can be refused before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from wanquant.evaluate.prompts import pairs, settled
+from wanquant.ptq.config import PTQConfig
+from wanquant.qat.data import DataConfig, check_data
+from wanquant.qat.loss import LossConfig, check_loss
+from wanquant.qat.schedule import SCHEDULES
+from wanquant.qat.scope import SCOPES, trains_weights
+from wanquant.quant.config import parse
+from wanquant.quant.trainable import GRADIENTS, Training, check_trainable
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+@dataclass
+class LoraSize:
+    rank: int = 8
+    alpha: float = 8.0
+
+
+@dataclass
+class QATConfig:
+    """``qat=on``, ``qat=off`` and what can be changed of them."""
+
+    name: str = "on"
+    #: False fine-tunes the BF16 model and quantizes nothing.
+    quantize: bool = True
+    #: ``all``, ``blocks``, ``norms``, ``scales``, ``lora`` or ``blockwise``: see ``wanquant.qat.scope``.
+    scope: str = "blockwise"
+    #: Blocks that are trained, from either end; empty for all. For every scope but ``all``.
+    blocks: list[int] = field(default_factory=list)
+    lora: LoraSize = field(default_factory=LoraSize)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    #: Steps, of ``blockwise`` those of each block; of which ``bf16_steps`` first without quantization.
+    steps: int = 60
+    bf16_steps: int = 0
+    #: Rows a step, over all processes, in so many parts.
+    batch: int = 32
+    accumulation: int = 1
+    lr: float = 1e-3
+    #: ``constant``, ``linear`` or ``cosine``, down to ``floor`` times ``lr``, after ``warmup`` steps.
+    schedule: str = "cosine"
+    warmup: int = 10
+    floor: float = 0.0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    #: Norm to which gradients are cut; 0 leaves them.
+    clip: float = 1.0
+    #: Decay of the moving average of the weights, which is what is kept; 0 for none.
+    ema: float = 0.0
+    #: Of what enters the products of the backward pass: ``none``, ``hif8`` or ``stochastic``.
+    gradients: str = "none"
+    #: Of static inputs: ``current``, as calibrated, or ``delayed``, by the largest of the last ``window`` steps.
+    scaling: str = "current"
+    window: int = 64
+    #: No gradient for what falls beyond the range.
+    clip_mask: bool = True
+    #: Of the products: ``auto`` takes BF16 where the device multiplies it.
+    precision: str = "auto"
+    #: Steps between two states on disk, and between two looks at the validation prompts (0: only at the end).
+    save_every: int = 50
+    check_every: int = 0
+    #: How many times its lowest value the loss may reach before the run stops.
+    diverged: float = 10.0
+    seed: int = 0
+
+    @property
+    def training(self) -> Training:
+        return Training(
+            weights=trains_weights(self.scope),
+            clip_mask=self.clip_mask,
+            learn_scales=self.scope == "scales",
+            gradients=self.gradients,
+            scaling=self.scaling,
+            window=self.window,
+        )
+
+
+@dataclass
+class TrainConfig(PTQConfig):
+    """``python train.py``: all of ``python ptq.py``, and the training between."""
+
+    qat: QATConfig = field(default_factory=QATConfig)
+
+
+def check_qat(config: TrainConfig) -> None:
+    """``ValueError`` names the key at fault and what it may be."""
+    qat = config.qat
+    if config.mode != "quantize":
+        raise ValueError(f"mode={config.mode}: train.py has no other than quantize")
+    for name, known in (
+        ("scope", SCOPES),
+        ("schedule", SCHEDULES),
+        ("precision", PRECISIONS),
+        ("gradients", GRADIENTS),
+    ):
+        if getattr(qat, name) not in known:
+            raise ValueError(f"qat.{name}={getattr(qat, name)}: choose {', '.join(known)}")
+    for name in ("steps", "batch", "accumulation", "save_every", "window"):
+        if getattr(qat, name) < 1:
+            raise ValueError(f"qat.{name}={getattr(qat, name)}: must be at least 1")
+    if qat.batch % qat.accumulation:
+        raise ValueError(f"qat.batch={qat.batch} does not divide into qat.accumulation={qat.accumulation} parts")
+    for name, low, high in (
+        ("lr", 0, 10),
+        ("floor", 0, 1),
+        ("ema", 0, 1),
+        ("diverged", 1, 1e9),
+        ("weight_decay", 0, 10),
+    ):
+        if not low <= getattr(qat, name) <= high:
+            raise ValueError(f"qat.{name}={getattr(qat, name)}: must lie between {low} and {high:g}")
+    if qat.clip < 0 or qat.warmup < 0 or qat.bf16_steps < 0 or qat.check_every < 0:
+        raise ValueError("qat.clip, qat.warmup, qat.bf16_steps and qat.check_every must not be negative")
+    if qat.bf16_steps >= qat.steps:
+        raise ValueError(f"qat.bf16_steps={qat.bf16_steps} leaves none of qat.steps={qat.steps} to quantize")
+    if len(qat.betas) != 2 or not all(0 <= beta < 1 for beta in qat.betas):
+        raise ValueError(f"qat.betas={qat.betas}: two numbers of at least 0 and below 1")
+    if qat.scope == "all" and qat.blocks:
+        raise ValueError("qat.scope=all trains every block: choose qat.scope=blocks for some")
+    if qat.scope == "blocks" and not qat.blocks:
+        raise ValueError("qat.scope=blocks needs qat.blocks=[...]")
+    if qat.lora.rank < 1 or qat.lora.alpha <= 0:
+        raise ValueError(f"qat.lora.rank={qat.lora.rank}, qat.lora.alpha={qat.lora.alpha}: must be positive")
+    check_data(qat.data, config.model.language)
+    check_loss(qat.loss, qat.data.source)
+    _check_source(config)
+    scheme = parse(config.quant)
+    if not qat.quantize:
+        if qat.scope in ("scales", "lora", "blockwise"):
+            raise ValueError(f"qat.scope={qat.scope} is for a quantized model: choose all, blocks or norms")
+    elif scheme.format.keeps_all:
+        raise ValueError(f"quant.format={scheme.format.name} quantizes nothing: fine-tune with qat=off")
+    else:
+        check_trainable(scheme, qat.training)
+
+
+def _check_source(config: TrainConfig) -> None:
+    qat = config.qat
+    if qat.scope == "blockwise":
+        if qat.data.source != "trajectories":
+            raise ValueError("qat.scope=blockwise learns from BF16's trajectories: qat.data.source=trajectories")
+        if vars(qat.loss) != vars(LossConfig()):
+            raise ValueError("qat.scope=blockwise has a loss of its own, the blocks' outputs: leave qat.loss alone")
+        if qat.bf16_steps:
+            raise ValueError("qat.scope=blockwise has no use for qat.bf16_steps")
+        if qat.scaling == "delayed":
+            raise ValueError("qat.scope=blockwise has all inputs of a block before it: qat.scaling=current")
+    if qat.data.source == "trajectories":
+        learned = {text for text, _ in pairs(qat.data.prompts, "qat.data.prompts")}
+        twice = sorted(learned & {text for text, _ in pairs(config.prompts)})
+        if twice:
+            raise ValueError(f"qat.data.prompts holds a prompt that is measured on: {twice[0]}")
+
+
+def settle_train(config: TrainConfig) -> TrainConfig:
+    """With the texts of the prompts that are trained on."""
+    data = dataclasses.replace(config.qat.data, prompts=settled(config.qat.data.prompts))
+    return dataclasses.replace(config, qat=dataclasses.replace(config.qat, data=data))
+
+
+#: What of the training changes no number.
+UNCOUNTED = ("name", "save_every")
+
+
+def counted(qat: QATConfig) -> dict[str, Any]:
+    """All of the training that can change a number."""
+    found = dataclasses.asdict(qat)
+    return {key: value for key, value in found.items() if key not in UNCOUNTED}

@@ -1,0 +1,190 @@
+"""The training job: does quantization-aware training beat plain quantization here?
+
+Data flows as in ``wanquant.ptq.job``, with the training between: load, calibrate, generate in BF16, generate with the
+*twin*, which is what PTQ makes of the same model with the same protection, scales and seeds; train from there; generate
+again from the same noise, compare all three, save, report.
+
+    over_twin.latent_sqnr   trained less twin, pair by pair: the verdict is whether its interval holds 0
+
+Without quantization (``qat=off``) the same loop fine-tunes the BF16 model, and the twin is the model as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from wanquant.evaluate import gates
+from wanquant.evaluate.compare import measure
+from wanquant.evaluate.perceptual import distance
+from wanquant.evaluate.prompts import pairs
+from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, compared, difference, estimate
+from wanquant.ptq.bench import Bench
+from wanquant.ptq.choose import Choice, choose
+from wanquant.ptq.config import check, identity, settle_config
+from wanquant.ptq.job import Job, run_job
+from wanquant.ptq.sensitivity import quantized
+from wanquant.qat.config import TrainConfig, check_qat, counted, settle_train
+from wanquant.qat.train import Trainer, processes
+from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
+from wanquant.runs.progress import progress
+from wanquant.runs.run import MEASURES, signature
+from wanquant.wan.checkpoint import save_quantized, save_transformer
+from wanquant.wan.generate import Sample
+from wanquant.wan.load import read_transformer
+from wanquant.wan.studio import Studio
+
+#: Measured against the twin, pair by pair. The first decides.
+COMPARED = ("latent_sqnr", "psnr", "ssim", "lpips", "attributes")
+TWIN, OVER = "twin.", "over_twin."
+CURVES = "training.json"
+
+
+def run_train(config: TrainConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
+    """As ``run_ptq``. Under ``accelerate launch`` the first process does all of it, and the others train with it."""
+    return run_job(config, folder, config_yaml, TrainJob)
+
+
+class TrainJob(Job):
+    name: ClassVar[str] = "train"
+
+    @staticmethod
+    def settle(config: TrainConfig) -> TrainConfig:
+        quant = config.quant if config.qat.quantize else QuantConfig(name="bf16", format="bf16")
+        settled = settle_config(dataclasses.replace(config, quant=quant))
+        assert isinstance(settled, TrainConfig)
+        return settle_train(settled)
+
+    @staticmethod
+    def check(config: TrainConfig) -> None:
+        learned = pairs(config.qat.data.prompts, "qat.data.prompts") if config.qat.data.source == "trajectories" else []
+        check(config, pairs(config.prompts) + pairs(config.calib, "calib") + learned)
+        check_qat(config)
+
+    def signed(self, protected: list[int] | None) -> str:
+        found = {**identity(self.config, self.blocks, protected), "qat": counted(self.config.qat), "world": processes()}
+        return signature(found, self.fingerprint, self.device, (*MEASURES, "qat"))
+
+    def run(self) -> dict[str, Any]:
+        config, run = self.config, self.run_
+        bench = self.load()
+        studio = bench.studio
+        with run.stage("calibrate"):
+            calibration, stats = bench.calibration(), bench.inputs()
+        with run.stage("choose"):
+            choice = choose(config.protect, bench)
+        trainer = Trainer(bench, config.qat, choice.blocks, stats, run.folder)
+        with run.stage("data"):
+            trainer.prepare()
+        with run.stage("generate_bf16"):
+            reference = self._bf16(studio, "generate BF16", self.pairs)
+        floors: dict[str, list[tuple[Sample, Sample]]] = {}
+        if config.eval.noise_floor:
+            with run.stage("noise_floor"):
+                floors = self._floors(studio, reference)
+        with run.stage("generate_twin"):
+            report, twin = self._twin(bench, choice, stats, reference)
+        with run.stage("train"):
+            signed, training = self._trained(trainer)
+        with run.stage("generate_trained"):
+            label, how = "generate trained", {**bench.what_is_quantized(choice.blocks), "trained": signed}
+            latents, overflows = studio.latents(label, self.pairs, how, afresh=config.force)
+            samples = studio.videos(label, self.pairs, latents)
+        with run.stage("compare"):
+            beside = {"": list(zip(reference, samples, strict=True)), TWIN: list(zip(reference, twin, strict=True))}
+            metrics, over = self._compare({**beside, **floors}, twin)
+            gate_results = gates.check(samples, reference)
+        with run.stage("write"):
+            self._write_videos(reference, samples, floors)
+            self._save(studio, report)
+        return {
+            **self._head(bench, list(report.protected_blocks)),
+            **self._conversion(report, calibration, choice, overflows),
+            "qat": dataclasses.asdict(config.qat),
+            "block_sqnr": None,
+            "metrics": metrics,
+            "over_twin": over,
+            "training": training,
+            "demonstration": len(self.pairs) < ENOUGH_PAIRS,
+            "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
+            "gates": {gate.name: gate.as_json() for gate in gate_results},
+            **self._tail(bench, config.prompts),
+        }
+
+    def _twin(
+        self, bench: Bench, choice: Choice, stats: Mapping[str, Any], reference: list[Sample]
+    ) -> tuple[ConversionReport, list[Sample]]:
+        """What PTQ makes of it, and its videos; the model stays BF16."""
+        transformer, how = bench.studio.pipe.transformer, (bench.quant, choice.blocks, bench.modules)
+        if not self.config.qat.quantize:
+            return plan_conversion(transformer, *how), reference
+        label = "generate twin"
+        with quantized(transformer, *how, stats) as report:
+            latents, _ = bench.studio.latents(label, self.pairs, bench.what_is_quantized(choice.blocks))
+        return report, bench.studio.videos(label, self.pairs, latents)
+
+    def _trained(self, trainer: Trainer) -> tuple[str, dict[str, Any]]:
+        """Puts the trained transformer into the pipeline: from the cache, or trained now."""
+        studio, signed = trainer.studio, trainer.signature
+        if self.config.force:
+            studio.cache.forget("trained", signed)
+            shutil.rmtree(trainer.states, ignore_errors=True)
+
+        def make(folder: Path) -> None:
+            told = trainer.train()
+            source = self.model_folder / "transformer"
+            if self.config.qat.quantize:
+                save_transformer(studio.pipe.transformer, source, folder, lambda: None)
+            else:
+                studio.pipe.transformer.save_pretrained(folder)
+            (folder / CURVES).write_text(json.dumps(told) + "\n", encoding="utf-8")
+
+        folder = studio.artefact("train", "trained", signed, make)
+        shutil.rmtree(trainer.states, ignore_errors=True)
+        packed = self.config.quant.packed if self.config.qat.quantize else None
+        studio.pipe.transformer = read_transformer(folder, packed).to(studio.device)
+        told: dict[str, Any] = json.loads((folder / CURVES).read_text(encoding="utf-8"))
+        return signed, told
+
+    def _compare(
+        self, beside: Mapping[str, list[tuple[Sample, Sample]]], twin: list[Sample]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Every metric, and what of it differs from the twin's."""
+        config = self.config
+        with progress("compare", sum(map(len, beside.values())), "pair") as tick:
+            lpips = distance(config.eval.lpips, self.device)
+            found = measure(beside, config.model.language == "scenes", tick, lpips)
+            if config.model.language == "scenes":
+                asked = measure({"": [(sample, sample) for sample in twin]}, True)
+                found |= {TWIN + name: asked[name] for name in asked if "." not in name and TWIN + name not in found}
+        over = {}
+        for name in COMPARED:
+            if name in found and TWIN + name in found:
+                paired = compared(difference(found[name], found[TWIN + name]))
+                over[name] = {**paired.as_json(), "verdict": verdict_of(paired, len(self.pairs) < ENOUGH_PAIRS)}
+        return {name: estimate(items).as_json() for name, items in found.items()}, over
+
+    def _save(self, studio: Studio, report: ConversionReport) -> None:
+        if not self.config.checkpoint:
+            return
+        target = self.run_.folder / "checkpoint"
+        if report.names("converted"):
+            with progress("save", len(report.names("converted")), "linear") as tick:
+                save_quantized(studio.pipe, target, tick)
+        else:
+            partial = target.with_name("checkpoint.partial")
+            studio.pipe.save_pretrained(partial)
+            partial.rename(target)
+
+
+def verdict_of(paired: Estimate, few: bool) -> str:
+    """Of trained less twin."""
+    if few:
+        return "too few pairs"
+    if paired.low > 0:
+        return "better"
+    return "worse" if paired.high < 0 else "no difference found"

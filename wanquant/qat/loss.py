@@ -1,0 +1,112 @@
+"""What is asked of the trained model. Errors are relative, so that no noise level and no block drowns the others:
+
+    flow     |v - (e - x_0)|² / |e - x_0|²        on videos
+    output   |v - v'|² / |v'|²                    v' what BF16 answers
+    blocks   the mean over blocks of |h - h'|² / |h'|²
+
+each a mean over the rows of the batch, and the loss their weighted sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from wanquant.qat.data import Batch, Source
+
+
+@dataclass
+class LossConfig:
+    """Weights of the three; a weight of 0 leaves it out."""
+
+    flow: float = 0.0
+    output: float = 1.0
+    blocks: float = 0.0
+
+
+def check_loss(config: LossConfig, source: str) -> None:
+    for name, weight in vars(config).items():
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"qat.loss.{name}={weight}: must be at least 0 and finite")
+    if not any(vars(config).values()):
+        raise ValueError("qat.loss: flow, output and blocks are all 0, so nothing would be learned")
+    if config.flow and source == "trajectories":
+        raise ValueError("qat.loss.flow is for videos: choose qat.data.source=scenes or folder")
+
+
+def needs_teacher(config: LossConfig, source: str) -> bool:
+    """Whether BF16 has to be asked in every step: what it answered along its own trajectories is known."""
+    return bool(config.blocks) or (bool(config.output) and source != "trajectories")
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """|found - wanted|² / |wanted|² of each row, in float32."""
+    found, wanted = found.float().flatten(1), wanted.float().flatten(1)
+    return (found - wanted).square().sum(1) / wanted.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+@dataclass
+class Objective:
+    """Calls the model on the source's rows. ``teacher`` is the BF16 model, where it is needed."""
+
+    config: LossConfig
+    source: Source
+    size: int
+    device: torch.device
+    teacher: nn.Module | None = None
+
+    def __call__(self, model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
+        return self.of(model, self.source.batch(step, self.size, rows))
+
+    def of(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        config, (noisy, timestep, text) = (
+            self.config,
+            (t.to(self.device) for t in (batch.noisy, batch.timestep, batch.text)),
+        )
+        noisy, text = noisy.to(torch.bfloat16), text.to(torch.bfloat16)
+        hidden: list[torch.Tensor] = []
+        with _outputs(model if config.blocks else None, hidden):
+            velocity = ask(model, noisy, timestep, text)
+        answer, theirs = batch.answer, list[torch.Tensor]()
+        if self.teacher is not None:
+            with torch.no_grad(), _outputs(self.teacher if config.blocks else None, theirs):
+                answer = ask(self.teacher, noisy, timestep, text)
+        parts: dict[str, torch.Tensor] = {}
+        if config.flow:
+            assert batch.velocity is not None
+            parts["flow"] = relative_error(velocity, batch.velocity.to(self.device)).mean()
+        if config.output:
+            assert answer is not None
+            parts["output"] = relative_error(velocity, answer.to(self.device)).mean()
+        if config.blocks:
+            errors = [relative_error(ours, wanted) for ours, wanted in zip(hidden, theirs, strict=True)]
+            parts["blocks"] = torch.stack(errors).mean()
+        total = torch.stack([getattr(config, name) * value for name, value in parts.items()]).sum()
+        return {"loss": total, **parts}
+
+
+def ask(model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """A Wan transformer's velocity."""
+    velocity: torch.Tensor = model(noisy, timestep, text, return_dict=False)[0]
+    return velocity
+
+
+@contextmanager
+def _outputs(model: nn.Module | None, into: list[torch.Tensor]) -> Iterator[None]:
+    """Collects what the blocks give, in their order."""
+    blocks = [] if model is None else list(getattr(model, "module", model).get_submodule("blocks"))
+
+    def hook(_: nn.Module, args: Any, output: torch.Tensor) -> None:
+        into.append(output)
+
+    handles = [block.register_forward_hook(hook) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

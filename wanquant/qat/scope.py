@@ -1,0 +1,117 @@
+"""Which parameters are trained.
+
+``all``      every parameter of the transformer
+``blocks``   those of chosen blocks
+``norms``    the norms, biases and modulations of all blocks; matrices stay
+``scales``   the scales of the quantized linears alone (LSQ); in static inputs those too
+``lora``     matrices of low rank beside the quantized linears' weights, through peft: what is rounded is their sum,
+             which is what is saved
+``blockwise`` every block, but one after the other (``wanquant.qat.blockwise``)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from wanquant.quant.select import resolve_blocks
+from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
+
+SCOPES = ("all", "blocks", "norms", "scales", "lora", "blockwise")
+
+
+def trains_weights(scope: str) -> bool:
+    """Whether the matrices themselves are trained, so that they have to be in float32."""
+    return scope in ("all", "blocks", "blockwise")
+
+
+def choose_(transformer: nn.Module, scope: str, blocks: Sequence[int], rank: int, alpha: float) -> list[nn.Parameter]:
+    """Turns gradients on for what the scope trains, in float32, and off for the rest. Returns it.
+
+    ``blocks`` are indices from either end; empty for all. ``ValueError`` if nothing is left to train.
+    """
+    every = transformer.get_submodule("blocks")
+    assert isinstance(every, nn.ModuleList)
+    chosen = set(resolve_blocks(blocks, len(every)) if blocks else range(len(every)))
+    if scope == "lora":
+        add_lora_(transformer, [f"blocks.{index}" for index in sorted(chosen)], rank, alpha)
+    linears = trainable_linears(transformer)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(_is_trained(name, parameter, scope, chosen, linears))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(f"qat.scope={scope} leaves nothing to train: protect fewer blocks, or choose another scope")
+    return trained
+
+
+def _is_trained(
+    name: str, parameter: nn.Parameter, scope: str, chosen: set[int], linears: dict[str, TrainableQuantLinear]
+) -> bool:
+    parts = name.split(".")
+    inside = parts[0] == "blocks" and int(parts[1]) in chosen
+    gain = parts[-1] in ("weight_gain", "input_gain")
+    if scope == "lora":
+        return "lora_" in name
+    if scope == "scales":
+        return gain and inside
+    if gain:
+        return False
+    if scope == "norms":
+        return inside and not (parts[-1] == "weight" and parameter.ndim > 1)
+    return scope == "all" or inside
+
+
+def add_lora_(transformer: nn.Module, prefixes: Sequence[str], rank: int, alpha: float) -> None:
+    """An adapter of this rank beside every quantized linear below the prefixes."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError("qat.scope=lora needs peft: install the extra lora") from None
+    targets = [name for name in trainable_linears(transformer) if any(name.startswith(f"{p}.") for p in prefixes)]
+    if not targets:
+        raise ValueError("qat.scope=lora: no quantized linear is in the chosen blocks")
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
+    config._register_custom_module({TrainableQuantLinear: _lora_class()})
+    inject_adapter_in_model(config, transformer)
+
+
+def _lora_class() -> type[nn.Module]:
+    """Made when it is needed, because peft is an extra."""
+    from peft.tuners.lora import LoraLayer
+
+    class LoraQuantLinear(nn.Module, LoraLayer):
+        """Rounds the sum of weight and adapter, so that what is trained is what is saved."""
+
+        def __init__(self, base_layer: TrainableQuantLinear, adapter_name: str, r: int, **kwargs: Any) -> None:
+            super().__init__()
+            LoraLayer.__init__(self, base_layer)
+            self._active_adapter = adapter_name
+            self.update_layer(adapter_name, r, **kwargs)
+
+        def merged_weight(self) -> torch.Tensor:
+            name = self.active_adapters[0]
+            delta = self.lora_B[name].weight @ self.lora_A[name].weight * self.scaling[name]
+            merged: torch.Tensor = self.get_base_layer().weight.float() + delta
+            return merged
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                weight = self.merged_weight()
+            y: torch.Tensor = self.get_base_layer().of(x, weight)
+            return y
+
+    return LoraQuantLinear
+
+
+def merge_lora_(transformer: nn.Module) -> None:
+    """Puts each adapter into its linear's weight, and the linear back where it was."""
+    for name, child in list(transformer.named_modules()):
+        if hasattr(child, "merged_weight"):
+            base = child.get_base_layer()
+            base.weight = nn.Parameter(child.merged_weight().detach(), requires_grad=False)
+            transformer.set_submodule(name, base)

@@ -1,0 +1,235 @@
+"""From a calibrated model in BF16 to a trained one: what ``qat`` asks for, on one card or several."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from wanquant.evaluate.prompts import pairs
+from wanquant.ptq.bench import Bench
+from wanquant.qat.blockwise import Blockwise, enter
+from wanquant.qat.config import QATConfig, counted
+from wanquant.qat.data import Source, Trajectories, make_source
+from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator
+from wanquant.qat.loss import Objective, needs_teacher
+from wanquant.qat.schedule import make_rate
+from wanquant.qat.scope import choose_, merge_lora_
+from wanquant.quant.convert import freeze_into_, make_trainable_, plan_conversion
+from wanquant.quant.select import resolve_blocks
+from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
+from wanquant.runs.run import GENERATES, signature
+from wanquant.wan.products import multiplies_bf16, quick_products
+from wanquant.wan.studio import Studio
+
+#: Steps between two looks at how far the scales have moved.
+DRIFT_EVERY = 10
+
+
+def processes() -> int:
+    """How many train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass
+class Trainer:
+    """``protected`` are the blocks that stay BF16; ``stats`` what calibration saw."""
+
+    bench: Bench
+    qat: QATConfig
+    protected: Sequence[int]
+    stats: Mapping[str, Any]
+    folder: Path
+    source: Source | None = None
+    _clipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def studio(self) -> Studio:
+        return self.bench.studio
+
+    @property
+    def precision(self) -> str:
+        if self.qat.precision != "auto":
+            return self.qat.precision
+        return "bf16" if multiplies_bf16(self.studio.device) else "fp32"
+
+    @cached_property
+    def signature(self) -> str:
+        """Of all that can change what is learned."""
+        studio = self.studio
+        settings = {
+            **self.bench.what_is_quantized(self.protected),
+            "qat": counted(self.qat),
+            "precision": self.precision,
+            "world": processes(),
+            "generation": dataclasses.asdict(studio.model.generation),
+            "outliers": dataclasses.asdict(studio.model.outliers),
+            "batch": studio.model.batch,
+        }
+        return signature(settings, studio.fingerprint, studio.device, (*GENERATES, "qat"))
+
+    @property
+    def states(self) -> Path:
+        return self.studio.cache.root / "training" / self.signature
+
+    def prepare(self) -> None:
+        """Makes the data, or finds them in the cache; the model has to be in BF16."""
+        config = self.qat.data
+        learned = pairs(config.prompts, "qat.data.prompts") if config.source == "trajectories" else []
+        self.source = make_source(self.studio, config, learned, self.qat.seed)
+
+    def train(self) -> dict[str, Any]:
+        """Leaves the trained transformer in the pipeline; returns its curves."""
+        qat, pipe = self.qat, self.studio.pipe
+        accelerator = make_accelerator(self.studio.device, self.precision, qat.accumulation)
+        with quick_products(self.studio.device):
+            if qat.scope == "blockwise":
+                return {"blocks": self._blockwise(accelerator)}
+            original = pipe.transformer
+            student = copy.deepcopy(original)
+            told = self._whole(accelerator, student, original)
+            merge_lora_(student)
+            freeze_into_(original, student)
+        return told
+
+    def _optimizers(self, parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+        qat = self.qat
+        first, second = qat.betas
+        return [torch.optim.AdamW(parameters, qat.lr, (first, second), weight_decay=qat.weight_decay)]
+
+    def _course(self) -> Course:
+        qat = self.qat
+        return Course(
+            steps=qat.steps,
+            batch=qat.batch,
+            accumulation=qat.accumulation,
+            clip=qat.clip,
+            ema=qat.ema,
+            ema_start=qat.bf16_steps,
+            diverged=qat.diverged,
+            save_every=qat.save_every,
+            seed=qat.seed,
+        )
+
+    def _rate(self) -> Any:
+        qat = self.qat
+        return make_rate(qat.schedule, qat.steps, qat.warmup, qat.floor, qat.bf16_steps)
+
+    def _blockwise(self, accelerator: Accelerator) -> list[Row]:
+        studio, qat = self.studio, self.qat
+        transformer = studio.pipe.transformer
+        assert isinstance(self.source, Trajectories)
+        plan = plan_conversion(transformer, self.bench.quant, self.protected, self.bench.modules)
+        touched = {row.block for row in plan.modules if row.status == "converted"}
+        kept = [index for index in range(plan.blocks) if index not in touched]
+        originals = list(transformer.blocks)
+
+        def make(index: int) -> nn.Module | None:
+            if index in kept:
+                return None
+            return self._alone(originals[index], index)
+
+        chosen = resolve_blocks(qat.blocks, plan.blocks) if qat.blocks else range(plan.blocks)
+        stream = enter(transformer, self.source, range(len(self.source)), studio.device)
+        how = (self._optimizers, self._rate(), self._course(), self.states, self.signature)
+        return Blockwise(accelerator, transformer, stream, make, chosen, *how).run()
+
+    def _alone(self, block: nn.Module, index: int) -> nn.Module:
+        """A copy of the block in float32, trainable, outside of its model."""
+        holder = nn.Module()
+        holder.blocks = nn.ModuleList([copy.deepcopy(block)])
+        own = {
+            name.replace(f"blocks.{index}.", "blocks.0.", 1): seen
+            for name, seen in self.stats.items()
+            if name.startswith(f"blocks.{index}.")
+        }
+        make_trainable_(holder, self.bench.quant, (), self.bench.modules, own, self.qat.training)
+        found: nn.Module = holder.blocks[0]
+        for parameter in found.parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return found
+
+    def _whole(self, accelerator: Accelerator, student: nn.Module, original: nn.Module) -> dict[str, Any]:
+        """All at once, as far as the scope says."""
+        qat, assigned = self.qat, self.source
+        assert assigned is not None
+        if qat.quantize:
+            how = (self.bench.quant, self.protected, self.bench.modules, self.stats, qat.training)
+            make_trainable_(student, *how)
+        trained = choose_(student, qat.scope, qat.blocks, qat.lora.rank, qat.lora.alpha)
+        teacher = original if needs_teacher(qat.loss, qat.data.source) else None
+        objective = Objective(qat.loss, assigned, qat.batch, self.studio.device, teacher)
+        loop = Loop(
+            accelerator,
+            student,
+            self._optimizers(trained),
+            self._rate(),
+            objective,
+            self._course(),
+            self.states,
+            self.signature,
+        )
+        linears = trainable_linears(student)
+        first = {name: _size(layer) for name, layer in linears.items()}
+        self._clipped = Counter({name: int(layer.clipped) for name, layer in linears.items()})
+        hooks = Hooks(
+            before=lambda step: self._begin(linears, step),
+            after=lambda step: self._end(accelerator, linears, first, step),
+        )
+        curves = loop.run("train", hooks)
+        if loop.average is not None:
+            loop.average.settle()
+        loop.release()
+        return vars(curves)
+
+    def _begin(self, linears: dict[str, TrainableQuantLinear], step: int) -> None:
+        for layer in linears.values():
+            layer.quantizing = step >= self.qat.bf16_steps
+
+    def _end(
+        self,
+        accelerator: Accelerator,
+        linears: dict[str, TrainableQuantLinear],
+        first: dict[str, torch.Tensor],
+        step: int,
+    ) -> Row:
+        """Counts what fell beyond the range, moves delayed scales on, looks how far scales have moved."""
+        if not linears:
+            return {}
+        row: Row = {}
+        counts = accelerator.reduce(torch.stack([layer.clipped for layer in linears.values()]), "sum").tolist()
+        now = Counter(dict(zip(linears, counts, strict=True)))
+        new = {name: now[name] - self._clipped[name] for name in linears if now[name] > self._clipped[name]}
+        row |= {"clipped": sum(new.values()), "clipped_by": new}
+        self._clipped = now
+        if self.qat.scaling == "delayed":
+            seen = torch.stack([layer.seen for layer in linears.values()])
+            largest = accelerator.gather(seen[None]).amax(0) if accelerator.num_processes > 1 else seen
+            for layer, value in zip(linears.values(), largest, strict=True):
+                layer.advance(value)
+        if step % DRIFT_EVERY == 0 or step + 1 == self.qat.steps:
+            moved: dict[str, list[float]] = {}
+            for name, layer in linears.items():
+                block = ".".join(name.split(".")[:2])
+                moved.setdefault(block, []).append(float((_size(layer) / first[name]).log2()))
+            row["drift"] = {block: sum(values) / len(values) for block, values in moved.items()}
+        return row
+
+
+@torch.no_grad()
+def _size(layer: TrainableQuantLinear) -> torch.Tensor:
+    """What a weight's scale follows: the largest magnitude of it, and of a static input its step."""
+    gain = 0.0 if layer.weight_gain is None else layer.weight_gain.mean()
+    size = layer.weight.detach().abs().amax().float() * torch.as_tensor(gain).exp()
+    return size if layer.input_scale is None else size * layer.input_scale

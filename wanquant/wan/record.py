@@ -1,0 +1,81 @@
+"""What a Wan transformer was asked, and answered, while it denoised: the data of distillation, which need no videos.
+
+A question is a noisy latent with its timestep and prompt; a model that is guided is asked twice in every step, with the
+prompt and without. Kept batch by batch, as they are made; read one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from wanquant.wan.studio import Pair, Studio
+
+KIND, FILE = "trajectories", "trajectories.safetensors"
+
+
+@dataclass(frozen=True)
+class Question:
+    """``noisy`` and ``answer`` as the model took and gave them, [channels, frames', h, w]."""
+
+    noisy: torch.Tensor
+    timestep: torch.Tensor
+    prompt: str
+    answer: torch.Tensor
+
+
+class Recording:
+    """All questions of these pairs: ``len(recording)`` of them, pair by pair, step by step, branch by branch."""
+
+    def __init__(self, studio: Studio, pairs: Sequence[Pair], label: str = "record BF16") -> None:
+        """From the cache, or made now, with the model in BF16."""
+        self.negative = studio.model.generation.negative_prompt
+        self.steps = studio.model.generation.steps
+        self.branches = 2 if studio.model.generation.guidance_scale > 1 else 1
+        self._place: list[tuple[Pair, Path, int]] = []
+        batch = studio.model.batch
+        groups = [list(pairs[first : first + batch]) for first in range(0, len(pairs), batch)]
+        signatures = [studio.signature(KIND, pairs=group) for group in groups]
+        missing = [
+            p for group, each in zip(groups, signatures, strict=True) if not studio.cache.has(KIND, each) for p in group
+        ]
+        with studio.progress(label, missing) as tick:
+            for group, each in zip(groups, signatures, strict=True):
+                folder = studio.cache.folder(KIND, each, lambda into, group=group: _record(studio, group, into, tick))
+                self._place += [(pair, folder / FILE, row) for row, pair in enumerate(group)]
+
+    def __len__(self) -> int:
+        return len(self._place) * self.steps * self.branches
+
+    def __getitem__(self, place: int) -> Question:
+        asked, branch = divmod(place, self.branches)
+        pair_place, step = divmod(asked, self.steps)
+        (prompt, _), path, row = self._place[pair_place]
+        with safe_open(path, "pt") as file:
+            noisy, answer = (file.get_slice(name)[step, branch, row] for name in ("noisy", "answer"))
+            timestep = file.get_slice("timestep")[step, branch, row]
+        return Question(noisy, timestep, prompt if branch == 0 else self.negative, answer)
+
+
+def _record(studio: Studio, pairs: list[Pair], folder: Path, tick: Any) -> None:
+    asked: dict[str, list[torch.Tensor]] = {"noisy": [], "timestep": [], "answer": []}
+
+    def hook(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        answer = output[0] if isinstance(output, tuple) else output.sample
+        for name, tensor in (("noisy", kwargs["hidden_states"]), ("timestep", kwargs["timestep"]), ("answer", answer)):
+            asked[name].append(tensor.detach().cpu())
+
+    handle = studio.pipe.transformer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        studio.generate(pairs, tick, decode=False)
+    finally:
+        handle.remove()
+    branches = 2 if studio.model.generation.guidance_scale > 1 else 1
+    whole = {name: torch.stack(tensors) for name, tensors in asked.items()}
+    save_file({name: t.view(-1, branches, *t.shape[1:]).contiguous() for name, t in whole.items()}, folder / FILE)
