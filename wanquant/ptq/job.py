@@ -166,6 +166,7 @@ class Job:
         check(config, pairs(config.prompts) + pairs(config.calib, "calib"))
 
     def __post_init__(self) -> None:
+        self.run_: Any = None
         self.cache = Cache(Path(self.config.cache))
         with progress("read", count_files(self.model_folder), "file") as tick:
             self.fingerprint = fingerprint(self.model_folder, tick)
@@ -195,7 +196,7 @@ class Job:
 
     @property
     def with_checkpoint(self) -> bool:
-        return self.config.checkpoint and self.config.mode == "quantize"
+        return bool(self.config.checkpoint) and self.config.mode == "quantize"
 
     def evaluations(self, folder: Path) -> dict[str, Any]:
         """Of an earlier result in the folder that answers the same signature: what ``eval.py`` has joined to it."""
@@ -226,7 +227,7 @@ class Job:
     def load(self) -> Bench:
         config = self.config
         forget_peak_memory(self.device)
-        with self.run_.stage("load"):
+        with self.run_.stage("load") if self.run_ is not None else nullcontext():
             self.made = provenance(self.device)
             with progress("load", LOAD_PARTS, "part") as tick:
                 pipe = load_pipeline(self.model_folder, str(self.device), tick)

@@ -19,7 +19,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from wanquant.qat.data import Trajectories, order
-from wanquant.qat.loop import Course, Hooks, Loop, Row
+from wanquant.qat.loop import Course, Hooks, Loop, Row, quiet
 from wanquant.qat.loss import relative_error
 from wanquant.qat.schedule import Rate
 from wanquant.quant.convert import freeze_into_
 from wanquant.runs.files import write_atomic
+from wanquant.runs.progress import Tick, progress
 
 #: One in so many questions is set aside.
 SET_ASIDE = 8
@@ -121,7 +122,12 @@ class Blockwise:
         """Trains every block in place, so that the transformer is quantized at the end; a row of each."""
         blocks = self.transformer.get_submodule("blocks")
         assert isinstance(blocks, nn.ModuleList)
-        rows = []
+        total, main = self.course.steps * len(self.chosen), self.accelerator.is_main_process
+        with progress("train", total, "step") if main else nullcontext(quiet) as tick:
+            return self._blocks(blocks, tick)
+
+    def _blocks(self, blocks: nn.ModuleList, tick: Tick) -> list[Row]:
+        rows: list[Row] = []
         for index, block in enumerate(blocks):
             target = self.stream.through(block, self.stream.bf16)
             trainable = self.make(index)
@@ -129,7 +135,7 @@ class Blockwise:
                 self.stream.quantized = self.stream.through(block, self.stream.quantized)
             else:
                 if index in self.chosen:
-                    rows.append(self._train(index, trainable, target))
+                    rows.append(self._train(index, trainable, target, tick))
                 frozen = copy.deepcopy(block)
                 freeze_into_(frozen, trainable)
                 blocks[index] = frozen
@@ -137,13 +143,13 @@ class Blockwise:
             self.stream.bf16 = target
         return rows
 
-    def _train(self, index: int, block: nn.Module, target: torch.Tensor) -> Row:
+    def _train(self, index: int, block: nn.Module, target: torch.Tensor, tick: Tick) -> Row:
         """Loads the block's trained weights into it, made now if they are not in the folder."""
         folder = self.folder / f"block-{index:03d}"
         done, told = folder / "trained.safetensors", folder / "row.json"
         row: Row
         if not told.is_file():
-            row = self._learn(index, block, target, folder / "states")
+            row = self._learn(index, block, target, folder / "states", tick)
             kept = {name: value.detach().contiguous().cpu() for name, value in block.state_dict().items()}
             if self.accelerator.is_main_process:
                 save_file(kept, done)
@@ -153,9 +159,11 @@ class Blockwise:
         else:
             row = json.loads(told.read_text(encoding="utf-8"))
             block.load_state_dict(load_file(done))
+            for _ in range(self.course.steps):
+                tick(f"block {index}, known")
         return row
 
-    def _learn(self, index: int, block: nn.Module, target: torch.Tensor, folder: Path) -> Row:
+    def _learn(self, index: int, block: nn.Module, target: torch.Tensor, folder: Path, tick: Tick) -> Row:
         stream, size = self.stream, self.course.batch
         aside = range(0, len(stream), SET_ASIDE)
         learned = [place for place in range(len(stream)) if place % SET_ASIDE]
@@ -178,7 +186,13 @@ class Blockwise:
             folder,
             f"{self.recipe} block {index}",
         )
-        curves = loop.run(f"block {index}", Hooks(show=lambda row: self.show({"block": index, **row})))
+        for _ in range(loop.done):
+            tick(f"block {index}, known")
+
+        def show(row: Row) -> None:
+            self.show({**row, "block": index, "step": index * self.course.steps + row["step"]})
+
+        curves = loop.run(hooks=Hooks(show=show), tick=lambda note="": tick(f"block {index}, {note}"))
         if loop.average is not None:
             loop.average.settle()
         loop.release()

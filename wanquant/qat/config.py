@@ -13,7 +13,9 @@ from wanquant.qat.loss import LossConfig, check_loss
 from wanquant.qat.schedule import SCHEDULES
 from wanquant.qat.scope import SCOPES, trains_weights
 from wanquant.quant.config import parse
+from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import GRADIENTS, Training, check_trainable
+from wanquant.wan.load import empty_transformer, find_folder
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -21,7 +23,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 @dataclass
 class LoraSize:
     rank: int = 8
-    alpha: float = 8.0
+    alpha: int = 8
 
 
 @dataclass
@@ -127,6 +129,9 @@ def check_qat(config: TrainConfig) -> None:
         raise ValueError("qat.scope=all trains every block: choose qat.scope=blocks for some")
     if qat.scope == "blocks" and not qat.blocks:
         raise ValueError("qat.scope=blocks needs qat.blocks=[...]")
+    resolve_blocks(
+        qat.blocks, len(empty_transformer(find_folder(config.model.path, shapes_only=True)).blocks), "trained"
+    )
     if qat.lora.rank < 1 or qat.lora.alpha <= 0:
         raise ValueError(f"qat.lora.rank={qat.lora.rank}, qat.lora.alpha={qat.lora.alpha}: must be positive")
     check_data(qat.data, config.model.language)

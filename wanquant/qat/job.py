@@ -13,10 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import broadcast_object_list
 
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
@@ -29,13 +34,16 @@ from wanquant.ptq.config import check, identity, settle_config
 from wanquant.ptq.job import Job, run_job
 from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.config import TrainConfig, check_qat, counted, settle_train
+from wanquant.qat.loop import make_accelerator
 from wanquant.qat.train import Trainer, processes
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.runs.progress import progress
 from wanquant.runs.run import MEASURES, signature
+from wanquant.runs.tracking import live
 from wanquant.wan.checkpoint import save_quantized, save_transformer
+from wanquant.wan.device import pick_device
 from wanquant.wan.generate import Sample
-from wanquant.wan.load import read_transformer
+from wanquant.wan.load import find_folder, hush_libraries, read_transformer
 from wanquant.wan.studio import Studio
 
 #: Measured against the twin, pair by pair. The first decides.
@@ -46,16 +54,48 @@ CURVES = "training.json"
 
 def run_train(config: TrainConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
     """As ``run_ptq``. Under ``accelerate launch`` the first process does all of it, and the others train with it."""
-    return run_job(config, folder, config_yaml, TrainJob)
+    if processes() == 1 or config.dry_run:
+        return run_job(config, folder, config_yaml, TrainJob)
+    TrainJob.called = False
+    accelerator = make_accelerator(pick_device(config.model.device))
+    if not accelerator.is_main_process:
+        assist(config)
+        return None
+    try:
+        return run_job(config, folder, config_yaml, TrainJob)
+    finally:
+        if not TrainJob.called:  # there was nothing to train, or it failed before
+            broadcast_object_list([None])
+
+
+def assist(config: TrainConfig) -> None:
+    """Waits until the first process has all that can be made once, and trains with it."""
+    word: list[Any] = [None]
+    broadcast_object_list(word)
+    if word[0] is None:
+        return
+    config = TrainJob.settle(config)
+    torch.set_num_threads(config.threads)
+    hush_libraries()
+    measured = pairs(config.prompts), pairs(config.calib, "calib")
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        job = TrainJob(config, pick_device(config.model.device), find_folder(config.model.path), *measured)
+        bench = job.load()
+        trainer = Trainer(bench, config.qat, word[0], bench.inputs())
+        trainer.prepare()
+        trainer.train()
 
 
 class TrainJob(Job):
     name: ClassVar[str] = "train"
+    #: Whether the other processes were told to train.
+    called: ClassVar[bool] = False
 
     @staticmethod
     def settle(config: TrainConfig) -> TrainConfig:
         quant = config.quant if config.qat.quantize else QuantConfig(name="bf16", format="bf16")
-        settled = settle_config(dataclasses.replace(config, quant=quant))
+        model = dataclasses.replace(config.model, device=_own_card(config.model.device))
+        settled = settle_config(dataclasses.replace(config, quant=quant, model=model))
         assert isinstance(settled, TrainConfig)
         return settle_train(settled)
 
@@ -77,7 +117,7 @@ class TrainJob(Job):
             calibration, stats = bench.calibration(), bench.inputs()
         with run.stage("choose"):
             choice = choose(config.protect, bench)
-        trainer = Trainer(bench, config.qat, choice.blocks, stats, run.folder)
+        trainer = Trainer(bench, config.qat, choice.blocks, stats)
         with run.stage("data"):
             trainer.prepare()
         with run.stage("generate_bf16"):
@@ -135,7 +175,11 @@ class TrainJob(Job):
             shutil.rmtree(trainer.states, ignore_errors=True)
 
         def make(folder: Path) -> None:
-            told = trainer.train()
+            if processes() > 1:
+                TrainJob.called = True
+                broadcast_object_list([list(trainer.protected)])
+            with live(self.config.tracker, self.run_.folder, dataclasses.asdict(self.config)) as trainer.show:
+                told = trainer.train()
             source = self.model_folder / "transformer"
             if self.config.qat.quantize:
                 save_transformer(studio.pipe.transformer, source, folder, lambda: None)
@@ -179,6 +223,12 @@ class TrainJob(Job):
             partial = target.with_name("checkpoint.partial")
             studio.pipe.save_pretrained(partial)
             partial.rename(target)
+
+
+def _own_card(device: str) -> str:
+    """Of several processes each has the card that its launcher gave it."""
+    kind = pick_device(device).type
+    return device if processes() == 1 or kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def verdict_of(paired: Estimate, few: bool) -> str:

@@ -22,16 +22,17 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import nn
 
 from wanquant.qat.schedule import Average, Rate
-from wanquant.runs.progress import progress
+from wanquant.runs.progress import Tick, progress
 
 #: Losses that are compared to say that they grow: the last so many, and the lowest mean of so many before.
 WINDOW = 10
@@ -93,15 +94,17 @@ Loss = Callable[[nn.Module, int, range], dict[str, torch.Tensor]]
 def make_accelerator(device: torch.device, precision: str = "fp32", accumulation: int = 1) -> Accelerator:
     """``precision`` is ``bf16`` or ``fp32``, of the products; weights and gradients are float32 either way."""
     AcceleratorState._reset_state()  # a process may train several times, each in its own precision
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process makes data while the others wait
     return Accelerator(
+        kwargs_handlers=[patience],
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
         gradient_accumulation_steps=accumulation,
     )
 
 
-def _quiet(note: str = "") -> None:
-    pass
+def quiet(note: str = "") -> None:
+    """The tick of a process that shows no progress."""
 
 
 class Loop:
@@ -154,11 +157,15 @@ class Loop:
             found.setdefault(match[1] if match else "rest", []).append(place)
         return found
 
-    def run(self, label: str = "train", hooks: Hooks | None = None, stop_at: int | None = None) -> Curves:
-        """To the last step, or to ``stop_at`` to go on later."""
+    def run(
+        self, label: str = "train", hooks: Hooks | None = None, stop_at: int | None = None, tick: Tick | None = None
+    ) -> Curves:
+        """To the last step, or to ``stop_at`` to go on later. With a ``tick`` it is part of a longer work, whose
+        progress that shows."""
         hooks, last = hooks or Hooks(), self.course.steps if stop_at is None else stop_at
         main = self.accelerator.is_main_process
-        with progress(label, self.course.steps, "step", self.done) if main else nullcontext(_quiet) as tick:
+        own = main and tick is None
+        with progress(label, self.course.steps, "step", self.done) if own else nullcontext(tick or quiet) as tick:
             for step in range(self.done, last):
                 row = self._step(step, hooks)
                 self.curves.rows.append(row)

@@ -99,7 +99,7 @@ def ask(model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, text: tor
 @contextmanager
 def _outputs(model: nn.Module | None, into: list[torch.Tensor]) -> Iterator[None]:
     """Collects what the blocks give, in their order."""
-    blocks = [] if model is None else list(getattr(model, "module", model).get_submodule("blocks"))
+    blocks: Any = [] if model is None else getattr(model, "module", model).blocks
 
     def hook(_: nn.Module, args: Any, output: torch.Tensor) -> None:
         into.append(output)

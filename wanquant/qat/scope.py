@@ -28,7 +28,7 @@ def trains_weights(scope: str) -> bool:
     return scope in ("all", "blocks", "blockwise")
 
 
-def choose_(transformer: nn.Module, scope: str, blocks: Sequence[int], rank: int, alpha: float) -> list[nn.Parameter]:
+def choose_(transformer: nn.Module, scope: str, blocks: Sequence[int], rank: int, alpha: int) -> list[nn.Parameter]:
     """Turns gradients on for what the scope trains, in float32, and off for the rest. Returns it.
 
     ``blocks`` are indices from either end; empty for all. ``ValueError`` if nothing is left to train.
@@ -66,7 +66,7 @@ def _is_trained(
     return scope == "all" or inside
 
 
-def add_lora_(transformer: nn.Module, prefixes: Sequence[str], rank: int, alpha: float) -> None:
+def add_lora_(transformer: nn.Module, prefixes: Sequence[str], rank: int, alpha: int) -> None:
     """An adapter of this rank beside every quantized linear below the prefixes."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -87,22 +87,27 @@ def _lora_class() -> type[nn.Module]:
     class LoraQuantLinear(nn.Module, LoraLayer):
         """Rounds the sum of weight and adapter, so that what is trained is what is saved."""
 
+        base_layer: Any
+        lora_A: Any
+        lora_B: Any
+        scaling: Any
+        update_layer: Any
+
         def __init__(self, base_layer: TrainableQuantLinear, adapter_name: str, r: int, **kwargs: Any) -> None:
             super().__init__()
             LoraLayer.__init__(self, base_layer)
-            self._active_adapter = adapter_name
+            self._active_adapter = self.adapter = adapter_name
             self.update_layer(adapter_name, r, **kwargs)
 
         def merged_weight(self) -> torch.Tensor:
-            name = self.active_adapters[0]
-            delta = self.lora_B[name].weight @ self.lora_A[name].weight * self.scaling[name]
-            merged: torch.Tensor = self.get_base_layer().weight.float() + delta
+            down, up = (part[self.adapter].weight for part in (self.lora_A, self.lora_B))
+            merged: torch.Tensor = self.base_layer.weight.float() + up @ down * self.scaling[self.adapter]
             return merged
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             with torch.autocast(x.device.type, enabled=False):
                 weight = self.merged_weight()
-            y: torch.Tensor = self.get_base_layer().of(x, weight)
+            y: torch.Tensor = self.base_layer.of(x, weight)
             return y
 
     return LoraQuantLinear
@@ -112,6 +117,7 @@ def merge_lora_(transformer: nn.Module) -> None:
     """Puts each adapter into its linear's weight, and the linear back where it was."""
     for name, child in list(transformer.named_modules()):
         if hasattr(child, "merged_weight"):
-            base = child.get_base_layer()
-            base.weight = nn.Parameter(child.merged_weight().detach(), requires_grad=False)
+            base: Any = child.base_layer
+            merged: Any = child.merged_weight
+            base.weight = nn.Parameter(merged().detach(), requires_grad=False)
             transformer.set_submodule(name, base)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,8 +50,8 @@ class Trainer:
     qat: QATConfig
     protected: Sequence[int]
     stats: Mapping[str, Any]
-    folder: Path
     source: Source | None = None
+    show: Callable[[Row], None] = lambda row: None
     _clipped: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -92,7 +93,9 @@ class Trainer:
         """Leaves the trained transformer in the pipeline; returns its curves."""
         qat, pipe = self.qat, self.studio.pipe
         accelerator = make_accelerator(self.studio.device, self.precision, qat.accumulation)
-        with quick_products(self.studio.device):
+        with quick_products(self.studio.device), warnings.catch_warnings():
+            # Of a norm whose weight is in float32 and whose input is not, which is meant.
+            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             if qat.scope == "blockwise":
                 return {"blocks": self._blockwise(accelerator)}
             original = pipe.transformer
@@ -142,7 +145,7 @@ class Trainer:
         chosen = resolve_blocks(qat.blocks, plan.blocks) if qat.blocks else range(plan.blocks)
         stream = enter(transformer, self.source, range(len(self.source)), studio.device)
         how = (self._optimizers, self._rate(), self._course(), self.states, self.signature)
-        return Blockwise(accelerator, transformer, stream, make, chosen, *how).run()
+        return Blockwise(accelerator, transformer, stream, make, chosen, *how, self.show).run()
 
     def _alone(self, block: nn.Module, index: int) -> nn.Module:
         """A copy of the block in float32, trainable, outside of its model."""
@@ -186,6 +189,7 @@ class Trainer:
         hooks = Hooks(
             before=lambda step: self._begin(linears, step),
             after=lambda step: self._end(accelerator, linears, first, step),
+            show=self.show,
         )
         curves = loop.run("train", hooks)
         if loop.average is not None:

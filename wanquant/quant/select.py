@@ -10,17 +10,17 @@ import re
 from collections.abc import Iterable, Sequence
 
 
-def resolve_blocks(indices: Sequence[int], count: int) -> tuple[int, ...]:
+def resolve_blocks(indices: Sequence[int], count: int, what: str = "protected") -> tuple[int, ...]:
     """Indices from either end to sorted positions 0..count-1; ``ValueError`` names one out of range or given twice."""
     resolved: dict[int, int] = {}
     for index in indices:
         if not -count <= index < count:
             raise ValueError(
-                f"protected block {index} is out of range: the model has {count} blocks, {-count} to {count - 1}"
+                f"{what} block {index} is out of range: the model has {count} blocks, {-count} to {count - 1}"
             )
         position = index % count
         if position in resolved:
-            raise ValueError(f"protected blocks {resolved[position]} and {index} are the same of {count} blocks")
+            raise ValueError(f"{what} blocks {resolved[position]} and {index} are the same of {count} blocks")
         resolved[position] = index
     return tuple(sorted(resolved))
 

@@ -126,7 +126,9 @@ class TrainableQuantLinear(nn.Linear):
     """
 
     weight_step: torch.Tensor | None
+    weight_gain: nn.Parameter | None
     input_scale: torch.Tensor | None
+    input_gain: nn.Parameter | None
     history: torch.Tensor
     clipped: torch.Tensor
 
@@ -144,7 +146,8 @@ class TrainableQuantLinear(nn.Linear):
         check_trainable(scheme, how)
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.scheme, self.how, self.quantizing = scheme, how, True
-        self._last, self._seen = last or LastInput(), None
+        self._last = last or LastInput()
+        self._seen: torch.Tensor | None = None
         device, dtype = linear.weight.device, torch.float32 if how.weights else torch.bfloat16
         self.weight = nn.Parameter(linear.weight.detach().to(dtype), how.weights)
         if linear.bias is not None:

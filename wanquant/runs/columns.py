@@ -12,7 +12,13 @@ FURTHER = (
     ("color_histogram", "colour histogram", "levels"),
     ("lpips", "LPIPS", ""),
 )
-FLOORS = (("", "quantized"), ("floor_ulp.", "BF16, noise moved by 1 ulp"), ("floor_seed.", "BF16, another seed"))
+FLOORS = (
+    ("", "quantized"),
+    ("floor_ulp.", "BF16, noise moved by 1 ulp"),
+    ("floor_seed.", "BF16, another seed"),
+)
+#: The rows of a run's table. Only a training has a twin.
+ROWS = (FLOORS[0], ("twin.", "quantized, not trained"), *FLOORS[1:])
 ATTRIBUTES = ("color", "shape", "direction", "background", "attributes")
 #: VBench's dimensions that notice a collapse: consistency and smoothness cannot, since a frozen grey video is perfectly
 #: smooth. Where means are shown these are shown, be it that they were not measured.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.ticker
@@ -166,6 +166,34 @@ def small_multiples(panels: Sequence[tuple[str, Sequence[Sequence[float]]]], lab
         axes.spines[["top", "right"]].set_visible(False)
     figure.supylabel(label, fontsize=8)
     figure.tight_layout()
+    return _svg(figure)
+
+
+def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float | None]], label: str, log: bool) -> str:
+    """Lines over training steps, told apart by dashes as well as by colour."""
+    figure, axes = plt.subplots(figsize=(9, 2.6))
+    looks = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", ":", "-."), strict=True)
+    for (name, values), (color, dashes) in zip(lines.items(), looks, strict=False):
+        axes.plot(steps, np.array(values, float), dashes, color=color, linewidth=1.2, label=name)
+    axes.set(xlabel="step", ylabel=label, yscale="log" if log else "linear")
+    if len(lines) > 1:
+        axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
+    axes.grid(color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def before_after(rows: Sequence[tuple[int, float, float]], label: str) -> str:
+    """For each (block, before, after) a hollow dot, a full one, and a line between."""
+    figure, axes = plt.subplots(figsize=(9, 2.8))
+    for place, (block, before, after) in enumerate(rows):
+        axes.plot([block, block], [before, after], color=QUANTIZED, linewidth=2)
+        axes.plot(block, before, "o", color="white", markeredgecolor="black", label=None if place else "before")
+        axes.plot(block, after, "o", color="black", label=None if place else "after")
+    axes.set(xlabel="block", ylabel=label, yscale="log")
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
+    axes.grid(axis="y", color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 
 

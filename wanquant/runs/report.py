@@ -10,11 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wanquant.runs.analysis_report import analysis_html, analysis_summary
-from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FLOORS, FURTHER
+from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER, ROWS
 from wanquant.runs.estimates import estimate_text
 from wanquant.runs.evaluation_report import sections
 from wanquant.runs.figures import block_magnitudes, intervals
 from wanquant.runs.files import write_atomic
+from wanquant.runs.training_report import training_lines, training_section
 
 #: Videos embedded at most, and their bytes together; the others are beside the report.
 MAX_VIDEOS, MAX_VIDEO_BYTES = 10, 12_000_000
@@ -58,6 +59,7 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
         further_rows=further,
         further_columns=[(title, unit) for _, title, unit in _further(metrics)],
         evaluations=evaluations,
+        training=training_section(result) if "over_twin" in result else None,
         attributes=[name for name in ATTRIBUTES if name in metrics],
         failed=failed_gates(result),
         cautions=cautions(result),
@@ -76,7 +78,7 @@ def _fidelity_rows(metrics: dict[str, Any], columns: tuple[tuple[str, str, str],
     """The run's own and the noise floors'."""
     return [
         (label + _pairs_if_other(metrics, prefix), [metrics[prefix + key] for key, _, _ in columns])
-        for prefix, label in FLOORS
+        for prefix, label in ROWS
         if prefix + FIDELITY[0][0] in metrics
     ]
 
@@ -111,7 +113,7 @@ def summary(result: dict[str, Any], folder: Path) -> str:
         f"{'mean [95 % interval]':<28}"
         + "".join(f"{title + (', ' + unit if unit else ''):<26}" for _, title, unit in FIDELITY),
     ]
-    for prefix, label in FLOORS:
+    for prefix, label in ROWS:
         if prefix + FIDELITY[0][0] in metrics:
             row = "".join(f"{estimate_text(metrics[prefix + key]):<26}" for key, _, _ in FIDELITY)
             lines.append(f"{label:<28}{row}{_pairs_if_other(metrics, prefix)}")
@@ -121,6 +123,8 @@ def summary(result: dict[str, Any], folder: Path) -> str:
             values = (estimate_text(metrics[prefix + name]) for prefix in ("bf16.", "", "difference."))
             label = "mean of the four" if name == "attributes" else name
             lines.append(f"{label:<28}" + "".join(f"{value:<26}" for value in values))
+    if "over_twin" in result:
+        lines += training_lines(result)
     failed = failed_gates(result)
     overflow = result["overflow"]
     if overflow["elements"]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,37 @@ def mirror(config: TrackerConfig, folder: Path, settings: dict[str, Any], result
         _send(config, folder, settings, result)
     except Exception as error:  # whatever it is, hours of work are not lost to it
         logging.getLogger(__name__).warning("the result is complete, but the tracker failed: %s", error)
+
+
+@contextmanager
+def live(config: TrackerConfig, folder: Path, settings: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function for the rows of a training, each sent when it is given; a tracker that fails is a warning, once."""
+    if config.name == "none":
+        yield lambda row: None
+        return
+    broken: list[Exception] = []
+
+    def attempt(send: Callable[[], Any]) -> Any:
+        try:
+            return None if broken else send()
+        except Exception as error:  # as in ``mirror``
+            broken.append(error)
+            logging.getLogger(__name__).warning("the training goes on, but the tracker failed: %s", error)
+            return None
+
+    run = attempt(lambda: _run(config, folder, "training", settings))
+    try:
+        yield lambda row: attempt(lambda: run.log(_flat(row)))
+    finally:
+        attempt(lambda: run.finish())
+
+
+def _flat(row: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """``{"grad_norms": {"blocks.0": 1}}`` as ``{"grad_norms/blocks.0": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        found |= _flat(value, f"{path}{key}/") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
 
 
 def _run(config: TrackerConfig, folder: Path, group: str, settings: dict[str, Any]) -> Any:

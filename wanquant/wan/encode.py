@@ -34,7 +34,8 @@ def encode_video(pipe: Pipeline, frames: torch.Tensor) -> torch.Tensor:
         torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    return ((latents - mean) / std)[0].cpu()
+    found: torch.Tensor = ((latents - mean) / std)[0].cpu()
+    return found
 
 
 def read_video(path: Path, settings: GenerationConfig) -> torch.Tensor:

@@ -6,7 +6,7 @@ prompt and without. Kept batch by batch, as they are made; read one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Recording:
         ]
         with studio.progress(label, missing) as tick:
             for group, each in zip(groups, signatures, strict=True):
-                folder = studio.cache.folder(KIND, each, lambda into, group=group: _record(studio, group, into, tick))
+                folder = studio.cache.folder(KIND, each, _recorder(studio, group, tick))
                 self._place += [(pair, folder / FILE, row) for row, pair in enumerate(group)]
 
     def __len__(self) -> int:
@@ -63,7 +63,11 @@ class Recording:
         return Question(noisy, timestep, prompt if branch == 0 else self.negative, answer)
 
 
-def _record(studio: Studio, pairs: list[Pair], folder: Path, tick: Any) -> None:
+def _recorder(studio: Studio, pairs: list[Pair], tick: Callable[[], None]) -> Callable[[Path], None]:
+    return lambda folder: _record(studio, pairs, folder, tick)
+
+
+def _record(studio: Studio, pairs: list[Pair], folder: Path, tick: Callable[[], None]) -> None:
     asked: dict[str, list[torch.Tensor]] = {"noisy": [], "timestep": [], "answer": []}
 
     def hook(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -24,12 +24,12 @@ from wanquant.wan.tiny import (
 def distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
     """Signed distance in pixels (negative inside) to a shape whose bounding box is 2·radius wide."""
     if shape == "square":
-        return np.maximum(np.abs(dx), np.abs(dy)) - radius
+        return np.asarray(np.maximum(np.abs(dx), np.abs(dy)) - radius)
     if shape == "circle":
-        return np.hypot(dx, dy) - radius
+        return np.asarray(np.hypot(dx, dy) - radius)
     # Apex at (0, -radius), base from (-radius, radius) to (radius, radius).
     side = (2.0 * np.abs(dx) - (dy + radius)) / np.sqrt(5.0)
-    return np.maximum(side, dy - radius)
+    return np.asarray(np.maximum(side, dy - radius))
 
 
 def draw(scene: Scene, rng: np.random.Generator, frames: int = NUM_FRAMES) -> np.ndarray:
@@ -53,4 +53,4 @@ def draw(scene: Scene, rng: np.random.Generator, frames: int = NUM_FRAMES) -> np
     dx, dy = np.broadcast_arrays(dx, dy)
     cover = np.clip(0.5 - distance(scene.shape, dx, dy, radius), 0.0, 1.0)[..., None]
     pixels = cover * np.array(PALETTE[scene.color]) + (1.0 - cover) * np.array(BACKGROUNDS[scene.background])
-    return np.round(pixels).astype(np.uint8)
+    return np.asarray(np.round(pixels), np.uint8)

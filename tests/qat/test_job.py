@@ -1,0 +1,225 @@
+"""``python train.py`` end to end: every scope, both kinds of data, several processes, and a process that is killed."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.qat.short import ROOT, make_short, overrides, result_of, train
+from wanquant import load_pipeline
+from wanquant.evaluate.fidelity import latent_sqnr
+from wanquant.wan.generate import GenerationConfig, generate
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_short(tmp_path_factory.mktemp("model") / "short")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = load_file(next((folder / "transformer").glob("*.safetensors")))
+    return {name: found[name] for name in sorted(found)}
+
+
+#: Each with what of a block's tensors it may change.
+SCOPES: dict[str, tuple[list[str], str]] = {
+    "blockwise": (["qat.scope=blockwise", "qat.lr=1e-4"], r"blocks\.[12]\..*"),
+    "all": (["qat.scope=all", "qat.gradients=stochastic", "qat.ema=0.9", "qat.bf16_steps=1"], r".*"),
+    "blocks": (["qat.scope=blocks", "qat.blocks=[1]"], r"blocks\.1\..*"),
+    "norms": (["qat.scope=norms", "qat.loss.blocks=0.5"], r"blocks\..*(norm.*|bias|scale_shift_table)"),
+    "scales": (["qat.scope=scales", "quant=static_per_tensor"], r"blocks\.[12]\..*(weight|weight_scale|input_scale)"),
+    "lora": (["qat.scope=lora", "qat.lora.rank=2"], r"blocks\.[12]\..*(weight|weight_scale)"),
+    "delayed": (
+        ["qat.scope=all", "qat.scaling=delayed", "qat.window=2", "quant=static_per_tensor", "quant.attention=qkvp"],
+        ".*",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_what_is_trained_is_what_is_saved(
+    name: str, model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words, may_change = SCOPES[name]
+    words = overrides(model, cache, *words, f"hydra.run.dir={tmp_path / 'run'}")
+    assert train(monkeypatch, *words) == 0
+    said = capsys.readouterr().out
+    assert "QAT against PTQ twin: too few pairs" in said
+    result = result_of(tmp_path / "run")
+    assert result["over_twin"]["latent_sqnr"]["n"] == 2
+    assert result["over_twin"]["latent_sqnr"]["mean"] == pytest.approx(
+        result["metrics"]["latent_sqnr"]["mean"] - result["metrics"]["twin.latent_sqnr"]["mean"]
+    )
+    assert result["over_twin"]["latent_sqnr"]["mean"] != 0
+    # The checkpoint makes the same videos.
+    items = result["metrics"]["latent_sqnr"]["per_item"]
+    pairs, settings = [(item["prompt"], item["seed"]) for item in items], GenerationConfig(**result["generation"])
+    reference, found = (
+        generate(pipe, pairs, settings, decode=False, batch=24)
+        for pipe in (load_pipeline(model, device="cpu"), load_pipeline(tmp_path / "run" / "checkpoint", device="cpu"))
+    )
+    again = [latent_sqnr(r.latents, f.latents) for r, f in zip(reference, found, strict=True)]
+    assert again == [item["value"] for item in items]
+    # Nothing else was touched, protected blocks least of all.
+    before, after = tensors(model), tensors(tmp_path / "run" / "checkpoint")
+    changed = [
+        key for key, value in before.items() if after[key].dtype == value.dtype and not torch.equal(after[key], value)
+    ]
+    assert [key for key in changed if not re.fullmatch(may_change, key)] == []
+    rows = result["training"].get("rows")
+    if rows is None:
+        assert [row["block"] for row in result["training"]["blocks"]] == [1, 2]
+        assert all(len(row["losses"]) == 3 for row in result["training"]["blocks"])
+    else:
+        assert [row["step"] for row in rows] == [0, 1, 2]
+        assert {"loss", "lr", "grad_norm", "grad_norms", "clipped"} <= set(rows[0])
+        assert set(rows[0]["drift"]) == {"blocks.1", "blocks.2"}
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Did training help?" in report
+    assert "PTQ twin" in report
+
+
+def test_finished_is_not_trained_again(model: Path, cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    words = overrides(model, cache, "qat.scope=norms", "qat.data.prompts.seeds=[5]")
+    assert train(monkeypatch, *words, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    assert train(monkeypatch, *words, f"hydra.run.dir={tmp_path / 'b'}", "qat.save_every=1") == 0
+    assert "finished already" in capsys.readouterr().out
+    assert result_of(tmp_path / "b")["training"] == result_of(tmp_path / "a")["training"]
+    # Other prompts to measure by: the training is known.
+    other = "prompts.texts=[a green square moving down on a gray background]"
+    assert train(monkeypatch, *overrides(model, cache, *words[:2], other), f"hydra.run.dir={tmp_path / 'c'}") == 0
+    assert "train" in result_of(tmp_path / "c")["provenance"]["from_cache"]
+
+
+def test_bf16_is_fine_tuned_in_the_same_loop(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    data = ["qat.data.source=folder", f"qat.data.path={make_videos(tmp_path / 'films')}"]
+    words = overrides(model, cache, "qat=off", *data, f"hydra.run.dir={tmp_path / 'run'}", "qat.lr=1e-4")
+    assert train(monkeypatch, *words) == 0
+    assert "fine-tuned against BF16 as it was: too few pairs" in capsys.readouterr().out
+    result = result_of(tmp_path / "run")
+    assert result["conversion"]["converted"] == 0
+    assert result["metrics"]["twin.latent_sqnr"]["mean"] == 100
+    assert result["training"]["rows"][0]["flow"] > 0
+    tuned, plain = tensors(tmp_path / "run" / "checkpoint"), tensors(model)
+    assert tuned.keys() == plain.keys()
+    assert not torch.equal(tuned["blocks.1.ffn.net.2.weight"], plain["blocks.1.ffn.net.2.weight"])
+
+
+def make_videos(folder: Path) -> Path:
+    """Four drawn videos and their captions, in a CSV file."""
+    import numpy as np
+
+    from wanquant.runs.pictures import write_mp4
+    from wanquant.wan.scenes import draw
+    from wanquant.wan.tiny import all_scenes
+
+    lines = ["file,caption"]
+    for number, scene in enumerate(all_scenes()[:4]):
+        write_mp4(folder / f"{number}.mp4", draw(scene, np.random.default_rng(number)), 8)
+        lines.append(f"{number}.mp4,{scene.caption}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def losses(result: dict[str, Any]) -> list[Any]:
+    training = result["training"]
+    return [row["losses"] for row in training["blocks"]] if "blocks" in training else training["rows"]
+
+
+@pytest.mark.parametrize("scope", ["blockwise", "all"])
+def test_two_processes_train_as_one_does(scope: str, model: Path, cache: Path, tmp_path: Path) -> None:
+    """With exact products, to 1e-4 of the loss: sums over other halves of the batch."""
+    words = overrides(model, cache, f"qat.scope={scope}", "quant.product=exact", "qat.precision=fp32", "qat.lr=1e-4")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    for name, prefix in (("one", []), ("two", launch)):
+        command = [sys.executable, *prefix, "train.py", *words, f"hydra.run.dir={tmp_path / name}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("QAT against PTQ twin") == 1
+    one, two = (losses(result_of(tmp_path / name)) for name in ("one", "two"))
+    if scope == "all":
+        one, two = ([[row["loss"] for row in rows]] for rows in (one, two))
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+        assert b != a  # there were two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["blockwise", "all"])
+def test_killed_five_times_it_ends_the_same(scope: str, model: Path, tmp_path: Path) -> None:
+    """By SIGKILL at random moments of the training."""
+
+    def command(name: str) -> list[str]:
+        more = ["qat.steps=40", "qat.save_every=3", "qat.ema=0.9", f"hydra.run.dir={tmp_path / name}"]
+        words = overrides(model, tmp_path / f"cache-{name}", f"qat.scope={scope}", *more)
+        return [sys.executable, "train.py", *words]
+
+    subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
+    pick, killed = random.Random(1), 0
+    training = tmp_path / "cache-killed" / "training"
+    while killed < 5:
+        known = set(training.rglob("state-*"))
+        process = subprocess.Popen(command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and set(training.rglob("state-*")) <= known:
+            time.sleep(0.01)
+        time.sleep(pick.random() * 0.3)
+        process.kill()
+        assert process.wait() != 0, "it ended before it was killed"
+        killed += 1
+    subprocess.run(command("killed"), cwd=ROOT, check=True, capture_output=True)
+    whole, again = (result_of(tmp_path / name) for name in ("whole", "killed"))
+    assert again["training"] == whole["training"]
+    assert again["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["qat.scope=everything"], "qat.scope=everything: choose all, blocks"),
+        (["qat.scope=all", "qat.blocks=[1]"], "choose qat.scope=blocks"),
+        (["qat.scope=blocks"], "needs qat.blocks"),
+        (["qat.scope=blocks", "qat.blocks=[9]"], "9 is out of range"),
+        (["qat.scope=lora", "protect.blocks=[0,1,2,3]"], "no linear to quantize"),
+        (["qat.steps=0"], "qat.steps=0: must be at least 1"),
+        (["qat.batch=5", "qat.accumulation=2"], "does not divide"),
+        (["qat.bf16_steps=3", "qat.scope=all"], "leaves none"),
+        (["qat.loss.flow=1", "qat.scope=all"], "qat.loss.flow is for videos"),
+        (["qat.loss.output=0", "qat.scope=all"], "nothing would be learned"),
+        (["qat.scaling=delayed", "qat.scope=all"], "static=true"),
+        (["qat.gradients=hif4"], "choose none, hif8, stochastic"),
+        (["quant=mxfp8_w8a8"], "mxfp8 cannot be trained"),
+        (["quant=bf16"], "fine-tune with qat=off"),
+        (["qat=off", "qat.scope=lora"], "is for a quantized model"),
+        (["qat.data.source=folder", "qat.scope=all", "qat.data.path=nowhere"], "qat.data.path=nowhere"),
+        (["qat.data.source=tape"], "choose trajectories, scenes, folder"),
+        (["qat.data.prompts.texts=[a blue square moving up on a white background]"], "measured on"),
+        (["mode=analyze"], "no other than quantize"),
+        (["qat.lrr=1"], "lrr"),
+    ],
+)
+def test_what_is_refused(
+    words: list[str], said: str, model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    assert train(monkeypatch, *overrides(model, cache, *words, f"hydra.run.dir={run}")) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (run / "result.json").exists()
