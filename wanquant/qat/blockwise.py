@@ -46,7 +46,8 @@ Optimizers = Callable[[Sequence[nn.Parameter]], list[torch.optim.Optimizer]]
 
 @dataclass
 class Stream:
-    """What enters a block, on the host: ``bf16`` and ``quantized`` [questions, tokens, width], and what they share."""
+    """What enters a block, on the host: ``bf16`` and ``quantized`` [questions, tokens, width], and what they share.
+    ``trained_in`` is the type that a block in training takes."""
 
     bf16: torch.Tensor
     quantized: torch.Tensor
@@ -54,15 +55,21 @@ class Stream:
     modulation: torch.Tensor
     rotary: Any
     device: torch.device
+    trained_in: torch.dtype = torch.bfloat16
 
     def __len__(self) -> int:
         return len(self.bf16)
 
-    def call(self, block: nn.Module, hidden: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-        """The block on these questions' ``hidden``, whichever it is given from."""
+    def learn(self, block: nn.Module, places: Sequence[int]) -> torch.Tensor:
+        """What a block in training gives for these questions."""
+        return self._call(block, self.quantized, places, self.trained_in)
+
+    def _call(
+        self, block: nn.Module, hidden: torch.Tensor, places: Sequence[int], kind: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
         rows = torch.as_tensor(places)
-        taken = (tensor[rows].to(self.device) for tensor in (hidden, self.text, self.modulation))
-        output: torch.Tensor = block(*taken, self.rotary)
+        given, text = (tensor[rows].to(self.device, kind) for tensor in (hidden, self.text))
+        output: torch.Tensor = block(given, text, self.modulation[rows].to(self.device), self.rotary)
         return output
 
     @torch.no_grad()
@@ -70,7 +77,7 @@ class Stream:
         outputs = torch.empty_like(hidden)
         for first in range(0, len(self), AT_ONCE):
             places = range(first, min(first + AT_ONCE, len(self)))
-            outputs[first : places.stop] = self.call(block, hidden, places).to("cpu", hidden.dtype)
+            outputs[first : places.stop] = self._call(block, hidden, places).to("cpu", hidden.dtype)
         return outputs
 
 
@@ -172,7 +179,7 @@ class Blockwise:
         def loss(model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
             taken = order(len(learned), self.course.seed + index, step * size, size)[rows.start : rows.stop]
             places = [learned[place] for place in taken]
-            output = stream.call(model, stream.quantized, places)
+            output = stream.learn(model, places)
             return {"loss": relative_error(output, target[torch.as_tensor(places)].to(output.device)).mean()}
 
         parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
@@ -209,5 +216,5 @@ class Blockwise:
         for first in range(0, len(places), AT_ONCE):
             part = places[first : first + AT_ONCE]
             wanted = target[torch.as_tensor(part)]
-            errors.append(relative_error(self.stream.call(block, self.stream.quantized, part).cpu(), wanted))
+            errors.append(relative_error(self.stream.learn(block, part).cpu(), wanted))
         return float(torch.cat(errors).mean())

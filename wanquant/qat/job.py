@@ -148,7 +148,7 @@ class TrainJob(Job):
             "block_sqnr": None,
             "metrics": metrics,
             "over_twin": over,
-            "training": training,
+            "training": {**training, "processes": processes(), "precision": trainer.precision},
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
             "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
             "gates": {gate.name: gate.as_json() for gate in gate_results},

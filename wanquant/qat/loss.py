@@ -68,7 +68,6 @@ class Objective:
             self.config,
             (t.to(self.device) for t in (batch.noisy, batch.timestep, batch.text)),
         )
-        noisy, text = noisy.to(torch.bfloat16), text.to(torch.bfloat16)
         hidden: list[torch.Tensor] = []
         with _outputs(model if config.blocks else None, hidden):
             velocity = ask(model, noisy, timestep, text)
@@ -91,7 +90,10 @@ class Objective:
 
 
 def ask(model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """A Wan transformer's velocity."""
+    """A Wan transformer's velocity, of what is rounded to BF16 as the pipeline does, in the model's own type."""
+    bare: Any = getattr(model, "module", model)
+    kind = bare.patch_embedding.weight.dtype
+    noisy, text = (tensor.to(torch.bfloat16).to(kind) for tensor in (noisy, text))
     velocity: torch.Tensor = model(noisy, timestep, text, return_dict=False)[0]
     return velocity
 

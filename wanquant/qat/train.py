@@ -144,6 +144,7 @@ class Trainer:
 
         chosen = resolve_blocks(qat.blocks, plan.blocks) if qat.blocks else range(plan.blocks)
         stream = enter(transformer, self.source, range(len(self.source)), studio.device)
+        stream.trained_in = torch.float32 if self.precision == "fp32" else torch.bfloat16
         how = (self._optimizers, self._rate(), self._course(), self.states, self.signature)
         return Blockwise(accelerator, transformer, stream, make, chosen, *how, self.show).run()
 
@@ -170,6 +171,8 @@ class Trainer:
         if qat.quantize:
             how = (self.bench.quant, self.protected, self.bench.modules, self.stats, qat.training)
             make_trainable_(student, *how)
+        if self.precision == "fp32":
+            student.float()
         trained = choose_(student, qat.scope, qat.blocks, qat.lora.rank, qat.lora.alpha)
         teacher = original if needs_teacher(qat.loss, qat.data.source) else None
         objective = Objective(qat.loss, assigned, qat.batch, self.studio.device, teacher)
