@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -39,6 +38,7 @@ from wanquant.qat.config import TrainConfig
 from wanquant.runs.files import write_atomic
 from wanquant.runs.run import VOLATILE, refused_leave_no_result, write_refusal
 from wanquant.runs.tracking import TrackerConfig, mirror_table
+from wanquant.wan.device import out_of_memory
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
@@ -223,7 +223,8 @@ def one_line(error: BaseException) -> str:
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         parts.append("free some space, or write elsewhere with hydra.run.dir=<folder> or cache=<folder>")
     if out_of_memory(error):
-        parts.append("out of memory: ask for fewer frames or a smaller picture (model.generation.*)")
+        known = getattr(error, "__notes__", ["ask for fewer frames or a smaller picture (model.generation.*)"])
+        parts.append(f"out of memory: {known[0]}")
     # OmegaConf names the key on a line of its own, which is noise where the message names it already.
     hidden = ["object_type=", "reference_type=", "See https://", "Set the environment variable"]
     # Nor are the places searched for a preset of use, or the advice to add a misspelt key.
@@ -234,11 +235,6 @@ def one_line(error: BaseException) -> str:
         if part.startswith("Available options in"):
             return "; ".join([*shown[:place], f"choose {', '.join(shown[place + 1 :])}"])
     return "; ".join(shown)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _complain(error: BaseException, which: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from safetensors.torch import load_file
 
 from tests.qat.short import ROOT, make_short, overrides, result_of, train
 from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
+from wanquant.qat.data import read_list
 from wanquant.wan.generate import GenerationConfig, generate
 
 
@@ -224,3 +227,68 @@ def test_what_is_refused(
     assert said in error
     assert error.count("\n") == 1
     assert not (run / "result.json").exists()
+
+
+def test_a_dry_run_says_what_memory_the_training_needs(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = overrides(model, cache, "dry_run=true", "qat.scope=all", "qat.ema=0.9", f"hydra.run.dir={tmp_path / 'run'}")
+    assert train(monkeypatch, *words) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"^training +[\d.]+ MB on the device: weights .*, optimizer .*, average .*, activations", said, re.M
+    )
+    assert "less with qat.accumulation=2, qat.recompute=true" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_tracker_gets_every_step_and_the_validation(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["qat.scope=norms", "qat.check_every=2", "qat.recompute=true", "qat.floor=1", "tracker=wandb", "qat.seed=3"]
+    assert train(monkeypatch, *overrides(model, cache, *more, f"hydra.run.dir={tmp_path / 'run'}")) == 0
+    wandb.teardown()
+    sent = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    for name in (b"grad_norms/blocks.1", b"drift/blocks.2", b"clipped", b"latent_sqnr", b"twin"):
+        assert name in sent
+    checks = result_of(tmp_path / "run")["training"]["checks"]
+    assert [row["step"] for row in checks] == [1, 2]
+    assert checks[0]["twin"] == checks[1]["twin"]
+    assert checks[0]["latent_sqnr"] != checks[1]["latent_sqnr"]
+    assert "Validation" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_out_of_memory_says_what_was_planned(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A real one: 4,096 questions at a time and 2 GB for them."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(
+        resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + (1 << 31), -1)
+    )
+    try:
+        words = overrides(model, cache, "qat.scope=all", "qat.batch=4096", f"hydra.run.dir={tmp_path / 'run'}")
+        assert train(monkeypatch, *words) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"out of memory: the plan was [\d.]+ GB; to shrink it: qat.accumulation=2", error)
+
+
+def test_a_list_of_videos_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    lists = {
+        "x.jsonl": (
+            '{"video": "a.mp4", "text": "one"}\n\n{"file": "a.mp4"}\n',
+            "line 3: it needs a file and a caption",
+        ),
+        "y.jsonl": ("{\n", "line 1: not JSON"),
+        "z.csv": ("path,prompt\nb.mp4,two\n", "line 2: there is no video"),
+        "empty.csv": ("file,caption\n", "lists no videos"),
+    }
+    for name, (text, said) in lists.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_list(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "caption": "one"}\n')
+    assert read_list(tmp_path) == [(tmp_path / "a.mp4", "one")]

@@ -93,7 +93,7 @@ def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) 
         flush=True,
     )
     if config.dry_run:
-        _plan(config, config_yaml, pairs_, calibration_pairs)
+        kind.plan(config, config_yaml)
         return None
     hush_libraries()
     result, fresh = _finished(config, folder, config_yaml, device, model_folder, kind)
@@ -135,10 +135,11 @@ def _judged(config: PTQConfig, folder: Path, device: torch.device) -> dict[str, 
         raise
 
 
-def _plan(config: PTQConfig, config_yaml: str, pairs_: list[Pair], calibration_pairs: list[Pair]) -> None:
-    shape = find_folder(config.model.path, shapes_only=True)
-    floors = len(pairs_) + len(_other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
-    videos = len(calibration_pairs) + 2 * len(pairs_) + floors
+def plan_quantization(config: PTQConfig, config_yaml: str, further: int = 0) -> None:
+    """Prints it; ``further`` videos are made besides."""
+    shape, measured = find_folder(config.model.path, shapes_only=True), len(pairs(config.prompts))
+    floors = measured + len(_other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
+    videos = len(pairs(config.calib, "calib")) + 2 * measured + floors + further
     blocks = rule_blocks(config.protect, len(empty_transformer(shape).blocks))
     if blocks is None:
         raise ValueError(f"dry_run=true cannot know the blocks that protect.by={config.protect.by} would choose")
@@ -164,6 +165,10 @@ class Job:
     @staticmethod
     def check(config: Any) -> None:
         check(config, pairs(config.prompts) + pairs(config.calib, "calib"))
+
+    @staticmethod
+    def plan(config: Any, config_yaml: str) -> None:
+        plan_quantization(config, config_yaml)
 
     def __post_init__(self) -> None:
         self.run_: Any = None

@@ -44,7 +44,7 @@ def make_plan(folder: Path, quant: QuantConfig, protect: ProtectConfig, settings
         assert isinstance(linear, nn.Linear)
         weights += linear.weight.numel()
         scales += math.prod(scheme.weight_granularity.scale_shape(linear.out_features, linear.in_features))
-    tokens, width = _tokens(settings, transformer), transformer.proj_out.in_features
+    tokens, width = tokens_of(settings, transformer), transformer.proj_out.in_features
     forward = 2 * tokens * parameters + 4 * tokens**2 * width * report.blocks
     branches = 2 if settings.guidance_scale > 1 else 1
     seconds = branches * settings.steps * forward / _gemm_rate(width)
@@ -66,9 +66,9 @@ def print_plan(
     print(config_yaml)
     print(f"blocks      {block_map(plan.report)}   ({LEGEND})")
     print("linears     " + ", ".join(f"{count} {status}" for status, count in counts.items()))
-    print(f"transformer {plan.parameters:,} parameters, {_bytes(plan.bf16_bytes)} in BF16")
-    print(f"checkpoint  transformer {_bytes(plan.packed_bytes)}, {plan.packed_bytes / plan.bf16_bytes:.2f} of BF16")
-    print(f"memory      {_bytes(plan.bf16_bytes)} for its weights; text encoder, VAE and activations come on top")
+    print(f"transformer {plan.parameters:,} parameters, {in_bytes(plan.bf16_bytes)} in BF16")
+    print(f"checkpoint  transformer {in_bytes(plan.packed_bytes)}, {plan.packed_bytes / plan.bf16_bytes:.2f} of BF16")
+    print(f"memory      {in_bytes(plan.bf16_bytes)} for its weights; text encoder, VAE and activations come on top")
     print(f"time        {max(1, seconds):,.0f} s at least: matrix products of {videos} videos at this CPU's BF16 rate")
 
 
@@ -87,7 +87,7 @@ def block_map(report: ConversionReport) -> str:
     return "".join(letter(index, statuses) for index, statuses in found.items())
 
 
-def _tokens(settings: GenerationConfig, transformer: Transformer) -> int:
+def tokens_of(settings: GenerationConfig, transformer: Transformer) -> int:
     """Tokens of one video: latents are 4×8×8 smaller, patches take another 1×2×2."""
     frames = (settings.num_frames - 1) // 4 + 1
     patch = transformer.config.patch_size
@@ -106,7 +106,7 @@ def _gemm_rate(width: int, tokens: int = 512) -> float:
     return 2 * tokens * width * width * count / (time.perf_counter() - begun)
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -53,6 +53,8 @@ class QATConfig:
     floor: float = 0.0
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    #: Keep only what enters each block, and compute it again for the backward pass: slower, in less memory.
+    recompute: bool = False
     #: Norm to which gradients are cut; 0 leaves them.
     clip: float = 1.0
     #: Decay of the moving average of the weights, which is what is kept; 0 for none.
@@ -154,8 +156,8 @@ def _check_source(config: TrainConfig) -> None:
             raise ValueError("qat.scope=blockwise learns from BF16's trajectories: qat.data.source=trajectories")
         if vars(qat.loss) != vars(LossConfig()):
             raise ValueError("qat.scope=blockwise has a loss of its own, the blocks' outputs: leave qat.loss alone")
-        if qat.bf16_steps:
-            raise ValueError("qat.scope=blockwise has no use for qat.bf16_steps")
+        if qat.bf16_steps or qat.recompute:
+            raise ValueError("qat.scope=blockwise has no use for qat.bf16_steps and qat.recompute")
         if qat.scaling == "delayed":
             raise ValueError("qat.scope=blockwise has all inputs of a block before it: qat.scaling=current")
     if qat.data.source == "trajectories":

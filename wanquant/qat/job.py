@@ -31,11 +31,13 @@ from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, compared, difference
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.config import check, identity, settle_config
-from wanquant.ptq.job import Job, run_job
+from wanquant.ptq.job import Job, plan_quantization, run_job
+from wanquant.ptq.plan import in_bytes, tokens_of
 from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.config import TrainConfig, check_qat, counted, settle_train
 from wanquant.qat.loop import make_accelerator
-from wanquant.qat.train import Trainer, processes
+from wanquant.qat.plan import plan_training, shrinks
+from wanquant.qat.train import Trainer, processes, settled_precision
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.runs.progress import progress
 from wanquant.runs.run import MEASURES, signature
@@ -43,7 +45,7 @@ from wanquant.runs.tracking import live
 from wanquant.wan.checkpoint import save_quantized, save_transformer
 from wanquant.wan.device import pick_device
 from wanquant.wan.generate import Sample
-from wanquant.wan.load import find_folder, hush_libraries, read_transformer
+from wanquant.wan.load import empty_transformer, find_folder, hush_libraries, read_transformer
 from wanquant.wan.studio import Studio
 
 #: Measured against the twin, pair by pair. The first decides.
@@ -81,7 +83,7 @@ def assist(config: TrainConfig) -> None:
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
         job = TrainJob(config, pick_device(config.model.device), find_folder(config.model.path), *measured)
         bench = job.load()
-        trainer = Trainer(bench, config.qat, word[0], bench.inputs())
+        trainer = Trainer(bench, config, word[0], bench.inputs())
         trainer.prepare()
         trainer.train()
 
@@ -105,6 +107,10 @@ class TrainJob(Job):
         check(config, pairs(config.prompts) + pairs(config.calib, "calib") + learned)
         check_qat(config)
 
+    @staticmethod
+    def plan(config: TrainConfig, config_yaml: str) -> None:
+        print_training_plan(config, config_yaml)
+
     def signed(self, protected: list[int] | None) -> str:
         found = {**identity(self.config, self.blocks, protected), "qat": counted(self.config.qat), "world": processes()}
         return signature(found, self.fingerprint, self.device, (*MEASURES, "qat"))
@@ -117,7 +123,7 @@ class TrainJob(Job):
             calibration, stats = bench.calibration(), bench.inputs()
         with run.stage("choose"):
             choice = choose(config.protect, bench)
-        trainer = Trainer(bench, config.qat, choice.blocks, stats)
+        trainer = Trainer(bench, config, choice.blocks, stats)
         with run.stage("data"):
             trainer.prepare()
         with run.stage("generate_bf16"):
@@ -148,7 +154,12 @@ class TrainJob(Job):
             "block_sqnr": None,
             "metrics": metrics,
             "over_twin": over,
-            "training": {**training, "processes": processes(), "precision": trainer.precision},
+            "training": {
+                **training,
+                "planned_bytes": trainer.plan().total,
+                "processes": processes(),
+                "precision": trainer.precision,
+            },
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
             "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
             "gates": {gate.name: gate.as_json() for gate in gate_results},
@@ -223,6 +234,24 @@ class TrainJob(Job):
             partial = target.with_name("checkpoint.partial")
             studio.pipe.save_pretrained(partial)
             partial.rename(target)
+
+
+def print_training_plan(config: TrainConfig, config_yaml: str) -> None:
+    """After that of the quantization: the memory of the training."""
+    recorded = config.qat.data.source == "trajectories"
+    learned = len(pairs(config.qat.data.prompts, "qat.data.prompts")) if recorded else 0
+    plan_quantization(config, config_yaml, learned + len(pairs(config.prompts)))
+    settings, shape = config.model.generation, empty_transformer(find_folder(config.model.path, shapes_only=True))
+    questions = learned * settings.steps * (2 if settings.guidance_scale > 1 else 1)
+    precision = settled_precision(config.qat.precision, pick_device(config.model.device))
+    plan = plan_training(shape, config, tokens_of(settings, shape), questions, precision, processes())
+    parts = {name: getattr(plan, name) for name in ("weights", "gradients", "optimizer", "average", "activations")}
+    told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
+    print(f"training    {in_bytes(plan.total)} on the device: {told}")
+    if plan.host:
+        print(f"            {in_bytes(plan.host)} beside it, for what passes between blocks ({questions} questions)")
+    if shrinks(config):
+        print(f"            less with {shrinks(config)}")
 
 
 def _own_card(device: str) -> str:

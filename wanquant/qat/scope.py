@@ -62,8 +62,13 @@ def _is_trained(
     if gain:
         return False
     if scope == "norms":
-        return inside and not (parts[-1] == "weight" and parameter.ndim > 1)
+        return inside and not is_matrix(name, parameter)
     return scope == "all" or inside
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """A modulation has dimensions too, but is none."""
+    return name.endswith("weight") and parameter.ndim > 1
 
 
 def add_lora_(transformer: nn.Module, prefixes: Sequence[str], rank: int, alpha: int) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import warnings
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +20,22 @@ from torch import nn
 
 from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.bench import Bench
+from wanquant.ptq.plan import in_bytes, tokens_of
+from wanquant.ptq.sensitivity import final_errors, quantized
 from wanquant.qat.blockwise import Blockwise, enter
-from wanquant.qat.config import QATConfig, counted
+from wanquant.qat.config import QATConfig, TrainConfig, counted
 from wanquant.qat.data import Source, Trajectories, make_source
 from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator
 from wanquant.qat.loss import Objective, needs_teacher
+from wanquant.qat.plan import TrainingPlan, plan_training, shrinks
 from wanquant.qat.schedule import make_rate
 from wanquant.qat.scope import choose_, merge_lora_
 from wanquant.quant.convert import freeze_into_, make_trainable_, plan_conversion
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 from wanquant.runs.run import GENERATES, signature
+from wanquant.wan.activations import mixed_norms
+from wanquant.wan.device import out_of_memory
 from wanquant.wan.products import multiplies_bf16, quick_products
 from wanquant.wan.studio import Studio
 
@@ -42,12 +48,18 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def settled_precision(asked: str, device: torch.device) -> str:
+    if asked != "auto":
+        return asked
+    return "bf16" if multiplies_bf16(device) else "fp32"
+
+
 @dataclass
 class Trainer:
     """``protected`` are the blocks that stay BF16; ``stats`` what calibration saw."""
 
     bench: Bench
-    qat: QATConfig
+    config: TrainConfig
     protected: Sequence[int]
     stats: Mapping[str, Any]
     source: Source | None = None
@@ -55,14 +67,16 @@ class Trainer:
     _clipped: Counter[str] = field(default_factory=Counter)
 
     @property
+    def qat(self) -> QATConfig:
+        return self.config.qat
+
+    @property
     def studio(self) -> Studio:
         return self.bench.studio
 
     @property
     def precision(self) -> str:
-        if self.qat.precision != "auto":
-            return self.qat.precision
-        return "bf16" if multiplies_bf16(self.studio.device) else "fp32"
+        return settled_precision(self.qat.precision, self.studio.device)
 
     @cached_property
     def signature(self) -> str:
@@ -91,11 +105,24 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Leaves the trained transformer in the pipeline; returns its curves."""
-        qat, pipe = self.qat, self.studio.pipe
+        qat = self.qat
         accelerator = make_accelerator(self.studio.device, self.precision, qat.accumulation)
-        with quick_products(self.studio.device), warnings.catch_warnings():
-            # Of a norm whose weight is in float32 and whose input is not, which is meant.
-            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        try:
+            return self._train(accelerator)
+        except Exception as error:
+            if out_of_memory(error):
+                error.add_note(f"the plan was {in_bytes(self.plan().total)}; to shrink it: {shrinks(self.config)}")
+            raise
+
+    def plan(self) -> TrainingPlan:
+        studio = self.studio
+        questions = len(self.source) if self.source is not None else 0
+        tokens = tokens_of(studio.model.generation, studio.pipe.transformer)
+        return plan_training(studio.pipe.transformer, self.config, tokens, questions, self.precision, processes())
+
+    def _train(self, accelerator: Accelerator) -> dict[str, Any]:
+        qat, pipe = self.qat, self.studio.pipe
+        with quick_products(self.studio.device), mixed_norms():
             if qat.scope == "blockwise":
                 return {"blocks": self._blockwise(accelerator)}
             original = pipe.transformer
@@ -174,6 +201,9 @@ class Trainer:
         if self.precision == "fp32":
             student.float()
         trained = choose_(student, qat.scope, qat.blocks, qat.lora.rank, qat.lora.alpha)
+        if qat.recompute:
+            model: Any = student
+            model.enable_gradient_checkpointing()
         teacher = original if needs_teacher(qat.loss, qat.data.source) else None
         objective = Objective(qat.loss, assigned, qat.batch, self.studio.device, teacher)
         loop = Loop(
@@ -189,7 +219,10 @@ class Trainer:
         linears = trainable_linears(student)
         first = {name: _size(layer) for name, layer in linears.items()}
         self._clipped = Counter({name: int(layer.clipped) for name, layer in linears.items()})
+        check = self._validation(accelerator, student, original) if qat.check_every else None
         hooks = Hooks(
+            check=check,
+            check_every=qat.check_every,
             before=lambda step: self._begin(linears, step),
             after=lambda step: self._end(accelerator, linears, first, step),
             show=self.show,
@@ -199,6 +232,35 @@ class Trainer:
             loop.average.settle()
         loop.release()
         return vars(curves)
+
+    def _validation(self, accelerator: Accelerator, student: nn.Module, original: nn.Module) -> Callable[[int], Row]:
+        """SQNR of the final latents of the calibration prompts, which are neither learned nor measured: the model's as
+        it is, and its twin's."""
+        studio, bench = self.studio, self.bench
+        references = bench.references
+        how = (bench.quant, self.protected, bench.modules, self.stats)
+
+        def measure(label: str) -> float:
+            with studio.progress(label, bench.pairs) as tick:
+                errors = final_errors(studio.generate, bench.pairs, references, tick)
+            return statistics.fmean(item.value for item in errors)
+
+        with quantized(original, *how) if self.qat.quantize else nullcontext():
+            twin = measure("validate twin")
+
+        def check(step: int) -> Row:
+            if not accelerator.is_main_process:
+                return {}
+            now, target = copy.deepcopy(student), copy.deepcopy(original)
+            merge_lora_(now)
+            freeze_into_(target, now)
+            studio.pipe.transformer = target
+            try:
+                return {"latent_sqnr": measure("validate"), "twin": twin}
+            finally:
+                studio.pipe.transformer = original
+
+        return check
 
     def _begin(self, linears: dict[str, TrainableQuantLinear], step: int) -> None:
         for layer in linears.values():
@@ -218,6 +280,8 @@ class Trainer:
         counts = accelerator.reduce(torch.stack([layer.clipped for layer in linears.values()]), "sum").tolist()
         now = Counter(dict(zip(linears, counts, strict=True)))
         new = {name: now[name] - self._clipped[name] for name in linears if now[name] > self._clipped[name]}
+        if self.qat.recompute:  # every forward pass was taken twice
+            new = {name: count // 2 for name, count in new.items()}
         row |= {"clipped": sum(new.values()), "clipped_by": new}
         self._clipped = now
         if self.qat.scaling == "delayed":

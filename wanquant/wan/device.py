@@ -102,6 +102,14 @@ def _npu_available() -> bool:
     return bool(torch.npu.is_available())  # type: ignore[attr-defined]
 
 
+#: What a plain RuntimeError says of torch's CPU allocator, and of a file that could not be mapped.
+_TOLD = ("DefaultCPUAllocator", "Cannot allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in _TOLD)
+
+
 #: What Linux keeps of a process: writing 5 forgets its peak (proc(5)).
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

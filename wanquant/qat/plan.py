@@ -1,0 +1,111 @@
+"""What a training will need of a device's memory, from the shapes alone, and which options shrink it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from wanquant.ptq.protect import RULES, by_rule
+from wanquant.qat.config import TrainConfig
+from wanquant.qat.scope import is_matrix, trains_weights
+from wanquant.quant import plan_conversion
+from wanquant.quant.config import parse
+from wanquant.quant.convert import make_trainable_
+from wanquant.quant.select import resolve_blocks
+from wanquant.wan.activations import kept_by
+from wanquant.wan.load import Transformer
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Bytes on the device while it trains, by what they are for; ``host`` is what lies beside it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+def plan_training(
+    transformer: Transformer, config: TrainConfig, tokens: int, questions: int, precision: str, world: int = 1
+) -> TrainingPlan:
+    """``transformer`` may be on meta. ``tokens`` are those of one video, ``questions`` those of blockwise training."""
+    qat, shape = config.qat, transformer.config
+    kept = kept_by(dict(shape), lambda small: _prepare(small, config), precision)
+    heads, text = shape.num_attention_heads, config.model.generation.max_text_length
+    width, rows = heads * shape.attention_head_dim, qat.batch // (qat.accumulation * world)
+    activations = kept.bytes(heads, shape.ffn_dim, tokens, text) * rows
+    every, block = (sum(p.numel() for p in part.parameters()) for part in (transformer, transformer.blocks[0]))
+    copies = 2 if precision == "bf16" or qat.quantize else 0  # of the weights, as they are multiplied
+    if qat.scope == "blockwise":
+        # The block itself, BF16's, and the stream: what enters twice, what leaves, and the text.
+        host = 2 * questions * (3 * tokens + text) * width
+        return TrainingPlan(
+            (4 + copies + 2) * block, 4 * block, 8 * block, 4 * block if qat.ema else 0, activations, host
+        )
+    trained = count_trained(transformer, config)
+    weights = (4 if trains_weights(qat.scope) else 2) * every + copies * every + 2 * every  # and the model as it was
+    activations *= shape.num_layers
+    if qat.recompute:
+        activations = activations // shape.num_layers + 2 * rows * tokens * width * shape.num_layers
+    return TrainingPlan(weights, 4 * trained, 8 * trained, 4 * trained if qat.ema else 0, activations)
+
+
+def count_trained(transformer: Transformer, config: TrainConfig) -> int:
+    """How many numbers ``wanquant.qat.scope.choose_`` would train."""
+    qat, blocks = config.qat, list(transformer.blocks)
+    chosen = resolve_blocks(qat.blocks, len(blocks), "trained") if qat.blocks else range(len(blocks))
+    if qat.scope == "all":
+        return sum(p.numel() for p in transformer.parameters())
+    if qat.scope in ("blocks", "blockwise"):
+        return sum(p.numel() for index in chosen for p in blocks[index].parameters())
+    if qat.scope == "norms":
+        return sum(
+            parameter.numel()
+            for index in chosen
+            for name, parameter in blocks[index].named_parameters()
+            if not is_matrix(name, parameter)
+        )
+    protected = by_rule(config.protect, len(blocks)) if config.protect.by in RULES else ()
+    plan = plan_conversion(transformer, config.quant, protected, config.protect.modules)
+    count, static = 0, config.quant.activations.static
+    for row in plan.modules:
+        if row.status == "converted" and row.block in chosen:
+            linear = transformer.get_submodule(row.name)
+            assert isinstance(linear, nn.Linear)
+            shape = parse(config.quant).weight_granularity.scale_shape(linear.out_features, linear.in_features)
+            count += (
+                math.prod(shape) + static
+                if qat.scope == "scales"
+                else qat.lora.rank * (linear.in_features + linear.out_features)
+            )
+    return count
+
+
+def _prepare(small: Transformer, config: TrainConfig) -> None:
+    """As in training: the block's linears, whatever their inputs may be."""
+    if config.qat.quantize:
+        seen = {name: 1.0 for name, child in small.named_modules() if isinstance(child, nn.Linear)}
+        make_trainable_(small, config.quant, (), (), seen, config.qat.training)
+
+
+def shrinks(config: TrainConfig) -> str:
+    """The options that would need less, those that cost least first."""
+    qat = config.qat
+    options = []
+    if qat.batch // qat.accumulation > 1:
+        options.append(f"qat.accumulation={2 * qat.accumulation}")
+    if qat.scope != "blockwise":
+        options += [] if qat.recompute else ["qat.recompute=true"]
+        options += ["qat.ema=0"] if qat.ema else []
+        options += ["qat.scope=lora"] if trains_weights(qat.scope) else []
+        options += ["qat.scope=blockwise"]
+    return ", ".join(options)
