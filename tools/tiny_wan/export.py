@@ -16,8 +16,9 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from transformers import ByT5Tokenizer
 
-from tools.tiny_wan.train_transformer import FLOW_SHIFT, TEXT_LENGTH, TextToVelocity, count_blocks
+from tools.tiny_wan.train_transformer import FLOW_SHIFT, TEXT_LENGTH, TextToVelocity, count_blocks, weights_in
 from tools.tiny_wan.train_vae import new_vae
+from wanquant.qat.loop import weights_in as weights_of_loop
 from wanquant.wan import tiny
 
 GENERATION = {
@@ -34,11 +35,11 @@ GENERATION = {
 
 
 def assemble(vae_folder: Path, transformer_folder: Path) -> WanPipeline:
-    trained = torch.load(transformer_folder / "state.pt", weights_only=True)
-    model = TextToVelocity(count_blocks(trained["model"]))
-    model.load_state_dict(trained["model"])
+    trained = weights_in(transformer_folder)
+    model = TextToVelocity(count_blocks(trained))
+    model.load_state_dict(trained)
     vae = new_vae()
-    vae.load_state_dict(torch.load(vae_folder / "state.pt", weights_only=True)["model"])
+    vae.load_state_dict(weights_of_loop(vae_folder))
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT
     )

@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +39,10 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from tools.tiny_wan.checkpoint import load_state, log_row, save_state
 from tools.tiny_wan.latents import SCENES, Components, load_or_fit, to_model
 from tools.tiny_wan.muon import Muon
+from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator, states_in
+from wanquant.qat.loop import weights_in as weights_of_loop
 from wanquant.wan.scenes import draw
 from wanquant.wan.tiny import Scene, all_scenes
 
@@ -273,9 +273,12 @@ def draw_batch(components: Components, data: dict[str, torch.Tensor], recipe: Re
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     """The ``TextToVelocity`` state of a stage's folder, or of a pipeline's, in float32."""
-    if (folder / "state.pt").is_file():
-        state: dict[str, torch.Tensor] = torch.load(folder / "state.pt", weights_only=True)["model"]
-        return state
+    if states_in(folder):
+        state = weights_of_loop(folder)
+        # The encoder's own name for the embedding, which is tied.
+        tied = ("text_encoder.shared.weight", "text_encoder.encoder.embed_tokens.weight")
+        known = next(state[name] for name in tied if name in state)
+        return {**state, **dict.fromkeys(tied, known)}
     parts = {
         "text_encoder": UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
         "transformer": WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32),
@@ -299,12 +302,11 @@ def make_optimizers(model: TextToVelocity, recipe: Recipe) -> list[torch.optim.O
 
 
 @torch.no_grad()
-def validate(
-    model: TextToVelocity, held_out: dict[str, torch.Tensor], texts: tuple[torch.Tensor, torch.Tensor]
-) -> dict[str, float]:
+def validate(model: TextToVelocity, held_out: dict[str, torch.Tensor], texts: tuple[torch.Tensor, torch.Tensor]) -> Row:
     """The loss on held-out combinations at a few noise levels, each one for whole videos."""
     noise = torch.randn(held_out["latents"].shape, generator=torch.Generator().manual_seed(1))
-    row, scene = {}, held_out["scene"]
+    row: Row = {}
+    scene = held_out["scene"]
     for sigma in VALIDATION_SIGMAS:
         batch = noised(held_out["latents"], torch.full((len(scene),), sigma), scene, noise)
         velocity = model(batch.noisy, batch.sigma, texts[0][scene], texts[1][scene])
@@ -333,34 +335,30 @@ def train(
     if before is not None:
         smaller = weights_in(before)
         model.load_state_dict(grow(smaller, recipe.blocks // count_blocks(smaller)))
-    optimizers = make_optimizers(model, recipe)
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    first, last, started = load_state(out, model, optimizers, str(recipe)), stop_at or recipe.steps, time.time()
-    # Taken after loading, which replaces them.
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if compiled:
         for block in model.transformer.blocks:
             block.compile()
-    for step in range(first, last):
-        for group, lr in zip(groups, rates, strict=True):
-            group["lr"] = lr * recipe.rate_at(step)
+
+    def loss(model: torch.nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
         batch = draw_batch(components, data, recipe, step)
         velocity = model(batch.noisy, batch.sigma, ids[batch.scene], masks[batch.scene])
-        loss = F.mse_loss(velocity, batch.target)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        if step % 20 == 0:
-            left = (time.time() - started) / (step - first + 1) * (last - step - 1)
-            log_row(out / "curve.csv", {"step": step, "loss": loss.item(), "grad_norm": norm.item()})
-            print(f"{step}/{last} loss {loss.item():.4f} norm {norm:.2f} left {left / 60:.1f} min", flush=True)
-        if (step + 1) % 200 == 0 or step + 1 == last:
-            row = validate(model, held_out, (ids, masks))
-            log_row(out / "held_out.csv", {"step": step, **row})
-            print("held out:", " ".join(f"{name} {value:.4f}" for name, value in row.items()), flush=True)
-            save_state(out, model, optimizers, step + 1, str(recipe))
+        return {"loss": F.mse_loss(velocity, batch.target)}
+
+    def check(step: int) -> Row:
+        return validate(model, held_out, (ids, masks))
+
+    # A "row" is a whole batch: it is drawn as one, for one process.
+    course = Course(recipe.steps, batch=1, save_every=200, seed=recipe.seed, diverged=math.inf)
+    accelerator, optimizers = make_accelerator(torch.device("cpu")), make_optimizers(model, recipe)
+    loop = Loop(accelerator, model, optimizers, recipe.rate_at, loss, course, out, str(recipe))
+    loop.run("train transformer", Hooks(check=check, check_every=200, show=show), stop_at)
+    loop.release()
+
+
+def show(row: Row) -> None:
+    """What was seen on held-out videos; the rest is in the progress line, and in the state's ``loop.json``."""
+    if any(name.startswith("loss_") for name in row):
+        print(" ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step"), flush=True)
 
 
 def main() -> None:
@@ -377,8 +375,8 @@ def main() -> None:
     before = args.weights
     if before is None and args.first_stage:
         before = args.out / f"stage{args.first_stage - 1}"
-        if not (before / "state.pt").is_file():
-            parser.error(f"stage {args.first_stage} goes on from another: {before} has no state.pt, give --weights")
+        if not states_in(before):
+            parser.error(f"stage {args.first_stage} goes on from another: {before} has no state, give --weights")
     for number, recipe in enumerate(STAGES[args.first_stage :], args.first_stage):
         out = args.out / f"stage{number}"
         train(out, components, data, held_out, recipe, before, compiled=not args.no_compile)

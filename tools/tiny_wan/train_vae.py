@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-from tools.tiny_wan.checkpoint import load_state, log_row, save_state
 from tools.tiny_wan.latents import CHANNELS, SCENES, Components, load_or_fit, to_model
+from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator
 from wanquant.wan.scenes import draw
 from wanquant.wan.tiny import NUM_FRAMES
 
@@ -129,35 +128,42 @@ def train(out: Path, components: Components, phases: Sequence[Phase], seed: int,
     """Runs the phases one after the other, from the last checkpoint in ``out``; ``stop_at`` a step to go on later."""
     torch.manual_seed(seed)
     vae = new_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=phases[0].lr, betas=(0.9, 0.99), weight_decay=0.0)
-    plan = [(phase, index) for phase in phases for index in range(phase.steps)][:stop_at]
-    recipe = f"{tuple(phases)} seed={seed}"
-    first, started = load_state(out, vae, [optimizer], recipe), time.time()
-    for step, (phase, index) in enumerate(plan[first:], first):
-        optimizer.param_groups[0]["lr"] = phase.lr_at(index)
+    highest = max(phase.lr for phase in phases)
+    plan = [(phase, index) for phase in phases for index in range(phase.steps)]
+
+    def loss(model: torch.nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
+        phase, _ = plan[step]
         video = batch(step, seed, phase.batch, phase.frames)
         target = components.encode(video)
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
         latent_mse = F.mse_loss(vae.encode(video).latent_dist.mean, target)
         pixel_mse = F.mse_loss(decode_unclamped(vae, target + NOISE * noise), video)
-        optimizer.zero_grad(set_to_none=True)
-        # The two share no parameter, so their sum trains each as if it were alone.
-        (latent_mse + pixel_mse).backward()
-        for part in (vae.encoder, vae.decoder):
-            torch.nn.utils.clip_grad_norm_(part.parameters(), 0.5)
-        optimizer.step()
-        if step % 20 == 0:
-            row = {"step": step, "frames": phase.frames, "latent_mse": latent_mse.item(), "mse": pixel_mse.item()}
-            log_row(out / "curve.csv", row)
-            left = (time.time() - started) / (step - first + 1) * (phase.steps - index - 1)
-            print(
-                f"{step}/{len(plan)} latents {latent_mse.item():.4f} pixels {pixel_mse.item():.5f} "
-                f"phase ends in {left / 60:.1f} min",
-                flush=True,
-            )
-        if (step + 1) % 100 == 0 or step + 1 == len(plan):
-            save_state(out, vae, [optimizer], step + 1, recipe)
-            print(f"psnr over {NUM_FRAMES} frames: {psnr(vae):.2f} dB", flush=True)
+        # The two share no parameter, so their sum trains each as if it were alone, and each is clipped apart.
+        return {"loss": latent_mse + pixel_mse, "latents": latent_mse, "pixels": pixel_mse}
+
+    def check(step: int) -> Row:
+        return {"psnr": psnr(vae)}
+
+    def show(row: Row) -> None:
+        if "psnr" in row:
+            print(f"psnr over {NUM_FRAMES} frames: {row['psnr']:.2f} dB", flush=True)
+
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
+    # A "row" is a whole batch: it is drawn as one, for one process.
+    course = Course(len(plan), batch=1, clip=0.5, save_every=100, seed=seed, diverged=math.inf)
+    loop = Loop(
+        make_accelerator(torch.device("cpu")),
+        vae,
+        [optimizer],
+        lambda step: plan[step][0].lr_at(plan[step][1]) / highest,
+        loss,
+        course,
+        out,
+        f"{tuple(phases)} seed={seed}",
+        apart=[list(part.parameters()) for part in (vae.encoder, vae.decoder)],
+    )
+    loop.run("train VAE", Hooks(check=check, check_every=100, show=show), stop_at)
+    loop.release()
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import nn
 
 from wanquant.qat.schedule import Average, Rate
@@ -112,8 +113,8 @@ class Loop:
     last state in ``folder``, if there is one.
 
     recipe   what the training is a function of: a state of another one is refused
-    groups   patterns of parameters' names whose gradient norms are told apart; the first that matches counts, and a
-             group of the pattern is the name of its own
+    groups   pattern of a parameter's name, whose first group names those whose gradient norm is told apart
+    apart    parameters whose gradients are clipped apart from the others'; all together unless given
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Loop:
         folder: Path,
         recipe: str,
         groups: str = r"(?:.*\.)?(blocks\.\d+)\..*",
+        apart: Sequence[Sequence[nn.Parameter]] = (),
     ) -> None:
         shares = accelerator.num_processes * course.accumulation
         if course.batch % shares:
@@ -142,7 +144,7 @@ class Loop:
             raise ValueError("nothing is trained: no parameter takes a gradient")
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.groups = self._grouped(groups)
+        self.groups, self.apart = self._grouped(groups), [list(part) for part in apart] or [self.parameters]
         self.average = Average(self.parameters, course.ema, course.ema_start) if course.ema else None
         self._resume()
         # After the states are loaded, which replaces the groups.
@@ -216,8 +218,8 @@ class Loop:
                     told = self._reduced(parts)
                     row = {"step": step, **told, "lr": self._rates[0][0]["lr"], **self._norms()}
                     self._refuse_broken(row)  # first, for clipping by a norm that is NaN makes all gradients NaN
-                    total = accelerator.clip_grad_norm_(self.parameters, course.clip or math.inf)
-                    row.setdefault("grad_norm", float(total))
+                    cut = [accelerator.clip_grad_norm_(part, course.clip or math.inf) for part in self.apart]
+                    row.setdefault("grad_norm", math.hypot(*map(float, cut)))
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -257,7 +259,8 @@ class Loop:
             )
 
     def _stop(self, message: str) -> None:
-        kept = f"the state after {self._states()[-1][0]} steps is kept in {self.folder}" if self._states() else ""
+        states = states_in(self.folder)
+        kept = f"the state after {states[-1][0]} steps is kept in {self.folder}" if states else ""
         hint = "lower the learning rate, clip gradients, or add warm-up steps"
         raise TrainingStopped("; ".join(text for text in (message, kept, hint) if text))
 
@@ -310,10 +313,6 @@ class Loop:
     def _average_file(self) -> str:
         return f"average-{self.accelerator.process_index if self.sharded else 0}.safetensors"
 
-    def _states(self) -> list[tuple[int, Path]]:
-        found = (re.fullmatch(r"state-(\d+)", path.name) for path in self.folder.glob("state-*"))
-        return sorted((int(match[1]), self.folder / match[0]) for match in found if match)
-
     def _save(self) -> None:
         final = self.folder / f"state-{self.done:06d}"
         partial = final.with_name(f"{final.name}.partial")
@@ -329,7 +328,7 @@ class Loop:
             (partial / "loop.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            for done, path in self._states():
+            for done, path in states_in(self.folder):
                 if done != self.done:
                     shutil.rmtree(path, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -337,7 +336,7 @@ class Loop:
     def _resume(self) -> None:
         for partial in self.folder.glob("state-*.partial") if self.accelerator.is_main_process else ():
             shutil.rmtree(partial, ignore_errors=True)
-        states = self._states()
+        states = states_in(self.folder)
         if not states:
             return
         _, folder = states[-1]
@@ -348,3 +347,18 @@ class Loop:
         if self.average is not None:
             self.average.load(folder / self._average_file)
         self.done, self.curves = int(told["done"]), Curves(told["rows"], told["checks"])
+
+
+def states_in(folder: Path) -> list[tuple[int, Path]]:
+    """Steps done and place of the whole states in a loop's folder, the last one last."""
+    found = (re.fullmatch(r"state-(\d+)", path.name) for path in folder.glob("state-*"))
+    return sorted((int(match[1]), folder / match[0]) for match in found if match)
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's weights in the last state of a loop's folder; of tied ones there is one. ``ValueError`` if there is
+    no state."""
+    states = states_in(folder)
+    if not states:
+        raise ValueError(f"{folder} holds no state of a training")
+    return load_file(states[-1][1] / "model.safetensors")
