@@ -17,6 +17,7 @@ from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
 from wanquant.evaluate.vbench import DIMENSIONS, check_dimensions
 from wanquant.ptq.config import PTQConfig
+from wanquant.qat.config import TrainConfig, check_qat
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import parse, settle
 from wanquant.runs.tracking import check_tracker
@@ -30,9 +31,14 @@ CHOICES = [
 ]
 
 
+def script_of(*overrides: str) -> str:
+    """Which of the scripts has these choices."""
+    return "train" if any(o.startswith(("qat", "experiment=qat_")) for o in overrides) else "ptq"
+
+
 def composed(*overrides: str) -> PTQConfig:
     with initialize_config_dir(CONF, version_base="1.3"):
-        config = OmegaConf.to_object(compose("ptq", list(overrides)))
+        config = OmegaConf.to_object(compose(script_of(*overrides), list(overrides)))
     assert isinstance(config, PTQConfig)
     return config
 
@@ -50,6 +56,10 @@ def test_every_choice_composes_and_is_valid(group: str, name: str) -> None:
         assert pairs(config.prompts)
     assert pairs(config.calib)
     check_dimensions(config.eval.dimensions)
+    if isinstance(config, TrainConfig) and group == "qat":
+        static = name == "delayed" or config.qat.scaling == "delayed"
+        quant = composed("quant=static_per_tensor").quant if static else config.quant
+        check_qat(dataclasses.replace(config, quant=quant))
 
 
 def test_evaluation_composes_and_vbenchs_list_is_whole() -> None:
@@ -65,22 +75,27 @@ def test_evaluation_composes_and_vbenchs_list_is_whole() -> None:
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "experiment"])
 def test_an_experiment_is_a_sweep_over_presets_with_pairs_enough(name: str) -> None:
     with initialize_config_dir(CONF, version_base="1.3"):
-        raw = compose("ptq", [f"experiment={name}"], return_hydra_config=True)
+        script = script_of(f"experiment={name}")
+        raw = compose(script, [f"experiment={name}"], return_hydra_config=True)
     assert raw.hydra.mode == RunMode.MULTIRUN
-    assert raw.hydra.sweep.dir.startswith(f"outputs/ptq/{name}-")
-    ((group, swept),) = raw.hydra.sweeper.params.items()
-    presets = [preset.strip() for preset in swept.split(",")]
-    assert set(presets) <= {choice for other, choice in CHOICES if other == group}
-    for preset in presets:
-        config = composed(f"experiment={name}", f"{group}={preset}")
-        assert getattr(config, group).name == preset
-        assert len(pairs(config.prompts)) >= ENOUGH_PAIRS
-        assert len(pairs(config.calib)) >= ENOUGH_PAIRS
+    assert raw.hydra.sweep.dir.startswith(f"outputs/{script}/{name}-")
+    for group, swept in raw.hydra.sweeper.params.items():
+        presets = [preset.strip().strip("'") for preset in swept.split(",")]
+        assert set(presets) <= {choice for other, choice in CHOICES if other == group}
+        for preset in presets:
+            config = composed(f"experiment={name}", f"{group}={preset}")
+            assert getattr(config, group).name == preset
+            assert len(pairs(config.prompts)) >= ENOUGH_PAIRS
+            assert script == "train" or len(pairs(config.calib)) >= ENOUGH_PAIRS
+            if isinstance(config, TrainConfig):
+                check_qat(config)
     if name == "scale_rules":
         assert set(presets) == {
             choice
             for other, choice in CHOICES
-            if other == "quant" and composed(f"quant={choice}").quant.format == "hif8"
+            if other == "quant"
+            and composed(f"quant={choice}").quant.format == "hif8"
+            and composed(f"quant={choice}").quant.attention == "off"
         }
 
 

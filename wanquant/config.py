@@ -143,7 +143,9 @@ def carry_out(raw: DictConfig, config_name: str, job: Callable[[Any, Path, str],
     except Exception as error:
         several = hydra_config.mode == RunMode.MULTIRUN
         if several and not raw.dry_run and not (folder / "result.json").is_file():  # else the run itself has told
-            names = {group: {"name": str(raw[group].name)} for group in ("model", "quant", "protect") if group in raw}
+            names = {
+                group: {"name": str(raw[group].name)} for group in ("model", "quant", "protect", "qat") if group in raw
+            }
             with contextlib.suppress(OSError, ValueError):  # a full disk, a folder that is not ours
                 write_refusal(folder, config_name, OmegaConf.to_yaml(raw), names, one_line(error))
         if not isinstance(error, USER_ERRORS) and not out_of_memory(error):
@@ -197,7 +199,7 @@ def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
     given = [o for o in overrides if o.startswith(("prompts.texts=", "prompts.file="))]
     if given and not any(o.startswith("prompts.name=") for o in overrides):
         raw.prompts.name = Path(raw.prompts.file).stem or "given"
-    for group in (group for group in ("protect", "quant") if group in raw):
+    for group in (group for group in ("protect", "quant", "qat") if group in raw):
         changes = [o.removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")]
         if changes and not any(change.startswith("name=") for change in changes):
             replaced = group == "protect" and any(change.startswith("blocks=") for change in changes)

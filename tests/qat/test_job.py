@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tests.qat.short import ROOT, make_short, overrides, result_of, train
 from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
+from wanquant.evaluate.sweep import summarize
 from wanquant.qat.data import read_list
 from wanquant.wan.generate import GenerationConfig, generate
 
@@ -292,3 +293,18 @@ def test_a_list_of_videos_is_checked(tmp_path: Path) -> None:
             read_list(tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "caption": "one"}\n')
     assert read_list(tmp_path) == [(tmp_path / "a.mp4", "one")]
+
+
+def test_a_sweep_says_what_each_has_over_its_twin(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = [word for word in overrides(model, cache) if not word.startswith("qat.lr=")]
+    sweep = tmp_path / "sweep"
+    assert train(monkeypatch, "-m", "qat=norms,scales", "qat.lr=1e-3", *words, f"hydra.sweep.dir={sweep}") == 0
+    said = capsys.readouterr().out
+    assert "minus its PTQ twin, dB" in said
+    assert "norms lr=0.001" in said
+    assert said.count("too few pairs") >= 4
+    rows = summarize(sweep)["rows"]
+    assert {row["name"].split()[0] for row in rows} == {"norms", "scales"}
+    assert all(row["over_twin"]["n"] == 2 for row in rows)

@@ -21,7 +21,7 @@ from wanquant.runs.sweep_table import MANY_PAIRS
 #: By which configurations are ranked, in dB, and the difference in it that is called none.
 METRIC, MARGIN = "latent_sqnr", 1.0
 #: What a sweep may vary, and by what its runs are equal otherwise.
-VARIED = {"quant": ("quant",), "protect": ("protect.blocks", "protect.modules")}
+VARIED = {"quant": ("quant",), "protect": ("protect.blocks", "protect.modules"), "qat": ("qat",)}
 #: What runs must share to stand in one table.
 SAME = (
     *("mode", "demonstration", "generation", "model.fingerprint", "model.outliers", "model.octaves"),
@@ -81,7 +81,7 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
     reference = names[0] if reference is None else reference
     if reference not in names:
         raise ValueError(f"no configuration is named {reference}: choose {', '.join(names)}")
-    rows = [_row(job, name, result) for name, (job, result) in zip(names, done, strict=True)]
+    rows = [_row(job, name, result, len(done)) for name, (job, result) in zip(names, done, strict=True)]
     _compare(rows, [_items(result) for result in results], names.index(reference), margin)
     _compare_judged(rows, names.index(reference))
     if results[0]["demonstration"]:
@@ -117,7 +117,7 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
 
 def varied(results: Sequence[dict[str, Any]]) -> list[str]:
     """The groups in which the runs differ by name; the protection if in none."""
-    found = [group for group in VARIED if len({result[group]["name"] for result in results}) > 1]
+    found = [group for group in VARIED if len({pick(result, f"{group}.name") or "" for result in results}) > 1]
     return found or ["protect"]
 
 
@@ -148,7 +148,7 @@ def pick(result: dict[str, Any], path: str) -> Any:
     return result
 
 
-def _row(job: int, name: str, result: dict[str, Any]) -> dict[str, Any]:
+def _row(job: int, name: str, result: dict[str, Any], runs: int) -> dict[str, Any]:
     protect = result["protect"]
     return {
         "job": job,
@@ -162,7 +162,18 @@ def _row(job: int, name: str, result: dict[str, Any]) -> dict[str, Any]:
         "metrics": {key: value for key, value in _metrics(result).items() if not key.startswith(("floor_", "bf16."))},
         "vbench": result.get("evaluations", {}).get("own", {}).get("vbench", {}),
         "seconds": result["timings"]["total"],
+        "over_twin": _over_twin(result, runs),
     }
+
+
+def _over_twin(result: dict[str, Any], runs: int) -> dict[str, Any] | None:
+    """Of a training: how far it is above its twin, with an interval for as many such comparisons as there are runs."""
+    if "over_twin" not in result:
+        return None
+    items = [Item(**item) for item in result["over_twin"][METRIC]["per_item"]]
+    found = compared(items, runs)
+    few = result["demonstration"]
+    return {**_without_items(found.as_json()), "verdict": "too few pairs" if few else verdict(found, 0.0)}
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, Any]:
@@ -311,7 +322,7 @@ def _protocol(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "model": first["model"]["name"],
         "fingerprint": first["model"]["fingerprint"],
         "outliers": first["model"]["outliers"],
-        **{group: first[group]["name"] for group in VARIED if group not in varied(results)},
+        **{group: first[group]["name"] for group in VARIED if group in first and group not in varied(results)},
         "generation": first["generation"],
         "calibration_videos": first["calibration"]["videos"],
         "made": made,

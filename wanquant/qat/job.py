@@ -111,6 +111,10 @@ class TrainJob(Job):
     def plan(config: TrainConfig, config_yaml: str) -> None:
         print_training_plan(config, config_yaml)
 
+    @property
+    def names(self) -> dict[str, Any]:
+        return {**super().names, "qat": {"name": self.config.qat.name}}
+
     def signed(self, protected: list[int] | None) -> str:
         found = {**identity(self.config, self.blocks, protected), "qat": counted(self.config.qat), "world": processes()}
         return signature(found, self.fingerprint, self.device, (*MEASURES, "qat"))
@@ -156,7 +160,7 @@ class TrainJob(Job):
             "over_twin": over,
             "training": {
                 **training,
-                "planned_bytes": trainer.plan().total,
+                "planned_bytes": trainer.planned.total if trainer.planned else None,
                 "processes": processes(),
                 "precision": trainer.precision,
             },

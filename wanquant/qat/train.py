@@ -63,6 +63,7 @@ class Trainer:
     protected: Sequence[int]
     stats: Mapping[str, Any]
     source: Source | None = None
+    planned: TrainingPlan | None = None
     show: Callable[[Row], None] = lambda row: None
     _clipped: Counter[str] = field(default_factory=Counter)
 
@@ -102,6 +103,7 @@ class Trainer:
         config = self.qat.data
         learned = pairs(config.prompts, "qat.data.prompts") if config.source == "trajectories" else []
         self.source = make_source(self.studio, config, learned, self.qat.seed)
+        self.planned = self._plan()
 
     def train(self) -> dict[str, Any]:
         """Leaves the trained transformer in the pipeline; returns its curves."""
@@ -111,10 +113,11 @@ class Trainer:
             return self._train(accelerator)
         except Exception as error:
             if out_of_memory(error):
-                error.add_note(f"the plan was {in_bytes(self.plan().total)}; to shrink it: {shrinks(self.config)}")
+                assert self.planned is not None
+                error.add_note(f"the plan was {in_bytes(self.planned.total)}; to shrink it: {shrinks(self.config)}")
             raise
 
-    def plan(self) -> TrainingPlan:
+    def _plan(self) -> TrainingPlan:
         studio = self.studio
         questions = len(self.source) if self.source is not None else 0
         tokens = tokens_of(studio.model.generation, studio.pipe.transformer)

@@ -13,6 +13,8 @@ from wanquant.runs.estimates import estimate_text
 
 Row = dict[str, Any]
 Cells = tuple[list[str], list[list[str]], list[list[str]]]
+#: What training has added to what PTQ alone makes of the same.
+OVER_TWIN = "minus its PTQ twin, dB"
 #: Beyond so many pairs it is not said how many it would take.
 MANY_PAIRS = 100_000
 
@@ -51,6 +53,11 @@ def _columns(summary: dict[str, Any]) -> list[tuple[str, Callable[[Row], str]]]:
         ("gates", _gates),
         ("pairs to tell", _needed),
     ]
+    if all(row["over_twin"] for row in summary["rows"]):
+        columns += [
+            (OVER_TWIN, lambda row: estimate_text(row["over_twin"])),
+            ("against its twin", lambda row: row["over_twin"]["verdict"]),
+        ]
     columns += [(_head(column), _metric(column[0])) for column in further]
     if attributes:
         columns += [("attributes right", _metric("attributes")), ("minus BF16", _metric("difference.attributes"))]
