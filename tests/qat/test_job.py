@@ -146,6 +146,7 @@ def losses(result: dict[str, Any]) -> list[Any]:
     return [row["losses"] for row in training["blocks"]] if "blocks" in training else training["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["blockwise", "all"])
 def test_two_processes_train_as_one_does(scope: str, model: Path, cache: Path, tmp_path: Path) -> None:
     """With exact products, to 1e-4 of the loss: sums over other halves of the batch."""

@@ -49,12 +49,13 @@ def small(tmp_path: Path, name: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "tests.qat.small", str(tmp_path / name), str(tmp_path / f"{name}.json"), *more]
 
 
-def test_killed_five_times_it_ends_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_it_ends_the_same(kills: int, tmp_path: Path) -> None:
     """By SIGKILL, whenever: also while a state is written."""
-    subprocess.run(small(tmp_path, "whole", "60"), cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(small(tmp_path, "whole", str(20 * kills + 20)), cwd=ROOT, check=True, capture_output=True)
     pick, killed = random.Random(0), 0
-    while killed < 5:
-        process = subprocess.Popen(small(tmp_path, "killed", "60"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    while killed < kills:
+        process = subprocess.Popen(small(tmp_path, "killed", str(20 * kills + 20)), cwd=ROOT, stderr=subprocess.DEVNULL)
         folder = tmp_path / "killed"
         before = {path.name for path in folder.glob("state-*")} if folder.is_dir() else set()
         while process.poll() is None and {path.name for path in folder.glob("state-*")} <= before:
@@ -64,8 +65,8 @@ def test_killed_five_times_it_ends_the_same(tmp_path: Path) -> None:
         if process.wait() == 0:
             break
         killed += 1
-    assert killed == 5
-    subprocess.run(small(tmp_path, "killed", "60"), cwd=ROOT, check=True, capture_output=True)
+    assert killed == kills
+    subprocess.run(small(tmp_path, "killed", str(20 * kills + 20)), cwd=ROOT, check=True, capture_output=True)
     whole, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "killed"))
     assert again == whole
 

@@ -196,6 +196,8 @@ class Loop:
     def release(self) -> nn.Module:
         """The model as it came, without what accelerate put around it; the loop is at its end."""
         bare: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.sharded:
+            gather_(bare)
         self.accelerator.free_memory()
         return bare
 
@@ -347,6 +349,15 @@ class Loop:
         if self.average is not None:
             self.average.load(folder / self._average_file)
         self.done, self.curves = int(told["done"]), Curves(told["rows"], told["checks"])
+
+
+def gather_(module: nn.Module) -> None:
+    """Makes whole tensors of shards."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            whole: Any = getattr(parameter, "full_tensor", None)
+            if parameter is not None and whole is not None:
+                child._parameters[name] = nn.Parameter(whole().detach(), parameter.requires_grad)
 
 
 def states_in(folder: Path) -> list[tuple[int, Path]]:
