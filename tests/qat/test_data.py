@@ -1,0 +1,140 @@
+"""What is trained on: the same rows whoever asks for them, and what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.qat.test_job import make_videos
+from wanquant import load_pipeline
+from wanquant.evaluate.prompts import PromptsConfig
+from wanquant.qat.data import Batch, DataConfig, Trajectories, Videos, make_source, order
+from wanquant.runs.cache import Cache
+from wanquant.wan.config import ModelConfig
+from wanquant.wan.encode import encode_video, encoded, fit, read_latents, read_video
+from wanquant.wan.generate import GenerationConfig, decode_video
+from wanquant.wan.scenes import draw
+from wanquant.wan.studio import Studio
+from wanquant.wan.tiny import all_scenes
+
+SETTINGS = GenerationConfig(64, 64, 17, 2, 2.0, 3.0, 64, 8)
+PAIRS = [("a red circle moving right on a black background", 0), ("a blue square moving up on a white background", 3)]
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    pipe = load_pipeline("tiny", device="cpu")
+    model = ModelConfig(generation=SETTINGS, batch=2)
+    return Studio(pipe, model, "tiny", torch.device("cpu"), Cache(tmp_path_factory.mktemp("cache")))
+
+
+def test_everything_once_then_again_in_another_order() -> None:
+    taken = [place for step in range(4) for place in order(5, 1, step * 3, 3)]
+    assert sorted(taken[:5]) == sorted(taken[5:10]) == list(range(5))
+    assert taken[:5] != taken[5:10]
+    assert order(5, 2, 0, 5) != order(5, 1, 0, 5)
+    assert len(order(3, 0, 0, 8)) == 8
+
+
+def same(a: Batch, b: Batch, rows: range) -> bool:
+    parts = [(getattr(a, name), getattr(b, name)) for name in ("noisy", "timestep", "text", "velocity", "answer")]
+    return all(x is None or torch.equal(x[rows.start : rows.stop], y) for x, y in parts)
+
+
+def videos(studio: Studio, drop: float = 0.1) -> Videos:
+    latents = [torch.randn(16, 5, 8, 8) for _ in range(3)]
+    captions = [PAIRS[0][0], PAIRS[1][0], PAIRS[0][0]]
+    return Videos(captions, latents.__getitem__, studio.embed, "", 0, 3.0, drop)
+
+
+def test_a_part_of_the_rows_is_what_it_is_in_the_whole(studio: Studio) -> None:
+    for source in (videos(studio), make_source(studio, DataConfig(), PAIRS, 0)):
+        whole = source.batch(2, 6, range(6))
+        for rows in (range(3), range(3, 6), range(5, 6)):
+            assert same(whole, source.batch(2, 6, rows), rows)
+        assert not torch.equal(source.batch(3, 6, range(6)).noisy, whole.noisy)
+
+
+def test_noise_levels_are_those_of_the_flow_shift(studio: Studio) -> None:
+    """One in each part of the batch, x = (1 - sigma) clean + sigma noise, v = noise - clean."""
+    source = videos(studio, drop=0.5)
+    batch = source.batch(0, 12, range(12))
+    assert batch.velocity is not None
+    sigma = batch.timestep / 1000
+    uniform = sigma / (3 - 2 * sigma)  # the shift, undone
+    assert sorted((12 * uniform).floor().int().tolist()) == list(range(12))
+    clean = batch.noisy - sigma.view(-1, 1, 1, 1, 1) * batch.velocity
+    known = torch.stack([source.latents(i) for i in range(3)])
+    assert all((known - row).flatten(1).norm(dim=1).min() < 1e-3 for row in clean)
+    dropped = sum(torch.equal(row, studio.embed("")) for row in batch.text)
+    assert 1 <= dropped <= 11
+
+
+def test_a_recording_is_what_the_model_says_again(studio: Studio) -> None:
+    source = make_source(studio, DataConfig(prompts=PromptsConfig(texts=[PAIRS[0][0]])), PAIRS, 0)
+    assert isinstance(source, Trajectories)
+    assert len(source) == 2 * 2 * 2  # pairs, steps, branches
+    batch = source.of(range(8))
+    assert torch.equal(batch.text[0], studio.embed(PAIRS[0][0]))
+    assert torch.equal(batch.text[1], studio.embed(""))
+    assert torch.equal(batch.noisy[0], batch.noisy[1])
+    assert batch.answer is not None
+    with torch.no_grad():
+        again = studio.pipe.transformer(batch.noisy, batch.timestep, batch.text, return_dict=False)[0]
+    torch.testing.assert_close(
+        again.float(), batch.answer.float(), rtol=0.05, atol=0.05
+    )  # other batches round otherwise
+    assert studio.pipe.transformer.training is False
+
+
+def test_a_video_is_encoded_as_the_pipeline_has_it(studio: Studio, tmp_path: Path) -> None:
+    scene = all_scenes()[7]
+    frames = torch.from_numpy(draw(scene, np.random.default_rng(0))).float() / 255
+    latents = encode_video(studio.pipe, frames)
+    assert latents.shape == (16, 5, 8, 8)
+    error = torch.from_numpy(decode_video(studio.pipe, latents)) - frames
+    assert -10 * error.square().mean().log10() > 25
+    folder = make_videos(tmp_path / "films")
+    files = encoded(studio, [folder / "0.mp4", folder / "1.mp4"])
+    read = read_latents(files[0])
+    assert torch.equal(read, encode_video(studio.pipe, read_video(folder / "0.mp4", SETTINGS)))
+    # The same video under another name is not encoded again.
+    (folder / "copy.mp4").write_bytes((folder / "0.mp4").read_bytes())
+    assert encoded(studio, [folder / "copy.mp4"])[0] == files[0]
+
+
+def test_a_video_is_brought_to_the_models_size_and_rate(tmp_path: Path) -> None:
+    frames = torch.arange(8).view(1, 1, 8, 1).expand(3, 4, 8, 3) / 8.0
+    cut = fit(frames, 2, 2)
+    assert cut.shape == (3, 2, 2, 3)
+    torch.testing.assert_close(cut[0, 0, :, 0], torch.tensor([2.5, 4.5]) / 8, rtol=0, atol=0.06)
+    assert torch.equal(fit(frames, 4, 8), frames)
+    from wanquant.runs.pictures import write_mp4
+
+    moving = np.zeros((32, 64, 64, 3), np.uint8)
+    moving += (np.arange(32, dtype=np.uint8) * 7)[:, None, None, None]
+    write_mp4(tmp_path / "fast.mp4", moving, 16)
+    slow = read_video(tmp_path / "fast.mp4", GenerationConfig(64, 64, 13, 2, 2.0, 3.0, 64, 8))
+    steps = slow.mean((1, 2, 3)).diff()
+    torch.testing.assert_close(steps, torch.full_like(steps, 14 / 255), rtol=0, atol=0.02)  # every second frame
+    with pytest.raises(ValueError, match="has 16 frames at 8 a second, and the model takes 17"):
+        read_video(tmp_path / "fast.mp4", SETTINGS)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="cannot read the video"):
+        read_video(tmp_path / "broken.mp4", SETTINGS)
+
+
+def test_scenes_are_drawn_once(studio: Studio, monkeypatch: Any) -> None:
+    from wanquant.qat import data
+
+    few = [scene for scene in all_scenes() if not scene.held_out][:3]
+    monkeypatch.setattr(data, "all_scenes", lambda: few)
+    source = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), [], 0)
+    assert len(source) == 6
+    batch = source.batch(0, 2, range(2))
+    assert batch.velocity is not None
+    assert batch.noisy.shape == (2, 16, 5, 8, 8)
