@@ -1,7 +1,7 @@
 """Where rounding happens in any ``nn.Module``. Knows nothing of diffusers: it is given modules and names."""
 
 from wanquant.quant.config import ActivationConfig, QuantConfig, WeightConfig
-from wanquant.quant.convert import ConversionReport, ModuleReport, plan_conversion, quantize_
+from wanquant.quant.convert import ConversionReport, ModuleReport, make_trainable_, plan_conversion, quantize_
 from wanquant.quant.linear import QuantLinear
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "QuantConfig",
     "QuantLinear",
     "WeightConfig",
+    "make_trainable_",
     "plan_conversion",
     "quantize_",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 FIDELITY = (("latent_sqnr", "latent SQNR", "dB"), ("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))
 #: How the error looks.
 FURTHER = (
@@ -17,9 +19,15 @@ FLOORS = (
     ("floor_ulp.", "BF16, noise moved by 1 ulp"),
     ("floor_seed.", "BF16, another seed"),
 )
-#: The rows of a run's table. Only a training has a twin.
-ROWS = (FLOORS[0], ("twin.", "quantized, not trained"), *FLOORS[1:])
 ATTRIBUTES = ("color", "shape", "direction", "background", "attributes")
 #: VBench's dimensions that notice a collapse: consistency and smoothness cannot, since a frozen grey video is perfectly
 #: smooth. Where means are shown these are shown, be it that they were not measured.
 NOTICE_COLLAPSE = ("imaging_quality", "dynamic_degree", "overall_consistency")
+
+
+def rows_of(result: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Prefixes and labels of the rows of a run's table. Only a training has a twin."""
+    if "over_twin" not in result:
+        return FLOORS
+    labels = ("trained", "not trained") if result["qat"]["quantize"] else ("fine-tuned", "BF16 as it was")
+    return (("", labels[0]), ("twin.", labels[1]), *FLOORS[1:])

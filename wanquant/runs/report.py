@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wanquant.runs.analysis_report import analysis_html, analysis_summary
-from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER, ROWS
+from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER, rows_of
 from wanquant.runs.estimates import estimate_text
 from wanquant.runs.evaluation_report import sections
 from wanquant.runs.figures import block_magnitudes, intervals
@@ -46,7 +46,7 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
         write_atomic(path, template.render(result=result, evaluations=evaluations, settings=settings))
         return path
     metrics = result["metrics"]
-    rows, further = (_fidelity_rows(metrics, columns) for columns in (FIDELITY, _further(metrics)))
+    rows, further = (_fidelity_rows(result, columns) for columns in (FIDELITY, _further(metrics)))
     sqnr = [(label, m[0]["mean"], *m[0]["ci95"]) for label, m in rows if None not in (m[0]["mean"], *m[0]["ci95"])]
     videos = sorted((folder / "videos" / "side_by_side").glob("*.mp4"))[:MAX_VIDEOS]
     while sum(path.stat().st_size for path in videos) > MAX_VIDEO_BYTES:
@@ -74,11 +74,12 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
     return path
 
 
-def _fidelity_rows(metrics: dict[str, Any], columns: tuple[tuple[str, str, str], ...]) -> list[tuple[str, list[Any]]]:
+def _fidelity_rows(result: dict[str, Any], columns: tuple[tuple[str, str, str], ...]) -> list[tuple[str, list[Any]]]:
     """The run's own and the noise floors'."""
+    metrics = result["metrics"]
     return [
         (label + _pairs_if_other(metrics, prefix), [metrics[prefix + key] for key, _, _ in columns])
-        for prefix, label in ROWS
+        for prefix, label in rows_of(result)
         if prefix + FIDELITY[0][0] in metrics
     ]
 
@@ -113,7 +114,7 @@ def summary(result: dict[str, Any], folder: Path) -> str:
         f"{'mean [95 % interval]':<28}"
         + "".join(f"{title + (', ' + unit if unit else ''):<26}" for _, title, unit in FIDELITY),
     ]
-    for prefix, label in ROWS:
+    for prefix, label in rows_of(result):
         if prefix + FIDELITY[0][0] in metrics:
             row = "".join(f"{estimate_text(metrics[prefix + key]):<26}" for key, _, _ in FIDELITY)
             lines.append(f"{label:<28}{row}{_pairs_if_other(metrics, prefix)}")
