@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from tests.qat.test_job import make_videos
 from wanquant import load_pipeline
 from wanquant.evaluate.prompts import PromptsConfig
-from wanquant.qat.data import Batch, DataConfig, Trajectories, Videos, make_source, order
+from wanquant.qat.data import Batch, DataConfig, Trajectories, Videos, contents, make_source, order
 from wanquant.runs.cache import Cache
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.encode import encode_video, encoded, fit, read_latents, read_video
@@ -23,6 +24,8 @@ from wanquant.wan.tiny import all_scenes
 
 SETTINGS = GenerationConfig(64, 64, 17, 2, 2.0, 3.0, 64, 8)
 PAIRS = [("a red circle moving right on a black background", 0), ("a blue square moving up on a white background", 3)]
+
+BOTH = DataConfig(prompts=PromptsConfig(texts=[text for text, _ in PAIRS]))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def videos(studio: Studio, drop: float = 0.1) -> Videos:
 
 
 def test_a_part_of_the_rows_is_what_it_is_in_the_whole(studio: Studio) -> None:
-    for source in (videos(studio), make_source(studio, DataConfig(), PAIRS, 0)):
+    for source in (videos(studio), make_source(studio, BOTH, 0)):
         whole = source.batch(2, 6, range(6))
         for rows in (range(3), range(3, 6), range(5, 6)):
             assert same(whole, source.batch(2, 6, rows), rows)
@@ -75,7 +78,7 @@ def test_noise_levels_are_those_of_the_flow_shift(studio: Studio) -> None:
 
 
 def test_a_recording_is_what_the_model_says_again(studio: Studio) -> None:
-    source = make_source(studio, DataConfig(prompts=PromptsConfig(texts=[PAIRS[0][0]])), PAIRS, 0)
+    source = make_source(studio, BOTH, 0)
     assert isinstance(source, Trajectories)
     assert len(source) == 2 * 2 * 2  # pairs, steps, branches
     batch = source.of(range(8))
@@ -133,8 +136,20 @@ def test_scenes_are_drawn_once(studio: Studio, monkeypatch: Any) -> None:
 
     few = [scene for scene in all_scenes() if not scene.held_out][:3]
     monkeypatch.setattr(data, "all_scenes", lambda: few)
-    source = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), [], 0)
+    source = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), 0)
     assert len(source) == 6
     batch = source.batch(0, 2, range(2))
     assert batch.velocity is not None
     assert batch.noisy.shape == (2, 16, 5, 8, 8)
+
+
+def test_data_are_known_by_what_they_are(tmp_path: Path) -> None:
+    folder = make_videos(tmp_path / "films")
+    config = DataConfig(source="folder", path=str(folder))
+    first = contents(config)
+    (tmp_path / "films").rename(tmp_path / "moved")
+    assert contents(replace(config, path=str(tmp_path / "moved" / "metadata.csv"))) == first
+    (tmp_path / "moved" / "0.mp4").write_bytes(b"another")
+    assert contents(replace(config, path=str(tmp_path / "moved"))) != first
+    named = replace(BOTH, prompts=replace(BOTH.prompts, name="other", by_language={"english": ["x"]}))
+    assert contents(named) == contents(BOTH)

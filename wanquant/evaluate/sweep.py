@@ -168,7 +168,7 @@ def _row(job: int, name: str, result: dict[str, Any], runs: int) -> dict[str, An
 
 def _over_twin(result: dict[str, Any], runs: int) -> dict[str, Any] | None:
     """Of a training: how far it is above its twin, with an interval for as many such comparisons as there are runs."""
-    if "over_twin" not in result:
+    if METRIC not in result.get("over_twin", {}):
         return None
     items = [Item(**item) for item in result["over_twin"][METRIC]["per_item"]]
     found = compared(items, runs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from wanquant.evaluate.prompts import pairs, settled
 from wanquant.ptq.config import PTQConfig
-from wanquant.qat.data import DataConfig, check_data
+from wanquant.qat.data import DataConfig, check_data, contents
 from wanquant.qat.loss import LossConfig, check_loss
 from wanquant.qat.schedule import SCHEDULES
 from wanquant.qat.scope import SCOPES, trains_weights
@@ -174,10 +174,10 @@ def settle_train(config: TrainConfig) -> TrainConfig:
 
 
 #: What of the training changes no number.
-UNCOUNTED = ("name", "save_every")
+UNCOUNTED = ("name", "save_every", "data")
 
 
 def counted(qat: QATConfig) -> dict[str, Any]:
-    """All of the training that can change a number."""
+    """All of the training that can change a number; data by what they are, wherever they lie."""
     found = dataclasses.asdict(qat)
-    return {key: value for key, value in found.items() if key not in UNCOUNTED}
+    return {**{key: value for key, value in found.items() if key not in UNCOUNTED}, "data": contents(qat.data)}

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from wanquant.evaluate.prompts import PromptsConfig
+from wanquant.evaluate.prompts import PromptsConfig, pairs
+from wanquant.runs.files import sum_of_file
 from wanquant.runs.progress import progress
 from wanquant.wan.encode import encode_video, encoded, read_latents
 from wanquant.wan.record import Recording
 from wanquant.wan.scenes import draw
-from wanquant.wan.studio import Pair, Studio
+from wanquant.wan.studio import Studio
 from wanquant.wan.tiny import all_scenes
 
 SOURCES = ("trajectories", "scenes", "folder")
@@ -132,10 +133,10 @@ class Videos:
         return Batch((1 - weight) * x + weight * e, 1000 * weight.flatten(), torch.stack(text), velocity=e - x)
 
 
-def make_source(studio: Studio, config: DataConfig, pairs: list[Pair], seed: int) -> Source:
-    """From the cache, or made now with the model in BF16; ``pairs`` are those of ``config.prompts``."""
+def make_source(studio: Studio, config: DataConfig, seed: int) -> Source:
+    """From the cache, or made now with the model in BF16."""
     if config.source == "trajectories":
-        return Trajectories(Recording(studio, pairs), studio.embed, seed)
+        return Trajectories(Recording(studio, pairs(config.prompts, "qat.data.prompts")), studio.embed, seed)
     settings = studio.model.generation
     if config.source == "scenes":
         captions, latents = _scenes(studio, config.videos_per_scene)
@@ -207,6 +208,16 @@ def _rows(path: Path, text: str) -> list[tuple[int, dict[str, object]]]:
                 raise ValueError(f"{path}, line {number}: not an object")
             rows.append((number, row))
     return rows
+
+
+def contents(config: DataConfig) -> dict[str, object]:
+    """What the data are, for a signature: videos by their content."""
+    if config.source == "trajectories":
+        return {"source": config.source, "pairs": pairs(config.prompts, "qat.data.prompts")}
+    found: dict[str, object] = {"source": config.source, "drop": config.drop}
+    if config.source == "scenes":
+        return {**found, "videos_per_scene": config.videos_per_scene}
+    return {**found, "videos": [(sum_of_file(path), caption) for path, caption in read_list(Path(config.path))]}
 
 
 def check_data(config: DataConfig, language: str) -> None:

@@ -221,7 +221,8 @@ class TrainJob(Job):
                 asked = measure({"": [(sample, sample) for sample in twin]}, True)
                 found |= {TWIN + name: asked[name] for name in asked if "." not in name and TWIN + name not in found}
         over = {}
-        for name in COMPARED:
+        # A model that is fine-tuned is meant to move away from what it was.
+        for name in COMPARED if config.qat.quantize else ("attributes",):
             if name in found and TWIN + name in found:
                 paired = compared(difference(found[name], found[TWIN + name]))
                 over[name] = {**paired.as_json(), "verdict": verdict_of(paired, len(self.pairs) < ENOUGH_PAIRS)}

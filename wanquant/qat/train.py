@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.plan import in_bytes, tokens_of
 from wanquant.ptq.sensitivity import final_errors, quantized
@@ -100,9 +99,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Makes the data, or finds them in the cache; the model has to be in BF16."""
-        config = self.qat.data
-        learned = pairs(config.prompts, "qat.data.prompts") if config.source == "trajectories" else []
-        self.source = make_source(self.studio, config, learned, self.qat.seed)
+        self.source = make_source(self.studio, self.qat.data, self.qat.seed)
         self.planned = self._plan()
 
     def train(self) -> dict[str, Any]:

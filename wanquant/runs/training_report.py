@@ -21,6 +21,8 @@ def who(result: dict[str, Any]) -> tuple[str, str]:
 
 def headline(result: dict[str, Any]) -> str:
     """``QAT better than its PTQ twin by 1.7 dB [0.3, 3.1] of latent SQNR``."""
+    if not result["over_twin"]:
+        return "fine-tuned; whether for the better is for python eval.py to say"
     name, metric = next(iter(result["over_twin"].items()))
     title, unit = TITLES[name]
     ours, twin = who(result)
