@@ -41,7 +41,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 #: Each with what of a block's tensors it may change.
 SCOPES: dict[str, tuple[list[str], str]] = {
-    "blockwise": (["qat.scope=blockwise", "qat.lr=1e-4"], r"blocks\.[12]\..*"),
+    "blockwise": (["qat.scope=blockwise", "qat.lr=1e-4", "qat.questions=10"], r"blocks\.[12]\..*"),
     "all": (["qat.scope=all", "qat.gradients=stochastic", "qat.ema=0.9", "qat.bf16_steps=1"], r".*"),
     "blocks": (["qat.scope=blocks", "qat.blocks=[1]"], r"blocks\.1\..*"),
     "norms": (["qat.scope=norms", "qat.loss.blocks=0.5"], r"blocks\..*(norm.*|bias|scale_shift_table)"),

@@ -53,6 +53,9 @@ class QATConfig:
     floor: float = 0.0
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    #: Of ``blockwise``: how many of the questions pass through the blocks, drawn by ``seed``; 0 for all. They are on the
+    #: host, two hidden states each.
+    questions: int = 0
     #: Keep only what enters each block, and compute it again for the backward pass: slower, in less memory.
     recompute: bool = False
     #: Norm to which gradients are cut; 0 leaves them.
@@ -121,6 +124,8 @@ def check_qat(config: TrainConfig) -> None:
     ):
         if not low <= getattr(qat, name) <= high:
             raise ValueError(f"qat.{name}={getattr(qat, name)}: must lie between {low} and {high:g}")
+    if qat.questions < 0 or (qat.questions and qat.scope != "blockwise"):
+        raise ValueError(f"qat.questions={qat.questions}: at least 0, and for qat.scope=blockwise alone")
     if qat.clip < 0 or qat.warmup < 0 or qat.bf16_steps < 0 or qat.check_every < 0:
         raise ValueError("qat.clip, qat.warmup, qat.bf16_steps and qat.check_every must not be negative")
     if qat.bf16_steps >= qat.steps:

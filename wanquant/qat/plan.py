@@ -47,12 +47,13 @@ def plan_training(
     copies = 2 if precision == "bf16" or qat.quantize else 0  # of the weights, as they are multiplied
     if qat.scope == "blockwise":
         # The block itself, BF16's, and the stream: what enters twice, what leaves, and the text.
-        host = 2 * questions * (3 * tokens + text) * width
+        host = 2 * min(questions, qat.questions or questions) * (3 * tokens + text) * width
         return TrainingPlan(
             (4 + copies + 2) * block, 4 * block, 8 * block, 4 * block if qat.ema else 0, activations, host
         )
     trained = count_trained(transformer, config)
-    weights = (4 if trains_weights(qat.scope) else 2) * every + copies * every + 2 * every  # and the model as it was
+    rounded = block if qat.recompute else every
+    weights = (4 if trains_weights(qat.scope) else 2) * every + copies * rounded + 2 * every  # and the model as it was
     activations *= shape.num_layers
     if qat.recompute:
         activations = activations // shape.num_layers + 2 * rows * tokens * width * shape.num_layers
@@ -103,7 +104,9 @@ def shrinks(config: TrainConfig) -> str:
     options = []
     if qat.batch // qat.accumulation > 1:
         options.append(f"qat.accumulation={2 * qat.accumulation}")
-    if qat.scope != "blockwise":
+    if qat.scope == "blockwise":
+        options += ["qat.questions=96 (beside the device)"] if not 0 < qat.questions <= 96 else []
+    else:
         options += [] if qat.recompute else ["qat.recompute=true"]
         options += ["qat.ema=0"] if qat.ema else []
         options += ["qat.scope=lora"] if trains_weights(qat.scope) else []

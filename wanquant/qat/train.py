@@ -23,7 +23,7 @@ from wanquant.ptq.plan import in_bytes, tokens_of
 from wanquant.ptq.sensitivity import final_errors, quantized
 from wanquant.qat.blockwise import Blockwise, enter
 from wanquant.qat.config import QATConfig, TrainConfig, counted
-from wanquant.qat.data import Source, Trajectories, make_source
+from wanquant.qat.data import Source, Trajectories, make_source, order
 from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator
 from wanquant.qat.loss import Objective, needs_teacher
 from wanquant.qat.plan import TrainingPlan, plan_training, shrinks
@@ -170,7 +170,8 @@ class Trainer:
             return self._alone(originals[index], index)
 
         chosen = resolve_blocks(qat.blocks, plan.blocks) if qat.blocks else range(plan.blocks)
-        stream = enter(transformer, self.source, range(len(self.source)), studio.device)
+        places = sorted(order(len(self.source), qat.seed, 0, min(qat.questions or len(self.source), len(self.source))))
+        stream = enter(transformer, self.source, places, studio.device)
         stream.trained_in = torch.float32 if self.precision == "fp32" else torch.bfloat16
         how = (self._optimizers, self._rate(), self._course(), self.states, self.signature)
         return Blockwise(accelerator, transformer, stream, make, chosen, *how, self.show).run()
