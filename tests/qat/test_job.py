@@ -308,4 +308,4 @@ def test_a_sweep_says_what_each_has_over_its_twin(
     assert said.count("too few pairs") >= 4
     rows = summarize(sweep)["rows"]
     assert {row["name"].split()[0] for row in rows} == {"norms", "scales"}
-    assert all(row["over_twin"]["n"] == 2 for row in rows)
+    assert all(row["over_twin"][name]["n"] == 2 for row in rows for name in ("latent_sqnr", "answer_sqnr"))

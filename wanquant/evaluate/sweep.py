@@ -170,10 +170,12 @@ def _over_twin(result: dict[str, Any], runs: int) -> dict[str, Any] | None:
     """Of a training: how far it is above its twin, with an interval for as many such comparisons as there are runs."""
     if METRIC not in result.get("over_twin", {}):
         return None
-    items = [Item(**item) for item in result["over_twin"][METRIC]["per_item"]]
-    found = compared(items, runs)
-    few = result["demonstration"]
-    return {**_without_items(found.as_json()), "verdict": "too few pairs" if few else verdict(found, 0.0)}
+    found = {
+        name: compared([Item(**item) for item in result["over_twin"][name]["per_item"]], runs)
+        for name in (METRIC, "answer_sqnr")
+    }
+    told = "too few pairs" if result["demonstration"] else verdict(found[METRIC], 0.0)
+    return {name: _without_items(value.as_json()) for name, value in found.items()} | {"verdict": told}
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from wanquant.evaluate.sweep import MARGIN, summarize
 from wanquant.runs.sweep_report import write_sweep
-from wanquant.runs.sweep_table import OVER_TWIN, cells, vbench_cells
+from wanquant.runs.sweep_table import OVER_TWIN, SINGLE_STEPS, cells, vbench_cells
 
 
 def report(sweep: Path, reference: str | None = None, margin: float = MARGIN) -> dict[str, Any]:
@@ -34,7 +34,15 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
 
 
 def _shown(summary: dict[str, Any]) -> tuple[str, ...]:
-    return ("latent SQNR, dB", f"minus {summary['reference']}, dB", "verdict", "gates", OVER_TWIN, "against its twin")
+    return (
+        "latent SQNR, dB",
+        f"minus {summary['reference']}, dB",
+        "verdict",
+        "gates",
+        OVER_TWIN,
+        "against its twin",
+        SINGLE_STEPS,
+    )
 
 
 def _aligned(heads: list[str], rows: list[list[str]], floors: list[list[str]]) -> list[str]:

@@ -47,7 +47,8 @@ Optimizers = Callable[[Sequence[nn.Parameter]], list[torch.optim.Optimizer]]
 @dataclass
 class Stream:
     """What enters a block, on the host: ``bf16`` and ``quantized`` [questions, tokens, width], and what they share.
-    ``trained_in`` is the type that a block in training takes."""
+    ``trained_in`` is the type that a block in training takes; ``at_once`` questions pass together, one where they
+    would share their scales."""
 
     bf16: torch.Tensor
     quantized: torch.Tensor
@@ -56,6 +57,7 @@ class Stream:
     rotary: Any
     device: torch.device
     trained_in: torch.dtype = torch.bfloat16
+    at_once: int = AT_ONCE
 
     def __len__(self) -> int:
         return len(self.bf16)
@@ -75,8 +77,8 @@ class Stream:
     @torch.no_grad()
     def through(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         outputs = torch.empty_like(hidden)
-        for first in range(0, len(self), AT_ONCE):
-            places = range(first, min(first + AT_ONCE, len(self)))
+        for first in range(0, len(self), self.at_once):
+            places = range(first, min(first + self.at_once, len(self)))
             outputs[first : places.stop] = self._call(block, hidden, places).to("cpu", hidden.dtype)
         return outputs
 

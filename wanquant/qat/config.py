@@ -53,8 +53,8 @@ class QATConfig:
     floor: float = 0.0
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    #: Of ``blockwise``: how many of the questions pass through the blocks, drawn by ``seed``; 0 for all. They are on the
-    #: host, two hidden states each.
+    #: Of ``blockwise``: how many of the questions pass through the blocks, drawn by ``seed``; 0 for all. They are on
+    #: the host, two hidden states each.
     questions: int = 0
     #: Keep only what enters each block, and compute it again for the backward pass: slower, in less memory.
     recompute: bool = False

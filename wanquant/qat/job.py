@@ -5,6 +5,7 @@ Data flows as in ``wanquant.ptq.job``, with the training between: load, calibrat
 again from the same noise, compare all three, save, report.
 
     over_twin.latent_sqnr   trained less twin, pair by pair: the verdict is whether its interval holds 0
+    over_twin.answer_sqnr   the same of single steps, along BF16's own trajectories
 
 Without quantization (``qat=off``) the same loop fine-tunes the BF16 model, and the twin is the model as it was.
 """
@@ -27,7 +28,7 @@ from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.perceptual import distance
 from wanquant.evaluate.prompts import pairs
-from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, compared, difference, estimate
+from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference, estimate
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.config import check, identity, settle_config
@@ -46,10 +47,12 @@ from wanquant.wan.checkpoint import save_quantized, save_transformer
 from wanquant.wan.device import pick_device
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import empty_transformer, find_folder, hush_libraries, read_transformer
+from wanquant.wan.record import Recording, answer_errors
 from wanquant.wan.studio import Studio
 
 #: Measured against the twin, pair by pair. The first decides.
-COMPARED = ("latent_sqnr", "psnr", "ssim", "lpips", "attributes")
+ANSWERS = "answer_sqnr"
+COMPARED = ("latent_sqnr", ANSWERS, "psnr", "ssim", "lpips", "attributes")
 TWIN, OVER = "twin.", "over_twin."
 CURVES = "training.json"
 
@@ -131,22 +134,24 @@ class TrainJob(Job):
         with run.stage("data"):
             trainer.prepare()
         with run.stage("generate_bf16"):
+            asked = Recording(studio, self.pairs, "ask BF16")
             reference = self._bf16(studio, "generate BF16", self.pairs)
         floors: dict[str, list[tuple[Sample, Sample]]] = {}
         if config.eval.noise_floor:
             with run.stage("noise_floor"):
                 floors = self._floors(studio, reference)
         with run.stage("generate_twin"):
-            report, twin = self._twin(bench, choice, stats, reference)
+            report, twin, answers = self._twin(bench, choice, stats, reference, asked)
         with run.stage("train"):
             signed, training = self._trained(trainer)
         with run.stage("generate_trained"):
             label, how = "generate trained", {**bench.what_is_quantized(choice.blocks), "trained": signed}
             latents, overflows = studio.latents(label, self.pairs, how, afresh=config.force)
             samples = studio.videos(label, self.pairs, latents)
+            answers |= self._answers(studio, asked, "", how)
         with run.stage("compare"):
             beside = {"": list(zip(reference, samples, strict=True)), TWIN: list(zip(reference, twin, strict=True))}
-            metrics, over = self._compare({**beside, **floors}, twin)
+            metrics, over = self._compare({**beside, **floors}, twin, answers)
             gate_results = gates.check(samples, reference)
         with run.stage("write"):
             self._write_videos(reference, samples, floors)
@@ -171,16 +176,28 @@ class TrainJob(Job):
         }
 
     def _twin(
-        self, bench: Bench, choice: Choice, stats: Mapping[str, Any], reference: list[Sample]
-    ) -> tuple[ConversionReport, list[Sample]]:
-        """What PTQ makes of it, and its videos; the model stays BF16."""
+        self, bench: Bench, choice: Choice, stats: Mapping[str, Any], reference: list[Sample], asked: Recording
+    ) -> tuple[ConversionReport, list[Sample], dict[str, list[Item]]]:
+        """What PTQ makes of it, its videos and the errors of its answers; the model stays BF16."""
         transformer, how = bench.studio.pipe.transformer, (bench.quant, choice.blocks, bench.modules)
         if not self.config.qat.quantize:
-            return plan_conversion(transformer, *how), reference
-        label = "generate twin"
+            return plan_conversion(transformer, *how), reference, {}
+        label, what = "generate twin", bench.what_is_quantized(choice.blocks)
         with quantized(transformer, *how, stats) as report:
-            latents, _ = bench.studio.latents(label, self.pairs, bench.what_is_quantized(choice.blocks))
-        return report, bench.studio.videos(label, self.pairs, latents)
+            latents, _ = bench.studio.latents(label, self.pairs, what)
+            answers = self._answers(bench.studio, asked, TWIN, what)
+        return report, bench.studio.videos(label, self.pairs, latents), answers
+
+    def _answers(self, studio: Studio, asked: Recording, prefix: str, how: Mapping[str, Any]) -> dict[str, list[Item]]:
+        """The errors of single steps, under their name in ``metrics``."""
+
+        def measure() -> list[float]:
+            with progress("answer", len(self.pairs), "pair") as tick:
+                return answer_errors(studio, asked, tick)
+
+        cells = studio.cache.cells("answers", studio.signature("answers", pairs=self.pairs, **how))
+        values = zip(self.pairs, cells.measured("pairs", measure), strict=True)
+        return {f"{prefix}{ANSWERS}": [Item(*pair, value) for pair, value in values]}
 
     def _trained(self, trainer: Trainer) -> tuple[str, dict[str, Any]]:
         """Puts the trained transformer into the pipeline: from the cache, or trained now."""
@@ -210,7 +227,10 @@ class TrainJob(Job):
         return signed, told
 
     def _compare(
-        self, beside: Mapping[str, list[tuple[Sample, Sample]]], twin: list[Sample]
+        self,
+        beside: Mapping[str, list[tuple[Sample, Sample]]],
+        twin: list[Sample],
+        answers: dict[str, list[Item]],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Every metric, and what of it differs from the twin's."""
         config = self.config
@@ -220,6 +240,7 @@ class TrainJob(Job):
             if config.model.language == "scenes":
                 asked = measure({"": [(sample, sample) for sample in twin]}, True)
                 found |= {TWIN + name: asked[name] for name in asked if "." not in name and TWIN + name not in found}
+        found |= answers
         over = {}
         # A model that is fine-tuned is meant to move away from what it was.
         for name in COMPARED if config.qat.quantize else ("attributes",):

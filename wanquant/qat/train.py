@@ -172,6 +172,7 @@ class Trainer:
         chosen = resolve_blocks(qat.blocks, plan.blocks) if qat.blocks else range(plan.blocks)
         places = sorted(order(len(self.source), qat.seed, 0, min(qat.questions or len(self.source), len(self.source))))
         stream = enter(transformer, self.source, places, studio.device)
+        stream.at_once = stream.at_once if self.bench.scheme.independent else 1
         stream.trained_in = torch.float32 if self.precision == "fp32" else torch.bfloat16
         how = (self._optimizers, self._rate(), self._course(), self.states, self.signature)
         return Blockwise(accelerator, transformer, stream, make, chosen, *how, self.show).run()

@@ -14,7 +14,7 @@ from wanquant.runs.estimates import estimate_text
 Row = dict[str, Any]
 Cells = tuple[list[str], list[list[str]], list[list[str]]]
 #: What training has added to what PTQ alone makes of the same.
-OVER_TWIN = "minus its PTQ twin, dB"
+OVER_TWIN, SINGLE_STEPS = "minus its PTQ twin, dB", "the same of single steps, dB"
 #: Beyond so many pairs it is not said how many it would take.
 MANY_PAIRS = 100_000
 
@@ -55,8 +55,9 @@ def _columns(summary: dict[str, Any]) -> list[tuple[str, Callable[[Row], str]]]:
     ]
     if all(row["over_twin"] for row in summary["rows"]):
         columns += [
-            (OVER_TWIN, lambda row: estimate_text(row["over_twin"])),
+            (OVER_TWIN, lambda row: estimate_text(row["over_twin"][metric[0]])),
             ("against its twin", lambda row: row["over_twin"]["verdict"]),
+            (SINGLE_STEPS, lambda row: estimate_text(row["over_twin"]["answer_sqnr"])),
         ]
     columns += [(_head(column), _metric(column[0])) for column in further]
     if attributes:

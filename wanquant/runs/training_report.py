@@ -11,6 +11,7 @@ from wanquant.runs.estimates import estimate_text
 from wanquant.runs.figures import before_after, curves, heatmap
 
 TITLES = {name: (title, unit) for name, title, unit in (*FIDELITY, *FURTHER)}
+TITLES["answer_sqnr"] = ("single steps, SQNR", "dB")
 TITLES |= dict.fromkeys(ATTRIBUTES, ("prompts followed", "share"))
 
 

@@ -6,6 +6,7 @@ prompt and without. Kept batch by batch, as they are made; read one at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from wanquant.wan.products import quick_products
 from wanquant.wan.studio import Pair, Studio
 
+#: Questions asked together at most (one where videos are made one at a time: they would share their scales), and what
+#: equal answers count, as everywhere.
+AT_ONCE, EQUAL_DB = 40, 100.0
 KIND, FILE = "trajectories", "trajectories.safetensors"
 
 
@@ -61,6 +66,30 @@ class Recording:
             noisy, answer = (file.get_slice(name)[step, branch, row] for name in ("noisy", "answer"))
             timestep = file.get_slice("timestep")[step, branch, row]
         return Question(noisy, timestep, prompt if branch == 0 else self.negative, answer)
+
+
+@torch.no_grad()
+def answer_errors(studio: Studio, recording: Recording, on_questions: Callable[[], None]) -> list[float]:
+    """For each pair the SQNR in dB of what the transformer, as it is now, answers to all of its questions: the error
+    of single steps, before the sampler has added them up. ``on_questions`` is called for each pair."""
+    transformer, found = studio.pipe.transformer, []
+    each, device, at_once = recording.steps * recording.branches, studio.device, min(AT_ONCE, studio.model.batch)
+    for first in range(0, len(recording), each):
+        signal = noise = 0.0
+        for start in range(first, first + each, at_once):
+            asked = [recording[place] for place in range(start, min(start + at_once, first + each))]
+            noisy, timestep, wanted = (
+                torch.stack([getattr(question, name) for question in asked]).to(device)
+                for name in ("noisy", "timestep", "answer")
+            )
+            text = torch.stack([studio.embed(question.prompt) for question in asked]).to(device)
+            with quick_products(device):
+                answer = transformer(noisy, timestep, text, return_dict=False)[0]
+            signal += float(wanted.double().square().sum())
+            noise += float((answer.double() - wanted.double()).square().sum())
+        found.append(10 * math.log10(signal / noise) if noise else EQUAL_DB)
+        on_questions()
+    return found
 
 
 def _recorder(studio: Studio, pairs: list[Pair], tick: Callable[[], None]) -> Callable[[Path], None]:
