@@ -137,7 +137,7 @@ class Loop:
                 f"times {course.accumulation} parts)"
             )
         self.accelerator, self.course, self.folder, self.recipe = accelerator, course, folder, recipe
-        self.rate, self.loss, self.curves, self.done = rate, loss, Curves(), 0
+        self.rate, self.loss, self.curves, self.done, self._lowest = rate, loss, Curves(), 0, math.inf
         self.bare = model
         self.named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not self.named:
@@ -250,15 +250,15 @@ class Loop:
         if not math.isfinite(row["loss"]) or not math.isfinite(row.get("grad_norm", 0.0)):
             what = "the loss" if not math.isfinite(row["loss"]) else "a gradient"
             self._stop(f"{what} is not finite in step {row['step']}, first {self._where_broken(row['step'])}")
-        losses = [earlier["loss"] for earlier in self.curves.rows] + [row["loss"]]
-        if len(losses) < 2 * WINDOW:
-            return
-        means = [statistics.fmean(losses[i : i + WINDOW]) for i in range(len(losses) - WINDOW + 1)]
-        if means[-1] > self.course.diverged * min(means):
+        rows = [*self.curves.rows[-WINDOW + 1 :], row]
+        now = statistics.fmean(each["loss"] for each in rows)
+        if row["step"] + 1 >= 2 * WINDOW and now > self.course.diverged * self._lowest:
             self._stop(
-                f"the loss grows without end: {means[-1]:.3g} on average up to step {row['step']}, and it was "
-                f"{min(means):.3g}; {self._where_grown(row)}"
+                f"the loss grows without end: {now:.3g} on average up to step {row['step']}, and it was "
+                f"{self._lowest:.3g}; {self._where_grown(row)}"
             )
+        if len(rows) == WINDOW:
+            self._lowest = min(self._lowest, now)
 
     def _stop(self, message: str) -> None:
         states = states_in(self.folder)
@@ -349,6 +349,9 @@ class Loop:
         if self.average is not None:
             self.average.load(folder / self._average_file)
         self.done, self.curves = int(told["done"]), Curves(told["rows"], told["checks"])
+        losses = [row["loss"] for row in self.curves.rows]
+        windows = (losses[end - WINDOW : end] for end in range(WINDOW, len(losses) + 1))
+        self._lowest = min(map(statistics.fmean, windows), default=math.inf)
 
 
 def gather_(module: nn.Module) -> None:
