@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.conftest import wan_transformer
-from wanquant.qat.blockwise import Blockwise, enter
+from wanquant.qat.blockwise import Blockwise, enter, set_aside
 from wanquant.qat.data import Batch
 from wanquant.qat.loop import Course, make_accelerator
 from wanquant.qat.loss import LossConfig, Objective, relative_error
@@ -22,13 +22,16 @@ CPU = torch.device("cpu")
 
 
 class Asked:
-    """Random questions."""
+    """Random questions, four of each video."""
 
     def __init__(self, count: int = 20) -> None:
         generator = torch.Generator().manual_seed(3)
         self.noisy = torch.randn(count, 16, 2, 4, 4, generator=generator).bfloat16()
         self.timestep = 1000 * torch.rand(count, generator=generator)
         self.text = torch.randn(count, 6, 32, generator=generator).bfloat16()
+
+    def video_of(self, place: int) -> int:
+        return place // 4
 
     def of(self, places: range) -> Batch:
         rows = torch.as_tensor(list(places))
@@ -62,26 +65,25 @@ def the_same() -> nn.Module:
     return wan_transformer()
 
 
-def make(originals: list[nn.Module], index: int) -> nn.Module:
+def make(block: nn.Module) -> nn.Module:
     holder = nn.Module()
-    holder.blocks = nn.ModuleList([copy.deepcopy(originals[index])])
+    holder.blocks = nn.ModuleList([copy.deepcopy(block)])
     make_trainable_(holder, QuantConfig())
-    block: nn.Module = holder.blocks[0]
-    for parameter in block.parameters():
+    found: nn.Module = holder.blocks[0]
+    for parameter in found.parameters():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    return block
+    return found
 
 
 def blockwise(folder: Path, lr: float, chosen: tuple[int, ...] = (1, 2, 3)) -> tuple[nn.Module, Blockwise]:
     transformer = the_same()
-    originals = list(transformer.blocks)
     stream = enter(transformer, Asked(), range(20), CPU)  # type: ignore[arg-type]
     made = Blockwise(
         make_accelerator(CPU, "bf16"),
         transformer,
         stream,
-        lambda index: make(originals, index) if index else None,
+        lambda index, block: make(block) if index else None,
         chosen,
         lambda parameters: [torch.optim.AdamW(parameters, lr=lr)],
         make_rate("constant", 8),
@@ -159,3 +161,9 @@ def test_losses_by_hand() -> None:
     torch.testing.assert_close(found["loss"], total)
     assert not Objective(LossConfig(0, 1, 1), None, 4, CPU, student).of(student, batch)["loss"]  # type: ignore[arg-type]
     assert relative_error(torch.zeros(2, 3), torch.ones(2, 3)).tolist() == [1, 1]
+
+
+def test_whole_videos_are_set_aside() -> None:
+    asked = Asked(80)
+    assert set_aside(asked, range(80)) == {*range(4), *range(32, 36), *range(64, 68)}  # type: ignore[arg-type]
+    assert set_aside(asked, [5, 6, 40]) == {0, 1}  # type: ignore[arg-type]

@@ -138,6 +138,12 @@ def test_scenes_are_drawn_once(studio: Studio, monkeypatch: Any) -> None:
     monkeypatch.setattr(data, "all_scenes", lambda: few)
     source = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), 0)
     assert len(source) == 6
+    left = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), 0, [few[1].caption])
+    assert len(left) == 4
+    assert isinstance(left, Videos)
+    assert few[1].caption not in left.captions
+    assert isinstance(source, Videos)
+    assert torch.equal(left.latents(2), source.latents(4))
     batch = source.batch(0, 2, range(2))
     assert batch.velocity is not None
     assert batch.noisy.shape == (2, 16, 5, 8, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import resource
@@ -19,8 +20,10 @@ from safetensors.torch import load_file
 from tests.qat.short import ROOT, make_short, overrides, result_of, train
 from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
+from wanquant.evaluate.stats import Item, compared
 from wanquant.evaluate.sweep import summarize
 from wanquant.qat.data import read_list
+from wanquant.qat.job import verdict_of
 from wanquant.wan.generate import GenerationConfig, generate
 
 
@@ -41,7 +44,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 #: Each with what of a block's tensors it may change.
 SCOPES: dict[str, tuple[list[str], str]] = {
-    "blockwise": (["qat.scope=blockwise", "qat.lr=1e-4", "qat.questions=10"], r"blocks\.[12]\..*"),
+    "blockwise": (["qat.scope=blockwise", "qat.lr=1e-4", "qat.questions=16"], r"blocks\.[12]\..*"),
     "all": (["qat.scope=all", "qat.gradients=stochastic", "qat.ema=0.9", "qat.bf16_steps=1"], r".*"),
     "blocks": (["qat.scope=blocks", "qat.blocks=[1]"], r"blocks\.1\..*"),
     "norms": (["qat.scope=norms", "qat.loss.blocks=0.5"], r"blocks\..*(norm.*|bias|scale_shift_table)"),
@@ -91,7 +94,7 @@ def test_what_is_trained_is_what_is_saved(
     else:
         assert [row["step"] for row in rows] == [0, 1, 2]
         assert {"loss", "lr", "grad_norm", "grad_norms", "clipped"} <= set(rows[0])
-        assert set(rows[0]["drift"]) == {"blocks.1", "blocks.2"}
+        assert set(rows[0].get("drift", {})) == (set() if name == "lora" else {"blocks.1", "blocks.2"})
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Did training help?" in report
     assert "PTQ twin" in report
@@ -216,6 +219,8 @@ def test_killed_five_times_it_ends_the_same(scope: str, model: Path, tmp_path: P
         (["qat.data.source=folder", "qat.scope=all", "qat.data.path=nowhere"], "qat.data.path=nowhere"),
         (["qat.data.source=tape"], "choose trajectories, scenes, folder"),
         (["qat.data.prompts.texts=[a blue square moving up on a white background]"], "measured on"),
+        (["qat.scope=scales", "qat.bf16_steps=1"], "no use for qat.bf16_steps"),
+        (["qat.questions=3"], "at least 16"),
         (["mode=analyze"], "no other than quantize"),
         (["qat.lrr=1"], "lrr"),
     ],
@@ -309,3 +314,40 @@ def test_a_sweep_says_what_each_has_over_its_twin(
     rows = summarize(sweep)["rows"]
     assert {row["name"].split()[0] for row in rows} == {"norms", "scales"}
     assert all(row["over_twin"][name]["n"] == 2 for row in rows for name in ("latent_sqnr", "answer_sqnr"))
+
+
+def test_lora_begins_the_same_whatever_was_drawn_before(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a sweep, whose jobs share a process."""
+    found = []
+    for number in range(2):
+        torch.manual_seed(number)
+        run = tmp_path / str(number)
+        words = overrides(model, cache, "qat.scope=lora", "qat.seed=9", f"hydra.run.dir={run}")
+        assert train(monkeypatch, *words, *(["force=true"] if number else [])) == 0
+        found.append(result_of(run)["training"]["rows"])
+    assert found[0] == found[1]
+
+
+def test_modules_that_stay_bf16_inside_a_trained_block(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = overrides(model, cache, "protect.modules=[ffn.net.2]", "qat.lr=1e-4", f"hydra.run.dir={tmp_path / 'run'}")
+    assert train(monkeypatch, *words) == 0
+    assert result_of(tmp_path / "run")["conversion"]["protected"] == 22
+    words = overrides(model, cache, "qat.blocks=[0]", f"hydra.run.dir={tmp_path / 'none'}")
+    assert train(monkeypatch, *words) == 1
+
+
+def test_a_model_that_breaks_is_told_as_that(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Norms trained at such a rate that the videos are not finite; the sweep's table stands."""
+    words = [word for word in overrides(model, cache) if not word.startswith("qat.lr=")]
+    asked = ["qat=norms", "qat.lr=10", "qat.clip=0", "qat.schedule=constant", "qat.seed=4,5", "qat.diverged=1e9"]
+    train(monkeypatch, "-m", *asked, *words, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert verdict_of(compared([Item("a", 0, math.nan), Item("b", 0, 1.0)]), False) == "cannot be told"
+    assert (tmp_path / "sweep" / "report.html").exists()

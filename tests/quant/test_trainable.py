@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -292,3 +293,44 @@ def test_what_cannot_be_trained_is_refused() -> None:
             Training(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="learned"):
         Training(learn_scales=True, scaling="delayed")
+
+
+@pytest.mark.parametrize("format_", ["int8", "e4m3"])
+def test_learned_scales_where_values_are_clipped(format_: str) -> None:
+    """By finite differences of the surrogate: Q is constant there, and its value moves with the scale alone."""
+    quant = QuantConfig(
+        format=format_, product="exact", activations=ActivationConfig("per_tensor", static=True), overflow="saturate"
+    )
+    trained = TrainableQuantLinear(nn.Linear(24, 16), parse(quant), 2.0, Training(weights=False, learn_scales=True))
+    assert trained.weight_gain is not None
+    assert trained.input_gain is not None
+    with torch.no_grad():
+        trained.weight_gain -= 0.7
+        trained.input_gain -= 0.7
+    x, upstream = 2 * torch.randn(7, 24), torch.randn(7, 16)
+    trained(x).backward(upstream)
+    assert trained.clipped > 0
+    assert trained.clipped_weights > 0
+    assert trained.weight_step is not None
+    assert trained.input_scale is not None
+    steps = [trained.weight_step.double() * math.e**-0.7, trained.input_scale.double() * math.e**-0.7]
+    values, parts = [trained.weight.double(), x.double()], []
+    for value, step in zip(values, steps, strict=True):
+        v = value / (step[:, None] if step.ndim else step)
+        q = trained.scheme.format.round(v.float(), "saturate").double()
+        inside = v.abs() < trained.scheme.format.overflow
+        parts.append((value, step, q - v, q, inside))
+
+    def output(gains: tuple[float, float]) -> torch.Tensor:
+        """The surrogate at scales moved by these: v moves with them and the rounding stays, or the bound does."""
+        operands = []
+        for (value, step, missed, q, inside), gain in zip(parts, gains, strict=True):
+            moved = (step * math.e**gain)[..., None] if step.ndim else step * math.e**gain
+            operands.append(torch.where(inside, value + moved * missed, moved * q))
+        return (operands[1] @ operands[0].T * upstream.double()).sum()
+
+    eps = 1e-4
+    by_weight = (output((eps, 0)) - output((-eps, 0))) / (2 * eps)
+    by_input = (output((0, eps)) - output((0, -eps))) / (2 * eps)
+    assert float(trained.weight_gain.grad.sum()) == pytest.approx(float(by_weight), rel=1e-2, abs=1e-2)  # type: ignore[union-attr]
+    assert float(trained.input_gain.grad) == pytest.approx(float(by_input), rel=1e-2, abs=1e-2)  # type: ignore[arg-type]

@@ -171,7 +171,7 @@ def _over_twin(result: dict[str, Any], runs: int) -> dict[str, Any] | None:
     if METRIC not in result.get("over_twin", {}):
         return None
     found = {
-        name: compared([Item(**item) for item in result["over_twin"][name]["per_item"]], runs)
+        name: compared([_item(item) for item in result["over_twin"][name]["per_item"]], runs)
         for name in (METRIC, "answer_sqnr")
     }
     told = "too few pairs" if result["demonstration"] else verdict(found[METRIC], 0.0)
@@ -193,6 +193,11 @@ def _mean(row: dict[str, Any]) -> float:
 def _batch(result: dict[str, Any]) -> int:
     """Videos denoised at a time."""
     return min(int(result["model"]["batch"]), int(result["metrics"][METRIC]["n"]))
+
+
+def _item(item: dict[str, Any]) -> Item:
+    """What is not finite is null in JSON."""
+    return Item(**{**item, "value": math.nan if item["value"] is None else item["value"]})
 
 
 def _items(result: dict[str, Any]) -> list[Item] | None:

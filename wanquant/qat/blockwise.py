@@ -3,12 +3,12 @@ before it, what the BF16 block gives without any.
 
     minimize over the block's parameters   mean |b(x̂) - b'(x)|² / |b'(x)|²,     x̂ = what the trained blocks before gave
 
-In memory are one block's float32 weights, gradients and optimizer state, and the activations of one batch inside it;
-what flows between blocks, two hidden states for each question, is on the host. That is what lets a model be trained
-on a card that could not hold its gradients. Nothing but the blocks is trained.
+Beside the BF16 model there are one block's float32 weights, gradients and optimizer state, and the activations of one
+batch inside it; what flows between blocks, three hidden states for each question, is on the host. That is what lets a
+model be trained on a card that could not hold its gradients. Nothing but the blocks is trained.
 
-A part of the questions is set aside. A block whose error on them did not fall keeps its weights, so that training can
-hardly make it worse than plain quantization does.
+Some videos are set aside with all of their questions. A block whose error on them did not fall, as inference will run
+it, keeps its weights, so that training can hardly make it worse than plain quantization does.
 
 What is learned is kept block by block, so a killed run goes on in the block it was killed in, to the same numbers.
 """
@@ -29,16 +29,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from wanquant.qat.config import SET_ASIDE
 from wanquant.qat.data import Trajectories, order
 from wanquant.qat.loop import Course, Hooks, Loop, Row, quiet
 from wanquant.qat.loss import relative_error
 from wanquant.qat.schedule import Rate
 from wanquant.quant.convert import freeze_into_
+from wanquant.quant.trainable import trainable_linears
 from wanquant.runs.files import write_atomic
 from wanquant.runs.progress import Tick, progress
 
-#: One in so many questions is set aside.
-SET_ASIDE = 8
 #: Questions that pass through a block together where nothing is trained.
 AT_ONCE = 32
 Optimizers = Callable[[Sequence[nn.Parameter]], list[torch.optim.Optimizer]]
@@ -47,6 +47,7 @@ Optimizers = Callable[[Sequence[nn.Parameter]], list[torch.optim.Optimizer]]
 @dataclass
 class Stream:
     """What enters a block, on the host: ``bf16`` and ``quantized`` [questions, tokens, width], and what they share.
+    Those at ``aside`` are not learned from.
     ``trained_in`` is the type that a block in training takes; ``at_once`` questions pass together, one where they
     would share their scales."""
 
@@ -56,6 +57,7 @@ class Stream:
     modulation: torch.Tensor
     rotary: Any
     device: torch.device
+    aside: frozenset[int]
     trained_in: torch.dtype = torch.bfloat16
     at_once: int = AT_ONCE
 
@@ -64,22 +66,23 @@ class Stream:
 
     def learn(self, block: nn.Module, places: Sequence[int]) -> torch.Tensor:
         """What a block in training gives for these questions."""
-        return self._call(block, self.quantized, places, self.trained_in)
+        return self._call(block, self.quantized, torch.as_tensor(places), self.trained_in)
 
     def _call(
-        self, block: nn.Module, hidden: torch.Tensor, places: Sequence[int], kind: torch.dtype = torch.bfloat16
+        self, block: nn.Module, hidden: torch.Tensor, rows: torch.Tensor, kind: torch.dtype = torch.bfloat16
     ) -> torch.Tensor:
-        rows = torch.as_tensor(places)
         given, text = (tensor[rows].to(self.device, kind) for tensor in (hidden, self.text))
         output: torch.Tensor = block(given, text, self.modulation[rows].to(self.device), self.rotary)
         return output
 
     @torch.no_grad()
-    def through(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        outputs = torch.empty_like(hidden)
-        for first in range(0, len(self), self.at_once):
-            places = range(first, min(first + self.at_once, len(self)))
-            outputs[first : places.stop] = self._call(block, hidden, places).to("cpu", hidden.dtype)
+    def through(self, block: nn.Module, hidden: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """What a block of inference gives for all questions, or for those at ``places``."""
+        places = torch.arange(len(self)) if places is None else places
+        outputs = torch.empty_like(hidden[: len(places)])
+        for first in range(0, len(places), self.at_once):
+            part = places[first : first + self.at_once]
+            outputs[first : first + len(part)] = self._call(block, hidden, part).to("cpu", hidden.dtype)
         return outputs
 
 
@@ -106,19 +109,26 @@ def enter(transformer: nn.Module, questions: Trajectories, places: Sequence[int]
     finally:
         handle.remove()
     hidden, text, modulation = (torch.cat([call[part] for call in given]) for part in range(3))
-    return Stream(hidden, hidden.clone(), text, modulation, given[0][3], device)
+    return Stream(hidden, hidden.clone(), text, modulation, given[0][3], device, set_aside(questions, places))
+
+
+def set_aside(questions: Trajectories, places: Sequence[int]) -> frozenset[int]:
+    """Which of the places are not learned from: all questions of every eighth video, and of one at least."""
+    videos = [questions.video_of(place) for place in places]
+    kept = sorted(set(videos))[::SET_ASIDE]
+    return frozenset(number for number, video in enumerate(videos) if video in kept)
 
 
 @dataclass
 class Blockwise:
-    """``make`` gives a copy of a BF16 block made trainable, or None for one that is not quantized; ``optimizers`` those
-    of its parameters; ``course`` is that of one block. Only the ``chosen`` are trained, the others quantized as they
-    are."""
+    """``make`` gives a copy of the BF16 block made trainable, or None for one that is not quantized; ``optimizers``
+    those of its parameters; ``course`` is that of one block. Only the ``chosen`` are trained, the others quantized as
+    they are."""
 
     accelerator: Accelerator
     transformer: nn.Module
     stream: Stream
-    make: Callable[[int], nn.Module | None]
+    make: Callable[[int, nn.Module], nn.Module | None]
     chosen: Collection[int]
     optimizers: Optimizers
     rate: Rate
@@ -139,26 +149,22 @@ class Blockwise:
         rows: list[Row] = []
         for index, block in enumerate(blocks):
             target = self.stream.through(block, self.stream.bf16)
-            trainable = self.make(index)
-            if trainable is None:
-                self.stream.quantized = self.stream.through(block, self.stream.quantized)
-            else:
+            trainable = self.make(index, block)
+            if trainable is not None:
                 if index in self.chosen:
-                    rows.append(self._train(index, trainable, target, tick))
-                frozen = copy.deepcopy(block)
-                freeze_into_(frozen, trainable)
-                blocks[index] = frozen
-                self.stream.quantized = self.stream.through(frozen, self.stream.quantized)
+                    rows.append(self._train(index, block, trainable, target, tick))
+                blocks[index] = _frozen(block, trainable)
+            self.stream.quantized = self.stream.through(blocks[index], self.stream.quantized)
             self.stream.bf16 = target
         return rows
 
-    def _train(self, index: int, block: nn.Module, target: torch.Tensor, tick: Tick) -> Row:
-        """Loads the block's trained weights into it, made now if they are not in the folder."""
+    def _train(self, index: int, original: nn.Module, block: nn.Module, target: torch.Tensor, tick: Tick) -> Row:
+        """Puts what is learned into ``block``, from the folder or learned now."""
         folder = self.folder / f"block-{index:03d}"
         done, told = folder / "trained.safetensors", folder / "row.json"
         row: Row
         if not told.is_file():
-            row = self._learn(index, block, target, folder / "states", tick)
+            row = self._learn(index, original, block, target, folder / "states", tick)
             kept = {name: value.detach().contiguous().cpu() for name, value in block.state_dict().items()}
             if self.accelerator.is_main_process:
                 save_file(kept, done)
@@ -172,11 +178,12 @@ class Blockwise:
                 tick(f"block {index}, known")
         return row
 
-    def _learn(self, index: int, block: nn.Module, target: torch.Tensor, folder: Path, tick: Tick) -> Row:
+    def _learn(
+        self, index: int, original: nn.Module, block: nn.Module, target: torch.Tensor, folder: Path, tick: Tick
+    ) -> Row:
         stream, size = self.stream, self.course.batch
-        aside = range(0, len(stream), SET_ASIDE)
-        learned = [place for place in range(len(stream)) if place % SET_ASIDE]
-        before, first = self._error(block, target, aside), copy.deepcopy(block.state_dict())
+        learned = [place for place in range(len(stream)) if place not in stream.aside]
+        before, first = self._error(_frozen(original, block), target), copy.deepcopy(block.state_dict())
 
         def loss(model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
             taken = order(len(learned), self.course.seed + index, step * size, size)[rows.start : rows.stop]
@@ -205,18 +212,22 @@ class Blockwise:
         if loop.average is not None:
             loop.average.settle()
         loop.release()
-        after = self._error(block, target, aside)
+        after = self._error(_frozen(original, block), target)
         if not after < before:
             block.load_state_dict(first)
         losses = [row["loss"] for row in curves.rows]
-        return {"block": index, "before": before, "after": after, "kept": after < before, "losses": losses}
+        clipped = sum(int(layer.clipped) for layer in trainable_linears(block).values())
+        told = {"block": index, "before": before, "after": after, "kept": after < before}
+        return {**told, "losses": losses, "clipped": clipped}
 
-    @torch.no_grad()
-    def _error(self, block: nn.Module, target: torch.Tensor, places: range) -> float:
-        """On what is set aside."""
-        errors = []
-        for first in range(0, len(places), AT_ONCE):
-            part = places[first : first + AT_ONCE]
-            wanted = target[torch.as_tensor(part)]
-            errors.append(relative_error(self.stream.learn(block, part).cpu(), wanted))
-        return float(torch.cat(errors).mean())
+    def _error(self, frozen: nn.Module, target: torch.Tensor) -> float:
+        """Of what inference will run, on what is set aside."""
+        places = torch.as_tensor(sorted(self.stream.aside))
+        found = self.stream.through(frozen, self.stream.quantized, places)
+        return float(relative_error(found, target[places]).mean())
+
+
+def _frozen(original: nn.Module, trained: nn.Module) -> nn.Module:
+    frozen = copy.deepcopy(original)
+    freeze_into_(frozen, trained)
+    return frozen

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from wanquant.evaluate.prompts import pairs, settled
 from wanquant.ptq.config import PTQConfig
-from wanquant.qat.data import DataConfig, check_data, contents
+from wanquant.qat.data import DataConfig, captions_of, check_data, contents
 from wanquant.qat.loss import LossConfig, check_loss
 from wanquant.qat.schedule import SCHEDULES
 from wanquant.qat.scope import SCOPES, trains_weights
@@ -18,6 +19,13 @@ from wanquant.quant.trainable import GRADIENTS, Training, check_trainable
 from wanquant.wan.load import empty_transformer, find_folder
 
 PRECISIONS = ("auto", "bf16", "fp32")
+#: In blockwise training one in so many videos is set aside.
+SET_ASIDE = 8
+
+
+def processes() -> int:
+    """How many train together, under ``accelerate launch``."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass
@@ -113,8 +121,11 @@ def check_qat(config: TrainConfig) -> None:
     for name in ("steps", "batch", "accumulation", "save_every", "window"):
         if getattr(qat, name) < 1:
             raise ValueError(f"qat.{name}={getattr(qat, name)}: must be at least 1")
-    if qat.batch % qat.accumulation:
-        raise ValueError(f"qat.batch={qat.batch} does not divide into qat.accumulation={qat.accumulation} parts")
+    if qat.batch % (qat.accumulation * processes()):
+        raise ValueError(
+            f"qat.batch={qat.batch} does not divide into qat.accumulation={qat.accumulation} parts of each of "
+            f"{processes()} processes"
+        )
     for name, low, high in (
         ("lr", 0, 10),
         ("floor", 0, 1),
@@ -128,6 +139,10 @@ def check_qat(config: TrainConfig) -> None:
         raise ValueError(f"qat.questions={qat.questions}: at least 0, and for qat.scope=blockwise alone")
     if qat.clip < 0 or qat.warmup < 0 or qat.bf16_steps < 0 or qat.check_every < 0:
         raise ValueError("qat.clip, qat.warmup, qat.bf16_steps and qat.check_every must not be negative")
+    if qat.scope == "scales" and qat.bf16_steps:
+        raise ValueError("qat.scope=scales has no use for qat.bf16_steps: without rounding there are no scales")
+    if 0 < qat.questions < 2 * SET_ASIDE:
+        raise ValueError(f"qat.questions={qat.questions}: at least {2 * SET_ASIDE}, of which some are set aside")
     if qat.bf16_steps >= qat.steps:
         raise ValueError(f"qat.bf16_steps={qat.bf16_steps} leaves none of qat.steps={qat.steps} to quantize")
     if len(qat.betas) != 2 or not all(0 <= beta < 1 for beta in qat.betas):
@@ -165,11 +180,13 @@ def _check_source(config: TrainConfig) -> None:
             raise ValueError("qat.scope=blockwise has no use for qat.bf16_steps and qat.recompute")
         if qat.scaling == "delayed":
             raise ValueError("qat.scope=blockwise has all inputs of a block before it: qat.scaling=current")
-    if qat.data.source == "trajectories":
-        learned = {text for text, _ in pairs(qat.data.prompts, "qat.data.prompts")}
-        twice = sorted(learned & {text for text, _ in pairs(config.prompts)})
-        if twice:
-            raise ValueError(f"qat.data.prompts holds a prompt that is measured on: {twice[0]}")
+    if qat.data.source == "scenes":  # which leaves them out
+        return
+    measured = {text for text, _ in pairs(config.prompts)}
+    validated = {text for text, _ in pairs(config.calib, "calib")} if qat.check_every else set()
+    twice = sorted(set(captions_of(qat.data)) & (measured | validated))
+    if twice:
+        raise ValueError(f"qat.data holds a prompt that is measured on: {twice[0]}")
 
 
 def settle_train(config: TrainConfig) -> TrainConfig:
@@ -184,5 +201,7 @@ UNCOUNTED = ("name", "save_every", "data")
 
 def counted(qat: QATConfig) -> dict[str, Any]:
     """All of the training that can change a number; data by what they are, wherever they lie."""
-    found = dataclasses.asdict(qat)
+    lora = qat.lora if qat.scope == "lora" else LoraSize()
+    window = qat.window if qat.scaling == "delayed" else QATConfig().window
+    found = dataclasses.asdict(dataclasses.replace(qat, lora=lora, window=window))
     return {**{key: value for key, value in found.items() if key not in UNCOUNTED}, "data": contents(qat.data)}

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -92,6 +93,10 @@ class Trajectories:
         taken = order(len(self), self.seed, step * size, size)[rows.start : rows.stop]
         return self.of(taken)
 
+    def video_of(self, place: int) -> int:
+        """Which of the recorded videos a question belongs to."""
+        return place // (self.recording.steps * self.recording.branches)
+
     def of(self, places: Sequence[int]) -> Batch:
         asked = [self.recording[place] for place in places]
         return Batch(
@@ -133,13 +138,13 @@ class Videos:
         return Batch((1 - weight) * x + weight * e, 1000 * weight.flatten(), torch.stack(text), velocity=e - x)
 
 
-def make_source(studio: Studio, config: DataConfig, seed: int) -> Source:
-    """From the cache, or made now with the model in BF16."""
+def make_source(studio: Studio, config: DataConfig, seed: int, measured: Collection[str] = ()) -> Source:
+    """From the cache, or made now with the model in BF16; without scenes whose captions are ``measured`` on."""
     if config.source == "trajectories":
         return Trajectories(Recording(studio, pairs(config.prompts, "qat.data.prompts")), studio.embed, seed)
     settings = studio.model.generation
     if config.source == "scenes":
-        captions, latents = _scenes(studio, config.videos_per_scene)
+        captions, latents = _scenes(studio, config.videos_per_scene, measured)
     else:
         listed = read_list(Path(config.path))
         files = encoded(studio, [path for path, _ in listed])
@@ -147,8 +152,8 @@ def make_source(studio: Studio, config: DataConfig, seed: int) -> Source:
     return Videos(captions, latents, studio.embed, settings.negative_prompt, seed, settings.flow_shift, config.drop)
 
 
-def _scenes(studio: Studio, each: int) -> tuple[list[str], Callable[[int], torch.Tensor]]:
-    """So many videos of each combination that tiny-wan was trained on."""
+def _scenes(studio: Studio, each: int, measured: Collection[str]) -> tuple[list[str], Callable[[int], torch.Tensor]]:
+    """So many videos of each combination that tiny-wan was trained on, but for those that are measured on."""
     scenes = [scene for scene in all_scenes() if not scene.held_out]
 
     def make(folder: Path) -> None:
@@ -165,7 +170,8 @@ def _scenes(studio: Studio, each: int) -> tuple[list[str], Callable[[int], torch
     folder = studio.artefact("scenes", "scenes", studio.signature("scenes", each=each), make)
     latents = read_latents(folder / "scenes.safetensors")
     captions = [scene.caption for scene in scenes for _ in range(each)]
-    return captions, lambda place: latents[place]
+    left = [place for place, caption in enumerate(captions) if caption not in measured]
+    return [captions[place] for place in left], lambda place: latents[left[place]]
 
 
 def read_list(path: Path) -> list[tuple[Path, str]]:
@@ -210,6 +216,13 @@ def _rows(path: Path, text: str) -> list[tuple[int, dict[str, object]]]:
     return rows
 
 
+def captions_of(config: DataConfig) -> list[str]:
+    """What is learned from, of a source that lists it."""
+    if config.source == "trajectories":
+        return [text for text, _ in pairs(config.prompts, "qat.data.prompts")]
+    return [caption for _, caption in read_list(Path(config.path))]
+
+
 def contents(config: DataConfig) -> dict[str, object]:
     """What the data are, for a signature: videos by their content."""
     if config.source == "trajectories":
@@ -217,7 +230,18 @@ def contents(config: DataConfig) -> dict[str, object]:
     found: dict[str, object] = {"source": config.source, "drop": config.drop}
     if config.source == "scenes":
         return {**found, "videos_per_scene": config.videos_per_scene}
-    return {**found, "videos": [(sum_of_file(path), caption) for path, caption in read_list(Path(config.path))]}
+    return {**found, "videos": [(_sum(path), caption) for path, caption in read_list(Path(config.path))]}
+
+
+def _sum(path: Path) -> str:
+    told = path.stat()
+    return _sum_of_version(path, told.st_size, told.st_mtime_ns)
+
+
+@cache
+def _sum_of_version(path: Path, size: int, modified: int) -> str:
+    """Read once in a process, as long as nobody writes to it."""
+    return sum_of_file(path)
 
 
 def check_data(config: DataConfig, language: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -35,10 +36,10 @@ from wanquant.ptq.config import check, identity, settle_config
 from wanquant.ptq.job import Job, plan_quantization, run_job
 from wanquant.ptq.plan import in_bytes, tokens_of
 from wanquant.ptq.sensitivity import quantized
-from wanquant.qat.config import TrainConfig, check_qat, counted, settle_train
+from wanquant.qat.config import TrainConfig, check_qat, counted, processes, settle_train
 from wanquant.qat.loop import make_accelerator
 from wanquant.qat.plan import plan_training, shrinks
-from wanquant.qat.train import Trainer, processes, settled_precision
+from wanquant.qat.train import Trainer, settled_precision
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.runs.progress import progress
 from wanquant.runs.run import MEASURES, signature
@@ -195,9 +196,12 @@ class TrainJob(Job):
             with progress("answer", len(self.pairs), "pair") as tick:
                 return answer_errors(studio, asked, tick)
 
-        cells = studio.cache.cells("answers", studio.signature("answers", pairs=self.pairs, **how))
-        values = zip(self.pairs, cells.measured("pairs", measure), strict=True)
-        return {f"{prefix}{ANSWERS}": [Item(*pair, value) for pair, value in values]}
+        cells = studio.cache.cells(
+            "answers", studio.signature("answers", pairs=self.pairs, batch=studio.model.batch, **how)
+        )
+        found = measure() if self.config.force else cells.measured("pairs", measure)
+        values = (math.nan if value is None else value for value in found)
+        return {f"{prefix}{ANSWERS}": [Item(*pair, value) for pair, value in zip(self.pairs, values, strict=True)]}
 
     def _trained(self, trainer: Trainer) -> tuple[str, dict[str, Any]]:
         """Puts the trained transformer into the pipeline: from the cache, or trained now."""
@@ -290,6 +294,8 @@ def verdict_of(paired: Estimate, few: bool) -> str:
     """Of trained less twin."""
     if few:
         return "too few pairs"
+    if math.isnan(paired.low):
+        return "cannot be told"
     if paired.low > 0:
         return "better"
     return "worse" if paired.high < 0 else "no difference found"

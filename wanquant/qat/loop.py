@@ -52,7 +52,7 @@ class Course:
     accumulation  parts a process takes its share of them in
     clip          the norm gradients are cut to; 0 leaves them
     ema           decay of the moving average of the weights; 0 for none
-    ema_start     the step from which on it averages
+    begin         the step from which on weights are averaged and losses compared: what comes before is a warm-up
     diverged      how many times its lowest value the loss may reach
     save_every    steps between two states
     """
@@ -62,7 +62,7 @@ class Course:
     accumulation: int = 1
     clip: float = 1.0
     ema: float = 0.0
-    ema_start: int = 0
+    begin: int = 0
     diverged: float = 10.0
     save_every: int = 50
     seed: int = 0
@@ -145,7 +145,7 @@ class Loop:
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.groups, self.apart = self._grouped(groups), [list(part) for part in apart] or [self.parameters]
-        self.average = Average(self.parameters, course.ema, course.ema_start) if course.ema else None
+        self.average = Average(self.parameters, course.ema, course.begin) if course.ema else None
         self._resume()
         # After the states are loaded, which replaces the groups.
         self._rates = [
@@ -250,9 +250,9 @@ class Loop:
         if not math.isfinite(row["loss"]) or not math.isfinite(row.get("grad_norm", 0.0)):
             what = "the loss" if not math.isfinite(row["loss"]) else "a gradient"
             self._stop(f"{what} is not finite in step {row['step']}, first {self._where_broken(row['step'])}")
-        rows = [*self.curves.rows[-WINDOW + 1 :], row]
+        rows = [*self.curves.rows[max(self.course.begin, row["step"] + 1 - WINDOW) :], row]
         now = statistics.fmean(each["loss"] for each in rows)
-        if row["step"] + 1 >= 2 * WINDOW and now > self.course.diverged * self._lowest:
+        if row["step"] + 1 >= self.course.begin + 2 * WINDOW and now > self.course.diverged * self._lowest:
             self._stop(
                 f"the loss grows without end: {now:.3g} on average up to step {row['step']}, and it was "
                 f"{self._lowest:.3g}; {self._where_grown(row)}"
@@ -325,6 +325,7 @@ class Loop:
         self.accelerator.save_state(str(partial))
         if self.average is not None and (self.sharded or self.accelerator.is_main_process):
             self.average.save(partial / self._average_file)
+        self.accelerator.wait_for_everyone()  # each process writes its own part
         if self.accelerator.is_main_process:
             told = {"recipe": self.recipe, "done": self.done, **vars(self.curves)}
             (partial / "loop.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
@@ -349,7 +350,7 @@ class Loop:
         if self.average is not None:
             self.average.load(folder / self._average_file)
         self.done, self.curves = int(told["done"]), Curves(told["rows"], told["checks"])
-        losses = [row["loss"] for row in self.curves.rows]
+        losses = [row["loss"] for row in self.curves.rows[self.course.begin :]]
         windows = (losses[end - WINDOW : end] for end in range(WINDOW, len(losses) + 1))
         self._lowest = min(map(statistics.fmean, windows), default=math.inf)
 

@@ -46,10 +46,10 @@ def plan_training(
     every, block = (sum(p.numel() for p in part.parameters()) for part in (transformer, transformer.blocks[0]))
     copies = 2 if precision == "bf16" or qat.quantize else 0  # of the weights, as they are multiplied
     if qat.scope == "blockwise":
-        # The block itself, BF16's, and the stream: what enters twice, what leaves, and the text.
+        # The model, the block that learns, and the stream: what enters twice, what leaves, and the text.
         host = 2 * min(questions, qat.questions or questions) * (3 * tokens + text) * width
         return TrainingPlan(
-            (4 + copies + 2) * block, 4 * block, 8 * block, 4 * block if qat.ema else 0, activations, host
+            2 * every + (4 + copies) * block, 4 * block, 8 * block, 4 * block if qat.ema else 0, activations, host
         )
     trained = count_trained(transformer, config)
     rounded = block if qat.recompute else every

@@ -28,16 +28,21 @@ def trains_weights(scope: str) -> bool:
     return scope in ("all", "blocks", "blockwise")
 
 
-def choose_(transformer: nn.Module, scope: str, blocks: Sequence[int], rank: int, alpha: int) -> list[nn.Parameter]:
+def choose_(
+    transformer: nn.Module, scope: str, blocks: Sequence[int], rank: int, alpha: int, seed: int = 0
+) -> list[nn.Parameter]:
     """Turns gradients on for what the scope trains, in float32, and off for the rest. Returns it.
 
-    ``blocks`` are indices from either end; empty for all. ``ValueError`` if nothing is left to train.
+    ``blocks`` are indices from either end; empty for all. ``seed`` is for what begins at random, in ``lora``.
+    ``ValueError`` if nothing is left to train.
     """
     every = transformer.get_submodule("blocks")
     assert isinstance(every, nn.ModuleList)
     chosen = set(resolve_blocks(blocks, len(every)) if blocks else range(len(every)))
     if scope == "lora":
-        add_lora_(transformer, [f"blocks.{index}" for index in sorted(chosen)], rank, alpha)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            add_lora_(transformer, [f"blocks.{index}" for index in sorted(chosen)], rank, alpha)
     linears = trainable_linears(transformer)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(_is_trained(name, parameter, scope, chosen, linears))

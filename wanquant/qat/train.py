@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import statistics
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.plan import in_bytes, tokens_of
 from wanquant.ptq.sensitivity import final_errors, quantized
 from wanquant.qat.blockwise import Blockwise, enter
-from wanquant.qat.config import QATConfig, TrainConfig, counted
+from wanquant.qat.config import QATConfig, TrainConfig, counted, processes
 from wanquant.qat.data import Source, Trajectories, make_source, order
 from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator
 from wanquant.qat.loss import Objective, needs_teacher
@@ -32,7 +31,7 @@ from wanquant.qat.scope import choose_, merge_lora_
 from wanquant.quant.convert import freeze_into_, make_trainable_, plan_conversion
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
-from wanquant.runs.run import GENERATES, signature
+from wanquant.runs.run import GENERATES, installed, signature
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.device import out_of_memory
 from wanquant.wan.products import multiplies_bf16, quick_products
@@ -40,11 +39,6 @@ from wanquant.wan.studio import Studio
 
 #: Steps between two looks at how far the scales have moved.
 DRIFT_EVERY = 10
-
-
-def processes() -> int:
-    """How many train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def settled_precision(asked: str, device: torch.device) -> str:
@@ -64,7 +58,6 @@ class Trainer:
     source: Source | None = None
     planned: TrainingPlan | None = None
     show: Callable[[Row], None] = lambda row: None
-    _clipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def qat(self) -> QATConfig:
@@ -78,6 +71,11 @@ class Trainer:
     def precision(self) -> str:
         return settled_precision(self.qat.precision, self.studio.device)
 
+    @property
+    def measured(self) -> list[str]:
+        """The prompts that are measured on."""
+        return sorted({text for text, _ in pairs(self.config.prompts)})
+
     @cached_property
     def signature(self) -> str:
         """Of all that can change what is learned."""
@@ -85,9 +83,12 @@ class Trainer:
         settings = {
             **self.bench.what_is_quantized(self.protected),
             "qat": counted(self.qat),
+            "fps": studio.model.generation.fps if self.qat.data.source == "folder" else None,
+            "left_out": self.measured if self.qat.data.source == "scenes" else [],
+            "libraries": {name: installed(name) for name in ("accelerate", "peft")},
             "precision": self.precision,
             "world": processes(),
-            "generation": dataclasses.asdict(studio.model.generation),
+            "model": {"generation": dataclasses.asdict(studio.model.generation)},  # where the volatile is left out
             "outliers": dataclasses.asdict(studio.model.outliers),
             "batch": studio.model.batch,
         }
@@ -99,7 +100,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Makes the data, or finds them in the cache; the model has to be in BF16."""
-        self.source = make_source(self.studio, self.qat.data, self.qat.seed)
+        self.source = make_source(self.studio, self.qat.data, self.qat.seed, self.measured)
         self.planned = self._plan()
 
     def train(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class Trainer:
             accumulation=qat.accumulation,
             clip=qat.clip,
             ema=qat.ema,
-            ema_start=qat.bf16_steps,
+            begin=qat.bf16_steps,
             diverged=qat.diverged,
             save_every=qat.save_every,
             seed=qat.seed,
@@ -161,15 +162,14 @@ class Trainer:
         assert isinstance(self.source, Trajectories)
         plan = plan_conversion(transformer, self.bench.quant, self.protected, self.bench.modules)
         touched = {row.block for row in plan.modules if row.status == "converted"}
-        kept = [index for index in range(plan.blocks) if index not in touched]
-        originals = list(transformer.blocks)
 
-        def make(index: int) -> nn.Module | None:
-            if index in kept:
-                return None
-            return self._alone(originals[index], index)
+        def make(index: int, block: nn.Module) -> nn.Module | None:
+            return self._alone(block, index) if index in touched else None
 
-        chosen = resolve_blocks(qat.blocks, plan.blocks) if qat.blocks else range(plan.blocks)
+        asked = resolve_blocks(qat.blocks, plan.blocks) if qat.blocks else range(plan.blocks)
+        chosen = [index for index in asked if index in touched]
+        if not chosen:
+            raise ValueError("qat.scope=blockwise: of qat.blocks none is quantized, so nothing would be trained")
         places = sorted(order(len(self.source), qat.seed, 0, min(qat.questions or len(self.source), len(self.source))))
         stream = enter(transformer, self.source, places, studio.device)
         stream.at_once = stream.at_once if self.bench.scheme.independent else 1
@@ -202,31 +202,42 @@ class Trainer:
             make_trainable_(student, *how)
         if self.precision == "fp32":
             student.float()
-        trained = choose_(student, qat.scope, qat.blocks, qat.lora.rank, qat.lora.alpha)
+        trained = choose_(student, qat.scope, qat.blocks, qat.lora.rank, qat.lora.alpha, qat.seed)
         if qat.recompute:
             model: Any = student
             model.enable_gradient_checkpointing()
         teacher = original if needs_teacher(qat.loss, qat.data.source) else None
         objective = Objective(qat.loss, assigned, qat.batch, self.studio.device, teacher)
+        counted_ = list(trainable_linears(student).values())
+
+        def loss(model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
+            """Counts what falls beyond the range in this forward pass, and not when it is taken again."""
+            for layer in counted_:
+                layer.counting = True
+            found = objective(model, step, rows)
+            for layer in counted_:
+                layer.counting = False
+            return found
+
         loop = Loop(
             accelerator,
             student,
             self._optimizers(trained),
             self._rate(),
-            objective,
+            loss,
             self._course(),
             self.states,
             self.signature,
         )
         linears = trainable_linears(student)
+        adapted = qat.scope == "lora"  # whose weights stay, so that nothing could be said of their scales
         first = {name: _size(layer) for name, layer in linears.items()}
-        self._clipped = Counter({name: int(layer.clipped) for name, layer in linears.items()})
         check = self._validation(accelerator, student, original) if qat.check_every else None
         hooks = Hooks(
             check=check,
             check_every=qat.check_every,
             before=lambda step: self._begin(linears, step),
-            after=lambda step: self._end(accelerator, linears, first, step),
+            after=lambda step: self._end(accelerator, linears, {} if adapted else first, step),
             show=self.show,
         )
         curves = loop.run("train", hooks)
@@ -279,19 +290,19 @@ class Trainer:
         if not linears:
             return {}
         row: Row = {}
-        counts = accelerator.reduce(torch.stack([layer.clipped for layer in linears.values()]), "sum").tolist()
-        now = Counter(dict(zip(linears, counts, strict=True)))
-        new = {name: now[name] - self._clipped[name] for name in linears if now[name] > self._clipped[name]}
-        if self.qat.recompute:  # every forward pass was taken twice
-            new = {name: count // 2 for name, count in new.items()}
+        own = torch.stack([layer.clipped for layer in linears.values()])
+        weights = torch.stack([layer.clipped_weights for layer in linears.values()]).tolist()
+        counts = [a + b for a, b in zip(accelerator.reduce(own, "sum").tolist(), weights, strict=True)]
+        new = {name: count for name, count in zip(linears, counts, strict=True) if count}
+        for layer in linears.values():
+            layer.clipped = torch.zeros_like(layer.clipped)
         row |= {"clipped": sum(new.values()), "clipped_by": new}
-        self._clipped = now
         if self.qat.scaling == "delayed":
             seen = torch.stack([layer.seen for layer in linears.values()])
             largest = accelerator.gather(seen[None]).amax(0) if accelerator.num_processes > 1 else seen
             for layer, value in zip(linears.values(), largest, strict=True):
                 layer.advance(value)
-        if step % DRIFT_EVERY == 0 or step + 1 == self.qat.steps:
+        if first and (step % DRIFT_EVERY == 0 or step + 1 == self.qat.steps):
             moved: dict[str, list[float]] = {}
             for name, layer in linears.items():
                 block = ".".join(name.split(".")[:2])

@@ -77,6 +77,7 @@ class QuantLinear(nn.Linear):
         """
         divisors = None if smoothing is None else smoothing.divisors
         factored = smoothing is not None and not smoothing.folded
+        scheme.weight_granularity.scale_shape(linear.out_features, linear.in_features)  # refuses what does not divide
         source = linear.weight.detach().to(torch.bfloat16)
         factor = input_scale = None
         if divisors is not None and factored:

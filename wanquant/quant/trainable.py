@@ -12,7 +12,7 @@ mask the surrogate is constant where a value fell beyond the format's range, and
 A scale that is learned (LSQ, arXiv 1902.08153) is s exp(g) with g = 0 at first, so that a learning rate means the same
 for all of them. The surrogate's derivative is that of s Q(v), v = w / s, with Q passed straight through:
 
-    dg = s Σ dŵ (Q(v) - v)
+    dg = s Σ dŵ (Q(v) - v)          where v is beyond the range, and has no gradient by the mask, s Σ dŵ Q(v)
 
 Gradients may be quantized as hardware would take them, by the largest magnitude of each operand to ``GRADIENT_TARGET``:
 dy goes into the product for dx with the weight's scale in it, and into that for dw with the input's, because a scale
@@ -121,7 +121,9 @@ class TrainableQuantLinear(nn.Linear):
     input_scale   float32 [], with static activations only
     input_gain    float32 []: as weight_gain
     history       float32 [window]: with delayed scaling the largest magnitudes of the last steps, the newest last
-    clipped       int64 []: elements of all inputs and weights so far that fell beyond the range
+    clipped       int64 []: elements of all inputs so far that fell beyond the range; clipped_weights: of the weight, in
+                  the last forward pass
+    counting      False where a forward pass is taken again
     quantizing    False for a warm-up in BF16
     """
 
@@ -130,7 +132,6 @@ class TrainableQuantLinear(nn.Linear):
     input_scale: torch.Tensor | None
     input_gain: nn.Parameter | None
     history: torch.Tensor
-    clipped: torch.Tensor
 
     def __init__(
         self,
@@ -169,7 +170,9 @@ class TrainableQuantLinear(nn.Linear):
             largest = seen.largest() if isinstance(seen, Site) else float(seen)
             self.register_buffer("history", torch.zeros(how.window, device=device))
             self.history[-1] = largest
-        self.register_buffer("clipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        # No buffers: of those several processes would all have the first one's.
+        self.clipped = self.clipped_weights = torch.zeros((), dtype=torch.int64, device=device)
+        self.counting = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.of(x, self.weight)
@@ -259,7 +262,9 @@ class _StraightThrough(torch.autograd.Function):
         source = weight.to(torch.bfloat16)
         x, x_scale, x_over = rounded
         w, w_scale, w_over = layer.rounded_weight(source)
-        layer.clipped += sum(over for over in (w_over, x_over) if over is not None)
+        if layer.counting:
+            layer.clipped_weights = torch.zeros_like(layer.clipped) if w_over is None else w_over
+            layer.clipped = layer.clipped if x_over is None else layer.clipped + x_over
         ctx.masks = [
             _in_range(values, scale, scheme.format.overflow) if how.clip_mask and over is not None else None
             for values, scale, over in ((rows, x_scale, x_over), (source, w_scale, w_over))
@@ -282,12 +287,12 @@ class _StraightThrough(torch.autograd.Function):
             if wants_x or wants_input_gain:
                 grad_x = _product(grad, w_scale, w, ctx).to(grad.dtype)
                 if wants_input_gain:
-                    grad_xg = x_scale * (grad_x.float() * _missed(x, rows, x_scale)).sum()
+                    grad_xg = x_scale * (grad_x.float() * _missed(x, rows, x_scale, ctx.masks[0])).sum()
                 grad_x = grad_x if ctx.masks[0] is None else grad_x * ctx.masks[0]
             if wants_w or wants_weight_gain:
                 grad_w = _product(grad.T, x_scale, x, ctx).float()
                 if wants_weight_gain:
-                    missed = grad_w * _missed(w, source, w_scale)
+                    missed = grad_w * _missed(w, source, w_scale, ctx.masks[1])
                     grad_wg = w_scale * (missed.sum(1) if w_scale.ndim else missed.sum())
                 grad_w = grad_w if ctx.masks[1] is None else grad_w * ctx.masks[1]
             if ctx.has_bias and wants_b:
@@ -318,9 +323,12 @@ def _quantized_product(scaled: torch.Tensor, values: torch.Tensor, ctx: Any) -> 
     return F.linear(rounded.to(dtype), values.T.to(dtype)).float() * step
 
 
-def _missed(rounded: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Q(v) - v."""
-    return rounded.float() - values.float() / (scale[:, None] if scale.ndim else scale)
+def _missed(
+    rounded: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Q(v) - v, or Q(v) alone where the mask says that Q is constant."""
+    passed = values.float() / (scale[:, None] if scale.ndim else scale)
+    return rounded.float() - (passed if mask is None else torch.where(mask, passed, 0.0))
 
 
 def _in_range(values: torch.Tensor, scale: torch.Tensor, overflow: float) -> torch.Tensor:

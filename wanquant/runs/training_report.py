@@ -27,6 +27,8 @@ def headline(result: dict[str, Any]) -> str:
     name, metric = next(iter(result["over_twin"].items()))
     title, unit = TITLES[name]
     ours, twin = who(result)
+    if metric["mean"] is None:
+        return f"{ours} against {twin}: {metric['verdict']} (a {title} is not finite)"
     said = f"{metric['mean']:+.2f} {unit} {_interval(metric)} of {title}, over {metric['n']} pairs".replace("  ", " ")
     return f"{ours} against {twin}: {metric['verdict']} ({said})"
 
