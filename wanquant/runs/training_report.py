@@ -10,6 +10,8 @@ from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER
 from wanquant.runs.estimates import estimate_text
 from wanquant.runs.figures import before_after, curves, heatmap
 
+#: Of a block's losses, in the figure.
+PARTS = 10
 TITLES = {name: (title, unit) for name, title, unit in (*FIDELITY, *FURTHER)}
 TITLES["answer_sqnr"] = ("single steps, SQNR", "dB")
 TITLES |= dict.fromkeys(ATTRIBUTES, ("prompts followed", "share"))
@@ -66,11 +68,14 @@ def training_section(result: dict[str, Any]) -> dict[str, Any]:
         section["kept"] = sum(row["kept"] for row in rows)
         section["trained"] = len(rows)
         pairs = [(row["block"], *(row[name] for name in names)) for row in rows]
+        losses: list[list[float | None]] = [[None] * PARTS for _ in range(result["model"]["blocks"])]
+        for row in rows:
+            losses[row["block"]] = _thinned(row["losses"])
         section["figures"] = [
             ("Error of each block's output on questions set aside", before_after(pairs, "relative squared error")),
             (
                 "Loss of every block, its steps from left to right",
-                heatmap([_thinned(row["losses"]) for row in rows], "share of the steps, tenths", "loss", True),
+                heatmap(losses, "share of the steps, tenths", "loss", True),
             ),
         ]
         return section
@@ -112,8 +117,8 @@ def _every(looks: list[dict[str, Any]]) -> int:
     return looks[1]["step"] - looks[0]["step"] if len(looks) > 1 else 1
 
 
-def _thinned(losses: list[float], parts: int = 10) -> list[float]:
+def _thinned(losses: list[float]) -> list[float | None]:
     """Means over tenths."""
-    edges = [round(place * len(losses) / parts) for place in range(parts + 1)]
+    edges = [round(place * len(losses) / PARTS) for place in range(PARTS + 1)]
     chunks = [losses[a:b] or losses[-1:] for a, b in itertools.pairwise(edges)]
     return [sum(chunk) / len(chunk) for chunk in chunks]
