@@ -68,14 +68,14 @@ def training_section(result: dict[str, Any]) -> dict[str, Any]:
         section["kept"] = sum(row["kept"] for row in rows)
         section["trained"] = len(rows)
         pairs = [(row["block"], *(row[name] for name in names)) for row in rows]
-        losses: list[list[float | None]] = [[None] * PARTS for _ in range(result["model"]["blocks"])]
+        learned: list[list[float | None]] = [[None] * PARTS for _ in range(result["model"]["blocks"])]
         for row in rows:
-            losses[row["block"]] = _thinned(row["losses"])
+            learned[row["block"]] = _thinned(row["losses"])
         section["figures"] = [
             ("Error of each block's output on questions set aside", before_after(pairs, "relative squared error")),
             (
                 "Loss of every block, its steps from left to right",
-                heatmap(losses, "share of the steps, tenths", "loss", True),
+                heatmap(learned, "share of the steps, tenths", "loss", True),
             ),
         ]
         return section
