@@ -208,14 +208,17 @@ class Trainer:
             model.enable_gradient_checkpointing()
         teacher = original if needs_teacher(qat.loss, qat.data.source) else None
         objective = Objective(qat.loss, assigned, qat.batch, self.studio.device, teacher)
-        counted_ = list(trainable_linears(student).values())
+        linears = trainable_linears(student)
+        # Before a state is taken up, whose weights have moved already.
+        adapted = qat.scope == "lora"  # whose weights stay, so that nothing could be said of their scales
+        first = {name: _size(layer) for name, layer in linears.items()}
 
         def loss(model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
             """Counts what falls beyond the range in this forward pass, and not when it is taken again."""
-            for layer in counted_:
+            for layer in linears.values():
                 layer.counting = True
             found = objective(model, step, rows)
-            for layer in counted_:
+            for layer in linears.values():
                 layer.counting = False
             return found
 
@@ -229,9 +232,6 @@ class Trainer:
             self.states,
             self.signature,
         )
-        linears = trainable_linears(student)
-        adapted = qat.scope == "lora"  # whose weights stay, so that nothing could be said of their scales
-        first = {name: _size(layer) for name, layer in linears.items()}
         check = self._validation(accelerator, student, original) if qat.check_every else None
         hooks = Hooks(
             check=check,
