@@ -12,7 +12,7 @@ import torch
 
 from tests.qat.test_job import make_videos
 from wanquant import load_pipeline
-from wanquant.evaluate.prompts import PromptsConfig
+from wanquant.evaluate.prompts import PromptsConfig, pairs
 from wanquant.qat.data import Batch, DataConfig, Trajectories, Videos, contents, make_source, order
 from wanquant.runs.cache import Cache
 from wanquant.wan.config import ModelConfig
@@ -92,6 +92,12 @@ def test_a_recording_is_what_the_model_says_again(studio: Studio) -> None:
         again.float(), batch.answer.float(), rtol=0.05, atol=0.05
     )  # other batches round otherwise
     assert studio.pipe.transformer.training is False
+    # What it had made by the way, is not made again.
+    recorded = pairs(BOTH.prompts)
+    batches = [recorded[first : first + 2] for first in range(0, len(recorded), 2)]
+    assert all(studio.cache.has("latents", studio.signature("latents", pairs=batch)) for batch in batches)
+    kept, expected = studio.latents("known", recorded)[0], studio.generate(recorded, lambda: None, decode=False)
+    assert all(torch.equal(a, b.latents) for a, b in zip(kept, expected, strict=True))
 
 
 def test_a_video_is_encoded_as_the_pipeline_has_it(studio: Studio, tmp_path: Path) -> None:

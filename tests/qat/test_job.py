@@ -243,7 +243,7 @@ def test_a_dry_run_says_what_memory_the_training_needs(
     assert train(monkeypatch, *words) == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"^training +[\d.]+ MB on the device: weights .*, optimizer .*, average .*, activations", said, re.M
+        r"^training +[\d.]+ MB on the device: model .*, weights .*, optimizer .*, average .*, activations", said, re.M
     )
     assert "less with qat.accumulation=2, qat.recompute=true" in said
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,22 @@ def test_stopped_anywhere_it_ends_the_same(tmp_path: Path, precision: str) -> No
         assert all(map(torch.equal, released, ends[0]))
         assert all(map(torch.equal, again.average.values, ends[1]))  # type: ignore[union-attr]
         assert [path.name for path in (tmp_path / str(stops)).iterdir()] == ["state-000012"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_released_it_is_as_it_came_and_goes_with_its_holder(tmp_path: Path, precision: str) -> None:
+    """And not when Python next looks for cycles, which with few but large objects may be never."""
+    made = loop(tmp_path, precision=precision)
+    made.run(stop_at=1)
+    model = made.release()
+    assert "forward" not in vars(model)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, made
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def small(tmp_path: Path, name: str, *more: str) -> list[str]:

@@ -154,6 +154,7 @@ class Blockwise:
                 if index in self.chosen:
                     rows.append(self._train(index, block, trainable, target, tick))
                 blocks[index] = _frozen(block, trainable)
+                del trainable  # before the next one is made
             self.stream.quantized = self.stream.through(blocks[index], self.stream.quantized)
             self.stream.bf16 = target
         return rows
@@ -183,7 +184,7 @@ class Blockwise:
     ) -> Row:
         stream, size = self.stream, self.course.batch
         learned = [place for place in range(len(stream)) if place not in stream.aside]
-        before, first = self._error(_frozen(original, block), target), copy.deepcopy(block.state_dict())
+        before = self._error(_frozen(original, block), target)
 
         def loss(model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
             taken = order(len(learned), self.course.seed + index, step * size, size)[rows.start : rows.stop]
@@ -213,8 +214,10 @@ class Blockwise:
             loop.average.settle()
         loop.release()
         after = self._error(_frozen(original, block), target)
-        if not after < before:
-            block.load_state_dict(first)
+        if not after < before:  # as it was made: a copy of it kept meanwhile would be another block in memory
+            untrained = self.make(index, original)
+            assert untrained is not None
+            block.load_state_dict(untrained.state_dict())
         losses = [row["loss"] for row in curves.rows]
         clipped = sum(int(layer.clipped) for layer in trainable_linears(block).values())
         told = {"block": index, "before": before, "after": after, "kept": after < before}

@@ -110,52 +110,8 @@ def check_qat(config: TrainConfig) -> None:
     qat = config.qat
     if config.mode != "quantize":
         raise ValueError(f"mode={config.mode}: train.py has no other than quantize")
-    for name, known in (
-        ("scope", SCOPES),
-        ("schedule", SCHEDULES),
-        ("precision", PRECISIONS),
-        ("gradients", GRADIENTS),
-    ):
-        if getattr(qat, name) not in known:
-            raise ValueError(f"qat.{name}={getattr(qat, name)}: choose {', '.join(known)}")
-    for name in ("steps", "batch", "accumulation", "save_every", "window"):
-        if getattr(qat, name) < 1:
-            raise ValueError(f"qat.{name}={getattr(qat, name)}: must be at least 1")
-    if qat.batch % (qat.accumulation * processes()):
-        raise ValueError(
-            f"qat.batch={qat.batch} does not divide into qat.accumulation={qat.accumulation} parts of each of "
-            f"{processes()} processes"
-        )
-    for name, low, high in (
-        ("lr", 0, 10),
-        ("floor", 0, 1),
-        ("ema", 0, 1),
-        ("diverged", 1, 1e9),
-        ("weight_decay", 0, 10),
-    ):
-        if not low <= getattr(qat, name) <= high:
-            raise ValueError(f"qat.{name}={getattr(qat, name)}: must lie between {low} and {high:g}")
-    if qat.questions < 0 or (qat.questions and qat.scope != "blockwise"):
-        raise ValueError(f"qat.questions={qat.questions}: at least 0, and for qat.scope=blockwise alone")
-    if qat.clip < 0 or qat.warmup < 0 or qat.bf16_steps < 0 or qat.check_every < 0:
-        raise ValueError("qat.clip, qat.warmup, qat.bf16_steps and qat.check_every must not be negative")
-    if qat.scope == "scales" and qat.bf16_steps:
-        raise ValueError("qat.scope=scales has no use for qat.bf16_steps: without rounding there are no scales")
-    if 0 < qat.questions < 2 * SET_ASIDE:
-        raise ValueError(f"qat.questions={qat.questions}: at least {2 * SET_ASIDE}, of which some are set aside")
-    if qat.bf16_steps >= qat.steps:
-        raise ValueError(f"qat.bf16_steps={qat.bf16_steps} leaves none of qat.steps={qat.steps} to quantize")
-    if len(qat.betas) != 2 or not all(0 <= beta < 1 for beta in qat.betas):
-        raise ValueError(f"qat.betas={qat.betas}: two numbers of at least 0 and below 1")
-    if qat.scope == "all" and qat.blocks:
-        raise ValueError("qat.scope=all trains every block: choose qat.scope=blocks for some")
-    if qat.scope == "blocks" and not qat.blocks:
-        raise ValueError("qat.scope=blocks needs qat.blocks=[...]")
-    resolve_blocks(
-        qat.blocks, len(empty_transformer(find_folder(config.model.path, shapes_only=True)).blocks), "trained"
-    )
-    if qat.lora.rank < 1 or qat.lora.alpha <= 0:
-        raise ValueError(f"qat.lora.rank={qat.lora.rank}, qat.lora.alpha={qat.lora.alpha}: must be positive")
+    _check_ranges(qat)
+    _check_scope(config)
     check_data(qat.data, config.model.language)
     check_loss(qat.loss, qat.data.source)
     _check_source(config)
@@ -167,6 +123,60 @@ def check_qat(config: TrainConfig) -> None:
         raise ValueError(f"quant.format={scheme.format.name} quantizes nothing: fine-tune with qat=off")
     else:
         check_trainable(scheme, qat.training)
+
+
+def _check_ranges(qat: QATConfig) -> None:
+    """What can be said of each number and word by itself, and of the batch and the steps."""
+    for name, known in (
+        ("scope", SCOPES),
+        ("schedule", SCHEDULES),
+        ("precision", PRECISIONS),
+        ("gradients", GRADIENTS),
+    ):
+        if getattr(qat, name) not in known:
+            raise ValueError(f"qat.{name}={getattr(qat, name)}: choose {', '.join(known)}")
+    for name in ("steps", "batch", "accumulation", "save_every", "window"):
+        if getattr(qat, name) < 1:
+            raise ValueError(f"qat.{name}={getattr(qat, name)}: must be at least 1")
+    for name, low, high in (
+        ("lr", 0, 10),
+        ("floor", 0, 1),
+        ("ema", 0, 1),
+        ("diverged", 1, 1e9),
+        ("weight_decay", 0, 10),
+    ):
+        if not low <= getattr(qat, name) <= high:
+            raise ValueError(f"qat.{name}={getattr(qat, name)}: must lie between {low} and {high:g}")
+    if qat.clip < 0 or qat.warmup < 0 or qat.bf16_steps < 0 or qat.check_every < 0:
+        raise ValueError("qat.clip, qat.warmup, qat.bf16_steps and qat.check_every must not be negative")
+    if len(qat.betas) != 2 or not all(0 <= beta < 1 for beta in qat.betas):
+        raise ValueError(f"qat.betas={qat.betas}: two numbers of at least 0 and below 1")
+    if qat.lora.rank < 1 or qat.lora.alpha <= 0:
+        raise ValueError(f"qat.lora.rank={qat.lora.rank}, qat.lora.alpha={qat.lora.alpha}: must be positive")
+    if qat.bf16_steps >= qat.steps:
+        raise ValueError(f"qat.bf16_steps={qat.bf16_steps} leaves none of qat.steps={qat.steps} to quantize")
+    if qat.batch % (qat.accumulation * processes()):
+        raise ValueError(
+            f"qat.batch={qat.batch} does not divide into qat.accumulation={qat.accumulation} parts of each of "
+            f"{processes()} processes"
+        )
+
+
+def _check_scope(config: TrainConfig) -> None:
+    """What the scope has no use for, or cannot do without."""
+    qat = config.qat
+    if qat.questions < 0 or (qat.questions and qat.scope != "blockwise"):
+        raise ValueError(f"qat.questions={qat.questions}: at least 0, and for qat.scope=blockwise alone")
+    if 0 < qat.questions < 2 * SET_ASIDE:
+        raise ValueError(f"qat.questions={qat.questions}: at least {2 * SET_ASIDE}, of which some are set aside")
+    if qat.scope == "scales" and qat.bf16_steps:
+        raise ValueError("qat.scope=scales has no use for qat.bf16_steps: without rounding there are no scales")
+    if qat.scope == "all" and qat.blocks:
+        raise ValueError("qat.scope=all trains every block: choose qat.scope=blocks for some")
+    if qat.scope == "blocks" and not qat.blocks:
+        raise ValueError("qat.scope=blocks needs qat.blocks=[...]")
+    shape = empty_transformer(find_folder(config.model.path, shapes_only=True))
+    resolve_blocks(qat.blocks, len(shape.blocks), "trained")
 
 
 def _check_source(config: TrainConfig) -> None:

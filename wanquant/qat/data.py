@@ -230,18 +230,21 @@ def contents(config: DataConfig) -> dict[str, object]:
     found: dict[str, object] = {"source": config.source, "drop": config.drop}
     if config.source == "scenes":
         return {**found, "videos_per_scene": config.videos_per_scene}
-    return {**found, "videos": [(_sum(path), caption) for path, caption in read_list(Path(config.path))]}
-
-
-def _sum(path: Path) -> str:
-    told = path.stat()
-    return _sum_of_version(path, told.st_size, told.st_mtime_ns)
+    listed = read_list(Path(config.path))
+    versions = ((path, path.stat()) for path, _ in listed)
+    sums = _sums(tuple((path, told.st_size, told.st_mtime_ns) for path, told in versions))
+    return {**found, "videos": [(sum_, caption) for sum_, (_, caption) in zip(sums, listed, strict=True)]}
 
 
 @cache
-def _sum_of_version(path: Path, size: int, modified: int) -> str:
-    """Read once in a process, as long as nobody writes to it."""
-    return sum_of_file(path)
+def _sums(versions: tuple[tuple[Path, int, int], ...]) -> list[str]:
+    """Of these files, of such sizes and times of change: read once in a process, as long as nobody writes to them."""
+    found = []
+    with progress("read", len(versions), "video") as tick:
+        for path, _, _ in versions:
+            found.append(sum_of_file(path))
+            tick()
+    return found
 
 
 def check_data(config: DataConfig, language: str) -> None:

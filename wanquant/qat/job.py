@@ -39,7 +39,7 @@ from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.config import TrainConfig, check_qat, counted, processes, settle_train
 from wanquant.qat.loop import make_accelerator
 from wanquant.qat.plan import plan_training, shrinks
-from wanquant.qat.train import Trainer, settled_precision
+from wanquant.qat.train import Trainer, settled_precision, training_libraries
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.runs.progress import progress
 from wanquant.runs.run import MEASURES, signature
@@ -56,6 +56,8 @@ ANSWERS = "answer_sqnr"
 COMPARED = ("latent_sqnr", ANSWERS, "psnr", "ssim", "lpips", "attributes")
 TWIN, OVER = "twin.", "over_twin."
 CURVES = "training.json"
+#: What training adds on the device, in the plan.
+ADDED = ("weights", "gradients", "optimizer", "average", "activations")
 
 
 def run_train(config: TrainConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
@@ -120,7 +122,12 @@ class TrainJob(Job):
         return {**super().names, "qat": {"name": self.config.qat.name}}
 
     def signed(self, protected: list[int] | None) -> str:
-        found = {**identity(self.config, self.blocks, protected), "qat": counted(self.config.qat), "world": processes()}
+        found = {
+            **identity(self.config, self.blocks, protected),
+            "qat": counted(self.config.qat),
+            "world": processes(),
+            "libraries": training_libraries(),
+        }
         return signature(found, self.fingerprint, self.device, (*MEASURES, "qat"))
 
     def run(self) -> dict[str, Any]:
@@ -157,6 +164,8 @@ class TrainJob(Job):
         with run.stage("write"):
             self._write_videos(reference, samples, floors)
             self._save(studio, report)
+        tail = self._tail(bench, config.prompts)
+        tail["memory"]["peak_bytes"] = max(tail["memory"]["peak_bytes"], trainer.peak_before)
         return {
             **self._head(bench, list(report.protected_blocks)),
             **self._conversion(report, calibration, choice, overflows),
@@ -164,16 +173,11 @@ class TrainJob(Job):
             "block_sqnr": None,
             "metrics": metrics,
             "over_twin": over,
-            "training": {
-                **training,
-                "planned_bytes": trainer.planned.total if trainer.planned else None,
-                "processes": processes(),
-                "precision": trainer.precision,
-            },
+            "training": {**training, "processes": processes(), "precision": trainer.precision},
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
             "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
             "gates": {gate.name: gate.as_json() for gate in gate_results},
-            **self._tail(bench, config.prompts),
+            **tail,
         }
 
     def _twin(
@@ -275,7 +279,7 @@ def print_training_plan(config: TrainConfig, config_yaml: str) -> None:
     questions = learned * settings.steps * (2 if settings.guidance_scale > 1 else 1)
     precision = settled_precision(config.qat.precision, pick_device(config.model.device))
     plan = plan_training(shape, config, tokens_of(settings, shape), questions, precision, processes())
-    parts = {name: getattr(plan, name) for name in ("weights", "gradients", "optimizer", "average", "activations")}
+    parts = {name: getattr(plan, name) for name in ("model", *ADDED)}
     told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     print(f"training    {in_bytes(plan.total)} on the device: {told}")
     if plan.host:

@@ -138,7 +138,7 @@ class Loop:
             )
         self.accelerator, self.course, self.folder, self.recipe = accelerator, course, folder, recipe
         self.rate, self.loss, self.curves, self.done, self._lowest = rate, loss, Curves(), 0, math.inf
-        self.bare = model
+        self.bare, self._forward = model, model.__dict__.get("forward")
         self.named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not self.named:
             raise ValueError("nothing is trained: no parameter takes a gradient")
@@ -198,6 +198,10 @@ class Loop:
         bare: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.sharded:
             gather_(bare)
+        # accelerate leaves one bound to the model: a cycle, which keeps all its weights until Python looks for such.
+        bare.__dict__.pop("forward", None)
+        if self._forward is not None:
+            bare.__dict__["forward"] = self._forward
         self.accelerator.free_memory()
         return bare
 

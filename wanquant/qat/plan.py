@@ -20,18 +20,26 @@ from wanquant.wan.load import Transformer
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Bytes on the device while it trains, by what they are for; ``host`` is what lies beside it."""
+    """Bytes on the device while it trains, by what they are for. ``model`` is in BF16 and there before; ``host`` is
+    what lies beside the device; ``replaced`` what is quantized already while, where the device is the host, the file of
+    the BF16 weights stays mapped into memory as a whole."""
 
+    model: int
     weights: int
     gradients: int
     optimizer: int
     average: int
     activations: int
     host: int = 0
+    replaced: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        return self.model + self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+    def added(self, on_host: bool) -> int:
+        """By the training to what it found; ``on_host`` where the device is the host."""
+        return self.total - self.model + (self.host + self.replaced if on_host else 0)
 
 
 def plan_training(
@@ -48,16 +56,16 @@ def plan_training(
     if qat.scope == "blockwise":
         # The model, the block that learns, and the stream: what enters twice, what leaves, and the text.
         host = 2 * min(questions, qat.questions or questions) * (3 * tokens + text) * width
-        return TrainingPlan(
-            2 * every + (4 + copies) * block, 4 * block, 8 * block, 4 * block if qat.ema else 0, activations, host
-        )
+        average = 4 * block if qat.ema else 0
+        one = ((4 + copies) * block, 4 * block, 8 * block, average, activations)
+        return TrainingPlan(2 * every, *one, host, (1 if config.quant.packed else 2) * (shape.num_layers - 1) * block)
     trained = count_trained(transformer, config)
     rounded = block if qat.recompute else every
-    weights = (4 if trains_weights(qat.scope) else 2) * every + copies * rounded + 2 * every  # and the model as it was
+    weights = (4 if trains_weights(qat.scope) else 2) * every + copies * rounded
     activations *= shape.num_layers
     if qat.recompute:
         activations = activations // shape.num_layers + 2 * rows * tokens * width * shape.num_layers
-    return TrainingPlan(weights, 4 * trained, 8 * trained, 4 * trained if qat.ema else 0, activations)
+    return TrainingPlan(2 * every, weights, 4 * trained, 8 * trained, 4 * trained if qat.ema else 0, activations)
 
 
 def count_trained(transformer: Transformer, config: TrainConfig) -> int:

@@ -33,7 +33,7 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 from wanquant.runs.run import GENERATES, installed, signature
 from wanquant.wan.activations import mixed_norms
-from wanquant.wan.device import out_of_memory
+from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
 from wanquant.wan.products import multiplies_bf16, quick_products
 from wanquant.wan.studio import Studio
 
@@ -47,6 +47,11 @@ def settled_precision(asked: str, device: torch.device) -> str:
     return "bf16" if multiplies_bf16(device) else "fp32"
 
 
+def training_libraries() -> dict[str, str | None]:
+    """The versions of those that can change what is learned."""
+    return {name: installed(name) for name in ("accelerate", "peft")}
+
+
 @dataclass
 class Trainer:
     """``protected`` are the blocks that stay BF16; ``stats`` what calibration saw."""
@@ -56,7 +61,8 @@ class Trainer:
     protected: Sequence[int]
     stats: Mapping[str, Any]
     source: Source | None = None
-    planned: TrainingPlan | None = None
+    #: Bytes that were used at most before the training, whose own peak is told apart.
+    peak_before: int = 0
     show: Callable[[Row], None] = lambda row: None
 
     @property
@@ -85,7 +91,7 @@ class Trainer:
             "qat": counted(self.qat),
             "fps": studio.model.generation.fps if self.qat.data.source == "folder" else None,
             "left_out": self.measured if self.qat.data.source == "scenes" else [],
-            "libraries": {name: installed(name) for name in ("accelerate", "peft")},
+            "libraries": training_libraries(),
             "precision": self.precision,
             "world": processes(),
             "model": {"generation": dataclasses.asdict(studio.model.generation)},  # where the volatile is left out
@@ -101,21 +107,26 @@ class Trainer:
     def prepare(self) -> None:
         """Makes the data, or finds them in the cache; the model has to be in BF16."""
         self.source = make_source(self.studio, self.qat.data, self.qat.seed, self.measured)
-        self.planned = self._plan()
 
     def train(self) -> dict[str, Any]:
-        """Leaves the trained transformer in the pipeline; returns its curves."""
-        qat = self.qat
-        accelerator = make_accelerator(self.studio.device, self.precision, qat.accumulation)
+        """Leaves the trained transformer in the pipeline; returns its curves, and the memory it took."""
+        qat, device = self.qat, self.studio.device
+        accelerator = make_accelerator(device, self.precision, qat.accumulation)
+        planned = self.planned  # of the model as it is now
+        self.peak_before = peak_memory(device)
+        forget_peak_memory(device)
+        begun = peak_memory(device)
         try:
-            return self._train(accelerator)
+            told = self._train(accelerator)
         except Exception as error:
             if out_of_memory(error):
-                assert self.planned is not None
-                error.add_note(f"the plan was {in_bytes(self.planned.total)}; to shrink it: {shrinks(self.config)}")
+                error.add_note(f"the plan was {in_bytes(planned.total)}; to shrink it: {shrinks(self.config)}")
             raise
+        memory = {"begun": begun, "peak": peak_memory(device), "planned": planned.added(device.type == "cpu")}
+        return {**told, "memory": memory}
 
-    def _plan(self) -> TrainingPlan:
+    @cached_property
+    def planned(self) -> TrainingPlan:
         studio = self.studio
         questions = len(self.source) if self.source is not None else 0
         tokens = tokens_of(studio.model.generation, studio.pipe.transformer)

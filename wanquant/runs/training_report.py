@@ -63,6 +63,7 @@ def training_section(result: dict[str, Any]) -> dict[str, Any]:
     ours, twin = who(result)
     training, names = result["training"], ("before", "after")
     section: dict[str, Any] = {"headline": headline(result), "rows": twin_rows(result), "names": (twin, ours)}
+    section["memory"] = {name: size / 1e9 for name, size in training["memory"].items()}
     if "blocks" in training:
         rows = training["blocks"]
         section["kept"] = sum(row["kept"] for row in rows)

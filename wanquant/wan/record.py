@@ -106,9 +106,10 @@ def _record(studio: Studio, pairs: list[Pair], folder: Path, tick: Callable[[], 
 
     handle = studio.pipe.transformer.register_forward_hook(hook, with_kwargs=True)
     try:
-        studio.generate(pairs, tick, decode=False)
+        samples = studio.generate(pairs, tick, decode=False)
     finally:
         handle.remove()
+    studio.keep(pairs, samples)
     branches = 2 if studio.model.generation.guidance_scale > 1 else 1
     whole = {name: torch.stack(tensors) for name, tensors in asked.items()}
     save_file({name: t.view(-1, branches, *t.shape[1:]).contiguous() for name, t in whole.items()}, folder / FILE)

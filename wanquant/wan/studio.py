@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +85,10 @@ class Studio:
 
     @contextmanager
     def progress(self, label: str, pairs: Sequence[Pair], times: int = 1) -> Iterator[Callable[[], None]]:
-        """Over the denoising steps of the pairs' batches, so many times."""
+        """Over the denoising steps of the pairs' batches, so many times; of none nothing is shown."""
+        if not pairs:
+            yield lambda: None
+            return
         with progress(label, times * -(-len(pairs) // self.model.batch) * self.model.generation.steps) as tick:
             yield tick
 
@@ -126,7 +129,7 @@ class Studio:
         known = [self.cache.has("latents", each) for each in signatures]
         folders = []
         missing = [pair for group, there in zip(groups, known, strict=True) for pair in group if not there]
-        with self.progress(label, missing) if missing else _silence() as tick:
+        with self.progress(label, missing) as tick:
             for group, each, there in zip(groups, signatures, known, strict=True):
                 if not there:  # first what no other process is at, then what they have made
                     self.cache.offer("latents", each, self._maker(group, how, tick))
@@ -144,11 +147,14 @@ class Studio:
         def make(folder: Path) -> None:
             before = overflowed()
             samples = self.generate(group, tick, perturb=perturb, decode=False)
-            save_file({str(i): sample.latents for i, sample in enumerate(samples)}, folder / LATENTS)
-            counts = {name: count - before[name] for name, count in overflowed().items()}
-            (folder / OVERFLOWS).write_text(json.dumps({name: count for name, count in counts.items() if count}))
+            _write_latents(samples, {name: count - before[name] for name, count in overflowed().items()}, folder)
 
         return make
+
+    def keep(self, group: list[Pair], samples: Sequence[Sample]) -> None:
+        """The latents of a batch that the BF16 model made on another occasion, so that it need not make them again."""
+        signed = self.signature("latents", pairs=group)
+        self.cache.folder("latents", signed, lambda folder: _write_latents(samples, {}, folder))
 
     def videos(self, label: str, pairs: list[Pair], latents: list[torch.Tensor]) -> list[Sample]:
         """Decoded."""
@@ -160,13 +166,13 @@ class Studio:
         return samples
 
 
+def _write_latents(samples: Sequence[Sample], overflowed: Mapping[str, int], folder: Path) -> None:
+    save_file({str(i): sample.latents for i, sample in enumerate(samples)}, folder / LATENTS)
+    (folder / OVERFLOWS).write_text(json.dumps({name: count for name, count in overflowed.items() if count}))
+
+
 def load_latents(folder: Path, place: int) -> torch.Tensor:
     """Of one video of a batch."""
     with safe_open(folder / LATENTS, "pt") as file:
         found: torch.Tensor = file.get_tensor(str(place))
     return found
-
-
-@contextmanager
-def _silence() -> Iterator[Callable[[], None]]:
-    yield lambda: None
