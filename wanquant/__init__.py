@@ -11,9 +11,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from wanquant.registered import register
+
 # Where torch_npu is installed without CANN, torch's backend autoload makes `import torch` fail.
 # Whoever wants an NPU gets torch_npu imported by wanquant.wan.device.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+register()
 
 __version__ = "0.1.0"
 __all__ = ["load_pipeline", "quantize_", "save_quantized"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from wanquant.evaluate import perceptual, vbench
@@ -21,13 +22,22 @@ from wanquant.wan.load import check_shape, empty_transformer, find_folder
 from wanquant.wan.outliers import chosen_blocks
 from wanquant.wan.tiny import parse_caption
 
-MODES = ("quantize", "analyze")
+MODES = ("quantize", "analyze", "convert")
+
+
+@dataclass
+class ConvertConfig:
+    """Of ``mode=convert``: the folder it writes ``to``, the run's own ``checkpoint`` if empty, and the directory of a
+    run of ``mode=analyze`` whose ``statistics`` are taken by rules that need some."""
+
+    to: str = ""
+    statistics: str = ""
 
 
 @dataclass
 class PTQConfig:
     """The whole of ``python ptq.py``. ``mode=quantize`` says what a quantization cost, ``mode=analyze`` what passes
-    through the BF16 model."""
+    through the BF16 model; ``mode=convert`` quantizes a checkpoint of any size from files to files."""
 
     mode: str = "quantize"
 
@@ -38,6 +48,7 @@ class PTQConfig:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     #: Save the packed checkpoint.
     checkpoint: bool = True
@@ -57,7 +68,9 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     check_tracker(config.tracker)
     check_eval(config.eval)
     if config.mode not in MODES:
-        raise ValueError(f"mode={config.mode}: choose {' or '.join(MODES)}")
+        raise ValueError(f"mode={config.mode}: choose {', '.join(MODES)}")
+    if config.convert != ConvertConfig():
+        raise ValueError(f"convert is for mode=convert, not for mode={config.mode}")
     check_analysis(config.analysis)
     if config.mode == "analyze":
         if config.eval.dimensions:
@@ -77,12 +90,18 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     if config.model.language == "scenes":
         for prompt, _ in videos:
             parse_caption(prompt)
+    folder = check_model(config)
+    if (folder / "transformer_2").is_dir():
+        raise ValueError(f"{folder} has two transformers (Wan2.2), of which this version would quantize only one")
+
+
+def check_model(config: PTQConfig) -> Path:
+    """Refuses what a model of this shape cannot be quantized to; the folder, of which the JSON files may be all."""
+    scheme = parse(config.quant)
     folder = find_folder(config.model.path, shapes_only=True)
     check_shape(folder)
     if quantization_of(folder / "transformer") is not None:
         raise ValueError(f"{folder} is quantized already: model.path must be the original model")
-    if (folder / "transformer_2").is_dir():
-        raise ValueError(f"{folder} has two transformers (Wan2.2), of which this version would quantize only one")
     shape = empty_transformer(folder)
     check_protect(config.protect, len(shape.blocks))
     chosen_blocks(config.model.outliers, len(shape.blocks))
@@ -93,6 +112,7 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
         raise ValueError(f"protect.by={config.protect.by} measures a quantization, and {scheme.format.name} is none")
     if not plan.names("converted") and not scheme.format.keeps_all:
         raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
+    return folder
 
 
 def settle_config(config: PTQConfig) -> PTQConfig:

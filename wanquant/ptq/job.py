@@ -29,6 +29,7 @@ from wanquant.ptq.bench import Bench
 from wanquant.ptq.calibrate import Calibration
 from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.config import PTQConfig, check, identity, rule_blocks, settle_config
+from wanquant.ptq.convert import run_convert
 from wanquant.ptq.plan import print_plan
 from wanquant.quant import ConversionReport, plan_conversion, quantize_
 from wanquant.quant.statistics import RESIDUAL, Site
@@ -67,6 +68,8 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
 
     ``ValueError`` and ``OSError`` are the user's; whatever else goes wrong, ``result.json`` says failed.
     """
+    if config.mode == "convert":
+        return run_convert(config, folder, config_yaml)
     return run_job(config, folder, config_yaml, Job)
 
 

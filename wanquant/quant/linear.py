@@ -136,6 +136,21 @@ class QuantLinear(nn.Linear):
             self.weight = nn.Parameter(self.scheme.format.decode(self.weight.data), requires_grad=False)
         return self
 
+    @torch.no_grad()
+    def dequantized(self) -> nn.Linear:
+        """A plain linear of what the codes mean, in BF16: rounded once more unless the steps are powers of two."""
+        values = self.scheme.format.decode(self.codes(), torch.float32)
+        scale = self.weight_scale
+        values = values.view(*scale.shape, -1) * scale[..., None] if scale.ndim else values * scale
+        values = values.reshape(self.out_features, self.in_features)
+        if self.input_factor is not None:
+            values = values * self.input_factor  # by whose inverse the weights were multiplied
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, values.device, torch.bfloat16)
+        linear.weight = nn.Parameter(values.to(torch.bfloat16), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return linear
+
     def quantize_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens], [] or [tokens, in / block]."""
         scheme, over = self.scheme, None

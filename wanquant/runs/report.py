@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wanquant.runs.analysis_report import analysis_html, analysis_summary
 from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER, rows_of
+from wanquant.runs.convert_report import convert_html, convert_summary
 from wanquant.runs.estimates import estimate_text
 from wanquant.runs.evaluation_report import sections
 from wanquant.runs.figures import block_magnitudes, intervals
@@ -38,6 +39,9 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
     path = folder / "report.html"
     if result["mode"] == "analyze":
         write_atomic(path, analysis_html(environment, folder, result))
+        return path
+    if result["mode"] == "convert":
+        write_atomic(path, convert_html(environment, result))
         return path
     evaluations = [_with_films(section) for section in sections(folder, result)]
     if result["mode"] == "evaluate":
@@ -102,6 +106,8 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     """What the terminal shows when a run has ended: counts, table, gates, and where the report is."""
     if result["mode"] == "analyze":
         return analysis_summary(result, folder)
+    if result["mode"] == "convert":
+        return convert_summary(result, folder)
     metrics, counts, attention = result["metrics"], result["conversion"], result["attention"]
     lines = [
         "",

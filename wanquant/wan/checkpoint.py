@@ -13,13 +13,14 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +28,7 @@ import wanquant
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig, WeightConfig, parse
 from wanquant.quant.convert import empty_like_quantized_
+from wanquant.runs.files import write_atomic
 
 T = TypeVar("T")
 
@@ -92,31 +94,46 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
 def save_transformer(
     transformer: WanTransformer3DModel, source: Path, folder: Path, on_linear: Callable[[], None]
 ) -> None:
+    tensors = stored_tensors(transformer, lambda name: kept_in_fp32(transformer, name), on_linear=on_linear)
+    folder.mkdir(exist_ok=True)
+    _write_shards(tensors, source / INDEX, folder)
     layers = quantized_linears(transformer)
-    packed, tensors = {}, {}
+    write_config(transformer, next(iter(layers.values())).scheme.config, list(layers), folder)
+
+
+def stored_tensors(
+    module: torch.nn.Module, keep: Callable[[str], bool], prefix: str = "", on_linear: Callable[[], None] = lambda: None
+) -> dict[str, torch.Tensor]:
+    """What of a module goes into a file, by its name behind the ``prefix``. ``keep`` says of a full name whether it is
+    stored as it is, and not in BF16."""
+    layers, packed, tensors = quantized_linears(module), {}, {}
     for name, layer in layers.items():
         packed[f"{name}.weight"] = layer.codes()
         on_linear()
-    for name, tensor in transformer.state_dict().items():
+    for name, tensor in module.state_dict().items():
         if name in packed:
-            tensors[name] = packed[name]
-        elif name.rpartition(".")[0] in layers and name.endswith(FLOAT32):
-            tensors[name] = tensor
+            found = packed[name]
+        elif keep(prefix + name) or (name.rpartition(".")[0] in layers and name.endswith(FLOAT32)):
+            found = tensor
         else:
-            tensors[name] = tensor if _kept_in_fp32(transformer, name) else tensor.to(torch.bfloat16)
-    folder.mkdir(exist_ok=True)
-    _write_shards(tensors, source / INDEX, folder)
+            found = tensor.to(torch.bfloat16)
+        tensors[prefix + name] = found
+    return tensors
+
+
+def write_config(transformer: WanTransformer3DModel, config: QuantConfig, modules: Sequence[str], folder: Path) -> None:
+    """``config.json``, with how to read the quantized linears, which are the ``modules``."""
     transformer.save_config(folder)
-    path = folder / "config.json"
-    described = read_json(path)
+    described = read_json(folder / "config.json")
+    touched = {int(name.split(".")[1]) for name in modules}
     described["quantization_config"] = {
         "quant_method": METHOD,
         "version": wanquant.__version__,
-        **dataclasses.asdict(next(iter(layers.values())).scheme.config),
-        "protected_blocks": [i for i, block in enumerate(transformer.blocks) if not quantized_linears(block)],
-        "modules": list(layers),
+        **dataclasses.asdict(config),
+        "protected_blocks": [index for index in range(transformer.config.num_layers) if index not in touched],
+        "modules": list(modules),
     }
-    path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_atomic(folder / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], source_index: Path, folder: Path) -> None:
@@ -137,7 +154,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], source_index: Path, folder: 
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _kept_in_fp32(transformer: torch.nn.Module, name: str) -> bool:
+def kept_in_fp32(transformer: torch.nn.Module, name: str) -> bool:
     """As diffusers does it: a kept name is one of the parts of the tensor's dotted name."""
     return any(kept in name.split(".") for kept in getattr(transformer, "_keep_in_fp32_modules", ()))
 
@@ -187,10 +204,10 @@ def load_transformer(
     empty_like_quantized_(transformer, described["modules"], scheme, factored)
     check_keys(transformer.state_dict(), tensors, folder)
     for name in described["modules"]:
-        _check_type(f"{name}.weight", tensors[f"{name}.weight"], torch.uint8, folder)
+        check_type(f"{name}.weight", tensors[f"{name}.weight"], torch.uint8, folder)
         for scale in (name + ending for ending in FLOAT32):
             if scale in tensors:
-                _check_type(scale, tensors[scale], torch.float32, folder)
+                check_type(scale, tensors[scale], torch.float32, folder)
     if not scheme.packed:
         for name in described["modules"]:
             tensors[f"{name}.weight"] = scheme.format.decode(tensors[f"{name}.weight"])
@@ -199,10 +216,19 @@ def load_transformer(
     return transformer.eval()
 
 
-def _check_type(name: str, tensor: torch.Tensor, wanted: torch.dtype, folder: Path) -> None:
+def check_type(name: str, tensor: torch.Tensor, wanted: torch.dtype, folder: Path | str) -> None:
     """``ValueError`` for a tensor that was cast on the way, as a general-purpose loader or converter may do."""
     if tensor.dtype != wanted:
         raise ValueError(f"{folder}: tensor {name} is {tensor.dtype}, not {wanted}: something has cast this checkpoint")
+
+
+def dequantize_(transformer: WanTransformer3DModel) -> None:
+    """Plain linears that hold what the codes mean, in BF16, and attention as it was; nothing is rounded any more."""
+    for name, layer in quantized_linears(transformer).items():
+        transformer.set_submodule(name, layer.dequantized())
+    for child in transformer.modules():
+        if isinstance(child, WanAttention):
+            child.set_processor(WanAttnProcessor())
 
 
 def check_keys(wanted: Collection[str], found: Collection[str], folder: Path) -> None:

@@ -1,0 +1,176 @@
+"""``mode=convert`` end to end: what it makes is what a run makes, and a conversion that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ptq.test_job import QUICK, ROOT, TWO, ptq
+from wanquant import load_pipeline
+from wanquant.runs.run import read_result
+from wanquant.wan import tiny
+from wanquant.wan.checkpoint import quantized_linears
+
+TINY = tiny.folder()
+
+
+def tensors(folder: Path, name: str = "transformer") -> dict[str, torch.Tensor]:
+    return {k: t for path in sorted((folder / name).glob("*.safetensors")) for k, t in load_file(path).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_is_the_checkpoint_a_run_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["tracker=none", f"cache={tmp_path / 'cache'}"]
+    assert ptq(monkeypatch, "mode=convert", *words, f"hydra.run.dir={tmp_path / 'converted'}") == 0
+    said = capsys.readouterr().out
+    assert "350 linears converted, 50 linears protected, 6 linears skipped" in said
+    run = [f"hydra.run.dir={tmp_path / 'run'}", *QUICK, TWO, "eval.noise_floor=false", "prompts.seeds=[0]"]
+    assert ptq(monkeypatch, *words, *run) == 0
+    found, wanted = (tmp_path / name / "checkpoint" for name in ("converted", "run"))
+    assert same(tensors(found), tensors(wanted))
+    pipe = load_pipeline(found, device="cpu")
+    assert len(quantized_linears(pipe.transformer)) == 350
+    result = read_result(tmp_path / "converted")
+    assert result["convert"]["read_bytes"] == sum(t.nbytes for t in tensors(TINY).values())
+    assert result["convert"]["written_bytes"] == sum(t.nbytes for t in tensors(found).values())
+    assert result["convert"]["written_bytes"] == pytest.approx(result["convert"]["planned_bytes"], rel=1e-3)
+    assert result["conversion"] == {"converted": 350, "protected": 50, "skipped": 6}
+    assert result["protect"]["blocks"] == [0, 1, 37, 38, 39]
+    page = (tmp_path / "converted" / "report.html").read_text()
+    assert "Nothing was generated" in page
+    assert "0.59" in page
+    # It is not done twice, and what is there is not written over.
+    assert ptq(monkeypatch, "mode=convert", *words, f"hydra.run.dir={tmp_path / 'converted'}") == 0
+    assert "finished already" in capsys.readouterr().out
+    assert ptq(monkeypatch, "mode=convert", *words, f"convert.to={found}", f"hydra.run.dir={tmp_path / 'x'}") == 1
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_statistics_come_from_an_analysis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["tracker=none", f"cache={tmp_path / 'cache'}", "calib.texts=[a red circle moving up on a gray background]"]
+    words += ["calib.seeds=[0]"]
+    convert = ["mode=convert", "quant=static_per_tensor", *words]
+    assert ptq(monkeypatch, *convert, f"hydra.run.dir={tmp_path / 'x'}") == 1
+    assert "needs calibration statistics: run mode=analyze" in capsys.readouterr().err
+    assert ptq(monkeypatch, "mode=analyze", *words, *QUICK, f"hydra.run.dir={tmp_path / 'analysis'}") == 0
+    convert += [f"convert.statistics={tmp_path / 'analysis'}", f"convert.to={tmp_path / 'made'}"]
+    assert ptq(monkeypatch, *convert, f"hydra.run.dir={tmp_path / 'converted'}") == 0
+    run = [f"hydra.run.dir={tmp_path / 'run'}", *QUICK, TWO, "eval.noise_floor=false", "prompts.seeds=[0]"]
+    assert ptq(monkeypatch, "quant=static_per_tensor", *words, *run) == 0
+    assert same(tensors(tmp_path / "made"), tensors(tmp_path / "run" / "checkpoint"))
+    assert not (tmp_path / "converted" / "checkpoint").exists()
+    assert not list(tmp_path.glob("made.*"))
+
+
+def make_pair(folder: Path) -> Path:
+    """A pipeline of two transformers, as Wan2.2 has them, of two blocks each that are not the same."""
+    pipe = load_pipeline("tiny", device="cpu")
+    blocks = list(pipe.transformer.blocks)
+    for name, chosen in (("transformer", blocks[:2]), ("transformer_2", blocks[2:4])):
+        pipe.transformer.blocks = torch.nn.ModuleList(chosen)
+        pipe.transformer.register_to_config(num_layers=2)
+        pipe.transformer.save_pretrained(folder / name)
+    for part in TINY.iterdir():
+        if part.is_dir() and part.name != "transformer":
+            shutil.copytree(part, folder / part.name)
+    index = json.loads((TINY / "model_index.json").read_text())
+    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.5}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_both_transformers_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_pair(tmp_path / "model")
+    words = ["mode=convert", "protect=none", f"model.path={model}", "tracker=none", f"cache={tmp_path / 'cache'}"]
+    assert ptq(monkeypatch, *words, f"hydra.run.dir={tmp_path / 'run'}") == 0
+    found = tmp_path / "run" / "checkpoint"
+    assert read_result(tmp_path / "run")["conversion"]["converted"] == 40
+    for name in ("transformer", "transformer_2"):
+        kinds = {tensor.dtype for key, tensor in tensors(found, name).items() if key.endswith("ffn.net.2.weight")}
+        assert kinds == {torch.uint8}
+    assert not same(tensors(found), tensors(found, "transformer_2"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quant=bf16"], "quantizes nothing"),
+        (["protect=auto"], "cannot know the blocks that protect.by="),
+        (["model=tiny-outliers"], "leave model.outliers out"),
+        (["eval.dimensions=[temporal_flickering]"], "makes no videos to judge"),
+        (["checkpoint=false"], "makes a checkpoint and nothing else"),
+        (["mode=quantize", "convert.to=x"], "convert is for mode=convert"),
+        (["quant=static_per_tensor", "convert.statistics=nowhere"], "nowhere"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words] if any(word.startswith("mode=") for word in words) else ["mode=convert", *words]
+    assert ptq(monkeypatch, *words, "tracker=none", f"hydra.run.dir={tmp_path / 'run'}") == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert said in error[-1]
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_dry_run_says_what_it_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the JSON files alone."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert ptq(monkeypatch, "mode=convert", "dry_run=true", f"model.path={model}", f"cache={tmp_path / 'cache'}") == 0
+    said = capsys.readouterr().out
+    assert "PP" + "q" * 35 + "PPP" in said
+    assert re.search(r"2\d\.\d MB read, 12\.9 MB written to 1 files, 0\.[56]", said)
+    assert "memory" in said
+    assert not list(Path(model).rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_it_goes_on(kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SIGKILL, in files of a block or two."""
+    small = "import wanquant.wan.stream as stream; stream.SHARD = 600_000; import runpy; runpy.run_path('ptq.py', "
+    small += "run_name='__main__')"
+    asked = ["mode=convert", "tracker=none", f"cache={tmp_path / 'cache'}"]
+    folder, pick, killed = tmp_path / "cache" / "converting", random.Random(0), 0
+    while killed < kills:
+        words = [*asked, f"hydra.run.dir={tmp_path / f'killed{killed}'}"]
+        process = subprocess.Popen([sys.executable, "-c", small, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+        known = len(list(folder.rglob("*.safetensors")))
+        while process.poll() is None and len(list(folder.rglob("*.safetensors"))) <= known:
+            time.sleep(0.01)
+        time.sleep(pick.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        killed += 1
+    left = len(list(folder.rglob("*.safetensors")))
+    assert left > 0
+    times = {path.name: path.stat().st_mtime_ns for path in folder.rglob("diffusion*.safetensors")}
+    words = [*asked, f"hydra.run.dir={tmp_path / 'run'}"]
+    subprocess.run([sys.executable, "-c", small, *words], cwd=ROOT, check=True, capture_output=True)
+    assert ptq(monkeypatch, *asked[:2], f"cache={tmp_path / 'other'}", f"hydra.run.dir={tmp_path / 'whole'}") == 0
+    made = tmp_path / "run" / "checkpoint"
+    assert same(tensors(made), tensors(tmp_path / "whole" / "checkpoint"))
+    kept: Any = [made / "transformer" / name for name, changed in times.items()]
+    assert sum(path.stat().st_mtime_ns == times[path.name] for path in kept) >= left - 1
+    assert not list(folder.glob("*[!k]"))

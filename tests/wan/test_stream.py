@@ -1,0 +1,216 @@
+"""From files to files a conversion writes what loading, quantizing and saving would, whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from wanquant import load_pipeline, quantize_
+from wanquant.quant import QuantConfig
+from wanquant.quant.config import ActivationConfig, WeightConfig
+from wanquant.quant.observe import Observer
+from wanquant.quant.statistics import Layout
+from wanquant.wan import stream
+from wanquant.wan.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    load_transformer,
+    quantization_of,
+    quantized_linears,
+    read_json,
+    save_transformer,
+)
+from wanquant.wan.load import FOLDS
+from wanquant.wan.stream import LEDGER, Recipe, Source, convert_transformer
+
+BLOCKS = 4
+CONFIGS: dict[str, tuple[QuantConfig, tuple[int, ...], tuple[str, ...]]] = {
+    "boundary": (QuantConfig(), (0, -1), ()),
+    "packed": (QuantConfig(packed=True), (), ("ffn.*",)),
+    "int8": (QuantConfig(name="int8", format="int8"), (1,), ()),
+    "blocks of 32": (QuantConfig(name="mx", format="mxfp8"), (), ("attn2.*",)),
+    "attention": (QuantConfig(attention="qkvp", weights=WeightConfig("per_tensor", "amax/16")), (0,), ()),
+    "overflows": (QuantConfig(weights=WeightConfig("per_tensor", "direct"), overflow="saturate"), (), ()),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> WanTransformer3DModel:
+    """The first blocks of tiny-wan, one weight of which is large."""
+    transformer = load_pipeline("tiny", device="cpu").transformer
+    transformer.blocks = torch.nn.ModuleList(list(transformer.blocks)[:BLOCKS])
+    transformer.register_to_config(num_layers=BLOCKS)
+    transformer.blocks[2].ffn.net[2].weight.data[0, 0] = 1e6
+    return transformer
+
+
+@pytest.fixture
+def source(model: WanTransformer3DModel, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def expected(source: Path, folder: Path, recipe: Recipe) -> Path:
+    model = WanTransformer3DModel.from_pretrained(source, dtype=torch.bfloat16)
+    quantize_(model, recipe.config, recipe.protected_blocks, recipe.protected_modules, recipe.stats, folds=FOLDS)
+    save_transformer(model, source, folder, lambda: None)
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else {WEIGHTS}
+    assert {path.name for path in folder.iterdir()} == {*files, "config.json", *([INDEX] if len(files) > 1 else [])}
+    return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
+
+
+def same(found: Path, wanted: Path) -> None:
+    a, b = tensors_of(found), tensors_of(wanted)
+    assert a.keys() == b.keys()
+    assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    assert read_json(found / "config.json") == read_json(wanted / "config.json")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shard", [10**9, 300_000])
+def test_it_is_what_saving_writes(
+    name: str, shard: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SHARD", shard)
+    recipe = Recipe(*CONFIGS[name])
+    read: list[int] = []
+    streamed = convert_transformer(source, tmp_path / "found", recipe, "signed", read.append)
+    same(tmp_path / "found", expected(source, tmp_path / "wanted", recipe))
+    assert len(read) == BLOCKS + 1
+    assert sum(read) == streamed.read == sum(tensor.nbytes for tensor in load_file(source / WEIGHTS).values())
+    assert streamed.written == sum(tensor.nbytes for tensor in tensors_of(tmp_path / "found").values())
+    assert (tmp_path / "found" / INDEX).is_file() == (shard < 10**9)
+    whole = WanTransformer3DModel.from_pretrained(source, dtype=torch.bfloat16)
+    quantize_(whole, recipe.config, recipe.protected_blocks, recipe.protected_modules)
+    counts = {path: int(layer.overflowed) for path, layer in quantized_linears(whole).items()}
+    assert streamed.overflowed == {path: count for path, count in counts.items() if count}
+    assert bool(streamed.overflowed) == (name in ("overflows", "blocks of 32"))
+    # And it loads.
+    described = quantization_of(tmp_path / "found")
+    assert described is not None
+    loaded = load_transformer(tmp_path / "found", described)
+    assert loaded.blocks[2].attn1.to_q.weight.dtype == (torch.uint8 if name == "packed" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("how", ["static", "smoothed"])
+def test_statistics_decide_as_in_a_whole_model(how: str, source: Path, tmp_path: Path) -> None:
+    model = WanTransformer3DModel.from_pretrained(source, dtype=torch.bfloat16)
+    with Observer(model, Layout(("v",), 1, 1, 1), lambda: (0, 0, 0)) as observer, torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        noisy, text = (torch.randn(shape, generator=generator).bfloat16() for shape in ((1, 16, 3, 8, 8), (1, 9, 128)))
+        model(noisy, torch.tensor([500.0]), text)
+    seen = {name.removesuffix(":input"): s for name, s in observer.statistics.sites.items() if name.endswith(":input")}
+    static = QuantConfig(activations=ActivationConfig("per_tensor", static=True))
+    config = static if how == "static" else QuantConfig(smoothing=0.5)
+    recipe = Recipe(config, (1,), (), seen)
+    convert_transformer(source, tmp_path / "found", recipe, "signed")
+    same(tmp_path / "found", expected(source, tmp_path / "wanted", recipe))
+    endings = {"static": "input_scale", "smoothed": "input_factor"}
+    assert any(name.endswith(endings[how]) for name in tensors_of(tmp_path / "found"))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn1\.to_q"):
+        convert_transformer(source, tmp_path / "none", Recipe(config, (1,)), "signed")
+
+
+def test_a_source_in_float32_and_in_many_files_gives_the_same(source: Path, tmp_path: Path) -> None:
+    recipe = Recipe(QuantConfig(), (0,))
+    wide = WanTransformer3DModel.from_pretrained(source, dtype=torch.float32)
+    wide.save_pretrained(tmp_path / "wide", max_shard_size="300kB")
+    assert len(set(Source.of(tmp_path / "wide").files.values())) > 3
+    convert_transformer(tmp_path / "wide", tmp_path / "found", recipe, "signed")
+    convert_transformer(source, tmp_path / "wanted", recipe, "signed")
+    a, b = tensors_of(tmp_path / "found"), tensors_of(tmp_path / "wanted")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_the_file_is_what_the_library_writes(tmp_path: Path) -> None:
+    """To the byte, but for how the header is spelt."""
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(4).bfloat16(),
+        "codes": torch.arange(7, dtype=torch.uint8),
+        "step": torch.tensor(0.5),
+        "turned": torch.randn(4, 6).bfloat16().T,
+        "none": torch.empty(0, 3),
+    }
+    stream.write_tensors(tensors, tmp_path / "ours")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    found = load_file(tmp_path / "ours")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+    files = [(tmp_path / name).read_bytes() for name in ("ours", "theirs")]
+    headers = [int.from_bytes(file[:8], "little") for file in files]
+    ours, theirs = (json.loads(file[8 : 8 + size]) for file, size in zip(files, headers, strict=True))
+    assert ours == theirs
+    assert files[0][8 + headers[0] :] == files[1][8 + headers[1] :]
+    assert headers[0] % 8 == 0
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_it_goes_on_behind_the_last_file_it_finished(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SHARD", 300_000)
+    recipe, target = Recipe(QuantConfig(), (0,)), tmp_path / "found"
+    real, written = stream.write_tensors, []
+
+    def write(tensors: Any, path: Path) -> None:
+        if len(written) == 2:
+            path.write_bytes(b"half")
+            raise Killed
+        written.append(path)
+        real(tensors, path)
+
+    monkeypatch.setattr(stream, "write_tensors", write)
+    with pytest.raises(Killed):
+        convert_transformer(source, target, recipe, "signed")
+    assert sorted(path.name for path in target.iterdir()) == sorted([LEDGER, *stream.file_names(5)[:2]])
+    kept = {path: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
+    monkeypatch.setattr(stream, "write_tensors", real)
+    read: list[int] = []
+    whole = convert_transformer(source, target, recipe, "signed", read.append)
+    assert len(read) == BLOCKS + 1
+    assert whole.read == sum(read)
+    same(target, expected(source, tmp_path / "wanted", recipe))
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
+@pytest.mark.parametrize("changed", ["recipe", "source"])
+def test_it_takes_nothing_up_from_another_recipe_or_source(
+    changed: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SHARD", 300_000)
+    target = tmp_path / "found"
+    target.mkdir()
+    (target / stream.file_names(5)[0]).write_bytes(b"another's")
+    identity = Source.of(source).identity()
+    told = {"read": [1], "written": 1, "overflowed": {}, "tensors": []}
+    known = stream.digest(["other" if changed == "recipe" else "signed", identity if changed == "recipe" else []])
+    (target / LEDGER).write_text(json.dumps({"recipe": known, "files": {stream.file_names(5)[0]: told}}))
+    recipe = Recipe(QuantConfig(), (0,))
+    convert_transformer(source, target, recipe, "signed")
+    same(target, expected(source, tmp_path / "wanted", recipe))
+
+
+def test_it_refuses_before_it_writes(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "found"
+    with pytest.raises(ValueError, match="nothing would be quantized"):
+        convert_transformer(source, target, Recipe(QuantConfig(), tuple(range(BLOCKS))), "signed")
+    with pytest.raises(ValueError, match=r"ffn\.nothing"):
+        convert_transformer(source, target, Recipe(QuantConfig(), (), ("ffn.nothing",)), "signed")
+    assert not target.exists()
+    convert_transformer(source, target, Recipe(QuantConfig()), "signed")
+    with pytest.raises(ValueError, match="is U8, not one of F64, F32, F16, BF16"):
+        convert_transformer(target, tmp_path / "again", Recipe(QuantConfig()), "signed")
