@@ -15,13 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 
 from tests.ptq.test_job import QUICK, ROOT, TWO, ptq
+from tests.wan.test_names import original_names
 from wanquant import load_pipeline
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
-from wanquant.wan.checkpoint import quantized_linears
+from wanquant.wan.checkpoint import WEIGHTS, quantized_linears
+from wanquant.wan.load import empty_transformer
 
 TINY = tiny.folder()
 
@@ -45,8 +48,9 @@ def test_it_is_the_checkpoint_a_run_saves(
     assert ptq(monkeypatch, *words, *run) == 0
     found, wanted = (tmp_path / name / "checkpoint" for name in ("converted", "run"))
     assert same(tensors(found), tensors(wanted))
-    pipe = load_pipeline(found, device="cpu")
-    assert len(quantized_linears(pipe.transformer)) == 350
+    layers = quantized_linears(load_pipeline(found, device="cpu").transformer)
+    assert len(layers) == 350
+    assert all(layer.is_packed for layer in layers.values())
     result = read_result(tmp_path / "converted")
     assert result["convert"]["read_bytes"] == sum(t.nbytes for t in tensors(TINY).values())
     assert result["convert"]["written_bytes"] == sum(t.nbytes for t in tensors(found).values())
@@ -110,10 +114,33 @@ def test_both_transformers_are_converted(tmp_path: Path, monkeypatch: pytest.Mon
     assert not same(tensors(found), tensors(found, "transformer_2"))
 
 
+def test_a_transformer_alone_and_under_its_authors_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized, or only renamed, which makes of their checkpoint one that diffusers reads."""
+    names, described = (
+        original_names(empty_transformer(TINY)),
+        json.loads((TINY / "transformer/config.json").read_text()),
+    )
+    theirs = {"_class_name": "WanModel", "dim": 128, "num_heads": 8, "num_layers": 40, "text_dim": 128}
+    theirs |= {key: described[key] for key in ("ffn_dim", "freq_dim")}
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(theirs))
+    save_file({names[name]: tensor for name, tensor in tensors(TINY).items()}, folder / WEIGHTS)
+    words = ["mode=convert", f"model.path={folder}", "tracker=none", f"cache={tmp_path / 'cache'}"]
+    assert ptq(monkeypatch, *words, f"hydra.run.dir={tmp_path / 'run'}", f"convert.to={tmp_path / 'made'}") == 0
+    made = WanTransformer3DModel.from_pretrained(tmp_path / "made")
+    assert len(quantized_linears(made)) == 350
+    assert (
+        ptq(monkeypatch, *words, "quant=bf16", f"hydra.run.dir={tmp_path / 'x'}", f"convert.to={tmp_path / 'ours'}")
+        == 0
+    )
+    ours = WanTransformer3DModel.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
+    assert same(dict(ours.state_dict()), dict(load_pipeline(TINY, device="cpu").transformer.state_dict()))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["quant=bf16"], "quantizes nothing"),
         (["protect=auto"], "cannot know the blocks that protect.by="),
         (["model=tiny-outliers"], "leave model.outliers out"),
         (["eval.dimensions=[temporal_flickering]"], "makes no videos to judge"),

@@ -11,6 +11,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from tests.wan.test_names import original_names
 from wanquant import load_pipeline, quantize_
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig, WeightConfig
@@ -125,7 +126,7 @@ def test_a_source_in_float32_and_in_many_files_gives_the_same(source: Path, tmp_
     recipe = Recipe(QuantConfig(), (0,))
     wide = WanTransformer3DModel.from_pretrained(source, dtype=torch.float32)
     wide.save_pretrained(tmp_path / "wide", max_shard_size="300kB")
-    assert len(set(Source.of(tmp_path / "wide").files.values())) > 3
+    assert len(Source.of(tmp_path / "wide").files) > 3
     convert_transformer(tmp_path / "wide", tmp_path / "found", recipe, "signed")
     convert_transformer(source, tmp_path / "wanted", recipe, "signed")
     a, b = tensors_of(tmp_path / "found"), tensors_of(tmp_path / "wanted")
@@ -153,6 +154,34 @@ def test_the_file_is_what_the_library_writes(tmp_path: Path) -> None:
     assert ours == theirs
     assert files[0][8 + headers[0] :] == files[1][8 + headers[1] :]
     assert headers[0] % 8 == 0
+
+
+def test_the_authors_own_naming_gives_the_same(source: Path, tmp_path: Path) -> None:
+    """Their names, their config.json, float32 and several files, as their repositories have them."""
+    tensors, described = load_file(source / WEIGHTS), read_json(source / "config.json")
+    names = original_names(stream.empty_like(source))
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    heads = described["num_attention_heads"]
+    theirs = {"_class_name": "WanModel", "model_type": "t2v", "num_heads": heads, "num_layers": BLOCKS}
+    theirs |= {"dim": heads * described["attention_head_dim"], "text_dim": described["text_dim"]}
+    theirs |= {"ffn_dim": described["ffn_dim"], "freq_dim": described["freq_dim"]}
+    (folder / "config.json").write_text(json.dumps(theirs))
+    files = stream.file_names(2)
+    where = {names[name]: files["blocks.2" in name] for name in tensors}
+    for file in files:
+        save_file({names[n]: t.float() for n, t in tensors.items() if where[names[n]] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    recipe = Recipe(QuantConfig(), (0,))
+    convert_transformer(folder, tmp_path / "found", recipe, "signed")
+    convert_transformer(source, tmp_path / "wanted", recipe, "signed")
+    a, b = tensors_of(tmp_path / "found"), tensors_of(tmp_path / "wanted")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    found, wanted = (read_json(tmp_path / name / "config.json") for name in ("found", "wanted"))
+    assert {k: v for k, v in found.items() if k != "_name_or_path"} == {
+        k: v for k, v in wanted.items() if k != "_name_or_path"
+    }
 
 
 class Killed(BaseException):

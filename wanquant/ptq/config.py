@@ -18,7 +18,7 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.runs.tracking import TrackerConfig, check_tracker
 from wanquant.wan.checkpoint import quantization_of
 from wanquant.wan.config import ModelConfig
-from wanquant.wan.load import check_shape, empty_transformer, find_folder
+from wanquant.wan.load import check_shape, find_folder, shape_of, transformers_of
 from wanquant.wan.outliers import chosen_blocks
 from wanquant.wan.tiny import parse_caption
 
@@ -99,19 +99,21 @@ def check_model(config: PTQConfig) -> Path:
     """Refuses what a model of this shape cannot be quantized to; the folder, of which the JSON files may be all."""
     scheme = parse(config.quant)
     folder = find_folder(config.model.path, shapes_only=True)
-    check_shape(folder)
-    if quantization_of(folder / "transformer") is not None:
-        raise ValueError(f"{folder} is quantized already: model.path must be the original model")
-    shape = empty_transformer(folder)
-    check_protect(config.protect, len(shape.blocks))
-    chosen_blocks(config.model.outliers, len(shape.blocks))
+    if config.mode != "convert" or (folder / "model_index.json").is_file():
+        check_shape(folder)
     by_data = config.protect.by in (*MEASURES, GREEDY)
-    kept = list(range(config.protect.budget)) if by_data else by_rule(config.protect, len(shape.blocks))
-    plan = plan_conversion(shape, config.quant, kept, config.protect.modules)
     if by_data and scheme.format.keeps_all:
         raise ValueError(f"protect.by={config.protect.by} measures a quantization, and {scheme.format.name} is none")
-    if not plan.names("converted") and not scheme.format.keeps_all:
-        raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
+    for part in transformers_of(folder).values():
+        if quantization_of(part) is not None:
+            raise ValueError(f"{folder} is quantized already: model.path must be the original model")
+        shape = shape_of(part)
+        check_protect(config.protect, len(shape.blocks))
+        chosen_blocks(config.model.outliers, len(shape.blocks))
+        kept = list(range(config.protect.budget)) if by_data else by_rule(config.protect, len(shape.blocks))
+        plan = plan_conversion(shape, config.quant, kept, config.protect.modules)
+        if not plan.names("converted") and not scheme.format.keeps_all:
+            raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
     return folder
 
 

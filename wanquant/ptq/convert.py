@@ -34,7 +34,15 @@ from wanquant.runs.run import Run, digest, provenance, read_result, refused_leav
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import TRANSFORMERS
 from wanquant.wan.device import forget_peak_memory, peak_memory
-from wanquant.wan.load import check_folder, empty_transformer, find_folder, hush_libraries
+from wanquant.wan.load import (
+    Transformer,
+    check_folder,
+    check_weights,
+    find_folder,
+    hush_libraries,
+    shape_of,
+    transformers_of,
+)
 from wanquant.wan.stream import Needs, Recipe, Source, Streamed, convert_transformer, foresee
 
 CPU = torch.device("cpu")
@@ -43,12 +51,13 @@ CPU = torch.device("cpu")
 def run_convert(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
     """As ``run_ptq``."""
     with refused_leave_no_result(folder) if not config.dry_run else nullcontext():
-        config = dataclasses.replace(config, quant=settle(config.quant))
+        # One byte a weight in memory too: who converts from files to files has none to spare.
+        config = dataclasses.replace(config, quant=dataclasses.replace(settle(config.quant), packed=True))
         check_convert(config)
         torch.set_num_threads(config.threads)
         model = find_folder(config.model.path, shapes_only=config.dry_run)
         if not config.dry_run:
-            check_folder(model)
+            check_whole(model)
         recipe = recipe_of(config, model)
     print(f"{config.quant.name} on {config.model.name}, protect {config.protect.name}: from files to files", flush=True)
     if config.dry_run:
@@ -69,8 +78,6 @@ def check_convert(config: PTQConfig) -> None:
         raise ValueError("mode=convert takes a model as its files have it: leave model.outliers out")
     if config.eval.dimensions:
         raise ValueError("mode=convert makes no videos to judge: leave eval.dimensions out")
-    if parse(config.quant).format.keeps_all:
-        raise ValueError(f"quant.format={config.quant.format} quantizes nothing")
     if config.quant.product == "native":
         check_native(CPU)
     if not config.checkpoint:
@@ -80,8 +87,16 @@ def check_convert(config: PTQConfig) -> None:
         raise ValueError(f"convert.to={target} is there already: choose another folder, or remove it")
 
 
+def check_whole(model: Path) -> None:
+    """A pipeline, or a transformer alone."""
+    if (model / "model_index.json").is_file():
+        check_folder(model)
+    else:
+        check_weights(model)
+
+
 def recipe_of(config: PTQConfig, model: Path) -> Recipe:
-    blocks = rule_blocks(config.protect, len(empty_transformer(model).blocks))
+    blocks = rule_blocks(config.protect, len(first_shape(model).blocks))
     if blocks is None:
         raise ValueError(
             f"mode=convert cannot know the blocks that protect.by={config.protect.by} would choose: let mode=analyze "
@@ -118,33 +133,40 @@ def print_convert_plan(config: PTQConfig, config_yaml: str, model: Path, recipe:
     )
 
 
+def first_shape(model: Path) -> Transformer:
+    """Of the pipeline's transformer, or its first."""
+    return shape_of(next(iter(transformers_of(model).values())))
+
+
 def plan_of(model: Path, recipe: Recipe) -> ConversionReport:
-    shape = empty_transformer(model)
+    shape = first_shape(model)
     return plan_conversion(shape, recipe.config, recipe.protected_blocks, recipe.protected_modules)
 
 
 def needs_of(model: Path, recipe: Recipe) -> dict[str, Needs]:
-    return {name: foresee(model / name, recipe) for name in TRANSFORMERS if (model / name).is_dir()}
+    return {name: foresee(part, recipe) for name, part in transformers_of(model).items()}
 
 
 def probed_seconds(planned: Mapping[str, Needs], model: Path, recipe: Recipe, disk: Path) -> float:
     """For quantizing, by one linear of random weights, and for writing, by as much to the disk of the cache."""
-    name = plan_of(model, recipe).names("converted")[0]
-    shape = empty_transformer(model).get_submodule(name)
+    name = next(name for name, child in first_shape(model).blocks.named_modules() if isinstance(child, torch.nn.Linear))
+    shape = first_shape(model).blocks.get_submodule(name)
     assert isinstance(shape, torch.nn.Linear)
     linear = torch.nn.Linear(shape.in_features, shape.out_features, dtype=torch.bfloat16)
-    scheme, seen = parse(dataclasses.replace(recipe.config, packed=True)), (recipe.stats or {}).get(name)
-    QuantLinear.from_linear(linear, scheme, seen)  # for warmth
-    begun = time.perf_counter()
-    codes = QuantLinear.from_linear(linear, scheme, seen).codes()
-    quantizing = (time.perf_counter() - begun) / linear.weight.nbytes
+    scheme, seen = parse(dataclasses.replace(recipe.config, packed=True)), (recipe.stats or {}).get(f"blocks.{name}")
+    quantizing, written = 0.0, linear.weight.detach().view(torch.uint8)
+    if not scheme.format.keeps_all:
+        QuantLinear.from_linear(linear, scheme, seen)  # for warmth
+        begun = time.perf_counter()
+        written = QuantLinear.from_linear(linear, scheme, seen).codes()
+        quantizing = (time.perf_counter() - begun) / linear.weight.nbytes
     disk.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=disk) as file:
         begun = time.perf_counter()
-        file.write(codes.numpy().tobytes())
+        file.write(written.numpy().tobytes())
         file.flush()
         os.fsync(file.fileno())
-        writing = (time.perf_counter() - begun) / codes.nbytes
+        writing = (time.perf_counter() - begun) / written.nbytes
     return sum(quantizing * needs.read + writing * needs.written for needs in planned.values())
 
 
@@ -173,7 +195,7 @@ def _finished(
 
 def signature_of(model: Path, recipe: Recipe) -> str:
     """By the names, sizes and times of the files: to read them for it would be to read them twice."""
-    what = {name: Source.of(model / name).identity() for name in TRANSFORMERS if (model / name).is_dir()}
+    what = {name: Source.of(part).identity() for name, part in transformers_of(model).items()}
     asked = {key: value for key, value in dataclasses.asdict(recipe).items() if key != "stats"}
     asked["config"].pop("name")
     stats = recipe.stats and {name: _told(seen) for name, seen in recipe.stats.items()}
@@ -225,18 +247,20 @@ def _convert(config: PTQConfig, run: Run, model: Path, recipe: Recipe, target: P
 
 def _stream(name: str, needs: Needs, model: Path, partial: Path, recipe: Recipe, signed: str) -> Streamed:
     begun, read = time.monotonic(), 0
-    with progress(f"convert {name}", needs.parts, "block") as tick:
+    with progress(f"convert {name}".rstrip(), needs.parts, "block") as tick:
 
         def on_block(size: int) -> None:
             nonlocal read
             read += size
             tick(f"{in_bytes(read / max(time.monotonic() - begun, 1e-3))}/s read")
 
-        return convert_transformer(model / name, partial / name, recipe, signed, on_block)
+        return convert_transformer(transformers_of(model)[name], partial / name, recipe, signed, on_block)
 
 
 def _copy(model: Path, partial: Path) -> int:
     """All of the pipeline that is not quantized; bytes."""
+    if not (model / "model_index.json").is_file():
+        return 0
     files = [
         path
         for path in sorted(model.rglob("*"))
@@ -253,7 +277,7 @@ def _copy(model: Path, partial: Path) -> int:
 
 
 def _head(config: PTQConfig, model: Path, recipe: Recipe, signed: str) -> dict[str, Any]:
-    shape = empty_transformer(model)
+    shape = first_shape(model)
     return {
         "signature": signed,
         "mode": config.mode,

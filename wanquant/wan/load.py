@@ -23,6 +23,7 @@ from transformers import UMT5EncoderModel
 from wanquant.wan import tiny
 from wanquant.wan.checkpoint import TRANSFORMERS, load_transformer, quantization_of, read_json
 from wanquant.wan.device import pick_device
+from wanquant.wan.names import config_to_diffusers
 
 #: The classes, for rooms that do not import diffusers.
 Pipeline = WanPipeline
@@ -125,10 +126,11 @@ def check_folder(folder: Path) -> None:
     """``ValueError`` unless ``folder`` is a whole Wan pipeline: names the file that is missing or truncated."""
     check_shape(folder)
     for name in ("text_encoder", "vae", *(t for t in TRANSFORMERS if (folder / t).is_dir())):
-        _check_weights(folder / name)
+        check_weights(folder / name)
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
+    """As ``check_folder``, of one component."""
     read_json(folder / "config.json")
     wanted: set[str] = set()
     for index in folder.glob("*.safetensors.index.json"):
@@ -149,13 +151,27 @@ def _check_weights(folder: Path) -> None:
             raise ValueError(f"{folder / name} is truncated or damaged: {_first_line(error)}") from None
 
 
+def transformers_of(folder: Path) -> dict[str, Path]:
+    """The folders of a pipeline's transformers, by their names; under an empty name the one whose folder it is."""
+    if (folder / "model_index.json").is_file():
+        return {name: folder / name for name in TRANSFORMERS if (folder / name).is_dir()}
+    return {"": folder}
+
+
 def empty_transformer(folder: Path) -> WanTransformer3DModel:
     """The transformer of a pipeline folder on the meta device: its shape, without reading a weight."""
+    return shape_of(folder / "transformer")
+
+
+def shape_of(folder: Path) -> WanTransformer3DModel:
+    """The transformer of its own folder, on the meta device; diffusers' ``config.json`` or that of Wan's authors."""
     try:
+        described = read_json(folder / "config.json")
+        described = config_to_diffusers(described) if described.get("_class_name") == "WanModel" else described
         with torch.device("meta"):
-            return WanTransformer3DModel.from_config(read_json(folder / "transformer" / "config.json"))
+            return WanTransformer3DModel.from_config(described)
     except DAMAGE as error:
-        raise ValueError(f"{folder / 'transformer'} is no Wan transformer: {_first_line(error)}") from error
+        raise ValueError(f"{folder} is no Wan transformer: {_first_line(error)}") from error
 
 
 def read_transformer(folder: Path, packed: bool | None = None, product: str | None = None) -> WanTransformer3DModel:

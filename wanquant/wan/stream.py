@@ -37,7 +37,8 @@ from wanquant.wan.checkpoint import (
     stored_tensors,
     write_config,
 )
-from wanquant.wan.load import FOLDS
+from wanquant.wan.load import FOLDS, shape_of
+from wanquant.wan.names import is_original, to_diffusers
 
 #: Bytes after which a file of the target is closed, at the next block.
 SHARD = 500_000_000
@@ -54,42 +55,57 @@ LEDGER = "converting.json"
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: in which file, under what name, in how many bytes."""
+
+    path: Path
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Source:
-    """A transformer's tensors, wherever they are."""
+    """A transformer's tensors, wherever they are, by diffusers' names."""
 
     folder: Path
-    #: Which file holds a tensor, and its bytes there.
-    files: Mapping[str, Path]
-    sizes: Mapping[str, int]
+    tensors: Mapping[str, Stored]
 
     @classmethod
     def of(cls, folder: Path) -> Source:
         index = folder / INDEX
         paths = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
-        files, sizes = {}, {}
+        found: list[Stored] = []
         for path in (folder / name for name in paths):
             with safe_open(path, "pt") as file:
                 for name in file.offset_keys():
                     part = file.get_slice(name)
                     if part.get_dtype() not in BYTES:
                         raise ValueError(f"{path}: tensor {name} is {part.get_dtype()}, not one of {', '.join(BYTES)}")
-                    files[name], sizes[name] = path, math.prod(part.get_shape()) * BYTES[part.get_dtype()]
-        return cls(folder, files, sizes)
+                    found.append(Stored(path, name, math.prod(part.get_shape()) * BYTES[part.get_dtype()]))
+        original = any(is_original(stored.name) for stored in found)
+        return cls(folder, {to_diffusers(each.name) if original else each.name: each for each in found})
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({stored.path for stored in self.tensors.values()})
 
     def read(self, kinds: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
         """Copies. A file is mapped for each large tensor anew: what was read would stay in memory with the map."""
         found: dict[str, torch.Tensor] = {}
-        for path in sorted({self.files[name] for name in kinds}):
-            here = [name for name in kinds if self.files[name] == path]
-            small = [name for name in here if self.sizes[name] < LARGE]
+        for path in self.files:
+            here = {name: self.tensors[name] for name in kinds if self.tensors[name].path == path}
+            small = [name for name, stored in here.items() if stored.size < LARGE]
             for together in [small, *([name] for name in here if name not in small)]:
+                if not together:
+                    continue
                 with safe_open(path, "pt") as file:
-                    found |= {name: file.get_tensor(name).to(kinds[name], copy=True) for name in together}
+                    for name in together:
+                        found[name] = file.get_tensor(here[name].name).to(kinds[name], copy=True)
         return found
 
     def identity(self) -> list[Any]:
         """By which it is known again without reading it."""
-        paths = [self.folder / "config.json", *sorted(set(self.files.values()))]
+        paths = [self.folder / "config.json", *self.files]
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
@@ -122,9 +138,9 @@ def convert_transformer(
     ``ValueError`` for what ``quantize_`` refuses, for tensors that are missing or unknown, and if nothing would be
     quantized."""
     tensors, transformer = Source.of(source), empty_like(source)
-    check_keys(transformer.state_dict(), tensors.files, source)
+    check_keys(transformer.state_dict(), tensors.tensors, source)
     plan = plan_conversion(transformer, recipe.config, recipe.protected_blocks, recipe.protected_modules)
-    if not plan.names("converted"):
+    if not plan.names("converted") and not parse(recipe.config).format.keeps_all:
         raise ValueError("nothing would be quantized: every linear is protected")
     target.mkdir(parents=True, exist_ok=True)
     ledger = _Ledger.open(target / LEDGER, [signed, tensors.identity()])
@@ -147,7 +163,10 @@ def convert_transformer(
     if len(names) > 1:
         index = {"metadata": {"total_size": streamed.written}, "weight_map": weight_map}
         write_atomic(target / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    write_config(transformer, parse(recipe.config).config, plan.names("converted"), target)
+    if plan.names("converted"):
+        write_config(transformer, parse(recipe.config).config, plan.names("converted"), target)
+    else:  # only another naming, and other files
+        transformer.save_config(target)
     (target / LEDGER).unlink()
     return streamed
 
@@ -169,7 +188,8 @@ def foresee(source: Path, recipe: Recipe) -> Needs:
     transformer = empty_like(source)
     plan = plan_conversion(transformer, recipe.config, recipe.protected_blocks, recipe.protected_modules)
     there = (source / INDEX).is_file() or (source / WEIGHTS).is_file()
-    sizes = Source.of(source).sizes if there else {n: 2 * t.numel() for n, t in transformer.state_dict().items()}
+    known = Source.of(source).tensors if there else {}
+    sizes = {n: known[n].size if there else 2 * t.numel() for n, t in transformer.state_dict().items()}
     parts = stored_sizes(transformer, recipe, plan)
     groups = grouped(parts)
     wide = max(2 * tensor.numel() for tensor in transformer.state_dict().values())
@@ -207,8 +227,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 def empty_like(source: Path) -> WanTransformer3DModel:
     """On the meta device."""
-    with torch.device("meta"):
-        transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(source))
+    transformer = shape_of(source)
     transformer.register_to_config(_name_or_path=str(source))  # as from_pretrained notes where it comes from
     transformer.requires_grad_(False)
     return transformer
@@ -294,9 +313,9 @@ def _convert(
     told: dict[str, Any] = {"read": [], "overflowed": {}}
     for index in group:
         prefix = "" if index is None else f"blocks.{index}."
-        names = [n for n in tensors.files if (n.startswith(prefix) if prefix else not n.startswith("blocks."))]
+        names = [n for n in tensors.tensors if (n.startswith(prefix) if prefix else not n.startswith("blocks."))]
         kinds = {n: torch.float32 if kept_in_fp32(transformer, n) else torch.bfloat16 for n in names}
-        size = sum(tensors.sizes[name] for name in names)
+        size = sum(tensors.tensors[name].size for name in names)
         if index is None or index not in touched:
             stored |= tensors.read(kinds)
         else:

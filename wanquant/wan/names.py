@@ -1,0 +1,82 @@
+"""Wan checkpoints as its authors publish them: their names of the same tensors, and their ``config.json``.
+
+Both name the same text-to-video transformer (github.com/Wan-Video/Wan2.1, ``wan/modules/model.py``, and diffusers'
+``WanTransformer3DModel``); no tensor is split, joined or turned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: Theirs and diffusers', inside a block. Their ``norm3`` is the affine norm before cross attention.
+BLOCK = {
+    **{
+        f"{theirs}.{a}": f"{ours}.{b}"
+        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for a, b in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+        )
+    },
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+}
+#: And outside of them.
+REST = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+
+
+def is_original(name: str) -> bool:
+    """Whether a tensor's name is one that only the authors' naming has."""
+    parts = name.split(".")
+    return parts[0] in ("head", "time_projection") or (parts[0] == "blocks" and parts[2] in ("self_attn", "cross_attn"))
+
+
+def to_diffusers(name: str) -> str:
+    """diffusers' name of a tensor; ``ValueError`` for one that text-to-video Wan does not have."""
+    parts = name.split(".")
+    block = parts[0] == "blocks" and len(parts) > 2
+    prefix, inside = (".".join(parts[:2]) + ".", parts[2:]) if block else ("", parts)
+    table = BLOCK if block else REST
+    for path, end in ((".".join(inside), ""), (".".join(inside[:-1]), f".{inside[-1]}")):
+        if path in table:
+            return f"{prefix}{table[path]}{end}"
+    raise ValueError(f"tensor {name} is none of text-to-video Wan's")
+
+
+def config_to_diffusers(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` of a ``WanModel`` as one of diffusers'; ``ValueError`` for another kind of model."""
+    if theirs.get("model_type", "t2v") != "t2v":
+        raise ValueError(f"model_type {theirs['model_type']}: only text-to-video is known here")
+    missing = [key for key in ("dim", "ffn_dim", "num_heads", "num_layers") if key not in theirs]
+    if missing:
+        raise ValueError(f"its config.json has no {missing[0]}")
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": theirs["num_heads"],
+        "attention_head_dim": theirs["dim"] // theirs["num_heads"],
+        "num_layers": theirs["num_layers"],
+        "ffn_dim": theirs["ffn_dim"],
+        "freq_dim": theirs.get("freq_dim", 256),
+        "in_channels": theirs.get("in_dim", 16),
+        "out_channels": theirs.get("out_dim", 16),
+        "text_dim": theirs.get("text_dim", 4096),
+        "eps": theirs.get("eps", 1e-6),
+        "patch_size": theirs.get("patch_size", [1, 2, 2]),
+        "cross_attn_norm": theirs.get("cross_attn_norm", True),
+        "qk_norm": "rms_norm_across_heads" if theirs.get("qk_norm", True) else None,
+    }
