@@ -7,7 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from wanquant.wan.names import BLOCK, REST, config_to_diffusers, is_original, to_diffusers
+from wanquant.wan.names import config_to_diffusers, is_original, to_diffusers, to_original
 
 #: As Wan2.1-T2V-14B's repository has it.
 THEIRS = {
@@ -28,15 +28,7 @@ THEIRS = {
 
 def original_names(transformer: WanTransformer3DModel) -> dict[str, str]:
     """By diffusers' names."""
-    found = {}
-    for name in transformer.state_dict():
-        parts = name.split(".")
-        inside = ".".join(parts[2:]) if parts[0] == "blocks" else name
-        for theirs, ours in (BLOCK if parts[0] == "blocks" else REST).items():
-            if inside == ours or inside.startswith(f"{ours}."):
-                prefix = ".".join(parts[:2]) + "." if parts[0] == "blocks" else ""
-                found[name] = prefix + theirs + inside.removeprefix(ours)
-    return found
+    return {name: to_original(name) for name in transformer.state_dict()}
 
 
 def test_names_are_those_diffusers_converts_to() -> None:
@@ -65,6 +57,8 @@ def test_the_shape_is_the_14b_s() -> None:
 def test_other_models_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="none of text-to-video Wan's"):
         to_diffusers(name)
+    with pytest.raises(ValueError, match="has no name among the authors'"):
+        to_original(name)
     with pytest.raises(ValueError, match="only text-to-video"):
         config_to_diffusers({**THEIRS, "model_type": "i2v"})
     with pytest.raises(ValueError, match="no num_heads"):

@@ -28,7 +28,8 @@ from wanquant.wan.checkpoint import (
     save_transformer,
 )
 from wanquant.wan.load import FOLDS
-from wanquant.wan.stream import LEDGER, Recipe, Source, convert_transformer
+from wanquant.wan.stream import LEDGER, Recipe, convert_transformer
+from wanquant.wan.tensor_files import Source, file_names, write_tensors
 
 BLOCKS = 4
 CONFIGS: dict[str, tuple[QuantConfig, tuple[int, ...], tuple[str, ...]]] = {
@@ -143,7 +144,9 @@ def test_the_file_is_what_the_library_writes(tmp_path: Path) -> None:
         "turned": torch.randn(4, 6).bfloat16().T,
         "none": torch.empty(0, 3),
     }
-    stream.write_tensors(tensors, tmp_path / "ours")
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    size = write_tensors(shapes, tensors.__getitem__, tmp_path / "ours")
+    assert size == sum(tensor.nbytes for tensor in tensors.values())
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
     found = load_file(tmp_path / "ours")
     assert found.keys() == tensors.keys()
@@ -167,7 +170,7 @@ def test_the_authors_own_naming_gives_the_same(source: Path, tmp_path: Path) -> 
     theirs |= {"dim": heads * described["attention_head_dim"], "text_dim": described["text_dim"]}
     theirs |= {"ffn_dim": described["ffn_dim"], "freq_dim": described["freq_dim"]}
     (folder / "config.json").write_text(json.dumps(theirs))
-    files = stream.file_names(2)
+    files = file_names(2)
     where = {names[name]: files["blocks.2" in name] for name in tensors}
     for file in files:
         save_file({names[n]: t.float() for n, t in tensors.items() if where[names[n]] == file}, folder / file)
@@ -195,17 +198,17 @@ def test_it_goes_on_behind_the_last_file_it_finished(
     recipe, target = Recipe(QuantConfig(), (0,)), tmp_path / "found"
     real, written = stream.write_tensors, []
 
-    def write(tensors: Any, path: Path) -> None:
+    def write(shapes: Any, fetch: Any, path: Path) -> int:
         if len(written) == 2:
             path.write_bytes(b"half")
             raise Killed
         written.append(path)
-        real(tensors, path)
+        return real(shapes, fetch, path)
 
     monkeypatch.setattr(stream, "write_tensors", write)
     with pytest.raises(Killed):
         convert_transformer(source, target, recipe, "signed")
-    assert sorted(path.name for path in target.iterdir()) == sorted([LEDGER, *stream.file_names(5)[:2]])
+    assert sorted(path.name for path in target.iterdir()) == sorted([LEDGER, *file_names(5)[:2]])
     kept = {path: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
     monkeypatch.setattr(stream, "write_tensors", real)
     read: list[int] = []
@@ -223,11 +226,11 @@ def test_it_takes_nothing_up_from_another_recipe_or_source(
     monkeypatch.setattr(stream, "SHARD", 300_000)
     target = tmp_path / "found"
     target.mkdir()
-    (target / stream.file_names(5)[0]).write_bytes(b"another's")
+    (target / file_names(5)[0]).write_bytes(b"another's")
     identity = Source.of(source).identity()
     told = {"read": [1], "written": 1, "overflowed": {}, "tensors": []}
     known = stream.digest(["other" if changed == "recipe" else "signed", identity if changed == "recipe" else []])
-    (target / LEDGER).write_text(json.dumps({"recipe": known, "files": {stream.file_names(5)[0]: told}}))
+    (target / LEDGER).write_text(json.dumps({"recipe": known, "files": {file_names(5)[0]: told}}))
     recipe = Recipe(QuantConfig(), (0,))
     convert_transformer(source, target, recipe, "signed")
     same(target, expected(source, tmp_path / "wanted", recipe))

@@ -43,7 +43,8 @@ from wanquant.wan.load import (
     shape_of,
     transformers_of,
 )
-from wanquant.wan.stream import Needs, Recipe, Source, Streamed, convert_transformer, foresee
+from wanquant.wan.stream import Needs, Recipe, Streamed, convert_transformer, foresee
+from wanquant.wan.tensor_files import Source
 
 CPU = torch.device("cpu")
 

@@ -58,6 +58,17 @@ def to_diffusers(name: str) -> str:
     raise ValueError(f"tensor {name} is none of text-to-video Wan's")
 
 
+def to_original(name: str) -> str:
+    """The authors' name of a tensor or module that diffusers calls so; ``ValueError`` for one they do not have."""
+    parts = name.split(".")
+    block = parts[0] == "blocks" and len(parts) > 2
+    prefix, inside = (".".join(parts[:2]) + ".", ".".join(parts[2:])) if block else ("", name)
+    for theirs, ours in (BLOCK if block else REST).items():
+        if inside == ours or inside.startswith(f"{ours}."):
+            return prefix + theirs + inside.removeprefix(ours)
+    raise ValueError(f"{name} has no name among the authors'")
+
+
 def config_to_diffusers(theirs: dict[str, Any]) -> dict[str, Any]:
     """The ``config.json`` of a ``WanModel`` as one of diffusers'; ``ValueError`` for another kind of model."""
     if theirs.get("model_type", "t2v") != "t2v":

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors import safe_open
 from torch import nn
 
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
@@ -38,75 +37,12 @@ from wanquant.wan.checkpoint import (
     write_config,
 )
 from wanquant.wan.load import FOLDS, shape_of
-from wanquant.wan.names import is_original, to_diffusers
+from wanquant.wan.tensor_files import Source, file_names, write_tensors
 
 #: Bytes after which a file of the target is closed, at the next block.
 SHARD = 500_000_000
-#: Bytes of a tensor whose file is mapped for it alone.
-LARGE = 4_000_000
-#: Bytes written at a time: a whole tensor in one call takes twice as long.
-AT_ONCE = 16_000_000
-#: A number of each type that a source may have.
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-#: And of each that is written.
-WRITTEN = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 #: In the folder while it is converted: for which recipe, and what of each finished file is to be known.
 LEDGER = "converting.json"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: in which file, under what name, in how many bytes."""
-
-    path: Path
-    name: str
-    size: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """A transformer's tensors, wherever they are, by diffusers' names."""
-
-    folder: Path
-    tensors: Mapping[str, Stored]
-
-    @classmethod
-    def of(cls, folder: Path) -> Source:
-        index = folder / INDEX
-        paths = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
-        found: list[Stored] = []
-        for path in (folder / name for name in paths):
-            with safe_open(path, "pt") as file:
-                for name in file.offset_keys():
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in BYTES:
-                        raise ValueError(f"{path}: tensor {name} is {part.get_dtype()}, not one of {', '.join(BYTES)}")
-                    found.append(Stored(path, name, math.prod(part.get_shape()) * BYTES[part.get_dtype()]))
-        original = any(is_original(stored.name) for stored in found)
-        return cls(folder, {to_diffusers(each.name) if original else each.name: each for each in found})
-
-    @property
-    def files(self) -> list[Path]:
-        return sorted({stored.path for stored in self.tensors.values()})
-
-    def read(self, kinds: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-        """Copies. A file is mapped for each large tensor anew: what was read would stay in memory with the map."""
-        found: dict[str, torch.Tensor] = {}
-        for path in self.files:
-            here = {name: self.tensors[name] for name in kinds if self.tensors[name].path == path}
-            small = [name for name, stored in here.items() if stored.size < LARGE]
-            for together in [small, *([name] for name in here if name not in small)]:
-                if not together:
-                    continue
-                with safe_open(path, "pt") as file:
-                    for name in together:
-                        found[name] = file.get_tensor(here[name].name).to(kinds[name], copy=True)
-        return found
-
-    def identity(self) -> list[Any]:
-        """By which it is known again without reading it."""
-        paths = [self.folder / "config.json", *self.files]
-        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 @dataclass
@@ -204,39 +140,12 @@ def foresee(source: Path, recipe: Recipe) -> Needs:
     return Needs(sum(sizes.values()), sum(parts.values()), len(groups), len(parts), memory)
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file, straight from the tensors' memory: the library's ``save_file`` copies all of them before it
-    writes the first, which takes a third longer than the conversion itself."""
-    # As the library orders them, so that each number lies where its size asks for.
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    past = 0
-    for name in names:
-        tensor, first = tensors[name], past
-        past += tensor.nbytes
-        header[name] = {"dtype": WRITTEN[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, past]}
-    told = json.dumps(header, separators=(",", ":")).encode()
-    told += b" " * (-len(told) % 8)
-    with path.open("wb") as file:
-        file.write(len(told).to_bytes(8, "little") + told)
-        for name in names:
-            data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
-            for first in range(0, len(data), AT_ONCE):
-                file.write(data[first : first + AT_ONCE])
-
-
 def empty_like(source: Path) -> WanTransformer3DModel:
     """On the meta device."""
     transformer = shape_of(source)
     transformer.register_to_config(_name_or_path=str(source))  # as from_pretrained notes where it comes from
     transformer.requires_grad_(False)
     return transformer
-
-
-def file_names(count: int) -> list[str]:
-    """As diffusers names the files of a model."""
-    stem = WEIGHTS.removesuffix(".safetensors")
-    return [WEIGHTS] if count == 1 else [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 
 def stored_sizes(transformer: WanTransformer3DModel, recipe: Recipe, plan: ConversionReport) -> dict[int | None, int]:
@@ -328,9 +237,10 @@ def _convert(
             transformer.blocks[index] = nn.Identity()  # what it held has gone into ``stored``
         told["read"].append(size)
         on_block(size)
-    write_tensors(stored, path)
+    told["written"] = write_tensors(
+        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}, stored.__getitem__, path
+    )
     told["tensors"] = sorted(stored)
-    told["written"] = sum(tensor.nbytes for tensor in stored.values())
     return told
 
 

@@ -1,0 +1,49 @@
+"""python -m wanquant.export <checkpoint> <target> --layout bf16|mindie-sd [--naming original]
+
+A quantized checkpoint in the layout of another engine: see ``wanquant.wan.export``. Of a pipeline its transformers are
+exported, each into its own folder; with ``bf16`` all else is copied, so that the target is a whole pipeline again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from wanquant.runs.progress import progress
+from wanquant.wan.export import LAYOUTS, NAMINGS, export
+from wanquant.wan.load import transformers_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m wanquant.export", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("checkpoint", type=Path, help="a quantized pipeline, or a quantized transformer's folder")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser.add_argument("--naming", choices=NAMINGS, default="diffusers", help="original: as Wan's authors call it")
+    args = parser.parse_args()
+    try:
+        export_all(args.checkpoint, args.target, args.layout, args.naming)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(f"exported: {args.target}")
+
+
+def export_all(checkpoint: Path, target: Path, layout: str, naming: str) -> None:
+    parts = transformers_of(checkpoint)
+    files = sum(len(list(part.glob("*.safetensors"))) for part in parts.values()) if layout == "bf16" else len(parts)
+    with progress("export", files, "file") as tick:
+        for name, part in parts.items():
+            export(part, target / name if name else target, layout, naming, tick)
+    if layout == "bf16" and "" not in parts:
+        for path in checkpoint.iterdir():
+            if path.is_dir() and path.name not in parts:
+                shutil.copytree(path, target / path.name)
+            elif path.is_file():
+                shutil.copy2(path, target / path.name)
+
+
+if __name__ == "__main__":
+    main()
