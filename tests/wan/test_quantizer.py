@@ -210,6 +210,20 @@ def test_dequantized_it_is_a_plain_model(saved: Path, tmp_path: Path) -> None:
     assert error < 0.1
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level", "from disk"])
+def test_it_runs_group_by_group(kind: str, packed: bool, tmp_path: Path) -> None:
+    """By diffusers' own hooks; on a CPU they move nothing anywhere, but take every tensor and put it back."""
+    transformer = short()[0].transformer
+    quantize_(transformer, QuantConfig(packed=packed), (0,))
+    before = answer(transformer)
+    where = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+    how: dict[str, Any] = {"offload_type": "leaf_level" if kind == "from disk" else kind}
+    how |= {"offload_to_disk_path": str(tmp_path / "groups")} if kind == "from disk" else {"num_blocks_per_group": 1}
+    transformer.enable_group_offload(**where, **how)
+    assert torch.equal(answer(transformer), before)
+
+
 def test_it_runs_from_the_disk(damaged: Path, tmp_path: Path) -> None:
     """By accelerate's own hooks, one layer in memory at a time."""
     found = WanTransformer3DModel.from_pretrained(damaged)
