@@ -154,14 +154,34 @@ def _items(metric: dict[str, Any]) -> list[Item]:
         ({"model.fingerprint": "g"}, "differs from .* in model.fingerprint"),
         ({"calibration.input_absmax": {"a": 2.0}}, "differs from .* in calibration.input_absmax"),
         ({}, "two runs of none"),
-        ({"quant.name": "pow2", "protect.blocks": [1]}, "differs from .* in protect.blocks"),
-        ({"quant.weights": {"granularity": "per_channel", "rule": "direct"}}, "differs from .* in quant"),
         ({"mode": "analyze"}, "holds analyses"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         summarize(sweep(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (
+            {"quant.name": "pow2", "protect.blocks": [1]},
+            ["hif8_w8a8, protect.blocks=[]", "pow2, protect.blocks=[1]"],
+        ),
+        (
+            {"quant.weights": {"granularity": "per_channel", "rule": "direct"}},
+            ["none, quant.weights.rule=amax/15", "none, quant.weights.rule=direct"],
+        ),
+        ({"protect.name": "x", "protect.blocks": [1]}, ["none", "x"]),
+    ],
+)
+def test_what_has_no_name_of_its_own_is_told_apart_by_its_settings(
+    tmp_path: Path, change: dict[str, Any], names: list[str]
+) -> None:
+    """As in a sweep over ``qat.lr``, or over rules."""
+    found = summarize(sweep(tmp_path, change))
+    assert sorted(row["name"] for row in found["rows"]) == names
 
 
 def test_what_failed_or_runs_still_is_told(tmp_path: Path) -> None:

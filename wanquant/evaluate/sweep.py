@@ -122,22 +122,52 @@ def varied(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def names_of(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What tells the runs apart; ``ValueError`` if nothing does."""
+    """What tells the runs apart: the names of the groups in which they differ, and where those are the same the
+    settings that are not (``distill, qat.lr=0.0001``); ``ValueError`` if nothing does."""
     groups = varied(results)
-    names = [", ".join(result[group]["name"] for group in groups) for result in results]
+    parts = [[result[group]["name"] for group in groups] for result in results]
+    for group in VARIED:
+        settings = [_settings(result, group) for result in results]
+        told = [str(pick(result, f"{group}.name")) for result in results]
+        whole = [", ".join(part) for part in parts]
+        for key in sorted({key for each in settings for key in each}):
+            for place, each in enumerate(settings):
+                alike = [
+                    settings[other].get(key)
+                    for other in range(len(results))
+                    if told[other] == told[place] and (group not in groups or whole[other] == whole[place])
+                ]
+                if any(value != each.get(key) for value in alike):
+                    parts[place].append(f"{key}={each.get(key)}")
+    names = [", ".join(part) for part in parts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"the sweep holds two runs of {twice[0]}")
     return names
 
 
+def _settings(result: dict[str, Any], group: str) -> dict[str, Any]:
+    """All that can be set in a group, by its whole key; what only names it left out."""
+    found: dict[str, Any] = {}
+
+    def note(key: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                if name not in ("name", "by_language"):
+                    note(f"{key}.{name}", inner)
+        else:
+            found[key] = value
+
+    for path in VARIED[group]:
+        note(path, pick(result, path))
+    return found
+
+
 def refuse_incomparable(runs: Sequence[tuple[Path, dict[str, Any]]]) -> None:
     """``ValueError`` names what keeps two runs from standing in one table."""
-    groups = varied([result for _, result in runs])
-    same = (*SAME, *(path for group, paths in VARIED.items() if group not in groups for path in paths))
     first_folder, first = runs[0]
     for folder, result in runs[1:]:
-        for path in same:
+        for path in SAME:
             if pick(result, path) != pick(first, path):
                 raise ValueError(f"{folder} differs from {first_folder} in {path}: not one table")
 
