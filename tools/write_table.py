@@ -4,16 +4,19 @@ python ptq.py experiment=protection hydra.sweep.dir=outputs/ptq/protection
 python tools/write_table.py outputs/ptq/protection protection-tiny README.md
 
 The table is that of ``python -m wanquant.report``, of a sweep in which every job has finished. The directory of a run
-with ``mode=analyze`` gives the table of its blocks instead.
+with ``mode=analyze`` gives the table of its blocks instead, and ``--twins`` that of trainings beside their PTQ twins.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from wanquant.evaluate.sweep import summarize
+from wanquant.evaluate.stats import Item, compared, difference
+from wanquant.evaluate.sweep import METRIC, jobs_of, summarize
 from wanquant.runs.analysis_report import short
 from wanquant.runs.estimates import estimate_text
 from wanquant.runs.files import write_atomic
@@ -67,8 +70,61 @@ def table_of_sweep(sweep: Path, reference: str | None = None, further: bool = Fa
     return "\n\n".join([*further_markdown(summary), protocol(summary)])
 
 
-def write(directory: Path, reference: str | None = None, further: bool = False) -> str:
+def table_of_twins(sweep: Path) -> str:
+    """Markdown: every recipe of a training against its PTQ twins, in each setting and over all of them."""
+    table_of_sweep(sweep)  # refuses what is not whole, or not to be compared
+    results = [read_result(folder) for folder in jobs_of(sweep)]
+    settings = list(dict.fromkeys(_setting(result) for result in results))
+    recipes = list(dict.fromkeys(result["qat"]["name"] for result in results))
+    heads = [
+        "qat",
+        *(f"{quant}, protect {protect}" for quant, protect in settings),
+        "over all",
+        "single steps, over all",
+    ]
+    twins = {_setting(result): result["metrics"][f"twin.{METRIC}"] for result in results}
+    rows = [["PTQ twin itself", *(estimate_text(twins[setting]) for setting in settings), "", ""]]
+    for recipe in recipes:
+        own = {_setting(result): result for result in results if result["qat"]["name"] == recipe}
+        if len(own) < len(settings):
+            raise ValueError(f"{sweep}: qat={recipe} was not run in every setting")
+        latents = {setting: over_twin(result, METRIC) for setting, result in own.items()}
+        together = [pooled(latents.values()), pooled(over_twin(result, "answer_sqnr") for result in own.values())]
+        cells_ = [compared(latents[setting]) for setting in settings]
+        cells_ += [compared(items, len(recipes)) for items in together]
+        rows.append([recipe, *(estimate_text(cell.as_json()) for cell in cells_)])
+    told = (
+        f"Trained less its PTQ twin: SQNR of the final latents, and of single steps along BF16's trajectories, in dB. "
+        f"{len(together[0])} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings the "
+        f"mean of each pair's differences, with intervals corrected for {len(recipes)} recipes. "
+        f"{results[0]['model']['name']}, {_machine(results[0]['provenance'])}."
+    )
+    return "\n".join([markdown(heads, rows), "", told])
+
+
+def _setting(result: dict[str, Any]) -> tuple[str, str]:
+    return result["quant"]["name"], result["protect"]["name"]
+
+
+def over_twin(result: dict[str, Any], name: str) -> list[Item]:
+    """Pair by pair."""
+    own, twin = ([Item(**item) for item in result["metrics"][key]["per_item"]] for key in (name, f"twin.{name}"))
+    return difference(own, twin)
+
+
+def pooled(parts: Iterable[list[Item]]) -> list[Item]:
+    """The mean of each pair over the parts."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for items in parts:
+        for item in items:
+            found.setdefault((item.prompt, item.seed), []).append(item.value)
+    return [Item(*pair, statistics.fmean(values)) for pair, values in found.items()]
+
+
+def write(directory: Path, reference: str | None = None, further: bool = False, twins: bool = False) -> str:
     """The table of a sweep, or of an analysis."""
+    if twins:
+        return table_of_twins(directory)
     if not (directory / "result.json").is_file():
         return table_of_sweep(directory, reference, further)
     result = read_result(directory)
@@ -93,9 +149,10 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--reference", help="configuration the others are compared with (default: the first)")
     parser.add_argument("--further", action="store_true", help="how errors look, VBench, and rank correlations instead")
+    parser.add_argument("--twins", action="store_true", help="of trainings: each recipe against its PTQ twins instead")
     args = parser.parse_args()
     try:
-        table = write(args.directory, args.reference, args.further)
+        table = write(args.directory, args.reference, args.further, args.twins)
         write_atomic(args.file, replace_table(args.file.read_text(), args.name, table))
     except (ValueError, OSError) as error:
         parser.error(str(error))
