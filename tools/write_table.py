@@ -70,36 +70,40 @@ def table_of_sweep(sweep: Path, reference: str | None = None, further: bool = Fa
     return "\n\n".join([*further_markdown(summary), protocol(summary)])
 
 
+#: What trainings are compared with their twins by, and what it is called.
+TWINS = ((METRIC, "final latents"), ("answer_sqnr", "single steps"))
+
+
 def table_of_twins(sweep: Path) -> str:
     """Markdown: every recipe of a training against its PTQ twins, in each setting and over all of them."""
     table_of_sweep(sweep)  # refuses what is not whole, or not to be compared
     results = [read_result(folder) for folder in jobs_of(sweep)]
     settings = list(dict.fromkeys(_setting(result) for result in results))
     recipes = list(dict.fromkeys(result["qat"]["name"] for result in results))
-    heads = [
-        "qat",
-        *(f"{quant}, protect {protect}" for quant, protect in settings),
-        "over all",
-        "single steps, over all",
-    ]
-    twins = {_setting(result): result["metrics"][f"twin.{METRIC}"] for result in results}
-    rows = [["PTQ twin itself", *(estimate_text(twins[setting]) for setting in settings), "", ""]]
-    for recipe in recipes:
-        own = {_setting(result): result for result in results if result["qat"]["name"] == recipe}
-        if len(own) < len(settings):
-            raise ValueError(f"{sweep}: qat={recipe} was not run in every setting")
-        latents = {setting: over_twin(result, METRIC) for setting, result in own.items()}
-        together = [pooled(latents.values()), pooled(over_twin(result, "answer_sqnr") for result in own.values())]
-        cells_ = [compared(latents[setting]) for setting in settings]
-        cells_ += [compared(items, len(recipes)) for items in together]
-        rows.append([recipe, *(estimate_text(cell.as_json()) for cell in cells_)])
+    tables = [_beside_twins(results, settings, recipes, *metric) for metric in TWINS]
+    pairs = len(over_twin(results[0], METRIC))
     told = (
-        f"Trained less its PTQ twin: SQNR of the final latents, and of single steps along BF16's trajectories, in dB. "
-        f"{len(together[0])} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings the "
-        f"mean of each pair's differences, with intervals corrected for {len(recipes)} recipes. "
+        f"Trained less its PTQ twin, in dB of SQNR: of the final latents, and of single steps along BF16's "
+        f"trajectories. {pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings "
+        f"the mean of each pair's differences, with intervals corrected for {len(recipes)} recipes. "
         f"{results[0]['model']['name']}, {_machine(results[0]['provenance'])}."
     )
-    return "\n".join([markdown(heads, rows), "", told])
+    return "\n\n".join([*tables, told])
+
+
+def _beside_twins(
+    results: list[dict[str, Any]], settings: list[tuple[str, str]], recipes: list[str], name: str, title: str
+) -> str:
+    heads = [f"{title}: qat", *(f"{quant}, protect {protect}" for quant, protect in settings), "over all"]
+    twins = {_setting(result): result["metrics"][f"twin.{name}"] for result in results}
+    rows = [["PTQ twin itself", *(estimate_text(twins[setting]) for setting in settings), ""]]
+    for recipe in recipes:
+        own = {_setting(result): over_twin(result, name) for result in results if result["qat"]["name"] == recipe}
+        if len(own) < len(settings):
+            raise ValueError(f"qat={recipe} was not run in every setting")
+        found = [*(compared(own[setting]) for setting in settings), compared(pooled(own.values()), len(recipes))]
+        rows.append([recipe, *(estimate_text(cell.as_json()) for cell in found)])
+    return markdown(heads, rows)
 
 
 def _setting(result: dict[str, Any]) -> tuple[str, str]:

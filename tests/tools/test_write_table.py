@@ -115,11 +115,14 @@ def test_recipes_of_training_stand_beside_their_twins(tmp_path: Path) -> None:
     readme.write_text(f"{BEGIN}\n{END}\n")
     done = run(tmp_path / "sweep", "T", readme, "--twins")
     assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.read_text().splitlines()[1:6]]
-    assert rows[0][:3] == ["qat", "hif8_w8a8, protect none", "hif8_w8a8, protect ends"]
-    assert [row[0] for row in rows[2:]] == ["PTQ twin itself", "on", "flow"]
-    means = [[float(cell.split(" ")[0]) for cell in row[1:] if cell] for row in rows[2:]]
-    assert means[1:] == [[2.0, 3.0, 2.5, 1.25], [-1.0, -1.5, -1.25, -0.625]]
+    lines = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0] == ["final latents: qat", "hif8_w8a8, protect none", "hif8_w8a8, protect ends", "over all"]
+    assert [row[0] for row in rows[2:5]] == ["PTQ twin itself", "on", "flow"]
+    means = [[float(cell.split(" ")[0]) for cell in row[1:] if "[" in cell] for row in rows]
+    assert means[3:5] == [[2.0, 3.0, 2.5], [-1.0, -1.5, -1.25]]
+    assert rows[5][0] == "single steps: qat"
+    assert means[8:] == [[1.0, 1.5, 1.25], [-0.5, -0.75, -0.625]]
     low, high = (float(part) for part in rows[3][3].split("[")[1].rstrip("]").split(","))
     assert low < 2.5 < high
     (tmp_path / "sweep" / "3" / "result.json").unlink()
