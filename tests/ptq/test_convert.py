@@ -83,6 +83,8 @@ def test_statistics_come_from_an_analysis(
     assert same(tensors(tmp_path / "made"), tensors(tmp_path / "run" / "checkpoint"))
     assert not (tmp_path / "converted" / "checkpoint").exists()
     assert not list(tmp_path.glob("made.*"))
+    assert ptq(monkeypatch, *convert, f"hydra.run.dir={tmp_path / 'converted'}") == 0
+    assert "finished already" in capsys.readouterr().out
 
 
 def make_pair(folder: Path) -> Path:

@@ -83,9 +83,6 @@ def check_convert(config: PTQConfig) -> None:
         check_native(CPU)
     if not config.checkpoint:
         raise ValueError("mode=convert makes a checkpoint and nothing else: leave checkpoint=true")
-    target = Path(config.convert.to)
-    if config.convert.to and target.exists():
-        raise ValueError(f"convert.to={target} is there already: choose another folder, or remove it")
 
 
 def check_whole(model: Path) -> None:
@@ -183,6 +180,8 @@ def _finished(
         if result["status"] == "ok" and result.get("asked") == signed:
             print(f"finished already: {folder}; force=true runs it again", flush=True)
             return result, False
+    if config.convert.to and target.exists():
+        raise ValueError(f"convert.to={target} is there already: choose another folder, or remove it")
     run = Run(folder, "ptq", config_yaml, names)
     try:
         result = {**_convert(config, run, model, recipe, target, signed), "asked": signed}
