@@ -233,6 +233,7 @@ def test_it_takes_nothing_up_from_another_recipe_or_source(
     (target / LEDGER).write_text(json.dumps({"recipe": known, "files": {file_names(5)[0]: told}}))
     recipe = Recipe(QuantConfig(), (0,))
     convert_transformer(source, target, recipe, "signed")
+    assert (target / file_names(5)[0]).read_bytes() != b"another's"
     same(target, expected(source, tmp_path / "wanted", recipe))
 
 

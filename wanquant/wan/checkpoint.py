@@ -28,11 +28,11 @@ import wanquant
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig, WeightConfig, parse
 from wanquant.quant.convert import empty_like_quantized_
+from wanquant.registered import METHOD
 from wanquant.runs.files import write_atomic
 
 T = TypeVar("T")
 
-METHOD = "wanquant"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 #: Keys of a ``quantization_config`` that the first checkpoints do not have, and what those were made with.

@@ -20,7 +20,8 @@ from torch import nn
 from wanquant.quant import QuantLinear
 from wanquant.quant.config import Scheme, parse
 from wanquant.quant.convert import empty_like_quantized_
-from wanquant.wan.checkpoint import FLOAT32, METHOD, check_type, config_of, dequantize_
+from wanquant.registered import METHOD
+from wanquant.wan.checkpoint import FLOAT32, check_type, config_of, dequantize_
 
 
 class Method(StrEnum):

@@ -5,7 +5,8 @@ quantizing and saving would write; only the files may be more and smaller ones. 
 source's files hold, and each file of the target is written under another name and renamed. A conversion that was killed
 goes on behind the last file it had finished.
 
-In memory at once are the blocks of one file of the target, of at least ``SHARD`` bytes, and the tensor that is read.
+In memory at once are the blocks of one file of the target, ``SHARD`` bytes or a single block, and the tensor that is
+read.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from wanquant.wan.checkpoint import (
 from wanquant.wan.load import FOLDS, shape_of
 from wanquant.wan.tensor_files import Source, file_names, write_tensors
 
-#: Bytes after which a file of the target is closed, at the next block.
+#: Bytes that a file of the target holds at most, unless a block alone has more.
 SHARD = 500_000_000
 #: In the folder while it is converted: for which recipe, and what of each finished file is to be known.
 LEDGER = "converting.json"
