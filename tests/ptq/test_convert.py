@@ -19,12 +19,13 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from tests.ptq.test_job import QUICK, ROOT, TWO, ptq
+from tests.wan.pair import make_pair
 from tests.wan.test_names import original_names
 from wanquant import load_pipeline
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
 from wanquant.wan.checkpoint import WEIGHTS, quantized_linears
-from wanquant.wan.load import empty_transformer
+from wanquant.wan.experts import shape_of_whole
 
 TINY = tiny.folder()
 
@@ -87,25 +88,8 @@ def test_statistics_come_from_an_analysis(
     assert "finished already" in capsys.readouterr().out
 
 
-def make_pair(folder: Path) -> Path:
-    """A pipeline of two transformers, as Wan2.2 has them, of two blocks each that are not the same."""
-    pipe = load_pipeline("tiny", device="cpu")
-    blocks = list(pipe.transformer.blocks)
-    for name, chosen in (("transformer", blocks[:2]), ("transformer_2", blocks[2:4])):
-        pipe.transformer.blocks = torch.nn.ModuleList(chosen)
-        pipe.transformer.register_to_config(num_layers=2)
-        pipe.transformer.save_pretrained(folder / name)
-    for part in TINY.iterdir():
-        if part.is_dir() and part.name != "transformer":
-            shutil.copytree(part, folder / part.name)
-    index = json.loads((TINY / "model_index.json").read_text())
-    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.5}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
 def test_both_transformers_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_pair(tmp_path / "model")
+    model = make_pair(tmp_path / "model", [0, 1], [2, 3])
     words = ["mode=convert", "protect=none", f"model.path={model}", "tracker=none", f"cache={tmp_path / 'cache'}"]
     assert ptq(monkeypatch, *words, f"hydra.run.dir={tmp_path / 'run'}") == 0
     found = tmp_path / "run" / "checkpoint"
@@ -119,7 +103,7 @@ def test_both_transformers_are_converted(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_transformer_alone_and_under_its_authors_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized, or only renamed, which makes of their checkpoint one that diffusers reads."""
     names, described = (
-        original_names(empty_transformer(TINY)),
+        original_names(shape_of_whole(TINY)),
         json.loads((TINY / "transformer/config.json").read_text()),
     )
     theirs = {"_class_name": "WanModel", "dim": 128, "num_heads": 8, "num_layers": 40, "text_dim": 128}

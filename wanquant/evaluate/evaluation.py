@@ -30,6 +30,7 @@ from wanquant.runs.cache import Cache, Cells
 from wanquant.runs.progress import progress
 from wanquant.runs.run import clean_json, digest, provenance, signature
 from wanquant.wan.config import ModelConfig
+from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample, decode_video
 from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, count_files, fingerprint, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
@@ -68,7 +69,7 @@ class Side:
     def studio(self, device: torch.device, cache: Cache) -> Studio:
         with progress(f"load {self.name}", LOAD_PARTS, "part") as tick:
             pipe = load_pipeline(self.source, str(device), tick)
-        plant_outliers_(pipe.transformer, self.model.outliers)
+        plant_outliers_(whole_of(pipe), self.model.outliers)
         return Studio(pipe, self.model, self.fingerprint, device, cache)
 
 
@@ -243,7 +244,7 @@ def hash_of(pairs: Sequence[Pair]) -> str:
 
 def _forget_all_but_vae(studio: Studio | None) -> None:
     if studio is not None:
-        studio.pipe.transformer = studio.pipe.text_encoder = None
+        studio.pipe.transformer = studio.pipe.transformer_2 = studio.pipe.text_encoder = None
 
 
 def _by_metric(values: dict[Pair, Values]) -> dict[str, list[Item]]:

@@ -41,8 +41,9 @@ from wanquant.runs.tracking import check_tracker, mirror
 from wanquant.wan.checkpoint import config_of, quantization_of
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
+from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.generate import GenerationConfig
-from wanquant.wan.load import check_folder, empty_transformer, find_folder, hush_libraries
+from wanquant.wan.load import check_folder, find_folder, hush_libraries
 from wanquant.wan.outliers import OutliersConfig, chosen_blocks
 from wanquant.wan.studio import Pair
 from wanquant.wan.tiny import parse_caption
@@ -316,7 +317,7 @@ def _asked_of_model(config: EvaluateConfig) -> tuple[list[Pair], str]:
 def _head(
     config: EvaluateConfig, side: Side, entry: dict[str, Any], names: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    blocks = len(empty_transformer(side.source).blocks)
+    blocks = len(shape_of_whole(side.source).blocks)
     return {
         "mode": "evaluate",
         "signature": signature(dataclasses.asdict(config), side.fingerprint, device),

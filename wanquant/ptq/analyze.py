@@ -71,7 +71,7 @@ def check_analysis(config: AnalysisConfig) -> None:
 def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder: Path) -> dict[str, Any]:
     """The analysis part of ``result.json``; its tables also as CSV in ``folder``/analysis, with the statistics."""
     statistics = bench.calibration(full=True).statistics
-    inner = kinds(bench.studio.pipe.transformer, bench.modules)
+    inner = kinds(bench.studio.transformer, bench.modules)
     modules = [module_row(name, statistics, bench) for name in bench.calibration(full=True).flops]
     blocks = [block_row(index, statistics, modules) for index in range(bench.blocks)]
     for row, found in zip(blocks, bench.block_errors(), strict=True):

@@ -25,6 +25,7 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import Site, merge
 from wanquant.quant.statistics_file import KIND, load_statistics, save_statistics
 from wanquant.runs.progress import progress
+from wanquant.wan.experts import transformers_in
 from wanquant.wan.studio import Pair, Studio
 
 
@@ -42,7 +43,12 @@ class Bench:
 
     @property
     def blocks(self) -> int:
-        return len(self.studio.pipe.transformer.blocks)
+        return len(self.studio.transformer.blocks)
+
+    @property
+    def transformers(self) -> int:
+        """Two of Wan2.2, each with as many of the blocks."""
+        return len(transformers_in(self.studio.pipe))
 
     @property
     def scheme(self) -> Scheme:
@@ -146,7 +152,7 @@ class Bench:
 
     def unit_errors(self, units: Sequence[str]) -> dict[str, Estimate]:
         """SQNR of the final latents with nothing quantized but the unit; the expensive measure, cell by cell."""
-        transformer = self.studio.pipe.transformer
+        transformer = self.studio.transformer
         return self._cells({unit: sensitivity.all_but(transformer, unit, self.modules) for unit in units})
 
     def protected_errors(self, sets: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Estimate]:
@@ -175,5 +181,5 @@ class Bench:
         self, blocks: list[int], modules: list[str], stats: sensitivity.Stats, tick: Callable[[], None]
     ) -> list[Item]:
         studio = self.studio
-        with sensitivity.quantized(studio.pipe.transformer, self.quant, blocks, modules, stats):
+        with sensitivity.quantized(studio.transformer, self.quant, blocks, modules, stats):
             return sensitivity.final_errors(studio.generate, self.pairs, self.references, tick)

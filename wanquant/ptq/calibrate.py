@@ -10,6 +10,7 @@ from torch import nn
 from wanquant.quant import ConversionReport
 from wanquant.quant.observe import Observer
 from wanquant.quant.statistics import Layout, Statistics
+from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Embed, GenerationConfig, Position, generate
 from wanquant.wan.load import Pipeline
 from wanquant.wan.studio import Pair
@@ -45,16 +46,16 @@ def calibrate(
     branches = 2 if settings.guidance_scale > 1 else 1
     layout = Layout(tuple(map(name_of, pairs)), settings.steps, bins, branches, full)
     position = Position()
-    with Observer(pipe.transformer, layout, position.where) as observer:
+    with Observer(whole_of(pipe), layout, position.where) as observer:
         generate(pipe, pairs, settings, on_step, decode=False, position=position, embed=embed)
     return Calibration(observer.statistics, linear_flops(pipe, observer.statistics.rows()))
 
 
 def linear_flops(pipe: Pipeline, rows: dict[str, int]) -> dict[str, int]:
     """Multiplications and additions of each linear for the rows it was given."""
-    flops = {}
+    flops, whole = {}, whole_of(pipe)
     for name, count in rows.items():
-        linear = pipe.transformer.get_submodule(name)
+        linear = whole.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         flops[name] = 2 * count * linear.in_features * linear.out_features
     return flops

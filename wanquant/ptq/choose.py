@@ -33,9 +33,9 @@ def choose(config: ProtectConfig, bench: Bench) -> Choice:
     if config.by == GREEDY:
         return _greedy(config, bench)
     if config.by not in SCORES:
-        return Choice(config.by, by_rule(config, bench.blocks), [])
+        return Choice(config.by, by_rule(config, bench.blocks, bench.transformers), [])
     rows = SCORES[config.by](bench)
-    chosen = worst([row["score"] for row in rows], config.budget)
+    chosen = worst([row["score"] for row in rows], config.budget * bench.transformers)
     return Choice(config.by, chosen, [{"block": index, **row} for index, row in enumerate(rows)])
 
 
@@ -89,10 +89,10 @@ def _greedy(config: ProtectConfig, bench: Bench) -> Choice:
     """Protects, one after the other, the block whose protection leaves the least error beside those before it."""
     candidates = list(range(bench.blocks))
     if config.candidates:
-        candidates = worst([row["score"] for row in by_sensitivity(bench)], config.candidates)
+        candidates = worst([row["score"] for row in by_sensitivity(bench)], config.candidates * bench.transformers)
     chosen: list[int] = []
     evidence = []
-    for _ in range(config.budget):
+    for _ in range(config.budget * bench.transformers):
         sets = {block: tuple(sorted([*chosen, block])) for block in candidates if block not in chosen}
         found = bench.protected_errors(list(sets.values()))
         tried = [{"block": block, **_below(found[blocks])} for block, blocks in sets.items()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from wanquant.evaluate import perceptual, vbench
@@ -18,7 +17,8 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.runs.tracking import TrackerConfig, check_tracker
 from wanquant.wan.checkpoint import quantization_of
 from wanquant.wan.config import ModelConfig
-from wanquant.wan.load import check_shape, find_folder, shape_of, transformers_of
+from wanquant.wan.experts import parts_of, shape_of_whole
+from wanquant.wan.load import Transformer, check_shape, find_folder, transformers_of
 from wanquant.wan.outliers import chosen_blocks
 from wanquant.wan.tiny import parse_caption
 
@@ -90,13 +90,11 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     if config.model.language == "scenes":
         for prompt, _ in videos:
             parse_caption(prompt)
-    folder = check_model(config)
-    if (folder / "transformer_2").is_dir():
-        raise ValueError(f"{folder} has two transformers (Wan2.2), of which this version would quantize only one")
+    check_model(config)
 
 
-def check_model(config: PTQConfig) -> Path:
-    """Refuses what a model of this shape cannot be quantized to; the folder, of which the JSON files may be all."""
+def check_model(config: PTQConfig) -> None:
+    """Refuses what a model of this shape cannot be quantized to, by its JSON files."""
     scheme = parse(config.quant)
     folder = find_folder(config.model.path, shapes_only=True)
     if config.mode != "convert" or (folder / "model_index.json").is_file():
@@ -107,14 +105,16 @@ def check_model(config: PTQConfig) -> Path:
     for part in transformers_of(folder).values():
         if quantization_of(part) is not None:
             raise ValueError(f"{folder} is quantized already: model.path must be the original model")
-        shape = shape_of(part)
-        check_protect(config.protect, len(shape.blocks))
-        chosen_blocks(config.model.outliers, len(shape.blocks))
-        kept = list(range(config.protect.budget)) if by_data else by_rule(config.protect, len(shape.blocks))
-        plan = plan_conversion(shape, config.quant, kept, config.protect.modules)
-        if not plan.names("converted") and not scheme.format.keeps_all:
-            raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
-    return folder
+    shape = shape_of_whole(folder)
+    if config.model.generation.guidance_scale_2 is not None and len(parts_of(shape)) == 1:
+        raise ValueError("model.generation.guidance_scale_2 is for pipelines of two transformers, and this has one")
+    blocks, transformers = len(shape.blocks), len(parts_of(shape))
+    check_protect(config.protect, blocks // transformers)
+    chosen_blocks(config.model.outliers, blocks)
+    kept = range(config.protect.budget) if by_data else by_rule(config.protect, blocks, transformers)
+    plan = plan_conversion(shape, config.quant, list(kept), config.protect.modules)
+    if not plan.names("converted") and not scheme.format.keeps_all:
+        raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
 
 
 def settle_config(config: PTQConfig) -> PTQConfig:
@@ -154,6 +154,8 @@ def identity(config: PTQConfig, blocks: int, protected: list[int] | None) -> dic
     return counted
 
 
-def rule_blocks(config: ProtectConfig, blocks: int) -> list[int] | None:
+def rule_blocks(config: ProtectConfig, shape: Transformer) -> list[int] | None:
     """The protected blocks where no data are needed to know them."""
-    return None if config.by in (*MEASURES, GREEDY) else by_rule(config, blocks)
+    if config.by in (*MEASURES, GREEDY):
+        return None
+    return by_rule(config, len(shape.blocks), len(parts_of(shape)))

@@ -13,6 +13,8 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from wanquant.ptq.config import PTQConfig, check_model, rule_blocks
 from wanquant.ptq.plan import LEGEND, block_map, in_bytes
 from wanquant.quant import ConversionReport, QuantLinear, plan_conversion
 from wanquant.quant.config import parse, settle
+from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import INPUT, Site
 from wanquant.quant.statistics_file import DESCRIPTION, load_statistics
 from wanquant.runs.cache import locked
@@ -34,6 +37,7 @@ from wanquant.runs.run import Run, digest, provenance, read_result, refused_leav
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import TRANSFORMERS
 from wanquant.wan.device import forget_peak_memory, peak_memory
+from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.load import (
     Transformer,
     check_folder,
@@ -59,14 +63,14 @@ def run_convert(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, 
         model = find_folder(config.model.path, shapes_only=config.dry_run)
         if not config.dry_run:
             check_whole(model)
-        recipe = recipe_of(config, model)
+        conversion = Conversion(config, model, recipes_of(config, model))
     print(f"{config.quant.name} on {config.model.name}, protect {config.protect.name}: from files to files", flush=True)
     if config.dry_run:
-        print_convert_plan(config, config_yaml, model, recipe)
+        print_convert_plan(conversion, config_yaml)
         return None
     hush_libraries()
     with in_use(Path(config.cache), folder):
-        result, fresh = _finished(config, folder, config_yaml, model, recipe)
+        result, fresh = _finished(conversion, folder, config_yaml)
     if fresh:
         mirror(config.tracker, folder, dataclasses.asdict(config), result)
     return result
@@ -93,14 +97,34 @@ def check_whole(model: Path) -> None:
         check_weights(model)
 
 
-def recipe_of(config: PTQConfig, model: Path) -> Recipe:
-    blocks = rule_blocks(config.protect, len(first_shape(model).blocks))
+def recipes_of(config: PTQConfig, model: Path) -> dict[str, Recipe]:
+    """Of each transformer, by its own blocks."""
+    shape = shape_of_whole(model)
+    blocks = rule_blocks(config.protect, shape)
     if blocks is None:
         raise ValueError(
             f"mode=convert cannot know the blocks that protect.by={config.protect.by} would choose: let mode=analyze "
             f"choose them, and give protect.blocks=[...]"
         )
-    return Recipe(config.quant, blocks, config.protect.modules, _statistics(config))
+    names, stats = list(transformers_of(model)), _statistics(config)
+    each = len(shape.blocks) // len(names)
+    chosen = resolve_blocks(blocks, len(shape.blocks))
+    recipes = {}
+    for number, name in enumerate(names):
+        own = range(number * each, (number + 1) * each)
+        kept = [index - own.start for index in chosen if index in own]
+        recipes[name] = Recipe(config.quant, kept, config.protect.modules, stats and _of_blocks(stats, own))
+    return recipes
+
+
+def _of_blocks(stats: Mapping[str, float | Site], own: range) -> dict[str, float | Site]:
+    """Those of one transformer, its blocks numbered from 0."""
+    found = {}
+    for name, seen in stats.items():
+        parts = name.split(".")
+        if parts[0] == "blocks" and int(parts[1]) in own:
+            found[".".join(["blocks", str(int(parts[1]) - own.start), *parts[2:]])] = seen
+    return found
 
 
 def _statistics(config: PTQConfig) -> Mapping[str, float | Site] | None:
@@ -118,37 +142,70 @@ def _statistics(config: PTQConfig) -> Mapping[str, float | Site] | None:
     return {name.removesuffix(f":{INPUT}"): site for name, site in found.sites.items() if name.endswith(f":{INPUT}")}
 
 
-def print_convert_plan(config: PTQConfig, config_yaml: str, model: Path, recipe: Recipe) -> None:
+@dataclass(frozen=True)
+class Conversion:
+    """What is to be done: to each transformer of the ``model`` what its recipe says."""
+
+    config: PTQConfig
+    model: Path
+    recipes: Mapping[str, Recipe]
+
+    @cached_property
+    def parts(self) -> dict[str, Path]:
+        return transformers_of(self.model)
+
+    @cached_property
+    def shapes(self) -> dict[str, Transformer]:
+        return {name: shape_of(part) for name, part in self.parts.items()}
+
+    @cached_property
+    def plans(self) -> dict[str, ConversionReport]:
+        return {
+            name: plan_conversion(self.shapes[name], recipe.config, recipe.protected_blocks, recipe.protected_modules)
+            for name, recipe in self.recipes.items()
+        }
+
+    @cached_property
+    def needs(self) -> dict[str, Needs]:
+        return {name: foresee(part, self.recipes[name]) for name, part in self.parts.items()}
+
+    @cached_property
+    def signature(self) -> str:
+        """By the names, sizes and times of the files: to read them for it would be to read them twice."""
+        files = {name: Source.of(part).identity() for name, part in self.parts.items()}
+        asked = {name: _signed(recipe) for name, recipe in self.recipes.items()}
+        return digest({"folder": str(self.model.resolve()), "files": files, "asked": asked})
+
+
+def _signed(recipe: Recipe) -> dict[str, Any]:
+    """All of it that changes what is written."""
+    told = {**dataclasses.asdict(dataclasses.replace(recipe, stats=None))}
+    told["config"].pop("name")
+    told["stats"] = recipe.stats and {
+        name: seen if isinstance(seen, float) else [seen.largest(), seen.mean_square().tolist()]
+        for name, seen in recipe.stats.items()
+    }
+    return told
+
+
+def print_convert_plan(conversion: Conversion, config_yaml: str) -> None:
     print(config_yaml)
-    planned, plan = needs_of(model, recipe), plan_of(model, recipe)
-    print(f"blocks      {block_map(plan)}   ({LEGEND})")
-    for name, needs in planned.items():
+    for name, plan in conversion.plans.items():
+        print(f"{name or 'blocks':<14}{block_map(plan)}   ({LEGEND})")
+    for name, needs in conversion.needs.items():
         told = f"{in_bytes(needs.written)} written to {needs.files} files, {needs.written / needs.read:.3f} of it"
-        print(f"{name:<12}{in_bytes(needs.read)} read, {told}")
-    print(f"memory      {in_bytes(max(needs.memory for needs in planned.values()))} beside the program's own")
+        print(f"{name:<14}{in_bytes(needs.read)} read, {told}")
     print(
-        f"time        {probed_seconds(planned, model, recipe, Path(config.cache)):,.0f} s, by a probe of CPU and disk"
+        f"memory        {in_bytes(max(needs.memory for needs in conversion.needs.values()))} beside the program's own"
     )
+    print(f"time          {probed_seconds(conversion):,.0f} s, by a probe of CPU and disk")
 
 
-def first_shape(model: Path) -> Transformer:
-    """Of the pipeline's transformer, or its first."""
-    return shape_of(next(iter(transformers_of(model).values())))
-
-
-def plan_of(model: Path, recipe: Recipe) -> ConversionReport:
-    shape = first_shape(model)
-    return plan_conversion(shape, recipe.config, recipe.protected_blocks, recipe.protected_modules)
-
-
-def needs_of(model: Path, recipe: Recipe) -> dict[str, Needs]:
-    return {name: foresee(part, recipe) for name, part in transformers_of(model).items()}
-
-
-def probed_seconds(planned: Mapping[str, Needs], model: Path, recipe: Recipe, disk: Path) -> float:
+def probed_seconds(conversion: Conversion) -> float:
     """For quantizing, by one linear of random weights, and for writing, by as much to the disk of the cache."""
-    name = next(name for name, child in first_shape(model).blocks.named_modules() if isinstance(child, torch.nn.Linear))
-    shape = first_shape(model).blocks.get_submodule(name)
+    part, recipe = next(iter(conversion.recipes.items()))
+    blocks, disk = conversion.shapes[part].blocks, Path(conversion.config.cache)
+    name, shape = next((name, child) for name, child in blocks.named_modules() if isinstance(child, torch.nn.Linear))
     assert isinstance(shape, torch.nn.Linear)
     linear = torch.nn.Linear(shape.in_features, shape.out_features, dtype=torch.bfloat16)
     scheme, seen = parse(dataclasses.replace(recipe.config, packed=True)), (recipe.stats or {}).get(f"blocks.{name}")
@@ -165,15 +222,13 @@ def probed_seconds(planned: Mapping[str, Needs], model: Path, recipe: Recipe, di
         file.flush()
         os.fsync(file.fileno())
         writing = (time.perf_counter() - begun) / written.nbytes
-    return sum(quantizing * needs.read + writing * needs.written for needs in planned.values())
+    return sum(quantizing * needs.read + writing * needs.written for needs in conversion.needs.values())
 
 
-def _finished(
-    config: PTQConfig, folder: Path, config_yaml: str, model: Path, recipe: Recipe
-) -> tuple[dict[str, Any], bool]:
+def _finished(conversion: Conversion, folder: Path, config_yaml: str) -> tuple[dict[str, Any], bool]:
     """The run's result, and whether it was not known already."""
+    config, signed = conversion.config, conversion.signature
     target = Path(config.convert.to) if config.convert.to else folder / "checkpoint"
-    signed = signature_of(model, recipe)
     names = {group: {"name": getattr(config, group).name} for group in ("model", "quant", "protect")}
     if not config.force and target.is_dir() and (folder / "result.json").is_file():
         result = read_result(folder)
@@ -184,7 +239,7 @@ def _finished(
         raise ValueError(f"convert.to={target} is there already: choose another folder, or remove it")
     run = Run(folder, "ptq", config_yaml, names)
     try:
-        result = {**_convert(config, run, model, recipe, target, signed), "asked": signed}
+        result = {**_convert(conversion, run, target), "asked": signed}
         full = run.finish(result, lambda complete: write_report(run.folder, complete))
     except BaseException as error:
         run.fail(error)
@@ -193,39 +248,26 @@ def _finished(
     return full, True
 
 
-def signature_of(model: Path, recipe: Recipe) -> str:
-    """By the names, sizes and times of the files: to read them for it would be to read them twice."""
-    what = {name: Source.of(part).identity() for name, part in transformers_of(model).items()}
-    asked = {key: value for key, value in dataclasses.asdict(recipe).items() if key != "stats"}
-    asked["config"].pop("name")
-    stats = recipe.stats and {name: _told(seen) for name, seen in recipe.stats.items()}
-    return digest({"folder": str(model.resolve()), "files": what, "asked": asked, "stats": stats})
-
-
-def _told(seen: float | Site) -> Any:
-    return seen if isinstance(seen, float) else [seen.largest(), seen.mean_square().tolist()]
-
-
-def _convert(config: PTQConfig, run: Run, model: Path, recipe: Recipe, target: Path, signed: str) -> dict[str, Any]:
+def _convert(conversion: Conversion, run: Run, target: Path) -> dict[str, Any]:
     """Writes to ``target``, whole or not at all; takes up what was left of the same conversion."""
-    planned = needs_of(model, recipe)
+    config, planned = conversion.config, conversion.needs
     partial = target.with_name(f"{target.name}.partial")
     if not config.convert.to:  # where a later run, which has another directory, finds it
-        partial = Path(config.cache) / "converting" / signed
-    seconds = probed_seconds(planned, model, recipe, Path(config.cache))
+        partial = Path(config.cache) / "converting" / conversion.signature
+    seconds = probed_seconds(conversion)
     forget_peak_memory(CPU)
     begun = peak_memory(CPU)
     lock = Path(config.cache) / "converting" / f"{digest(str(partial.resolve()))}.lock"
     with locked(lock, str(target)):
         partial.mkdir(parents=True, exist_ok=True)
         with run.stage("convert"):
-            streamed = {name: _stream(name, needs, model, partial, recipe, signed) for name, needs in planned.items()}
+            streamed = {name: _stream(conversion, name, partial) for name in planned}
         peak = peak_memory(CPU)
         with run.stage("copy"):
-            copied = _copy(model, partial)
+            copied = _copy(conversion.model, partial)
         shutil.move(partial, target)
     return {
-        **_head(config, model, recipe, signed),
+        **_head(conversion),
         **_counts(streamed),
         "memory": {
             "peak_bytes": peak,
@@ -245,16 +287,17 @@ def _convert(config: PTQConfig, run: Run, model: Path, recipe: Recipe, target: P
     }
 
 
-def _stream(name: str, needs: Needs, model: Path, partial: Path, recipe: Recipe, signed: str) -> Streamed:
+def _stream(conversion: Conversion, name: str, partial: Path) -> Streamed:
     begun, read = time.monotonic(), 0
-    with progress(f"convert {name}".rstrip(), needs.parts, "block") as tick:
+    with progress(f"convert {name}".rstrip(), conversion.needs[name].parts, "block") as tick:
 
         def on_block(size: int) -> None:
             nonlocal read
             read += size
             tick(f"{in_bytes(read / max(time.monotonic() - begun, 1e-3))}/s read")
 
-        return convert_transformer(transformers_of(model)[name], partial / name, recipe, signed, on_block)
+        how = (conversion.recipes[name], conversion.signature, on_block)
+        return convert_transformer(conversion.parts[name], partial / name, *how)
 
 
 def _copy(model: Path, partial: Path) -> int:
@@ -276,22 +319,25 @@ def _copy(model: Path, partial: Path) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _head(config: PTQConfig, model: Path, recipe: Recipe, signed: str) -> dict[str, Any]:
-    shape = first_shape(model)
+def _head(conversion: Conversion) -> dict[str, Any]:
+    config, protected, first = conversion.config, list[int](), 0
+    for plan in conversion.plans.values():
+        protected += [first + index for index in plan.protected_blocks]
+        first += plan.blocks
     return {
-        "signature": signed,
+        "signature": conversion.signature,
         "mode": config.mode,
         "model": {
             "name": config.model.name,
-            "blocks": len(shape.blocks),
-            "parameters": sum(p.numel() for p in shape.parameters()),
+            "blocks": first,
+            "parameters": sum(p.numel() for shape in conversion.shapes.values() for p in shape.parameters()),
             "fingerprint": None,
         },
         "quant": dataclasses.asdict(config.quant),
         "protect": {
             "name": config.protect.name,
-            "blocks": list(plan_conversion(shape, recipe.config, recipe.protected_blocks).protected_blocks),
-            "modules": list(recipe.protected_modules),
+            "blocks": protected,
+            "modules": list(config.protect.modules),
         },
         "generation": dataclasses.asdict(config.model.generation),
     }

@@ -42,13 +42,13 @@ from wanquant.runs.run import Run, digest, provenance, read_result, refused_leav
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import save_quantized
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
+from wanquant.wan.experts import shape_of_whole, whole_of
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import (
     FOLDS,
     LOAD_PARTS,
     check_folder,
     count_files,
-    empty_transformer,
     find_folder,
     fingerprint,
     hush_libraries,
@@ -143,7 +143,7 @@ def plan_quantization(config: PTQConfig, config_yaml: str, further: int = 0) -> 
     shape, measured = find_folder(config.model.path, shapes_only=True), len(pairs(config.prompts))
     floors = measured + len(_other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
     videos = len(pairs(config.calib, "calib")) + 2 * measured + floors + further
-    blocks = rule_blocks(config.protect, len(empty_transformer(shape).blocks))
+    blocks = rule_blocks(config.protect, shape_of_whole(shape))
     if blocks is None:
         raise ValueError(f"dry_run=true cannot know the blocks that protect.by={config.protect.by} would choose")
     protect = dataclasses.replace(config.protect, blocks=blocks)
@@ -178,7 +178,8 @@ class Job:
         self.cache = Cache(Path(self.config.cache))
         with progress("read", count_files(self.model_folder), "file") as tick:
             self.fingerprint = fingerprint(self.model_folder, tick)
-        self.blocks = len(empty_transformer(self.model_folder).blocks)
+        self.shape = shape_of_whole(self.model_folder)
+        self.blocks = len(self.shape.blocks)
 
     @property
     def names(self) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class Job:
     def asked(self) -> str:
         """The signature by which a finished run is found before anything is loaded."""
         by_rule = self.config.mode == "quantize"
-        return self.signed(rule_blocks(self.config.protect, self.blocks) if by_rule else None)
+        return self.signed(rule_blocks(self.config.protect, self.shape) if by_rule else None)
 
     def finished(self, folder: Path) -> Path | None:
         wanted: dict[str, Any] = {"fps": self.config.model.generation.fps}
@@ -239,7 +240,7 @@ class Job:
             self.made = provenance(self.device)
             with progress("load", LOAD_PARTS, "part") as tick:
                 pipe = load_pipeline(self.model_folder, str(self.device), tick)
-            plant_outliers_(pipe.transformer, config.model.outliers)
+            plant_outliers_(whole_of(pipe), config.model.outliers)
         studio = Studio(pipe, config.model, self.fingerprint, self.device, self.cache)
         return Bench(studio, config.quant, self.calibration_pairs, config.analysis.bins, tuple(config.protect.modules))
 
@@ -252,7 +253,7 @@ class Job:
         return {**self._head(bench, None), **analysis, **self._tail(bench, self.config.calib)}
 
     def _head(self, bench: Bench, protected: list[int] | None) -> dict[str, Any]:
-        pipe, model = bench.studio.pipe, self.config.model
+        model = self.config.model
         return {
             "signature": self.signed(protected),
             "mode": self.config.mode,
@@ -260,7 +261,7 @@ class Job:
                 "name": model.name,
                 "blocks": self.blocks,
                 "batch": model.batch,
-                "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
+                "parameters": sum(p.numel() for p in self.shape.parameters()),
                 "fingerprint": self.fingerprint,
                 "outliers": list(chosen_blocks(model.outliers, self.blocks)),
                 "octaves": model.outliers.octaves,
@@ -327,7 +328,7 @@ class Job:
         }
 
     def _quantize(self, bench: Bench, choice: Choice, stats: Mapping[str, float | Site]) -> ConversionReport:
-        transformer, how = bench.studio.pipe.transformer, (bench.quant, choice.blocks, bench.modules)
+        transformer, how = bench.studio.transformer, (bench.quant, choice.blocks, bench.modules)
         plan = plan_conversion(transformer, *how)
         with progress("quantize", len(plan.names("converted")), "linear") as tick:
             return quantize_(transformer, *how, stats, on_linear=tick, folds=FOLDS)

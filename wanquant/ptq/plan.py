@@ -14,8 +14,9 @@ from torch import nn
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.quant.config import parse
+from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.generate import GenerationConfig
-from wanquant.wan.load import Transformer, empty_transformer
+from wanquant.wan.load import Transformer
 from wanquant.wan.products import quick_products
 
 LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
@@ -34,7 +35,7 @@ class Plan:
 
 def make_plan(folder: Path, quant: QuantConfig, protect: ProtectConfig, settings: GenerationConfig) -> Plan:
     """From ``transformer/config.json`` alone: no weight is read."""
-    transformer = empty_transformer(folder)
+    transformer = shape_of_whole(folder)
     scheme = parse(quant)
     report = plan_conversion(transformer, quant, protect.blocks, protect.modules)
     parameters = sum(p.numel() for p in transformer.parameters())

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from wanquant.quant.select import resolve_blocks
+
 #: Rules that need no data; measures of a block by which the worst are protected; and the search.
 RULES = ("list", "middle", "random")
 MEASURES = ("sensitivity", "absmax", "kurtosis", "block_sqnr")
@@ -22,6 +24,8 @@ class ProtectConfig:
     largest ``absmax`` or ``kurtosis`` of what enters a block's linears, the least ``block_sqnr`` of its output, the
     greatest ``sensitivity`` of the final latents, or ``greedy``, one after the other, each the one that helps most
     beside those before (of the ``candidates`` most sensitive ones; 0 for all).
+    Where a pipeline has two transformers (Wan2.2), all of this holds for each of them; what the data choose is chosen
+    among the blocks of both, numbered through, and a ``list`` of such numbers wants ``through``.
     ``modules`` are patterns (``re.fullmatch``) of names inside a block, ``ffn.net.2``, that stay BF16 everywhere.
     """
 
@@ -32,15 +36,18 @@ class ProtectConfig:
     budget: int = 5
     seed: int = 0
     candidates: int = 10
+    through: bool = False
 
 
 def check_protect(config: ProtectConfig, blocks: int) -> None:
-    """``ValueError`` for what no choice could be made by."""
+    """``ValueError`` for what no choice could be made by; ``blocks`` are those of a transformer."""
     known = (*RULES, *MEASURES, GREEDY)
     if config.by not in known:
         raise ValueError(f"protect.by={config.by}: choose {', '.join(known)}")
     if config.by == "list":
         return
+    if config.through:
+        raise ValueError(f"protect.through=true is for a list of blocks, not for protect.by={config.by}")
     if config.blocks:
         raise ValueError(f"protect.by={config.by} chooses the blocks itself: leave protect.blocks empty")
     if not 1 <= config.budget < blocks:
@@ -49,15 +56,20 @@ def check_protect(config: ProtectConfig, blocks: int) -> None:
         raise ValueError(f"protect.candidates={config.candidates} are fewer than protect.budget={config.budget}")
 
 
-def by_rule(config: ProtectConfig, blocks: int) -> list[int]:
-    """The blocks of a rule that needs no data."""
+def by_rule(config: ProtectConfig, blocks: int, transformers: int = 1) -> list[int]:
+    """The blocks of a rule that needs no data; ``blocks`` are those of all transformers."""
+    each = blocks // transformers
     if config.by == "middle":
-        first = (blocks - config.budget) // 2
-        return list(range(first, first + config.budget))
-    if config.by == "random":
+        first = (each - config.budget) // 2
+        own = list(range(first, first + config.budget))
+    elif config.by == "random":
         generator = torch.Generator().manual_seed(config.seed)
-        return sorted(torch.randperm(blocks, generator=generator)[: config.budget].tolist())
-    return list(config.blocks)
+        own = sorted(torch.randperm(each, generator=generator)[: config.budget].tolist())
+    elif config.through or transformers == 1:
+        return list(config.blocks)
+    else:
+        own = list(resolve_blocks(config.blocks, each))
+    return [first + index for first in range(0, blocks, each) for index in own]
 
 
 def worst(scores: Sequence[float], budget: int) -> list[int]:

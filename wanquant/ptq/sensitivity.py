@@ -22,6 +22,7 @@ from wanquant.evaluate.fidelity import EQUAL_DB, latent_sqnr
 from wanquant.evaluate.stats import Item
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
 from wanquant.quant.statistics import Site
+from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Position, Sample
 from wanquant.wan.load import FOLDS, Pipeline
 from wanquant.wan.studio import Pair
@@ -96,7 +97,7 @@ def block_errors(
 ) -> list[list[Item]]:
     """SQNR in dB of each block's own output when it alone is quantized but for ``modules``, by block and pair, in one
     BF16 pass; at most ``EQUAL_DB``."""
-    transformer = pipe.transformer
+    transformer = whole_of(pipe)
     blocks = list(transformer.blocks)
     with quantized(transformer, replace(quant, packed=True), (), modules, stats):
         twins = list(transformer.blocks)

@@ -123,7 +123,7 @@ def set_aside(questions: Trajectories, places: Sequence[int]) -> frozenset[int]:
 class Blockwise:
     """``make`` gives a copy of the BF16 block made trainable, or None for one that is not quantized; ``optimizers``
     those of its parameters; ``course`` is that of one block. Only the ``chosen`` are trained, the others quantized as
-    they are."""
+    they are. Blocks are numbered from ``first``."""
 
     accelerator: Accelerator
     transformer: nn.Module
@@ -136,6 +136,7 @@ class Blockwise:
     folder: Path
     recipe: str
     show: Callable[[Row], None] = lambda row: None
+    first: int = 0
 
     def run(self) -> list[Row]:
         """Trains every block in place, so that the transformer is quantized at the end; a row of each."""
@@ -147,15 +148,16 @@ class Blockwise:
 
     def _blocks(self, blocks: nn.ModuleList, tick: Tick) -> list[Row]:
         rows: list[Row] = []
-        for index, block in enumerate(blocks):
+        for place, block in enumerate(blocks):
+            index = self.first + place
             target = self.stream.through(block, self.stream.bf16)
             trainable = self.make(index, block)
             if trainable is not None:
                 if index in self.chosen:
                     rows.append(self._train(index, block, trainable, target, tick))
-                blocks[index] = _frozen(block, trainable)
+                blocks[place] = _frozen(block, trainable)
                 del trainable  # before the next one is made
-            self.stream.quantized = self.stream.through(blocks[index], self.stream.quantized)
+            self.stream.quantized = self.stream.through(blocks[place], self.stream.quantized)
             self.stream.bf16 = target
         return rows
 

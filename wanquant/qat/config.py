@@ -16,7 +16,8 @@ from wanquant.qat.scope import SCOPES, trains_weights
 from wanquant.quant.config import parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import GRADIENTS, Training, check_trainable
-from wanquant.wan.load import empty_transformer, find_folder
+from wanquant.wan.experts import parts_of, shape_of_whole
+from wanquant.wan.load import find_folder
 
 PRECISIONS = ("auto", "bf16", "fp32")
 #: In blockwise training one in so many videos is set aside.
@@ -175,8 +176,11 @@ def _check_scope(config: TrainConfig) -> None:
         raise ValueError("qat.scope=all trains every block: choose qat.scope=blocks for some")
     if qat.scope == "blocks" and not qat.blocks:
         raise ValueError("qat.scope=blocks needs qat.blocks=[...]")
-    shape = empty_transformer(find_folder(config.model.path, shapes_only=True))
+    shape = shape_of_whole(find_folder(config.model.path, shapes_only=True))
     resolve_blocks(qat.blocks, len(shape.blocks), "trained")
+    if processes() > 1 and len(parts_of(shape)) > 1 and qat.scope != "blockwise":
+        # A step may pass by one of them, whose gradients the other processes would wait for.
+        raise ValueError("several processes train two transformers with qat.scope=blockwise alone")
 
 
 def _check_source(config: TrainConfig) -> None:

@@ -46,8 +46,9 @@ from wanquant.runs.run import MEASURES, signature
 from wanquant.runs.tracking import live
 from wanquant.wan.checkpoint import save_quantized, save_transformer
 from wanquant.wan.device import pick_device
+from wanquant.wan.experts import shape_of_whole, transformers_in
 from wanquant.wan.generate import Sample
-from wanquant.wan.load import empty_transformer, find_folder, hush_libraries, read_transformer
+from wanquant.wan.load import find_folder, hush_libraries, read_transformer
 from wanquant.wan.record import Recording, answer_errors
 from wanquant.wan.studio import Studio
 
@@ -184,7 +185,7 @@ class TrainJob(Job):
         self, bench: Bench, choice: Choice, stats: Mapping[str, Any], reference: list[Sample], asked: Recording
     ) -> tuple[ConversionReport, list[Sample], dict[str, list[Item]]]:
         """What PTQ makes of it, its videos and the errors of its answers; the model stays BF16."""
-        transformer, how = bench.studio.pipe.transformer, (bench.quant, choice.blocks, bench.modules)
+        transformer, how = bench.studio.transformer, (bench.quant, choice.blocks, bench.modules)
         if not self.config.qat.quantize:
             return plan_conversion(transformer, *how), reference, {}
         label, what = "generate twin", bench.what_is_quantized(choice.blocks)
@@ -220,17 +221,18 @@ class TrainJob(Job):
                 broadcast_object_list([list(trainer.protected)])
             with live(self.config.tracker, self.run_.folder, dataclasses.asdict(self.config)) as trainer.show:
                 told = trainer.train()
-            source = self.model_folder / "transformer"
-            if self.config.qat.quantize:
-                save_transformer(studio.pipe.transformer, source, folder, lambda: None)
-            else:
-                studio.pipe.transformer.save_pretrained(folder)
+            for name, part in transformers_in(studio.pipe).items():
+                if self.config.qat.quantize:
+                    save_transformer(part, self.model_folder / name, folder / name, lambda: None)
+                else:
+                    part.save_pretrained(folder / name)
             (folder / CURVES).write_text(json.dumps(told) + "\n", encoding="utf-8")
 
         folder = studio.artefact("train", "trained", signed, make)
         shutil.rmtree(trainer.states, ignore_errors=True)
         packed = self.config.quant.packed if self.config.qat.quantize else None
-        studio.pipe.transformer = read_transformer(folder, packed).to(studio.device)
+        for name in transformers_in(studio.pipe):
+            setattr(studio.pipe, name, read_transformer(folder / name, packed).to(studio.device))
         told: dict[str, Any] = json.loads((folder / CURVES).read_text(encoding="utf-8"))
         return signed, told
 
@@ -275,7 +277,7 @@ def print_training_plan(config: TrainConfig, config_yaml: str) -> None:
     recorded = config.qat.data.source == "trajectories"
     learned = len(pairs(config.qat.data.prompts, "qat.data.prompts")) if recorded else 0
     plan_quantization(config, config_yaml, learned + len(pairs(config.prompts)))
-    settings, shape = config.model.generation, empty_transformer(find_folder(config.model.path, shapes_only=True))
+    settings, shape = config.model.generation, shape_of_whole(find_folder(config.model.path, shapes_only=True))
     questions = learned * settings.steps * (2 if settings.guidance_scale > 1 else 1)
     precision = settled_precision(config.qat.precision, pick_device(config.model.device))
     plan = plan_training(shape, config, tokens_of(settings, shape), questions, precision, processes())

@@ -15,6 +15,7 @@ from wanquant.quant.config import parse
 from wanquant.quant.convert import make_trainable_
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.activations import kept_by
+from wanquant.wan.experts import parts_of
 from wanquant.wan.load import Transformer
 
 
@@ -83,7 +84,7 @@ def count_trained(transformer: Transformer, config: TrainConfig) -> int:
             for name, parameter in blocks[index].named_parameters()
             if not is_matrix(name, parameter)
         )
-    protected = by_rule(config.protect, len(blocks)) if config.protect.by in RULES else ()
+    protected = by_rule(config.protect, len(blocks), len(parts_of(transformer))) if config.protect.by in RULES else ()
     plan = plan_conversion(transformer, config.quant, protected, config.protect.modules)
     count, static = 0, config.quant.activations.static
     for row in plan.modules:

@@ -34,6 +34,7 @@ from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 from wanquant.runs.run import GENERATES, installed, signature
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
+from wanquant.wan.experts import Experts, parts_of
 from wanquant.wan.products import multiplies_bf16, quick_products
 from wanquant.wan.studio import Studio
 
@@ -129,15 +130,15 @@ class Trainer:
     def planned(self) -> TrainingPlan:
         studio = self.studio
         questions = len(self.source) if self.source is not None else 0
-        tokens = tokens_of(studio.model.generation, studio.pipe.transformer)
-        return plan_training(studio.pipe.transformer, self.config, tokens, questions, self.precision, processes())
+        tokens = tokens_of(studio.model.generation, studio.transformer)
+        return plan_training(studio.transformer, self.config, tokens, questions, self.precision, processes())
 
     def _train(self, accelerator: Accelerator) -> dict[str, Any]:
-        qat, pipe = self.qat, self.studio.pipe
+        qat = self.qat
         with quick_products(self.studio.device), mixed_norms():
             if qat.scope == "blockwise":
                 return {"blocks": self._blockwise(accelerator)}
-            original = pipe.transformer
+            original = self.studio.transformer
             student = copy.deepcopy(original)
             told = self._whole(accelerator, student, original)
             merge_lora_(student)
@@ -168,9 +169,9 @@ class Trainer:
         return make_rate(qat.schedule, qat.steps, qat.warmup, qat.floor, qat.bf16_steps)
 
     def _blockwise(self, accelerator: Accelerator) -> list[Row]:
-        studio, qat = self.studio, self.qat
-        transformer = studio.pipe.transformer
-        assert isinstance(self.source, Trajectories)
+        studio, qat, source = self.studio, self.qat, self.source
+        transformer = studio.transformer
+        assert isinstance(source, Trajectories)
         plan = plan_conversion(transformer, self.bench.quant, self.protected, self.bench.modules)
         touched = {row.block for row in plan.modules if row.status == "converted"}
 
@@ -181,12 +182,20 @@ class Trainer:
         chosen = [index for index in asked if index in touched]
         if not chosen:
             raise ValueError("qat.scope=blockwise: of qat.blocks none is quantized, so nothing would be trained")
-        places = sorted(order(len(self.source), qat.seed, 0, min(qat.questions or len(self.source), len(self.source))))
-        stream = enter(transformer, self.source, places, studio.device)
-        stream.at_once = stream.at_once if self.bench.scheme.independent else 1
-        stream.trained_in = torch.float32 if self.precision == "fp32" else torch.bfloat16
-        how = (self._optimizers, self._rate(), self._course(), self.states, self.signature)
-        return Blockwise(accelerator, transformer, stream, make, chosen, *how, self.show).run()
+        places = sorted(order(len(source), qat.seed, 0, min(qat.questions or len(source), len(source))))
+        how = (self._optimizers, self._rate(), self._course(), self.states, self.signature, self.show)
+        rows, first = list[Row](), 0
+        for part, asked_of_it in zip(parts_of(transformer), shared_out(transformer, source, places), strict=True):
+            past = first + len(part.get_submodule("blocks"))  # type: ignore[arg-type]
+            if len({source.video_of(place) for place in asked_of_it}) < 2:
+                raise ValueError(f"qat.scope=blockwise: too few questions reach blocks {first} to {past - 1}")
+            stream = enter(part, source, asked_of_it, studio.device)
+            stream.at_once = stream.at_once if self.bench.scheme.independent else 1
+            stream.trained_in = torch.float32 if self.precision == "fp32" else torch.bfloat16
+            own = [index for index in chosen if first <= index < past]
+            rows += Blockwise(accelerator, part, stream, make, own, *how, first).run()
+            first = past
+        return rows
 
     def _alone(self, block: nn.Module, index: int) -> nn.Module:
         """A copy of the block in float32, trainable, outside of its model."""
@@ -278,11 +287,11 @@ class Trainer:
             now, target = copy.deepcopy(student), copy.deepcopy(original)
             merge_lora_(now)
             freeze_into_(target, now)
-            studio.pipe.transformer = target
+            studio.transformer = target
             try:
                 return {"latent_sqnr": measure("validate"), "twin": twin}
             finally:
-                studio.pipe.transformer = original
+                studio.transformer = original
 
         return check
 
@@ -320,6 +329,16 @@ class Trainer:
                 moved.setdefault(block, []).append(float((_size(layer) / first[name]).log2()))
             row["drift"] = {block: sum(values) / len(values) for block, values in moved.items()}
         return row
+
+
+def shared_out(transformer: nn.Module, source: Trajectories, places: Sequence[int]) -> list[list[int]]:
+    """The questions that each part of it answers."""
+    if not isinstance(transformer, Experts):
+        return [list(places)]
+    parts = transformer.part_of(torch.tensor([source.recording.timestep(place) for place in places]))
+    return [
+        [p for p, of in zip(places, parts, strict=True) if of == number] for number in range(len(transformer.parts))
+    ]
 
 
 @torch.no_grad()

@@ -79,7 +79,8 @@ class Cache:
         partial.mkdir(parents=True)
         try:
             make(partial)
-            sums = [f"{sum_of_file(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
+            files = sorted(path for path in partial.rglob("*") if path.is_file())
+            sums = [f"{sum_of_file(path)}  {path.relative_to(partial).as_posix()}\n" for path in files]
             (partial / SUMS).write_text("".join(sums), encoding="utf-8")
             partial.rename(final)
         except SafetensorError as error:  # of a full disk it makes no OSError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,6 +14,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from wanquant.wan.experts import transformers_in
 from wanquant.wan.products import quick_products
 
 #: A prompt to its embedding [text length, width].
@@ -29,6 +30,8 @@ class GenerationConfig:
     num_frames: int = 81
     steps: int = 50
     guidance_scale: float = 5.0
+    #: Of Wan2.2's second transformer; none for that of the first.
+    guidance_scale_2: float | None = None
     flow_shift: float = 3.0
     max_text_length: int = 512
     fps: int = 16
@@ -46,8 +49,9 @@ class GenerationConfig:
             raise ValueError(f"generation.num_frames={self.num_frames}: must be 5, 9, 13, ... (4n + 1)")
         if not 0 < self.flow_shift < math.inf:
             raise ValueError(f"generation.flow_shift={self.flow_shift}: must be positive and finite")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"generation.guidance_scale={self.guidance_scale}: must be finite")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
+                raise ValueError(f"generation.{name}={getattr(self, name)}: must be finite")
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class Position:
         return self.video, self.step, self.branch
 
     @contextmanager
-    def following(self, transformer: torch.nn.Module) -> Iterator[None]:
-        """Counts the transformer's forward passes: a new timestep is a new step, the same again the other branch."""
+    def following(self, transformers: Iterable[torch.nn.Module]) -> Iterator[None]:
+        """Counts their forward passes: a new timestep is a new step, the same again the other branch."""
         last: list[float] = []
 
         def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -85,11 +89,12 @@ class Position:
             last[:] = now
 
         self.step = -1
-        handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+        handles = [each.register_forward_pre_hook(hook, with_kwargs=True) for each in transformers]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def initial_noise(pipe: WanPipeline, seed: int, settings: GenerationConfig) -> torch.Tensor:
@@ -175,7 +180,7 @@ def generate(
 
         noise = torch.cat([initial_noise(pipe, seed, settings) for seed in seeds])
         noise = noise if perturb is None else perturb(noise)
-        with quick_products(pipe.device), position.following(pipe.transformer):
+        with quick_products(pipe.device), position.following(transformers_in(pipe).values()):
             pipe(
                 prompt_embeds=torch.stack([embed(prompt) for prompt in prompts]).to(pipe.device),
                 negative_prompt_embeds=torch.stack([embed(settings.negative_prompt)] * len(prompts)).to(pipe.device),
@@ -184,6 +189,7 @@ def generate(
                 num_frames=settings.num_frames,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance_scale,
+                guidance_scale_2=settings.guidance_scale_2 if pipe.config.boundary_ratio is not None else None,
                 latents=noise.to(pipe.device),
                 callback_on_step_end=remember,
                 output_type="latent",

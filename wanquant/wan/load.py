@@ -158,11 +158,6 @@ def transformers_of(folder: Path) -> dict[str, Path]:
     return {"": folder}
 
 
-def empty_transformer(folder: Path) -> WanTransformer3DModel:
-    """The transformer of a pipeline folder on the meta device: its shape, without reading a weight."""
-    return shape_of(folder / "transformer")
-
-
 def shape_of(folder: Path) -> WanTransformer3DModel:
     """The transformer of its own folder, on the meta device; diffusers' ``config.json`` or that of Wan's authors."""
     try:

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from wanquant.wan.experts import transformers_in
 from wanquant.wan.products import quick_products
 from wanquant.wan.studio import Pair, Studio
 
@@ -59,20 +60,30 @@ class Recording:
         return len(self._place) * self.steps * self.branches
 
     def __getitem__(self, place: int) -> Question:
-        asked, branch = divmod(place, self.branches)
-        pair_place, step = divmod(asked, self.steps)
-        (prompt, _), path, row = self._place[pair_place]
+        (prompt, path, row), step, branch = self._find(place)
         with safe_open(path, "pt") as file:
             noisy, answer = (file.get_slice(name)[step, branch, row] for name in ("noisy", "answer"))
             timestep = file.get_slice("timestep")[step, branch, row]
         return Question(noisy, timestep, prompt if branch == 0 else self.negative, answer)
+
+    def timestep(self, place: int) -> float:
+        (_, path, row), step, branch = self._find(place)
+        with safe_open(path, "pt") as file:
+            return float(file.get_slice("timestep")[step, branch, row])
+
+    def _find(self, place: int) -> tuple[tuple[str, Path, int], int, int]:
+        """Its prompt, file and row there; its step and branch."""
+        asked, branch = divmod(place, self.branches)
+        pair_place, step = divmod(asked, self.steps)
+        (prompt, _), path, row = self._place[pair_place]
+        return (prompt, path, row), step, branch
 
 
 @torch.no_grad()
 def answer_errors(studio: Studio, recording: Recording, on_questions: Callable[[], None]) -> list[float]:
     """For each pair the SQNR in dB of what the transformer, as it is now, answers to all of its questions: the error
     of single steps, before the sampler has added them up. ``on_questions`` is called for each pair."""
-    transformer, found = studio.pipe.transformer, []
+    transformer, found = studio.transformer, []
     each, device, at_once = recording.steps * recording.branches, studio.device, min(AT_ONCE, studio.model.batch)
     for first in range(0, len(recording), each):
         signal = noise = 0.0
@@ -104,11 +115,13 @@ def _record(studio: Studio, pairs: list[Pair], folder: Path, tick: Callable[[], 
         for name, tensor in (("noisy", kwargs["hidden_states"]), ("timestep", kwargs["timestep"]), ("answer", answer)):
             asked[name].append(tensor.detach().cpu())
 
-    handle = studio.pipe.transformer.register_forward_hook(hook, with_kwargs=True)
+    parts = transformers_in(studio.pipe).values()
+    handles = [part.register_forward_hook(hook, with_kwargs=True) for part in parts]
     try:
         samples = studio.generate(pairs, tick, decode=False)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     studio.keep(pairs, samples)
     branches = 2 if studio.model.generation.guidance_scale > 1 else 1
     whole = {name: torch.stack(tensors) for name, tensors in asked.items()}

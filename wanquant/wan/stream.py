@@ -72,13 +72,10 @@ def convert_transformer(
     """Reads the transformer in ``source`` and writes it, quantized, to ``target``, taking up what an earlier call with
     the same ``signed`` left there. ``on_block`` is told the bytes read of each block, also of those that are done.
 
-    ``ValueError`` for what ``quantize_`` refuses, for tensors that are missing or unknown, and if nothing would be
-    quantized."""
+    ``ValueError`` for what ``quantize_`` refuses, and for tensors that are missing or unknown."""
     tensors, transformer = Source.of(source), empty_like(source)
     check_keys(transformer.state_dict(), tensors.tensors, source)
     plan = plan_conversion(transformer, recipe.config, recipe.protected_blocks, recipe.protected_modules)
-    if not plan.names("converted") and not parse(recipe.config).format.keeps_all:
-        raise ValueError("nothing would be quantized: every linear is protected")
     target.mkdir(parents=True, exist_ok=True)
     ledger = _Ledger.open(target / LEDGER, [signed, tensors.identity()])
     groups = grouped(stored_sizes(transformer, recipe, plan))

@@ -26,6 +26,7 @@ from wanquant.runs.progress import progress
 from wanquant.runs.run import GENERATES, signature
 from wanquant.wan.checkpoint import quantized_linears
 from wanquant.wan.config import ModelConfig
+from wanquant.wan.experts import put, whole_of
 from wanquant.wan.generate import Sample, decode_video, embed_prompt, generate, one_ulp_up
 from wanquant.wan.load import Pipeline
 
@@ -46,6 +47,15 @@ class Studio:
     reused: list[str] = field(default_factory=list)
     _noted: set[str] = field(default_factory=set)
     _embedded: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def transformer(self) -> Any:
+        """The pipeline's, or both of Wan2.2 as one. What is put in its place goes into the pipeline."""
+        return whole_of(self.pipe)
+
+    @transformer.setter
+    def transformer(self, whole: Any) -> None:
+        put(self.pipe, whole)
 
     def signature(self, kind: str, **counted: Any) -> str:
         generation = {k: v for k, v in dataclasses.asdict(self.model.generation).items() if k not in NOT_COUNTED}
@@ -142,7 +152,7 @@ class Studio:
         perturb = one_ulp_up if how.get("moved") == "1 ulp" else None
 
         def overflowed() -> dict[str, int]:
-            return {name: int(layer.overflowed) for name, layer in quantized_linears(self.pipe.transformer).items()}
+            return {name: int(layer.overflowed) for name, layer in quantized_linears(self.transformer).items()}
 
         def make(folder: Path) -> None:
             before = overflowed()

@@ -1,0 +1,115 @@
+"""The transformers of a pipeline as one module: its only one as it is, and the two of Wan2.2 together.
+
+Wan2.2's pipelines denoise with two transformers of one shape, the first while the noise is high, the second from a
+timestep on that the pipeline names (``boundary_ratio``). Their blocks are numbered through here, so that whoever looks
+at, protects, quantizes or trains blocks needs not know that there are two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
+
+from wanquant.wan.checkpoint import TRANSFORMERS, read_json
+from wanquant.wan.load import shape_of, transformers_of
+
+#: Of training, in which a timestep is a number between 0 and this.
+TIMESTEPS = 1000
+
+
+class _Through(nn.ModuleList):
+    """The blocks of several lists; what takes the place of one takes it in its own list too."""
+
+    def __init__(self, lists: Sequence[nn.ModuleList]) -> None:
+        super().__init__(block for each in lists for block in each)
+        self._places = [(each, index) for each in lists for index in range(len(each))]
+
+    def __setitem__(self, place: int, block: nn.Module) -> None:  # type: ignore[override]
+        super().__setitem__(place, block)
+        own, index = self._places[place]
+        own[index] = block
+
+
+class Experts(nn.Module):
+    """``parts`` stay what they are: their blocks are this module's ``blocks``, one list after the other, and what else
+    is in the second is below ``transformer_2``. Asked for the velocity of several rows, each is answered by the part
+    for its timestep."""
+
+    def __init__(self, parts: Sequence[WanTransformer3DModel], boundary: float) -> None:
+        super().__init__()
+        first, second = parts
+        if len(first.blocks) != len(second.blocks):
+            raise ValueError(f"two transformers of {len(first.blocks)} and {len(second.blocks)} blocks: no Wan2.2")
+        self.parts, self.boundary = tuple(parts), boundary
+        self.blocks = _Through([part.blocks for part in parts])
+        self.transformer_2 = nn.Module()
+        for whole, part in ((self, first), (self.transformer_2, second)):
+            for name, child in part.named_children():
+                if name != "blocks":
+                    whole.add_module(name, child)
+            for name, parameter in part.named_parameters(recurse=False):
+                whole.register_parameter(name, parameter)
+
+    @property
+    def config(self) -> Any:
+        return FrozenDict({**self.parts[0].config, "num_layers": len(self.blocks)})
+
+    def enable_gradient_checkpointing(self) -> None:
+        for part in self.parts:
+            part.enable_gradient_checkpointing()
+
+    def part_of(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """0 or 1 for each."""
+        return (timesteps < self.boundary).long()
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        text, further = (args[0], args[1:]) if args else (kwargs.pop("encoder_hidden_states"), ())
+        return_dict = kwargs.pop("return_dict", True)
+        chosen, found = self.part_of(timestep), torch.empty(0)
+        for number, part in enumerate(self.parts):
+            rows = (chosen == number).nonzero().flatten()
+            if len(rows):
+                given = (hidden_states[rows], timestep[rows], text[rows], *further)
+                answer = part(*given, **kwargs, return_dict=False)[0]
+                found = found if len(found) else answer.new_zeros((len(chosen), *answer.shape[1:]))
+                found = found.index_copy(0, rows, answer)
+        return Transformer2DModelOutput(sample=found) if return_dict else (found,)
+
+
+def transformers_in(pipe: WanPipeline) -> dict[str, WanTransformer3DModel]:
+    """By the names the pipeline has for them."""
+    return {name: getattr(pipe, name) for name in TRANSFORMERS if getattr(pipe, name, None) is not None}
+
+
+def whole_of(pipe: WanPipeline) -> Any:
+    """The pipeline's transformer, or both as ``Experts``."""
+    parts = list(transformers_in(pipe).values())
+    return parts[0] if len(parts) == 1 else Experts(parts, pipe.config.boundary_ratio * TIMESTEPS)
+
+
+def parts_of(whole: nn.Module) -> tuple[nn.Module, ...]:
+    return whole.parts if isinstance(whole, Experts) else (whole,)
+
+
+def put(pipe: WanPipeline, whole: nn.Module) -> None:
+    """In the place of the pipeline's."""
+    for name, part in zip(transformers_in(pipe), parts_of(whole), strict=True):
+        setattr(pipe, name, part)
+
+
+def shape_of_whole(folder: Path) -> Any:
+    """As ``whole_of``, on the meta device, of a pipeline's folder or of a transformer's own."""
+    shapes = [shape_of(part) for part in transformers_of(folder).values()]
+    if len(shapes) == 1:
+        return shapes[0]
+    ratio = read_json(folder / "model_index.json").get("boundary_ratio")
+    if not isinstance(ratio, int | float):
+        raise ValueError(f"{folder} has two transformers, and its model_index.json no boundary_ratio between them")
+    return Experts(shapes, ratio * TIMESTEPS)
