@@ -194,6 +194,8 @@ def test_killed_five_times_it_ends_the_same(scope: str, model: Path, tmp_path: P
         killed += 1
     subprocess.run(command("killed"), cwd=ROOT, check=True, capture_output=True)
     whole, again = (result_of(tmp_path / name) for name in ("whole", "killed"))
+    for result in (again, whole):
+        assert result["training"].pop("memory")["peak"] > 0  # measured, and never twice the same
     assert again["training"] == whole["training"]
     assert again["metrics"] == whole["metrics"]
 
