@@ -24,6 +24,7 @@ from wanquant.evaluate.stats import Item, compared
 from wanquant.evaluate.sweep import summarize
 from wanquant.qat.data import read_list
 from wanquant.qat.job import verdict_of
+from wanquant.runs.training_report import drift_table
 from wanquant.wan.generate import GenerationConfig, generate
 
 
@@ -95,6 +96,9 @@ def test_what_is_trained_is_what_is_saved(
         assert [row["step"] for row in rows] == [0, 1, 2]
         assert {"loss", "lr", "grad_norm", "grad_norms", "clipped"} <= set(rows[0])
         assert set(rows[0].get("drift", {})) == (set() if name == "lora" else {"blocks.1", "blocks.2"})
+        if name != "lora":
+            # In its own row, whatever is protected before it.
+            assert [None not in row for row in drift_table(rows[:1], 4)] == [False, True, True, False]
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Did training help?" in report
     assert "PTQ twin" in report

@@ -90,6 +90,8 @@ def training_section(result: dict[str, Any]) -> dict[str, Any]:
     losses: dict[str, Sequence[float | None]] = {
         name: lines.pop(name) for name in ("loss", "flow", "output", "blocks") if name in lines
     }
+    if len(losses) == 2:  # of one part alone the loss is that part
+        losses.pop(next(name for name in losses if name != "loss"))
     section["figures"] = [("Loss", curves(steps, losses, "loss", log=True))]
     for name, title in (
         ("grad_norm", "Norm of the gradients"),
@@ -100,8 +102,7 @@ def training_section(result: dict[str, Any]) -> dict[str, Any]:
             section["figures"].append((title, curves(steps, {name: lines[name]}, title.lower(), name == "grad_norm")))
     looks = [row for row in rows if "drift" in row]
     if looks:
-        blocks = list(looks[0]["drift"])
-        table = [[look["drift"][block] for look in looks] for block in blocks]
+        table = drift_table(looks, result["model"]["blocks"])
         section["figures"].append(
             ("How far the scales have moved", heatmap(table, f"every {_every(looks)} steps", "octaves", False))
         )
@@ -112,6 +113,11 @@ def training_section(result: dict[str, Any]) -> dict[str, Any]:
             ("Validation", curves([row["step"] for row in checks], over, "latent SQNR, dB", False))
         )
     return section
+
+
+def drift_table(looks: Sequence[dict[str, Any]], blocks: int) -> list[list[float | None]]:
+    """A row a block, a column a look; what is protected has no scales."""
+    return [[look["drift"].get(f"blocks.{index}") for look in looks] for index in range(blocks)]
 
 
 def _every(looks: list[dict[str, Any]]) -> int:
