@@ -21,11 +21,11 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from wanquant import load_pipeline
-from wanquant.ptq.plan import in_bytes, tokens_of
 from wanquant.qat.config import QATConfig, TrainConfig
 from wanquant.qat.plan import plan_training
 from wanquant.runs.run import read_result
 from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.plan import in_bytes, tokens_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BAR = 0.15

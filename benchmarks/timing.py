@@ -20,6 +20,8 @@ class Row:
     ours: float
     theirs: float
     bar: float | None = None
+    #: Neither bytes nor seconds, but numbers.
+    plain: bool = False
 
     @property
     def ratio(self) -> float:
@@ -54,10 +56,14 @@ def table(rows: list[Row]) -> str:
     lines = ["| what | beside | ours | theirs | ratio | bar | |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         bar = "" if row.bar is None else f"{row.bar:g}"
-        cells = (row.name, row.beside, _show(row.ours), _show(row.theirs), f"{row.ratio:.2f}", bar, row.verdict)
+        shown = [f"{value:.2f}" if row.plain else _show(value) for value in (row.ours, row.theirs)]
+        cells = (row.name, row.beside, *shown, f"{row.ratio:.2f}", bar, row.verdict)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _show(value: float) -> str:
-    return f"{value / 1e6:.2f} MB" if value > 1e4 else f"{value * 1e3:.2f} ms"
+    """Bytes, which are many, or seconds."""
+    if value > 1e4:
+        return f"{value / 1e6:.2f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
+    return f"{value * 1e3:.2f} ms" if value < 10 else f"{value:.1f} s"

@@ -10,10 +10,14 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from wanquant.evaluate import vbench, weights
+from wanquant.kernels import npu
 from wanquant.runs.run import installed
 from wanquant.wan.device import DEVICES, pick_device
 
@@ -41,7 +45,9 @@ def examine() -> list[str]:
     """Lines for the terminal."""
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     usable = [name for name in DEVICES[1:] if _usable(name)]
-    lines += [f"devices: {', '.join(usable)}", "", "packages"]
+    lines += [f"devices: {', '.join(usable)}"]
+    lines += [line for name in usable if name == "npu" for line in chip_lines(pick_device(name))]
+    lines += ["", "packages"]
     for name in (*PACKAGES, *OPTIONAL):
         version = installed(name)
         lines.append(f"  {name:<14}{version or 'not installed: ' + OPTIONAL.get(name, 'reinstall wanquant')}")
@@ -62,6 +68,20 @@ def examine() -> list[str]:
 
 def _short(path: Path) -> str:
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
+def chip_lines(device: torch.device) -> list[str]:
+    """What a chip has of HiF8 itself, by trial."""
+    lines = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for dtype in (torch.bfloat16, torch.float32):
+            for overflow in ("inf", "saturate"):
+                exact = npu.casts_exactly(device, dtype, overflow == "saturate")
+                how = "its own cast, exact" if exact else "integer arithmetic"
+                lines.append(f"  HiF8 from {str(dtype).removeprefix('torch.')}, overflow={overflow}: {how}")
+    lines.append(f"  product=native: {'yes' if npu.multiplies(device) else 'no'}")
+    return [*lines, *(f"  {line.message}" for line in said)]
 
 
 def _usable(device: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from wanquant.runs.progress import progress
@@ -32,17 +33,33 @@ def main() -> None:
 
 
 def export_all(checkpoint: Path, target: Path, layout: str, naming: str) -> None:
+    """Whole or not at all."""
     parts = transformers_of(checkpoint)
     files = sum(len(list(part.glob("*.safetensors"))) for part in parts.values()) if layout == "bf16" else len(parts)
     with progress("export", files, "file") as tick:
-        for name, part in parts.items():
-            export(part, target / name if name else target, layout, naming, tick)
-    if layout == "bf16" and "" not in parts:
-        for path in checkpoint.iterdir():
-            if path.is_dir() and path.name not in parts:
-                shutil.copytree(path, target / path.name)
-            elif path.is_file():
-                shutil.copy2(path, target / path.name)
+        if "" in parts:
+            export(checkpoint, target, layout, naming, tick)
+            return
+        if target.exists():
+            raise ValueError(f"{target} is there already: choose another folder, or remove it")
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            for name, part in parts.items():
+                export(part, partial / name, layout, naming, tick)
+            if layout == "bf16":
+                _copy_others(checkpoint, partial, parts)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_others(checkpoint: Path, target: Path, parts: Collection[str]) -> None:
+    for path in checkpoint.iterdir():
+        if path.is_dir() and path.name not in parts:
+            shutil.copytree(path, target / path.name)
+        elif path.is_file():
+            shutil.copy2(path, target / path.name)
 
 
 if __name__ == "__main__":

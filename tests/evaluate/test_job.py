@@ -425,3 +425,8 @@ def test_a_dry_run_says_what_would_be_done(
     assert "2 pairs of new, of which 1 would be generated" in out
     assert "dimensions of VBench: temporal_flickering" in out
     assert not (sweep / "0" / "evaluations").exists()
+    made, beside = str(sweep / "0" / "checkpoint"), "reference=tiny"
+    assert evaluate(monkeypatch, f"model.path={made}", beside, "dry_run=true") == 0
+    out = capsys.readouterr().out
+    assert "0 videos denoised in BF16, 5 quantized, 5 decoded" in out
+    assert "10 videos denoised in BF16, 0 quantized, 10 decoded" in out

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.kernels.inputs import WIDE, assert_same_bits
+from wanquant.doctor import chip_lines
 from wanquant.kernels import check_native, eager, npu
 
 CPU = torch.device("cpu")
@@ -28,6 +29,13 @@ def _try_again():
     npu.casts_exactly.cache_clear()
     yield
     npu.casts_exactly.cache_clear()
+
+
+def test_the_doctor_says_what_a_chip_has() -> None:
+    lines = chip_lines(CPU)
+    assert "  HiF8 from bfloat16, overflow=inf: integer arithmetic" in lines
+    assert "  product=native: no" in lines
+    assert sum("slower integer path" in line for line in lines) == 4
 
 
 @pytest.mark.filterwarnings("ignore:HiF8 from")

@@ -6,6 +6,7 @@ import atexit
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -166,8 +167,26 @@ def test_dry_run_only_prints(
     assert "PP" + "q" * 35 + "PPP" in printed
     assert "350 converted, 50 protected, 6 skipped" in printed
     # Two for calibration; five each of BF16, noise moved, another seed, quantized.
-    assert "of 22 videos" in printed
+    assert "17 videos denoised in BF16, 5 quantized, 20 decoded" in printed
+    assert re.search(r"^memory +[\d.]+ [MG]B: weights 24.\d MB, activations .*, the program itself", printed, re.M)
+    assert re.search(r"^time +\d+ (s|min): ", printed, re.M)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["protect=auto", "protect.by=sensitivity"], "99 videos denoised in BF16, 5 quantized"),
+        (["protect=greedy", "protect.candidates=6"], "99 videos denoised in BF16, 45 quantized"),
+        (["mode=analyze"], "2 videos denoised in BF16, 2 quantized, 0 decoded"),
+        (["mode=analyze", "analysis.sensitivity=true"], "84 videos denoised in BF16, 22 quantized, 0 decoded"),
+    ],
+)
+def test_a_dry_run_counts_what_choosing_costs(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ptq(monkeypatch, "dry_run=true", *words) == 0
+    assert said in capsys.readouterr().out
 
 
 def test_static_activations_go_from_calibration_into_the_checkpoint(

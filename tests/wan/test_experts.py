@@ -26,7 +26,7 @@ from wanquant.wan.experts import Experts, put, shape_of_whole, transformers_in, 
 from wanquant.wan.generate import GenerationConfig, Position, generate
 
 PAIR = [("a red circle moving right on a black background", 0)]
-SETTINGS = GenerationConfig(64, 64, 17, 4, 2.0, None, 3.0, 64, 8)
+SETTINGS = GenerationConfig(64, 64, 17, 4, 2.0, 3.0, 64, 8)
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +212,22 @@ def test_what_cannot_be(model: Path, tmp_path: Path, monkeypatch: Any, capsys: A
     ]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_thirty_blocks_are_protected_at_their_own_ends(tmp_path: Path, monkeypatch: Any) -> None:
+    """As Wan2.1-T2V-1.3B has them, in a run and in a conversion."""
+    pipe = load_pipeline("tiny", device="cpu")
+    pipe.transformer.blocks = torch.nn.ModuleList(list(pipe.transformer.blocks)[:30])
+    pipe.transformer.register_to_config(num_layers=30)
+    pipe.save_pretrained(tmp_path / "model")
+    words = ["protect=boundary", f"model.path={tmp_path / 'model'}", "tracker=none", f"cache={tmp_path / 'cache'}"]
+    run = [*words, *QUICK, TWO, "eval.noise_floor=false", "prompts.seeds=[0]", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert ptq(monkeypatch, *run) == 0
+    assert ptq(monkeypatch, "mode=convert", *words, f"hydra.run.dir={tmp_path / 'converted'}") == 0
+    for name in ("run", "converted"):
+        result = read_result(tmp_path / name)
+        assert result["protect"]["blocks"] == [0, 1, 27, 28, 29]
+        assert result["conversion"]["converted"] == 250
+    made, wanted = (tensors(tmp_path / name / "checkpoint") for name in ("converted", "run"))
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], wanted[name]) for name in wanted)

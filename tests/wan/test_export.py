@@ -143,6 +143,10 @@ def test_a_pipeline_by_the_command_line(tmp_path: Path) -> None:
     assert "holds no quantized transformer" in command(tmp_path / "plain", tmp_path / "x", "--layout", "bf16").stderr
     assert command(folder, tmp_path / "m", "--layout", "mindie-sd", "--naming", "original").returncode == 0
     assert (tmp_path / "m" / "transformer" / "quant_model_weight_w8a8_hifloat8.safetensors").is_file()
+    # What fails half-way leaves nothing: here the text encoder cannot be copied.
+    (folder / "text_encoder" / "lost").symlink_to(tmp_path / "nowhere")
+    assert command(folder, tmp_path / "half", "--layout", "bf16").returncode == 1
+    assert not list(tmp_path.glob("half*"))
 
 
 @pytest.mark.parametrize(

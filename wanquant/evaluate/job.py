@@ -22,6 +22,7 @@ from wanquant.evaluate.judging import merged
 from wanquant.evaluate.prompts import PromptsConfig, pairs, settled
 from wanquant.evaluate.sweep import jobs_of
 from wanquant.evaluate.tables import report, text
+from wanquant.quant import QuantConfig
 from wanquant.quant.config import parse
 from wanquant.runs.cache import Cache
 from wanquant.runs.evaluation_report import evaluation_summary
@@ -43,8 +44,9 @@ from wanquant.wan.config import ModelConfig
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.generate import GenerationConfig
-from wanquant.wan.load import check_folder, find_folder, hush_libraries
+from wanquant.wan.load import check_folder, find_folder, hush_libraries, shape_of, transformers_of
 from wanquant.wan.outliers import OutliersConfig, chosen_blocks
+from wanquant.wan.plan import Plan, Work, print_needs
 from wanquant.wan.studio import Pair
 from wanquant.wan.tiny import parse_caption
 
@@ -337,6 +339,21 @@ def _head(
     }
 
 
+def _plan_of(side: Side, videos: int, device: torch.device) -> Plan:
+    """Of generating so many, kept as files."""
+    parts = [(shape_of(part), quantization_of(part)) for part in transformers_of(side.source).values()]
+    quant, protected, first = QuantConfig(format="bf16"), list[int](), 0
+    for shape, described in parts:
+        if described is not None:
+            quant = config_of(described)
+            protected += [first + index for index in described["protected_blocks"]]
+        first += len(shape.blocks)
+    made = not parse(quant).format.keeps_all
+    work = Work(0, videos, videos) if made else Work(videos, 0, videos)
+    settings, rows = side.model.generation, min(side.model.batch, videos)
+    return Plan(side.source, quant, protected, (), settings, work, rows, device, made)
+
+
 def _side(name: str, prefix: str, model: ModelConfig, path: str) -> Side:
     """Videos come one at a time where a batch would share a step."""
     source = find_folder(path)
@@ -363,6 +380,9 @@ def _planned(config: EvaluateConfig, runs: Sequence[Path]) -> list[dict[str, Any
         print(
             f"{config.model.path} beside {config.reference or 'nothing'}: {len(asked)} pairs of {name}, {videos} videos"
         )
+        for side in sides:
+            moved = config.eval.noise_floor if side.name == "bf16" else 0
+            print_needs(_plan_of(side, len(asked) * (1 + moved), pick_device(config.model.device)))
     lpips = perceptual.settled(config.eval.lpips)
     print(f"dimensions of VBench: {', '.join(config.eval.dimensions) or 'none'}; LPIPS {lpips}")
     return []

@@ -43,8 +43,7 @@ def calibrate(
     embed: Embed | None = None,
 ) -> Calibration:
     """Denoises the calibration prompts in BF16; the VAE is not run. Both guidance branches and all steps are seen."""
-    branches = 2 if settings.guidance_scale > 1 else 1
-    layout = Layout(tuple(map(name_of, pairs)), settings.steps, bins, branches, full)
+    layout = Layout(tuple(map(name_of, pairs)), settings.steps, bins, settings.branches, full)
     position = Position()
     with Observer(whole_of(pipe), layout, position.where) as observer:
         generate(pipe, pairs, settings, on_step, decode=False, position=position, embed=embed)

@@ -75,8 +75,6 @@ def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
     if config.mode == "analyze":
         if config.eval.dimensions:
             raise ValueError("mode=analyze makes no videos to judge: leave eval.dimensions out")
-        if config.dry_run:
-            raise ValueError("dry_run=true plans a quantization: leave mode=analyze out")
         if scheme.format.name != "hif8":
             raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
     size = config.model.generation

@@ -22,7 +22,6 @@ import torch
 
 from wanquant.kernels import check_native
 from wanquant.ptq.config import PTQConfig, check_model, rule_blocks
-from wanquant.ptq.plan import LEGEND, block_map, in_bytes
 from wanquant.quant import ConversionReport, QuantLinear, plan_conversion
 from wanquant.quant.config import parse, settle
 from wanquant.quant.select import resolve_blocks
@@ -47,6 +46,7 @@ from wanquant.wan.load import (
     shape_of,
     transformers_of,
 )
+from wanquant.wan.plan import LEGEND, block_map, in_bytes
 from wanquant.wan.stream import Needs, Recipe, Streamed, convert_transformer, foresee
 from wanquant.wan.tensor_files import Source
 
@@ -202,7 +202,7 @@ def print_convert_plan(conversion: Conversion, config_yaml: str) -> None:
 
 
 def probed_seconds(conversion: Conversion) -> float:
-    """For quantizing, by one linear of random weights, and for writing, by as much to the disk of the cache."""
+    """For quantizing, by one linear of random weights; for reading and writing, by as much to the disk of the cache."""
     part, recipe = next(iter(conversion.recipes.items()))
     blocks, disk = conversion.shapes[part].blocks, Path(conversion.config.cache)
     name, shape = next((name, child) for name, child in blocks.named_modules() if isinstance(child, torch.nn.Linear))
@@ -214,7 +214,7 @@ def probed_seconds(conversion: Conversion) -> float:
         QuantLinear.from_linear(linear, scheme, seen)  # for warmth
         begun = time.perf_counter()
         written = QuantLinear.from_linear(linear, scheme, seen).codes()
-        quantizing = (time.perf_counter() - begun) / linear.weight.nbytes
+        quantizing = (time.perf_counter() - begun) / linear.weight.numel()
     disk.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=disk) as file:
         begun = time.perf_counter()
@@ -222,7 +222,8 @@ def probed_seconds(conversion: Conversion) -> float:
         file.flush()
         os.fsync(file.fileno())
         writing = (time.perf_counter() - begun) / written.nbytes
-    return sum(quantizing * needs.read + writing * needs.written for needs in conversion.needs.values())
+    moved = sum(needs.read + needs.written for needs in conversion.needs.values())
+    return quantizing * sum(needs.quantized for needs in conversion.needs.values()) + writing * moved
 
 
 def _finished(conversion: Conversion, folder: Path, config_yaml: str) -> tuple[dict[str, Any], bool]:

@@ -21,7 +21,7 @@ from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.job import evaluate_run, note_not_judged
 from wanquant.evaluate.perceptual import distance
-from wanquant.evaluate.prompts import PromptsConfig, following, pairs
+from wanquant.evaluate.prompts import PromptsConfig, pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS, estimate
 from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze
@@ -30,7 +30,7 @@ from wanquant.ptq.calibrate import Calibration
 from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.config import PTQConfig, check, identity, rule_blocks, settle_config
 from wanquant.ptq.convert import run_convert
-from wanquant.ptq.plan import print_plan
+from wanquant.ptq.work import make_plan, other_seed, work_of
 from wanquant.quant import ConversionReport, plan_conversion, quantize_
 from wanquant.quant.statistics import RESIDUAL, Site
 from wanquant.runs import pictures
@@ -55,6 +55,7 @@ from wanquant.wan.load import (
     load_pipeline,
 )
 from wanquant.wan.outliers import chosen_blocks, plant_outliers_
+from wanquant.wan.plan import Plan, Work, print_plan
 from wanquant.wan.products import multiplies_bf16
 from wanquant.wan.studio import Pair, Studio
 
@@ -96,7 +97,7 @@ def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) 
         flush=True,
     )
     if config.dry_run:
-        kind.plan(config, config_yaml)
+        kind.plan(config, device, config_yaml)
         return None
     hush_libraries()
     result, fresh = _finished(config, folder, config_yaml, device, model_folder, kind)
@@ -138,18 +139,6 @@ def _judged(config: PTQConfig, folder: Path, device: torch.device) -> dict[str, 
         raise
 
 
-def plan_quantization(config: PTQConfig, config_yaml: str, further: int = 0) -> None:
-    """Prints it; ``further`` videos are made besides."""
-    shape, measured = find_folder(config.model.path, shapes_only=True), len(pairs(config.prompts))
-    floors = measured + len(_other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
-    videos = len(pairs(config.calib, "calib")) + 2 * measured + floors + further
-    blocks = rule_blocks(config.protect, shape_of_whole(shape))
-    if blocks is None:
-        raise ValueError(f"dry_run=true cannot know the blocks that protect.by={config.protect.by} would choose")
-    protect = dataclasses.replace(config.protect, blocks=blocks)
-    print_plan(config_yaml, shape, config.quant, protect, config.model.generation, videos)
-
-
 @dataclass
 class Job:
     """``settle`` and ``check`` before anything is loaded; then ``run``."""
@@ -170,11 +159,17 @@ class Job:
         check(config, pairs(config.prompts) + pairs(config.calib, "calib"))
 
     @staticmethod
-    def plan(config: Any, config_yaml: str) -> None:
-        plan_quantization(config, config_yaml)
+    def work(config: Any) -> Work:
+        return work_of(config)
+
+    @classmethod
+    def plan(cls, config: Any, device: torch.device, config_yaml: str) -> None:
+        print_plan(make_plan(config, device, cls.work(config)), config_yaml)
 
     def __post_init__(self) -> None:
         self.run_: Any = None
+        self.plan_: dict[str, Any] = {}
+        self.begun = 0
         self.cache = Cache(Path(self.config.cache))
         with progress("read", count_files(self.model_folder), "file") as tick:
             self.fingerprint = fingerprint(self.model_folder, tick)
@@ -233,9 +228,25 @@ class Job:
         print(summary(full, run.folder))
         return full
 
+    def planned(self) -> dict[str, Any]:
+        """What it would take from the beginning, with nothing in the cache: bytes beside those there were before, and
+        seconds. Probed once for each cache."""
+        config = self.config
+        plan = make_plan(config, self.device, self.work(config))
+        cells = self.cache.cells("plans", self.signed(None))
+        found: dict[str, Any] = cells.measured("plan", lambda: self.needed(plan))
+        return found
+
+    def needed(self, plan: Plan) -> dict[str, Any]:
+        return {"bytes": plan.added, "seconds": plan.seconds}
+
     def load(self) -> Bench:
         config = self.config
+        if self.run_ is not None:
+            with self.run_.stage("plan"):
+                self.plan_ = self.planned()
         forget_peak_memory(self.device)
+        self.begun = peak_memory(self.device)
         with self.run_.stage("load") if self.run_ is not None else nullcontext():
             self.made = provenance(self.device)
             with progress("load", LOAD_PARTS, "part") as tick:
@@ -273,7 +284,12 @@ class Job:
         texts = list(dict.fromkeys(text for text, _ in pairs(prompts)))
         return {
             "generation": dataclasses.asdict(self.config.model.generation),
-            "memory": {"peak_bytes": peak_memory(self.device)},
+            "memory": {
+                "peak_bytes": peak_memory(self.device),
+                "begun_bytes": self.begun,
+                "planned_bytes": self.begun + self.plan_["bytes"],
+            },
+            "planned": {"seconds": self.plan_["seconds"]},
             "provenance": {
                 **self.made,
                 "bf16_products": "native" if multiplies_bf16(self.device) else "float32, rounded once",
@@ -340,11 +356,11 @@ class Job:
         """BF16 beside itself: the initial noise moved by one unit in its last place, and another seed."""
         moved = self._bf16(studio, "noise floor: 1 ulp", self.pairs, {"moved": "1 ulp"})
         known = {(sample.prompt, sample.seed): sample for sample in reference}
-        further, other_seed = _other_seed(self.config.prompts)
+        further, partners = other_seed(self.config.prompts)
         if further:
             for sample in self._bf16(studio, "noise floor: seed", further):
                 known[sample.prompt, sample.seed] = sample
-        other = [(s, known[s.prompt, other_seed[s.seed]]) for s in reference if s.seed in other_seed]
+        other = [(s, known[s.prompt, partners[s.seed]]) for s in reference if s.seed in partners]
         return {"floor_ulp.": list(zip(reference, moved, strict=True)), "floor_seed.": other}
 
     def _write_videos(
@@ -401,12 +417,3 @@ class Job:
                 "input_absmax": calibration.statistics.input_absmax(),
             },
         }
-
-
-def _other_seed(prompts: PromptsConfig) -> tuple[list[tuple[str, int]], dict[int, int]]:
-    """The videos to generate besides, and with which other seed each seed is compared. A single one gets a further."""
-    seeds = prompts.seeds
-    if len(seeds) == 1:
-        texts = dict.fromkeys(text for text, _ in pairs(prompts))
-        return [(text, seeds[0] + 1) for text in texts], {seeds[0]: seeds[0] + 1}
-    return [], following(seeds)

@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from wanquant.qat.config import SET_ASIDE
+from wanquant.qat.config import AT_ONCE, SET_ASIDE
 from wanquant.qat.data import Trajectories, order
 from wanquant.qat.loop import Course, Hooks, Loop, Row, quiet
 from wanquant.qat.loss import relative_error
@@ -39,8 +39,6 @@ from wanquant.quant.trainable import trainable_linears
 from wanquant.runs.files import write_atomic
 from wanquant.runs.progress import Tick, progress
 
-#: Questions that pass through a block together where nothing is trained.
-AT_ONCE = 32
 Optimizers = Callable[[Sequence[nn.Parameter]], list[torch.optim.Optimizer]]
 
 

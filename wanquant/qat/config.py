@@ -22,6 +22,8 @@ from wanquant.wan.load import find_folder
 PRECISIONS = ("auto", "bf16", "fp32")
 #: In blockwise training one in so many videos is set aside.
 SET_ASIDE = 8
+#: And questions pass through a block together, where nothing is trained.
+AT_ONCE = 32
 
 
 def processes() -> int:

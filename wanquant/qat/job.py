@@ -33,12 +33,12 @@ from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, diff
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.config import check, identity, settle_config
-from wanquant.ptq.job import Job, plan_quantization, run_job
-from wanquant.ptq.plan import in_bytes, tokens_of
+from wanquant.ptq.job import Job, run_job
 from wanquant.ptq.sensitivity import quantized
+from wanquant.ptq.work import make_plan, work_of
 from wanquant.qat.config import TrainConfig, check_qat, counted, processes, settle_train
 from wanquant.qat.loop import make_accelerator
-from wanquant.qat.plan import plan_training, shrinks
+from wanquant.qat.plan import plan_training, shrinks, training_seconds
 from wanquant.qat.train import Trainer, settled_precision, training_libraries
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.runs.progress import progress
@@ -46,9 +46,10 @@ from wanquant.runs.run import MEASURES, signature
 from wanquant.runs.tracking import live
 from wanquant.wan.checkpoint import save_quantized, save_transformer
 from wanquant.wan.device import pick_device
-from wanquant.wan.experts import shape_of_whole, transformers_in
+from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import find_folder, hush_libraries, read_transformer
+from wanquant.wan.plan import Plan, Work, in_bytes, in_time, print_plan, tokens_of
 from wanquant.wan.record import Recording, answer_errors
 from wanquant.wan.studio import Studio
 
@@ -115,8 +116,30 @@ class TrainJob(Job):
         check_qat(config)
 
     @staticmethod
-    def plan(config: TrainConfig, config_yaml: str) -> None:
-        print_training_plan(config, config_yaml)
+    def work(config: TrainConfig) -> Work:
+        """That of a quantization, twice where there is a twin; what is learned from is recorded in BF16, and what is
+        measured too."""
+        work, measured = work_of(config), len(pairs(config.prompts))
+        recorded = config.qat.data.source == "trajectories"
+        learned = len(pairs(config.qat.data.prompts, "qat.data.prompts")) if recorded else 0
+        twins = 1 if config.qat.quantize else 0
+        # Single steps are asked of both, with as many passes as a video has.
+        quantized = work.quantized + (2 * twins + 1) * measured
+        return Work(work.bf16 + learned, quantized, work.decoded + twins * measured, work.held + twins * measured)
+
+    @classmethod
+    def plan(cls, config: TrainConfig, device: torch.device, config_yaml: str) -> None:
+        print_training_plan(config, make_plan(config, device, cls.work(config)), config_yaml)
+
+    def needed(self, plan: Plan) -> dict[str, Any]:
+        found, config, shape, on_host = super().needed(plan), self.config, plan.shape, plan.device.type == "cpu"
+        how, questions = training_how(config, plan), questions_of(config)
+        training = plan_training(shape, config, how[0], questions, how[2], processes())
+        while_trained = 2 * plan.parameters + plan.others + training.added(on_host) + (plan.videos if on_host else 0)
+        return {
+            "bytes": max(found["bytes"], while_trained),
+            "seconds": found["seconds"] + training_seconds(shape, config, how[0], questions, *how[1:]),
+        }
 
     @property
     def names(self) -> dict[str, Any]:
@@ -272,15 +295,28 @@ class TrainJob(Job):
             partial.rename(target)
 
 
-def print_training_plan(config: TrainConfig, config_yaml: str) -> None:
-    """After that of the quantization: the memory of the training."""
-    recorded = config.qat.data.source == "trajectories"
-    learned = len(pairs(config.qat.data.prompts, "qat.data.prompts")) if recorded else 0
-    plan_quantization(config, config_yaml, learned + len(pairs(config.prompts)))
-    settings, shape = config.model.generation, shape_of_whole(find_folder(config.model.path, shapes_only=True))
-    questions = learned * settings.steps * (2 if settings.guidance_scale > 1 else 1)
-    precision = settled_precision(config.qat.precision, pick_device(config.model.device))
-    plan = plan_training(shape, config, tokens_of(settings, shape), questions, precision, processes())
+def questions_of(config: TrainConfig) -> int:
+    """That are recorded to be learned from."""
+    if config.qat.data.source != "trajectories":
+        return 0
+    settings = config.model.generation
+    return len(pairs(config.qat.data.prompts, "qat.data.prompts")) * settings.steps * settings.branches
+
+
+def training_how(config: TrainConfig, plan: Plan) -> tuple[int, torch.device, str]:
+    """Tokens of a video, the device, and the precision."""
+    return (
+        tokens_of(config.model.generation, plan.shape),
+        plan.device,
+        settled_precision(config.qat.precision, plan.device),
+    )
+
+
+def print_training_plan(config: TrainConfig, whole: Plan, config_yaml: str) -> None:
+    """After that of the quantization: what the training needs."""
+    print_plan(whole, config_yaml)
+    questions, shape, (tokens, device, precision) = questions_of(config), whole.shape, training_how(config, whole)
+    plan = plan_training(shape, config, tokens, questions, precision, processes())
     parts = {name: getattr(plan, name) for name in ("model", *ADDED)}
     told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     print(f"training    {in_bytes(plan.total)} on the device: {told}")
@@ -288,6 +324,8 @@ def print_training_plan(config: TrainConfig, config_yaml: str) -> None:
         print(f"            {in_bytes(plan.host)} beside it, for what passes between blocks ({questions} questions)")
     if shrinks(config):
         print(f"            less with {shrinks(config)}")
+    seconds = training_seconds(shape, config, tokens, questions, device, precision)
+    print(f"            {in_time(seconds)}, by a probe of one block")
 
 
 def _own_card(device: str) -> str:

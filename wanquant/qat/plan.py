@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from wanquant.ptq.protect import RULES, by_rule
-from wanquant.qat.config import TrainConfig
+from wanquant.qat.config import AT_ONCE, SET_ASIDE, TrainConfig, processes
 from wanquant.qat.scope import is_matrix, trains_weights
 from wanquant.quant import plan_conversion
 from wanquant.quant.config import parse
@@ -16,6 +17,7 @@ from wanquant.quant.convert import make_trainable_
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.activations import kept_by
 from wanquant.wan.experts import parts_of
+from wanquant.wan.footprint import block_seconds, learning_seconds
 from wanquant.wan.load import Transformer
 
 
@@ -67,6 +69,24 @@ def plan_training(
     if qat.recompute:
         activations = activations // shape.num_layers + 2 * rows * tokens * width * shape.num_layers
     return TrainingPlan(2 * every, weights, 4 * trained, 8 * trained, 4 * trained if qat.ema else 0, activations)
+
+
+def training_seconds(
+    transformer: Transformer, config: TrainConfig, tokens: int, questions: int, device: torch.device, precision: str
+) -> float:
+    """By a probe of one block."""
+    qat, shape, text = config.qat, dict(transformer.config), config.model.generation.max_text_length
+    blocks = len(transformer.blocks)
+    how = (tokens, text, max(1, qat.batch // (qat.accumulation * processes())), device, precision)
+    each = qat.accumulation * learning_seconds(shape, lambda small: _prepare(small, config), *how)
+    if qat.scope != "blockwise":
+        return qat.steps * blocks * each * (4 / 3 if qat.recompute else 1)
+    trained = len(resolve_blocks(qat.blocks, blocks)) if qat.blocks else blocks
+    asked = min(questions, qat.questions or questions)
+    # Every question passes through the block in BF16 and quantized, and an eighth twice more, for what is kept.
+    passes = asked * (2 + 2 / SET_ASIDE) / AT_ONCE
+    plain = block_seconds(shape, None, tokens, text, AT_ONCE, device)
+    return trained * qat.steps * each + blocks * passes * plain
 
 
 def count_trained(transformer: Transformer, config: TrainConfig) -> int:

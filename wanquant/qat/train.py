@@ -18,7 +18,6 @@ from torch import nn
 
 from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.bench import Bench
-from wanquant.ptq.plan import in_bytes, tokens_of
 from wanquant.ptq.sensitivity import final_errors, quantized
 from wanquant.qat.blockwise import Blockwise, enter
 from wanquant.qat.config import QATConfig, TrainConfig, counted, processes
@@ -35,6 +34,7 @@ from wanquant.runs.run import GENERATES, installed, signature
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
 from wanquant.wan.experts import Experts, parts_of
+from wanquant.wan.plan import in_bytes, tokens_of
 from wanquant.wan.products import multiplies_bf16, quick_products
 from wanquant.wan.studio import Studio
 

@@ -123,13 +123,26 @@ def forget_peak_memory(device: torch.device) -> None:
             _CLEAR.write_text("5")
 
 
+def resident_memory(device: torch.device) -> int:
+    """Bytes in use now, as ``peak_memory`` counts them; 0 where the system does not tell."""
+    if device.type != "cpu":
+        return int(getattr(torch, device.type).memory_allocated(device))
+    if not _STATUS.exists():
+        return 0
+    return _told_by_system("VmRSS")
+
+
+def _told_by_system(name: str) -> int:
+    status = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(status[name].split()[0]) * 1024
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak bytes: of the device's allocator, or of the whole process on the CPU."""
     if device.type != "cpu":
         return int(getattr(torch, device.type).max_memory_allocated(device))
     if _STATUS.exists():
-        status = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
+        return _told_by_system("VmHWM")
     import resource
 
     # macOS counts bytes where Linux counts kilobytes.

@@ -30,12 +30,17 @@ class GenerationConfig:
     num_frames: int = 81
     steps: int = 50
     guidance_scale: float = 5.0
-    #: Of Wan2.2's second transformer; none for that of the first.
-    guidance_scale_2: float | None = None
     flow_shift: float = 3.0
     max_text_length: int = 512
     fps: int = 16
     negative_prompt: str = ""
+    #: Of Wan2.2's second transformer; none for that of the first.
+    guidance_scale_2: float | None = None
+
+    @property
+    def branches(self) -> int:
+        """Passes in a step: with the prompt and, where it is guided, without."""
+        return 2 if self.guidance_scale > 1 else 1
 
     def __post_init__(self) -> None:
         """``ValueError`` names what no Wan pipeline can do, before it rounds it to something else."""

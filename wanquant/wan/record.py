@@ -43,7 +43,7 @@ class Recording:
         """From the cache, or made now, with the model in BF16."""
         self.negative = studio.model.generation.negative_prompt
         self.steps = studio.model.generation.steps
-        self.branches = 2 if studio.model.generation.guidance_scale > 1 else 1
+        self.branches = studio.model.generation.branches
         self._place: list[tuple[Pair, Path, int]] = []
         batch = studio.model.batch
         groups = [list(pairs[first : first + batch]) for first in range(0, len(pairs), batch)]
@@ -123,6 +123,6 @@ def _record(studio: Studio, pairs: list[Pair], folder: Path, tick: Callable[[], 
         for handle in handles:
             handle.remove()
     studio.keep(pairs, samples)
-    branches = 2 if studio.model.generation.guidance_scale > 1 else 1
+    branches = studio.model.generation.branches
     whole = {name: torch.stack(tensors) for name, tensors in asked.items()}
     save_file({name: t.view(-1, branches, *t.shape[1:]).contiguous() for name, t in whole.items()}, folder / FILE)

@@ -107,11 +107,12 @@ def convert_transformer(
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes read and written, files and parts (blocks, and what is outside of them), and bytes of memory besides what
-    the program has: all from the shapes."""
+    """Bytes read and written, weights quantized, files and parts (blocks, and what is outside of them), and bytes of
+    memory besides what the program has: all from the shapes."""
 
     read: int
     written: int
+    quantized: int
     files: int
     parts: int
     memory: int
@@ -126,16 +127,15 @@ def foresee(source: Path, recipe: Recipe) -> Needs:
     sizes = {n: known[n].size if there else 2 * t.numel() for n, t in transformer.state_dict().items()}
     parts = stored_sizes(transformer, recipe, plan)
     groups = grouped(parts)
-    wide = max(2 * tensor.numel() for tensor in transformer.state_dict().values())
     memory = 0
     for group in groups:
         held = 0
         for part in group:
             loaded = sum(2 * t.numel() for t in transformer.blocks[part].parameters()) if part is not None else 0
-            memory = max(memory, held + loaded + max(sizes.values()) + wide)
+            memory = max(memory, held + loaded + max(sizes.values()))
             held += parts[part]
-        memory = max(memory, 2 * held)
-    return Needs(sum(sizes.values()), sum(parts.values()), len(groups), len(parts), memory)
+    quantized = sum(transformer.get_submodule(name).weight.numel() for name in plan.names("converted"))
+    return Needs(sum(sizes.values()), sum(parts.values()), quantized, len(groups), len(parts), memory)
 
 
 def empty_like(source: Path) -> WanTransformer3DModel:

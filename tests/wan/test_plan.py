@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import wan_transformer
-from wanquant.ptq.plan import block_map
 from wanquant.quant import QuantConfig, plan_conversion
+from wanquant.wan.plan import block_map
 
 
 @pytest.mark.parametrize(

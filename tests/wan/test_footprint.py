@@ -1,0 +1,109 @@
+"""Predicted memory and time of running a model, beside what running it takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import wan_transformer
+from wanquant.quant import QuantConfig
+from wanquant.quant.config import parse
+from wanquant.wan import tiny
+from wanquant.wan.footprint import Alive, Quantized, block_seconds, decoding_bytes, decoding_seconds, denoising_bytes
+from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.plan import Plan, Work, in_time
+
+CPU = torch.device("cpu")
+#: 8,192 tokens of a narrow transformer: enough to tower above what a process takes anyway.
+LARGE = GenerationConfig(256, 256, 125, 1, 1.0, 3.0, 32)
+NAMES = ("attn1.to_q", "ffn.net.0.proj", "ffn.net.2")
+
+
+def test_what_is_alive_is_counted() -> None:
+    kept = torch.zeros(100)
+    with Alive([kept]) as alive:
+        a = torch.zeros(1000)
+        b = a.view(10, 100) + 1
+        del a
+        c = b.t() + kept[:10]
+        del b, c
+        torch.zeros(10)
+    # The first two, or the last two, at once; views and what was there before cost nothing.
+    assert alive.most == 8000
+
+
+def measured(how: str) -> int:
+    """Bytes that one forward pass adds to the peak of a process of its own."""
+    code = f"""
+import torch
+from tests.wan.test_footprint import LARGE, NAMES
+from tests.conftest import wan_transformer
+from wanquant.quant import QuantConfig, quantize_
+from wanquant.wan.device import forget_peak_memory, peak_memory
+cpu = torch.device("cpu")
+model = wan_transformer(2)
+if {how!r} != "bf16":
+    quantize_(model, QuantConfig(packed={how!r} == "packed"), [1])
+given = (torch.zeros(1, 16, 32, 32, 32).bfloat16(), torch.tensor([5.0]), torch.zeros(1, 32, 32).bfloat16())
+with torch.no_grad():
+    model(given[0][:, :, :1], *given[1:])  # for warmth
+    forget_peak_memory(cpu)
+    begun = peak_memory(cpu)
+    model(*given)
+print(peak_memory(cpu) - begun)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are Linux's")
+@pytest.mark.parametrize("how", ["bf16", "hif8", "packed"])
+def test_a_pass_takes_what_was_predicted(how: str) -> None:
+    names = [name for name, child in wan_transformer(1).blocks[0].named_modules() if isinstance(child, torch.nn.Linear)]
+    quantized = None if how == "bf16" else Quantized(names, parse(QuantConfig(packed=how == "packed")))
+    predicted = denoising_bytes(dict(wan_transformer(1).config), quantized, LARGE, 1, CPU)
+    assert predicted == pytest.approx(measured(how), rel=0.15)
+
+
+def test_more_of_everything_takes_more() -> None:
+    config = dict(wan_transformer(1).config)
+    small = GenerationConfig(64, 64, 17, 1, 1.0, 3.0, 32)
+    assert denoising_bytes(config, None, small, 4, CPU) > 3 * denoising_bytes(config, None, small, 1, CPU)
+    vae = tiny.folder() / "vae"
+    assert decoding_bytes(vae, GenerationConfig(128, 128, 17, 1)) > 3 * decoding_bytes(vae, small)
+    assert decoding_seconds(vae, GenerationConfig(128, 128, 17, 1), CPU) > 2 * decoding_seconds(vae, small, CPU)
+    quantized = Quantized(NAMES, parse(QuantConfig()))
+    # Beyond what is probed the time is scaled, attention's by the square.
+    few, many = (block_seconds(config, quantized, tokens, 32, 1, CPU) for tokens in (4096, 32768))
+    assert few < many
+
+
+def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:
+    """From JSON files alone: 14B at 480p."""
+    from diffusers import WanTransformer3DModel
+
+    from benchmarks.random_wan import SHAPES
+
+    for name in ("vae", "text_encoder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((tiny.folder() / name / "config.json").read_text())
+    (tmp_path / "model_index.json").write_text("{}")
+    with torch.device("meta"):
+        WanTransformer3DModel(**SHAPES["14b"]).save_config(tmp_path / "transformer")
+    settings = GenerationConfig(480, 832, 81, 50)
+    how = (QuantConfig(), [0, 1, -3, -2, -1], (), settings, Work(1, 1, 2, 2), 1)
+    card, host = (Plan(tmp_path, *how, torch.device(kind)) for kind in ("meta", "cpu"))
+    assert card.parameters == pytest.approx(14.3e9, rel=0.01)
+    assert card.packed / (2 * card.parameters) == pytest.approx(0.59, abs=0.01)
+    assert 3.5e9 < card.activations < 4.5e9  # tiny-wan's VAE takes less
+    assert card.added == pytest.approx(28.6e9 + card.others + card.activations, rel=0.01)
+    # On a host the quantized weights come beside the mapped files, and two videos in float32.
+    assert host.added - card.added == host.quantized_weights * 2 + 2 * 12 * 81 * 480 * 832
+
+
+def test_times_are_said_as_people_say_them() -> None:
+    assert [in_time(seconds) for seconds in (3.2, 119, 600, 86400)] == ["3 s", "119 s", "10 min", "24.0 h"]

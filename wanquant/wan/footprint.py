@@ -1,0 +1,238 @@
+"""What running a model takes besides its weights: memory, by running it without numbers; time, by running a little.
+
+torch's fake tensors have shapes, types and storages, and no memory. The real modules run on them op by op, and what is
+alive at once is counted. Two blocks stand for all, since each frees what it took. What a kernel takes inside of an op
+is not seen: other layouts of a convolution's input, a workspace.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import UMT5Config, UMT5EncoderModel
+
+from wanquant.quant.config import Scheme
+from wanquant.quant.convert import empty_like_quantized_
+from wanquant.wan.activations import mixed_norms
+from wanquant.wan.checkpoint import FLOAT32, kept_in_fp32, read_json
+from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.products import quick_products
+
+#: Latents are so many times smaller in time, and in height and width.
+IN_TIME, IN_SPACE = 4, 8
+#: Tokens that a probe of time runs at most, of all rows together, and of attention alone.
+PROBED, PROBED_ATTENTION = 2048, 1024
+#: Seconds that a probe takes at least, once it is warm.
+LONG_ENOUGH = 0.2
+#: Latents that the VAE is probed with: (frames, rows, columns).
+SMALL_LATENTS = (2, 8, 8)
+
+Make = Callable[[torch.Size, torch.dtype], torch.Tensor]
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all storages made while entered that are still alive, and the ``most`` there were."""
+
+    def __init__(self, known: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.most: int = 0
+        self._now = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self._now += storage.nbytes()
+                    self.most = max(self.most, self._now)
+                    weakref.finalize(storage, self._gone, storage._cdata)
+        return output
+
+    def _gone(self, key: int) -> None:
+        self._now -= self._sizes.pop(key, 0)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How a block is: ``names`` of its linears that are quantized, as inside the block."""
+
+    names: Sequence[str]
+    scheme: Scheme
+
+
+def denoising_bytes(
+    config: dict[str, Any], how: Quantized | None, settings: GenerationConfig, rows: int, device: torch.device
+) -> int:
+    """Of one forward pass of a transformer of this config, on ``rows`` videos."""
+    transformer = _transformer(config, how, blocks=2)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quick_products(device):
+        _fill(transformer, _fake)
+        latents = torch.empty(rows, config["in_channels"], *latent_size(settings), dtype=torch.bfloat16)
+        text = torch.empty(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16)
+        timestep = torch.empty(rows)
+        alive = _alive(transformer)
+        with alive:
+            transformer(latents, timestep, text, return_dict=False)
+    return alive.most
+
+
+def decoding_bytes(folder: Path, settings: GenerationConfig) -> int:
+    """Of decoding one video with the VAE of this folder."""
+    vae = empty_vae(folder)
+    with FakeTensorMode(), torch.no_grad():
+        _fill(vae, _fake)
+        latents = torch.empty(1, vae.config.z_dim, *latent_size(settings))
+        alive = _alive(vae)
+        with alive:
+            vae.decode(latents, return_dict=False)
+    return alive.most
+
+
+def empty_vae(folder: Path) -> AutoencoderKLWan:
+    """On the meta device."""
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(read_json(folder / "config.json")).eval()
+
+
+def empty_text_encoder(folder: Path) -> UMT5EncoderModel:
+    with torch.device("meta"):
+        return UMT5EncoderModel(UMT5Config(**read_json(folder / "config.json"))).eval()
+
+
+def latent_size(settings: GenerationConfig) -> tuple[int, int, int]:
+    return (settings.num_frames - 1) // IN_TIME + 1, settings.height // IN_SPACE, settings.width // IN_SPACE
+
+
+def block_seconds(
+    config: dict[str, Any], how: Quantized | None, tokens: int, text: int, rows: int, device: torch.device
+) -> float:
+    """Of one block on ``rows`` videos of so many tokens each: run as it is where it is small; else few tokens are run,
+    and their time is scaled, attention's by the square."""
+    transformer = _transformer(config, how, blocks=1)
+    _fill(transformer, lambda size, dtype: torch.full(size, 0.01 if dtype.is_floating_point else 8, dtype=dtype))
+    block = transformer.blocks[0].to(device)
+    whole = rows * tokens <= PROBED
+    rows_, tokens_ = (rows, tokens) if whole else (1, min(tokens, PROBED // 4))
+    heads, depth = config["num_attention_heads"], config["attention_head_dim"]
+    rotary = tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, tokens_, 2, 2)))
+    hidden, words = (
+        torch.full((rows_, count, heads * depth), 0.5, dtype=torch.bfloat16, device=device) for count in (tokens_, text)
+    )
+    modulation = torch.zeros(rows_, 6, heads * depth, device=device)
+    found = _seconds(lambda: block(hidden, words, modulation, rotary), device)
+    if whole:
+        return found
+    count = min(tokens, PROBED_ATTENTION)
+    query = torch.full((1, heads, count, depth), 0.1, dtype=torch.bfloat16, device=device)
+    each = _seconds(lambda: F.scaled_dot_product_attention(query, query, query), device) / count**2
+    return rows * ((found - each * tokens_**2) / tokens_ * tokens + each * tokens**2)
+
+
+def learning_seconds(
+    config: dict[str, Any],
+    prepare: Callable[[nn.Module], None],
+    tokens: int,
+    text: int,
+    rows: int,
+    device: torch.device,
+    precision: str,
+) -> float:
+    """Of one block forward, backward and through AdamW, as ``prepare`` makes it trainable, on ``rows`` videos; in
+    proportion to the tokens where they are many."""
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config({**config, "num_layers": 1})
+    _fill(transformer, lambda size, dtype: torch.full(size, 0.01), narrow=False)
+    prepare(transformer)
+    block, count = transformer.blocks[0].to(device).requires_grad_(True), min(rows * tokens, PROBED)
+    rows_, tokens_ = (rows, tokens) if rows * tokens <= PROBED else (1, count)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    rotary = tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, tokens_, 2, 2)))
+    hidden, words = (torch.full((rows_, n, width), 0.5, dtype=kind, device=device) for n in (tokens_, text))
+    modulation = torch.zeros(rows_, 6, width, device=device)
+    optimizer = torch.optim.AdamW(block.parameters(), 1e-6)
+
+    def step() -> None:
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            block(hidden, words, modulation, rotary).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with mixed_norms():
+        return _seconds(step, device) * rows * tokens / (rows_ * tokens_)
+
+
+def decoding_seconds(folder: Path, settings: GenerationConfig, device: torch.device) -> float:
+    """Of one video, by a few frames of it."""
+    vae, (frames, rows, columns) = empty_vae(folder), SMALL_LATENTS
+    _fill(vae, lambda size, dtype: torch.full(size, 0.01, dtype=dtype))
+    latents = torch.zeros(1, vae.config.z_dim, *SMALL_LATENTS, device=device)
+    vae.to(device)
+    found = _seconds(lambda: vae.decode(latents, return_dict=False), device)
+    whole = latent_size(settings)
+    return found * whole[0] * whole[1] * whole[2] / (frames * rows * columns)
+
+
+@torch.no_grad()
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+
+    with quick_products(device):
+        run()
+        wait()
+        begun, count = time.perf_counter(), 0
+        while time.perf_counter() - begun < LONG_ENOUGH:
+            run()
+            wait()
+            count += 1
+    return (time.perf_counter() - begun) / count
+
+
+def _transformer(config: dict[str, Any], how: Quantized | None, blocks: int) -> WanTransformer3DModel:
+    """On meta; its first block quantized."""
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config({**config, "num_layers": blocks}).eval()
+    if how is not None:
+        empty_like_quantized_(transformer, [f"blocks.0.{name}" for name in how.names], how.scheme)
+    return transformer
+
+
+def _fake(size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype)
+
+
+def _fill(model: nn.Module, make: Make, narrow: bool = True) -> None:
+    """In the place of meta tensors; a transformer, if ``narrow``, in BF16 but for what it keeps in float32."""
+    wan = narrow and isinstance(model, WanTransformer3DModel)
+    for name, module in model.named_modules():
+        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or not tensor.is_meta:
+                continue
+            full = f"{name}.{own}"
+            wide = not wan or tensor.dtype != torch.float32 or kept_in_fp32(model, full) or full.endswith(FLOAT32)
+            made = make(tensor.shape, tensor.dtype if wide else torch.bfloat16)
+            if own in module._parameters:
+                module._parameters[own] = nn.Parameter(made, requires_grad=False)
+            else:
+                module._buffers[own] = made
+
+
+def _alive(model: nn.Module) -> Alive:
+    return Alive([*model.parameters(), *model.buffers()])

@@ -1,0 +1,216 @@
+"""What a run would do, and what it would need of memory and time: from the shapes, and from a short probe of the
+device. ``dry_run=true`` prints it; a run keeps it, to stand beside what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
+from wanquant.quant.config import parse
+from wanquant.wan.device import resident_memory
+from wanquant.wan.experts import parts_of, shape_of_whole
+from wanquant.wan.footprint import (
+    Quantized,
+    block_seconds,
+    decoding_bytes,
+    decoding_seconds,
+    denoising_bytes,
+    empty_text_encoder,
+    empty_vae,
+)
+from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.load import Transformer
+
+LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Videos that are denoised in BF16 and quantized, those that are decoded, and those in memory at the end."""
+
+    bf16: int
+    quantized: int
+    decoded: int = 0
+    held: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of the pipeline in ``folder``, in which a quantization does this much ``work`` in batches of so many ``rows``."""
+
+    folder: Path
+    quant: QuantConfig
+    protected: Sequence[int]
+    modules: Sequence[str]
+    settings: GenerationConfig
+    work: Work
+    rows: int
+    device: torch.device
+    #: What is in the folder is quantized so already.
+    made: bool = False
+
+    @cached_property
+    def shape(self) -> Transformer:
+        return shape_of_whole(self.folder)
+
+    @cached_property
+    def report(self) -> ConversionReport:
+        return plan_conversion(self.shape, self.quant, self.protected, self.modules)
+
+    @cached_property
+    def parameters(self) -> int:
+        found: int = sum(p.numel() for p in self.shape.parameters())
+        return found
+
+    @cached_property
+    def others(self) -> int:
+        """Bytes of text encoder and VAE."""
+        text: int = sum(p.numel() for p in empty_text_encoder(self.folder / "text_encoder").parameters())
+        vae: int = sum(p.numel() for p in empty_vae(self.folder / "vae").parameters())
+        return 2 * text + 4 * vae
+
+    @cached_property
+    def quantized_weights(self) -> int:
+        return sum(self._linear(name).weight.numel() for name in self.report.names("converted"))
+
+    @cached_property
+    def packed(self) -> int:
+        """Bytes of the transformers with codes for weights, as they are stored."""
+        granularity, scales = parse(self.quant).weight_granularity, 0
+        for name in self.report.names("converted"):
+            linear = self._linear(name)
+            scales += math.prod(granularity.scale_shape(linear.out_features, linear.in_features))
+        return 2 * self.parameters - self.quantized_weights + 4 * scales
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the transformers as they are loaded."""
+        return self.packed if self.made and self.quant.packed else 2 * self.parameters
+
+    @cached_property
+    def activations(self) -> int:
+        """Bytes, of the largest there are: denoising, quantized or not, or decoding."""
+        found = [denoising_bytes(self._config, how, self.settings, self.rows, self.device) for how in self._blocks]
+        return max(*found, decoding_bytes(self.folder / "vae", self.settings) if self.work.decoded else 0)
+
+    @property
+    def videos(self) -> int:
+        """Bytes of what was decoded, which the host keeps until all is compared."""
+        settings = self.settings
+        return 12 * self.work.held * settings.num_frames * settings.height * settings.width
+
+    @property
+    def added(self) -> int:
+        """Bytes on the device beside what was there before. Where that is the host, the files of the weights stay
+        mapped while anything of them is used, quantized weights come beside them, and so do the videos."""
+        held = self.weights + self.others + self.activations
+        if self.device.type != "cpu":
+            return held
+        new = self.work.quantized and not self.made
+        rounded = self.quantized_weights * (1 if self.quant.packed else 2) if new else 0
+        return held + rounded + self.videos
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of denoising and decoding. Loading, comparing and writing are not in it."""
+        tokens, text = tokens_of(self.settings, self.shape), self.settings.max_text_length
+        plain, quantized = (
+            block_seconds(self._config, how, tokens, text, self.rows, self.device) / self.rows
+            for how in (None, self._blocks[-1])
+        )
+        passes = self.settings.branches * self.settings.steps
+        report, each = self.report, self.report.blocks // len(parts_of(self.shape))
+        touched = len({row.block for row in report.modules if row.status == "converted"}) / report.blocks
+        mixed = touched * quantized + (1 - touched) * plain
+        denoising = passes * each * (self.work.bf16 * plain + self.work.quantized * mixed)
+        if not self.work.decoded:
+            return denoising
+        return denoising + self.work.decoded * decoding_seconds(self.folder / "vae", self.settings, self.device)
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        first: Any = parts_of(self.shape)[0]
+        return dict(first.config)
+
+    @cached_property
+    def _blocks(self) -> list[Quantized | None]:
+        """The kinds of blocks there are."""
+        inside: dict[int, list[str]] = {}
+        for row in self.report.modules:
+            if row.status == "converted" and row.block is not None:
+                inside.setdefault(row.block, []).append(row.name.split(".", 2)[2])
+        names = next(iter(inside.values()), [])
+        return [None, Quantized(names, parse(self.quant))] if names and self.work.quantized else [None]
+
+    def _linear(self, name: str) -> nn.Linear:
+        linear = self.shape.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+
+def print_plan(plan: Plan, config_yaml: str) -> None:
+    counts = plan.report.counts()
+    print(config_yaml)
+    print(f"blocks      {block_map(plan.report)}   ({LEGEND})")
+    print("linears     " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    print(f"transformer {plan.parameters:,} parameters, {in_bytes(2 * plan.parameters)} in BF16")
+    print(f"checkpoint  transformer {in_bytes(plan.packed)}, {plan.packed / (2 * plan.parameters):.2f} of BF16")
+    print_needs(plan)
+
+
+def print_needs(plan: Plan) -> None:
+    """Memory and time."""
+    work, on_host = plan.work, plan.device.type == "cpu"
+    parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
+    parts["quantized weights and videos"] = plan.added - sum(parts.values())
+    told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
+    own = resident_memory(plan.device)
+    print(f"memory      {in_bytes(own + plan.added)}: {told}, the program itself {in_bytes(own)}")
+    if not on_host and plan.videos:
+        print(f"            {in_bytes(plan.videos)} on the host, for the videos until they are compared")
+    done = f"{work.bf16} videos denoised in BF16, {work.quantized} quantized, {work.decoded} decoded"
+    print(f"time        {in_time(plan.seconds)}: {done}, by a probe of the device; what the cache holds takes none")
+
+
+def block_map(report: ConversionReport) -> str:
+    """One letter a block: ``PPqq...qqPPP``."""
+    found: dict[int, set[str]] = {index: set() for index in range(report.blocks)}
+    for module in report.modules:
+        if module.block is not None:
+            found[module.block].add(module.status)
+
+    def letter(index: int, statuses: set[str]) -> str:
+        if index in report.protected_blocks:
+            return "P"
+        return "q" if statuses == {"converted"} else "m" if "converted" in statuses else "-"
+
+    return "".join(letter(index, statuses) for index, statuses in found.items())
+
+
+def tokens_of(settings: GenerationConfig, transformer: Transformer) -> int:
+    """Tokens of one video: latents are 4×8×8 smaller, patches take another 1×2×2."""
+    frames = (settings.num_frames - 1) // 4 + 1
+    patch = transformer.config.patch_size
+    return int(frames // patch[0] * (settings.height // 8 // patch[1]) * (settings.width // 8 // patch[2]))
+
+
+def in_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def in_time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
