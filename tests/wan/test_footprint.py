@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,11 @@ from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.plan import Plan, Work, in_time
 
 CPU = torch.device("cpu")
-#: 8,192 tokens of a narrow transformer: enough to tower above what a process takes anyway.
-LARGE = GenerationConfig(256, 256, 125, 1, 1.0, 3.0, 32)
-NAMES = ("attn1.to_q", "ffn.net.0.proj", "ffn.net.2")
+#: 4,096 tokens, 1,024 wide: enough to tower above what a process takes anyway.
+LARGE = GenerationConfig(256, 256, 61, 1, 1.0, 3.0, 32)
+WIDE = {"num_attention_heads": 8, "attention_head_dim": 128, "ffn_dim": 4096, "text_dim": 32, "freq_dim": 64}
+ALL = [name for name, child in wan_transformer(1).blocks[0].named_modules() if isinstance(child, torch.nn.Linear)]
+KEEPS_NOTHING = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def test_what_is_alive_is_counted() -> None:
@@ -37,18 +40,18 @@ def test_what_is_alive_is_counted() -> None:
 
 
 def measured(how: str) -> int:
-    """Bytes that one forward pass adds to the peak of a process of its own."""
+    """Bytes that one forward pass adds to the peak of a process of its own, whose allocator keeps no freed pages."""
     code = f"""
 import torch
-from tests.wan.test_footprint import LARGE, NAMES
-from tests.conftest import wan_transformer
+from diffusers import WanTransformer3DModel
+from tests.wan.test_footprint import WIDE
 from wanquant.quant import QuantConfig, quantize_
 from wanquant.wan.device import forget_peak_memory, peak_memory
 cpu = torch.device("cpu")
-model = wan_transformer(2)
+model = WanTransformer3DModel(num_layers=2, **WIDE).bfloat16()
 if {how!r} != "bf16":
     quantize_(model, QuantConfig(packed={how!r} == "packed"), [1])
-given = (torch.zeros(1, 16, 32, 32, 32).bfloat16(), torch.tensor([5.0]), torch.zeros(1, 32, 32).bfloat16())
+given = (torch.zeros(1, 16, 16, 32, 32).bfloat16(), torch.tensor([5.0]), torch.zeros(1, 32, 32).bfloat16())
 with torch.no_grad():
     model(given[0][:, :, :1], *given[1:])  # for warmth
     forget_peak_memory(cpu)
@@ -56,16 +59,16 @@ with torch.no_grad():
     model(*given)
 print(peak_memory(cpu) - begun)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=KEEPS_NOTHING)
     return int(done.stdout)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are Linux's")
 @pytest.mark.parametrize("how", ["bf16", "hif8", "packed"])
 def test_a_pass_takes_what_was_predicted(how: str) -> None:
-    names = [name for name, child in wan_transformer(1).blocks[0].named_modules() if isinstance(child, torch.nn.Linear)]
-    quantized = None if how == "bf16" else Quantized(names, parse(QuantConfig(packed=how == "packed")))
-    predicted = denoising_bytes(dict(wan_transformer(1).config), quantized, LARGE, 1, CPU)
+    quantized = None if how == "bf16" else Quantized(ALL, parse(QuantConfig(packed=how == "packed")))
+    config = {**wan_transformer(1).config, **WIDE}
+    predicted = denoising_bytes(config, quantized, LARGE, 1, CPU)
     assert predicted == pytest.approx(measured(how), rel=0.15)
 
 
@@ -76,7 +79,7 @@ def test_more_of_everything_takes_more() -> None:
     vae = tiny.folder() / "vae"
     assert decoding_bytes(vae, GenerationConfig(128, 128, 17, 1)) > 3 * decoding_bytes(vae, small)
     assert decoding_seconds(vae, GenerationConfig(128, 128, 17, 1), CPU) > 2 * decoding_seconds(vae, small, CPU)
-    quantized = Quantized(NAMES, parse(QuantConfig()))
+    quantized = Quantized(ALL, parse(QuantConfig()))
     # Beyond what is probed the time is scaled, attention's by the square.
     few, many = (block_seconds(config, quantized, tokens, 32, 1, CPU) for tokens in (4096, 32768))
     assert few < many
@@ -98,7 +101,7 @@ def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:
     how = (QuantConfig(), [0, 1, -3, -2, -1], (), settings, Work(1, 1, 2, 2), 1)
     card, host = (Plan(tmp_path, *how, torch.device(kind)) for kind in ("meta", "cpu"))
     assert card.parameters == pytest.approx(14.3e9, rel=0.01)
-    assert card.packed / (2 * card.parameters) == pytest.approx(0.59, abs=0.01)
+    assert card.packed / (2 * card.parameters) == pytest.approx(0.572, abs=0.005)
     assert 3.5e9 < card.activations < 4.5e9  # tiny-wan's VAE takes less
     assert card.added == pytest.approx(28.6e9 + card.others + card.activations, rel=0.01)
     # On a host the quantized weights come beside the mapped files, and two videos in float32.

@@ -129,7 +129,7 @@ def block_seconds(
     whole = rows * tokens <= PROBED
     rows_, tokens_ = (rows, tokens) if whole else (1, min(tokens, PROBED // 4))
     heads, depth = config["num_attention_heads"], config["attention_head_dim"]
-    rotary = tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, tokens_, 2, 2)))
+    rotary = _rotary(transformer, tokens_, device)
     hidden, words = (
         torch.full((rows_, count, heads * depth), 0.5, dtype=torch.bfloat16, device=device) for count in (tokens_, text)
     )
@@ -162,7 +162,7 @@ def learning_seconds(
     rows_, tokens_ = (rows, tokens) if rows * tokens <= PROBED else (1, count)
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    rotary = tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, tokens_, 2, 2)))
+    rotary = _rotary(transformer, tokens_, device)
     hidden, words = (torch.full((rows_, n, width), 0.5, dtype=kind, device=device) for n in (tokens_, text))
     modulation = torch.zeros(rows_, 6, width, device=device)
     optimizer = torch.optim.AdamW(block.parameters(), 1e-6)
@@ -175,6 +175,13 @@ def learning_seconds(
 
     with mixed_norms():
         return _seconds(step, device) * rows * tokens / (rows_ * tokens_)
+
+
+def _rotary(transformer: WanTransformer3DModel, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Of so many tokens, in as few frames as its tables of positions allow."""
+    longest = transformer.config.rope_max_seq_len
+    frames = next(count for count in range(1, tokens + 1) if tokens % count == 0 and tokens // count <= longest)
+    return tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames)))
 
 
 def decoding_seconds(folder: Path, settings: GenerationConfig, device: torch.device) -> float:
