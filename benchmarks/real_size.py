@@ -2,10 +2,10 @@
 
     python -m benchmarks.real_size <folder> [--shape 14b] [--blocks 40] [--threads 2] [--write]
 
-``<folder>`` takes the checkpoint (28 GB at 14b) and the result (17 GB), and is emptied at the end. Beside the
-conversion, ``cp`` of the same files, which is made to wait for the disk as the conversion is, and whose copies are
-removed as it goes; both read from the disk. Beside the forward pass, 17 frames of 128x128, the time its matrix products
-alone would take. Exits 1 if a bar is missed.
+``<folder>``, which must not be there, takes the checkpoint (28 GB at 14b) and the result (17 GB) and is removed at the
+end. Beside the conversion, ``cp`` of the same files, which is made to wait for the disk as the conversion is, and whose
+copies are removed as it goes; both read from the disk. Beside the forward pass, 17 frames of 128x128, the time its
+matrix products alone would take. Exits 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from wanquant.quant.config import parse
 from wanquant.runs.run import read_result
 from wanquant.wan.checkpoint import config_of, quantization_of, quantized_linears
 from wanquant.wan.device import forget_peak_memory, peak_memory, resident_memory
-from wanquant.wan.footprint import Quantized, denoising_bytes
+from wanquant.wan.footprint import Quantized, denoising_bytes, latent_size
 from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.load import read_transformer, shape_of
 from wanquant.wan.plan import tokens_of
@@ -113,8 +113,7 @@ def forward(folder: Path) -> dict[str, float]:
     transformer = read_transformer(folder)
     assert all(layer.is_packed for layer in quantized_linears(transformer).values())
     loaded = time.perf_counter() - begun
-    frames, rows, columns = (VIDEO.num_frames - 1) // 4 + 1, VIDEO.height // 8, VIDEO.width // 8
-    noise = torch.randn(1, 16, frames, rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    noise = torch.randn(1, 16, *latent_size(VIDEO), generator=torch.Generator().manual_seed(0)).bfloat16()
     text = torch.zeros(1, VIDEO.max_text_length, shape.config.text_dim, dtype=torch.bfloat16)
     seconds = []
     for _ in range(2):  # the first brings the weights from the disk
@@ -138,9 +137,7 @@ def rate(tokens: int, width: int, ffn: int) -> float:
 
 
 def measure(work: Path, shape: str, blocks: int | None, threads: int) -> list[Row]:
-    model, target = work / "model", work / "converted"
-    if not model.is_dir():
-        make(model, shape, blocks)
+    model, target = make(work / "model", shape, blocks), work / "converted"
     copied = copy_seconds(model / "transformer", work / "copy")
     result, seconds = convert(model, target, work, threads)
     found = run(target / "transformer", threads)
@@ -165,6 +162,14 @@ def _planned(memory: dict[str, Any], found: dict[str, float]) -> list[tuple[floa
     return [(memory["planned_bytes"], memory["peak_bytes"]), (found["planned"], found["peak"])]
 
 
+def cpu_name() -> str:
+    """As Linux tells it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
@@ -178,15 +183,15 @@ def main() -> int:
     if args.forward:
         print(json.dumps(forward(args.folder)))
         return 0
-    args.folder.mkdir(parents=True, exist_ok=True)
+    args.folder.mkdir(parents=True)  # refused if it is there: it will be removed
     try:
         rows = measure(args.folder.resolve(), args.shape, args.blocks, args.threads)
     finally:
-        for name in ("model", "converted", "copy", "cache", "run"):
-            shutil.rmtree(args.folder / name, ignore_errors=True)
+        shutil.rmtree(args.folder, ignore_errors=True)
     blocks = f", {args.blocks} blocks" if args.blocks else ""
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads"
-    command = " ".join(["python -m benchmarks.real_size", *sys.argv[2:]])
+    machine = f"{cpu_name()}, {os.cpu_count()} cores, {args.threads} threads"
+    words = ["<folder>" if word == str(args.folder) else word for word in sys.argv[1:]]
+    command = " ".join(["python -m benchmarks.real_size", *words])
     page = f"# {args.shape}{blocks}, from files to files\n\n`{command}`\n\n"
     page += f"{table(rows)}\n\n{machine}; torch {torch.__version__}\n"
     print(page)

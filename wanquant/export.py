@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from wanquant.runs.progress import progress
+from wanquant.wan.checkpoint import quantization_of
 from wanquant.wan.export import LAYOUTS, NAMINGS, export
 from wanquant.wan.load import transformers_of
 
@@ -42,11 +43,16 @@ def export_all(checkpoint: Path, target: Path, layout: str, naming: str) -> None
             return
         if target.exists():
             raise ValueError(f"{target} is there already: choose another folder, or remove it")
+        plain = [name for name, part in parts.items() if quantization_of(part) is None]
+        plain = plain if len(plain) < len(parts) else []  # of which nothing could be exported
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             for name, part in parts.items():
-                export(part, partial / name, layout, naming, tick)
+                if layout == "bf16" and name in plain:
+                    shutil.copytree(part, partial / name)
+                else:
+                    export(part, partial / name, layout, naming, tick)
             if layout == "bf16":
                 _copy_others(checkpoint, partial, parts)
             partial.rename(target)

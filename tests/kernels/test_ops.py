@@ -22,6 +22,29 @@ from wanquant.quant.config import parse
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def test_large_tensors_go_through_eager_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit what they are in one."""
+
+    def all_of_them() -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for x in MATRICES:
+            factors = torch.exp2(torch.arange(x.shape[1]) % 5 - 2.0)
+            for scale in (torch.tensor(0.37), torch.arange(1, len(x) + 1) / 9):
+                found += eager.scaled_round_hif8(x, scale, False, factors)
+            for saturate in (False, True):
+                codes = eager.encode_hif8(x.t(), saturate)
+                found += [eager.round_hif8(x, saturate), codes, eager.decode_hif8(codes, torch.bfloat16)]
+                found += eager.quantize_rows_hif8(x.bfloat16(), 15.0, saturate, saturate, factors)
+            columns = torch.arange(x.shape[1]) / 7
+            found += [eager.descale(x, s, columns, columns, torch.bfloat16) for s in (torch.tensor(0.5), x[:, 0])]
+        return found
+
+    whole = all_of_them()
+    monkeypatch.setattr(eager, "AT_ONCE", 1000)
+    for a, b in zip(whole, all_of_them(), strict=True):
+        assert_same_bits(a, b)
+
+
 def test_every_device_has_every_op() -> None:
     for module in (cpu, eager, shapes):
         assert all(callable(getattr(module, name)) for name in ops.NAMES)

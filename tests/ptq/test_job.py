@@ -173,12 +173,29 @@ def test_dry_run_only_prints(
     assert not (tmp_path / "run").exists()
 
 
+def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of two quantizations that differ in nothing but how they are kept, each its own."""
+    words = [*QUICK, TWO, "tracker=none", "eval.noise_floor=false", "prompts.seeds=[0]", f"cache={tmp_path / 'cache'}"]
+    planned = []
+    for packed in ("false", "true"):
+        folder = tmp_path / packed
+        assert ptq(monkeypatch, *words, f"quant.packed={packed}", f"hydra.run.dir={folder}", "force=true") == 0
+        memory = read_result(folder)["memory"]
+        assert memory["planned_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.3)
+        assert read_result(folder)["planned"]["seconds"] > 0
+        assert "Predicted, with nothing in the cache" in (folder / "report.html").read_text()
+        planned.append(memory["planned_bytes"] - memory["begun_bytes"])
+    assert planned[0] > planned[1]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["protect=auto", "protect.by=sensitivity"], "99 videos denoised in BF16, 5 quantized"),
         (["protect=greedy", "protect.candidates=6"], "99 videos denoised in BF16, 45 quantized"),
+        (["protect=greedy", "protect.candidates=0", "protect.budget=1"], "19 videos denoised in BF16, 85 quantized"),
         (["mode=analyze"], "2 videos denoised in BF16, 2 quantized, 0 decoded"),
+        (["mode=analyze", "protect=auto", "protect.by=block_sqnr"], "2 videos denoised in BF16, 2 quantized, 0"),
         (["mode=analyze", "analysis.sensitivity=true"], "84 videos denoised in BF16, 22 quantized, 0 decoded"),
     ],
 )

@@ -18,6 +18,7 @@ from tests.ptq.test_job import QUICK, TWO, ptq
 from tests.qat.short import make_short, overrides, result_of, train
 from tests.wan.pair import make_pair
 from wanquant import load_pipeline
+from wanquant.export import export_all
 from wanquant.ptq.protect import ProtectConfig, by_rule
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
 from wanquant.runs.run import read_result
@@ -212,6 +213,26 @@ def test_what_cannot_be(model: Path, tmp_path: Path, monkeypatch: Any, capsys: A
     ]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_one_of_them_protected_as_a_whole(model: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """It stays as it is, in a run, a conversion, a training, an export, and where the checkpoint is used."""
+    words = ["protect=none", "protect.through=true", "protect.blocks=[3,4,5]", f"model.path={model}", "tracker=none"]
+    words += [f"cache={cache}", *QUICK, TWO, "eval.noise_floor=false", "prompts.seeds=[0]", "quant.attention=qkv"]
+    assert ptq(monkeypatch, *words, f"hydra.run.dir={tmp_path / 'run'}") == 0
+    assert ptq(monkeypatch, "mode=convert", *words, f"hydra.run.dir={tmp_path / 'converted'}") == 0
+    made, wanted = (tensors(tmp_path / name / "checkpoint") for name in ("converted", "run"))
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], wanted[name]) for name in wanted)
+    trained = overrides(model, cache, *words[:3], "qat.scope=all", f"hydra.run.dir={tmp_path / 'trained'}")
+    assert train(monkeypatch, *[word for word in trained if word != "protect=ends"]) == 0
+    for name in ("run", "trained"):
+        pipe = load_pipeline(tmp_path / name / "checkpoint", device="cpu", packed=True)
+        assert all(layer.is_packed for layer in quantized_linears(pipe.transformer).values())
+        assert len(quantized_linears(pipe.transformer)) == 30
+        assert not quantized_linears(pipe.transformer_2)
+    export_all(tmp_path / "trained" / "checkpoint", tmp_path / "plain", "bf16", "diffusers")
+    assert not quantized_linears(whole_of(load_pipeline(tmp_path / "plain", device="cpu")))
 
 
 def test_thirty_blocks_are_protected_at_their_own_ends(tmp_path: Path, monkeypatch: Any) -> None:

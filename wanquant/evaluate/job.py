@@ -43,7 +43,7 @@ from wanquant.wan.checkpoint import config_of, quantization_of
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
 from wanquant.wan.experts import shape_of_whole
-from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.generate import GenerationConfig, check_guidance
 from wanquant.wan.load import check_folder, find_folder, hush_libraries, shape_of, transformers_of
 from wanquant.wan.outliers import OutliersConfig, chosen_blocks
 from wanquant.wan.plan import Plan, Work, print_needs
@@ -290,7 +290,9 @@ def _of_model(config: EvaluateConfig, folder: Path, config_yaml: str, device: to
         cache = Cache(Path(config.cache))
         evaluation = Evaluation(name, videos, sides, [asked], config.eval, card, cache, official)
         _refuse_prompts(evaluation)
+        needed = _needed(sides, len(asked), card) if _writes() else {}
         forget_peak_memory(card)
+        needed["begun"] = peak_memory(card)
         if not _writes():
             return {"evaluations": {name: evaluation.run()}}
         with in_use(Path(config.cache), folder):
@@ -298,7 +300,9 @@ def _of_model(config: EvaluateConfig, folder: Path, config_yaml: str, device: to
             try:
                 entry = evaluation.run()
                 shutil.copytree(videos, folder / "evaluations" / name, copy_function=link_or_copy)
-                full = run.finish(_head(config, sides[0], entry, names, card), lambda done: write_report(folder, done))
+                full = run.finish(
+                    _head(config, sides[0], entry, names, card, needed), lambda done: write_report(folder, done)
+                )
             except BaseException as error:
                 run.fail(error)
                 raise
@@ -317,7 +321,12 @@ def _asked_of_model(config: EvaluateConfig) -> tuple[list[Pair], str]:
 
 
 def _head(
-    config: EvaluateConfig, side: Side, entry: dict[str, Any], names: dict[str, Any], device: torch.device
+    config: EvaluateConfig,
+    side: Side,
+    entry: dict[str, Any],
+    names: dict[str, Any],
+    device: torch.device,
+    needed: dict[str, Any],
 ) -> dict[str, Any]:
     blocks = len(shape_of_whole(side.source).blocks)
     return {
@@ -334,32 +343,44 @@ def _head(
         "generation": dataclasses.asdict(config.model.generation),
         "verdict": entry["verdict"],
         "evaluations": {entry["prompts"]: entry},
-        "memory": {"peak_bytes": peak_memory(device)},
+        "memory": {
+            "peak_bytes": peak_memory(device),
+            "begun_bytes": needed["begun"],
+            "planned_bytes": needed["begun"] + needed["bytes"],
+        },
+        "planned": {"seconds": needed["seconds"]},
         "provenance": entry["provenance"],
     }
 
 
 def _plan_of(side: Side, videos: int, device: torch.device) -> Plan:
     """Of generating so many, kept as files."""
-    parts = [(shape_of(part), quantization_of(part)) for part in transformers_of(side.source).values()]
-    quant, protected, first = QuantConfig(format="bf16"), list[int](), 0
-    for shape, described in parts:
+    quant, names, first = QuantConfig(format="bf16"), list[str](), 0
+    for part in transformers_of(side.source).values():
+        described = quantization_of(part)
         if described is not None:
             quant = config_of(described)
-            protected += [first + index for index in described["protected_blocks"]]
-        first += len(shape.blocks)
-    made = not parse(quant).format.keeps_all
-    work = Work(0, videos, videos) if made else Work(videos, 0, videos)
+            for parts in (name.split(".") for name in described["modules"]):
+                names.append(".".join([parts[0], str(first + int(parts[1])), *parts[2:]]))
+        first += len(shape_of(part).blocks)
+    work = Work(0, videos, videos) if names else Work(videos, 0, videos)
     settings, rows = side.model.generation, min(side.model.batch, videos)
-    return Plan(side.source, quant, protected, (), settings, work, rows, device, made)
+    return Plan(side.source, quant, (), (), settings, work, rows, device, names or None)
+
+
+def _needed(sides: Sequence[Side], videos: int, device: torch.device) -> dict[str, Any]:
+    """To generate them, one side after the other; what judges need is not in it."""
+    plans = [_plan_of(side, videos, device) for side in sides]
+    return {"bytes": max(plan.added for plan in plans), "seconds": sum(plan.seconds for plan in plans)}
 
 
 def _side(name: str, prefix: str, model: ModelConfig, path: str) -> Side:
     """Videos come one at a time where a batch would share a step."""
     source = find_folder(path)
     check_folder(source)
-    described = quantization_of(source / "transformer")
-    alone = described is not None and not parse(config_of(described)).independent
+    check_guidance(source, model.generation)
+    made = [described for part in transformers_of(source).values() if (described := quantization_of(part)) is not None]
+    alone = any(not parse(config_of(described)).independent for described in made)
     return Side(name, prefix, source, dataclasses.replace(model, batch=1) if alone else model)
 
 
@@ -380,9 +401,9 @@ def _planned(config: EvaluateConfig, runs: Sequence[Path]) -> list[dict[str, Any
         print(
             f"{config.model.path} beside {config.reference or 'nothing'}: {len(asked)} pairs of {name}, {videos} videos"
         )
+        sides += [_moved(sides[1], {})] if config.reference is not None and config.eval.noise_floor else []
         for side in sides:
-            moved = config.eval.noise_floor if side.name == "bf16" else 0
-            print_needs(_plan_of(side, len(asked) * (1 + moved), pick_device(config.model.device)))
+            print_needs(_plan_of(side, len(asked), pick_device(config.model.device)), side.name)
     lpips = perceptual.settled(config.eval.lpips)
     print(f"dimensions of VBench: {', '.join(config.eval.dimensions) or 'none'}; LPIPS {lpips}")
     return []

@@ -1,6 +1,11 @@
-"""The kernels of any device, one function per op: plain torch on integers. Exact, not fast."""
+"""The kernels of any device, one function per op: plain torch on integers. Exact, not fast.
+
+A dozen tensors of four bytes an element are alive at once inside, so large ones go through in parts.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -14,6 +19,21 @@ _TINY = 104 << 23  # 2^-23: below it, zero
 _SMALLEST = 105 << 23  # 2^-22, the smallest positive value
 #: The magnitude from which rounding goes beyond 32768, the largest finite value.
 OVERFLOW = 40960.0
+
+
+#: Elements that go through together.
+AT_ONCE = 1 << 24
+
+
+def _in_parts(x: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """``work`` of each element, to a tensor of this type."""
+    if x.numel() <= AT_ONCE:
+        return work(x)
+    flat = x.contiguous().view(-1)
+    found = torch.empty(flat.shape, dtype=dtype, device=x.device)
+    for part, into in zip(flat.split(AT_ONCE), found.split(AT_ONCE), strict=True):
+        into.copy_(work(part))
+    return found.view(x.shape)
 
 
 def round_float32(x: torch.Tensor, saturate: bool) -> torch.Tensor:
@@ -51,7 +71,7 @@ def fit(x: torch.Tensor) -> torch.Tensor:
 
 
 def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
-    return narrow(round_float32(x.to(torch.float32).contiguous(), saturate), x.dtype)
+    return _in_parts(x, lambda part: narrow(round_float32(part.float().contiguous(), saturate), x.dtype), x.dtype)
 
 
 def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
@@ -77,14 +97,19 @@ def round_hif8_stochastic(x: torch.Tensor, noise: torch.Tensor, saturate: bool) 
 
 
 def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
-    rounded = round_float32(x.to(torch.float32).contiguous(), saturate)
-    index = (rounded.view(torch.int32) >> 20) & 0xFFF
-    # The upper twelve bits of a float32 are those of its BF16.
-    return encode_table(x.device)[index.long()]
+    table = encode_table(x.device)
+
+    def encode(part: torch.Tensor) -> torch.Tensor:
+        rounded = round_float32(part.float().contiguous(), saturate)
+        # The upper twelve bits of a float32 are those of its BF16.
+        return table[((rounded.view(torch.int32) >> 20) & 0xFFF).long()]
+
+    return _in_parts(x, encode, torch.uint8)
 
 
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return decode_table(dtype, codes.device)[codes.long()]
+    table = decode_table(dtype, codes.device)
+    return _in_parts(codes, lambda part: table[part.long()], dtype)
 
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
@@ -122,16 +147,27 @@ def times(x: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
 def scaled_round_hif8(
     x: torch.Tensor, scale: torch.Tensor, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scaled = times(x, factors) / (scale[:, None] if scale.ndim else scale)
-    return narrow(round_float32(scaled, saturate), torch.bfloat16), (scaled.abs() >= OVERFLOW).sum()
+    rows = max(1, AT_ONCE // max(1, x.shape[1]))
+    if len(x) <= rows:
+        scaled = times(x, factors) / (scale[:, None] if scale.ndim else scale)
+        return narrow(round_float32(scaled, saturate), torch.bfloat16), (scaled.abs() >= OVERFLOW).sum()
+    scales = scale.split(rows) if scale.ndim else [scale] * -(-len(x) // rows)
+    found = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    over = torch.zeros((), dtype=torch.int64, device=x.device)
+    for part, own, into in zip(x.split(rows), scales, found.split(rows), strict=True):
+        rounded, count = scaled_round_hif8(part, own, saturate, factors)
+        into.copy_(rounded)
+        over = over + count
+    return found, over
 
 
 def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x = times(x, factors)
-    scale = step(absmax_rows(x), goal, power_of_two)
-    return scaled_round_hif8(x, scale, saturate)[0], scale
+    rows = max(1, AT_ONCE // max(1, x.shape[1]))
+    largest = [absmax_rows(times(part, factors)) for part in x.split(rows)] if len(x) > rows else []
+    scale = step(torch.cat(largest) if largest else absmax_rows(times(x, factors)), goal, power_of_two)
+    return scaled_round_hif8(x, scale, saturate, factors)[0], scale
 
 
 def descale(
@@ -141,5 +177,12 @@ def descale(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    scaled = product.float() * (row_scale[:, None] if row_scale.ndim else row_scale) * column_scale
-    return (scaled if bias is None else scaled + bias).to(dtype)
+    rows = max(1, AT_ONCE // max(1, product.shape[1]))
+    if len(product) <= rows:
+        scaled = product.float() * (row_scale[:, None] if row_scale.ndim else row_scale) * column_scale
+        return (scaled if bias is None else scaled + bias).to(dtype)
+    found = torch.empty(product.shape, dtype=dtype, device=product.device)
+    scales = row_scale.split(rows) if row_scale.ndim else [row_scale] * -(-len(product) // rows)
+    for part, own, into in zip(product.split(rows), scales, found.split(rows), strict=True):
+        into.copy_(descale(part, own, column_scale, bias, dtype))
+    return found

@@ -18,6 +18,7 @@ from wanquant.runs.tracking import TrackerConfig, check_tracker
 from wanquant.wan.checkpoint import quantization_of
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.experts import parts_of, shape_of_whole
+from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import Transformer, check_shape, find_folder, transformers_of
 from wanquant.wan.outliers import chosen_blocks
 from wanquant.wan.tiny import parse_caption
@@ -104,8 +105,8 @@ def check_model(config: PTQConfig) -> None:
         if quantization_of(part) is not None:
             raise ValueError(f"{folder} is quantized already: model.path must be the original model")
     shape = shape_of_whole(folder)
-    if config.model.generation.guidance_scale_2 is not None and len(parts_of(shape)) == 1:
-        raise ValueError("model.generation.guidance_scale_2 is for pipelines of two transformers, and this has one")
+    if config.mode != "convert":  # which generates nothing
+        check_guidance(folder, config.model.generation)
     blocks, transformers = len(shape.blocks), len(parts_of(shape))
     check_protect(config.protect, blocks // transformers)
     chosen_blocks(config.model.outliers, blocks)

@@ -113,7 +113,9 @@ def recipes_of(config: PTQConfig, model: Path) -> dict[str, Recipe]:
     for number, name in enumerate(names):
         own = range(number * each, (number + 1) * each)
         kept = [index - own.start for index in chosen if index in own]
-        recipes[name] = Recipe(config.quant, kept, config.protect.modules, stats and _of_blocks(stats, own))
+        # Of a transformer that is protected as a whole no attention is left to quantize, and that is no mistake.
+        quant = dataclasses.replace(config.quant, attention="off") if len(kept) == each else config.quant
+        recipes[name] = Recipe(quant, kept, config.protect.modules, stats and _of_blocks(stats, own))
     return recipes
 
 

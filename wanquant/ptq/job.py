@@ -233,7 +233,7 @@ class Job:
         seconds. Probed once for each cache."""
         config = self.config
         plan = make_plan(config, self.device, self.work(config))
-        cells = self.cache.cells("plans", self.signed(None))
+        cells = self.cache.cells("plans", digest([self.signed(None), config.quant.packed]))
         found: dict[str, Any] = cells.measured("plan", lambda: self.needed(plan))
         return found
 

@@ -29,11 +29,14 @@ def work_of(config: PTQConfig) -> Work:
     """Of a quantization, or of an analysis."""
     measured, calibrated = len(pairs(config.prompts)), len(pairs(config.calib, "calib"))
     plain, quantized = _choosing(config, calibrated)
+    by = config.protect.by
+    beside = by in ("sensitivity", GREEDY) or (config.mode == "analyze" and config.analysis.sensitivity)
+    errors = config.mode == "analyze" or by == "block_sqnr" or config.eval.block_sqnr
     if config.mode == "analyze":
-        return Work(calibrated + plain, calibrated + quantized)
+        return Work(calibrated + plain, quantized, beside=beside, all_beside=True)
     floors = measured + len(other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
     made = 2 * measured + floors
-    return Work(calibrated + plain + measured + floors, quantized + measured, made, made)
+    return Work(calibrated + plain + measured + floors, quantized + measured, made, made, beside, errors)
 
 
 def _choosing(config: PTQConfig, calibrated: int) -> tuple[int, int]:
@@ -42,13 +45,14 @@ def _choosing(config: PTQConfig, calibrated: int) -> tuple[int, int]:
     shape = shape_of_whole(find_folder(config.model.path, shapes_only=True))
     parts = len(parts_of(shape))
     everything = config.mode == "analyze" and config.analysis.sensitivity
-    plain = len(shape.blocks) if everything or protect.by in ("sensitivity", GREEDY) else 0
-    quantized = len(kinds(shape)) if everything else 0
-    quantized += 1 if protect.by == "block_sqnr" or config.eval.block_sqnr else 0
+    ranked = everything or protect.by == "sensitivity" or (protect.by == GREEDY and protect.candidates > 0)
+    plain = len(shape.blocks) if ranked else 0
+    quantized = len(kinds(shape, protect.modules)) if everything else 0
+    quantized += 1 if config.mode == "analyze" or protect.by == "block_sqnr" or config.eval.block_sqnr else 0
     if protect.by == GREEDY:
-        tried = protect.candidates * parts or len(shape.blocks)
+        tried = min(protect.candidates * parts or len(shape.blocks), len(shape.blocks))
         quantized += sum(tried - done for done in range(protect.budget * parts))
-    reference = 1 if plain else 0
+    reference = 1 if ranked or protect.by == GREEDY else 0
     return (plain + reference) * calibrated, quantized * calibrated
 
 

@@ -44,7 +44,7 @@ from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.runs.progress import progress
 from wanquant.runs.run import MEASURES, signature
 from wanquant.runs.tracking import live
-from wanquant.wan.checkpoint import save_quantized, save_transformer
+from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
@@ -124,8 +124,17 @@ class TrainJob(Job):
         learned = len(pairs(config.qat.data.prompts, "qat.data.prompts")) if recorded else 0
         twins = 1 if config.qat.quantize else 0
         # Single steps are asked of both, with as many passes as a video has.
-        quantized = work.quantized + (2 * twins + 1) * measured
-        return Work(work.bf16 + learned, quantized, work.decoded + twins * measured, work.held + twins * measured)
+        quantized, looks = work.quantized + (2 * twins + 1) * measured, 0
+        if config.qat.check_every:
+            looks = (1 + config.qat.steps // config.qat.check_every) * len(pairs(config.calib, "calib"))
+        return dataclasses.replace(
+            work,
+            bf16=work.bf16 + learned + (len(pairs(config.calib, "calib")) if looks else 0),
+            quantized=quantized + looks,
+            decoded=work.decoded + twins * measured,
+            held=work.held + twins * measured,
+            beside=work.beside or bool(twins),
+        )
 
     @classmethod
     def plan(cls, config: TrainConfig, device: torch.device, config_yaml: str) -> None:
@@ -245,7 +254,7 @@ class TrainJob(Job):
             with live(self.config.tracker, self.run_.folder, dataclasses.asdict(self.config)) as trainer.show:
                 told = trainer.train()
             for name, part in transformers_in(studio.pipe).items():
-                if self.config.qat.quantize:
+                if quantized_linears(part):
                     save_transformer(part, self.model_folder / name, folder / name, lambda: None)
                 else:
                     part.save_pretrained(folder / name)
@@ -255,7 +264,9 @@ class TrainJob(Job):
         shutil.rmtree(trainer.states, ignore_errors=True)
         packed = self.config.quant.packed if self.config.qat.quantize else None
         for name in transformers_in(studio.pipe):
-            setattr(studio.pipe, name, read_transformer(folder / name, packed).to(studio.device))
+            setattr(studio.pipe, name, None)  # there is no room for both
+            how = packed if quantization_of(folder / name) is not None else None
+            setattr(studio.pipe, name, read_transformer(folder / name, how).to(studio.device))
         told: dict[str, Any] = json.loads((folder / CURVES).read_text(encoding="utf-8"))
         return signed, told
 

@@ -65,9 +65,10 @@ def plan_training(
     trained = count_trained(transformer, config)
     rounded = block if qat.recompute else every
     weights = (4 if trains_weights(qat.scope) else 2) * every + copies * rounded
-    activations *= shape.num_layers
+    passed = shape.num_layers // len(parts_of(transformer))  # by each row: of two transformers only one is asked
+    activations *= passed
     if qat.recompute:
-        activations = activations // shape.num_layers + 2 * rows * tokens * width * shape.num_layers
+        activations = activations // passed + 2 * rows * tokens * width * passed
     return TrainingPlan(2 * every, weights, 4 * trained, 8 * trained, 4 * trained if qat.ema else 0, activations)
 
 
@@ -76,17 +77,17 @@ def training_seconds(
 ) -> float:
     """By a probe of one block."""
     qat, shape, text = config.qat, dict(transformer.config), config.model.generation.max_text_length
-    blocks = len(transformer.blocks)
+    blocks, parts = len(transformer.blocks), len(parts_of(transformer))
     how = (tokens, text, max(1, qat.batch // (qat.accumulation * processes())), device, precision)
     each = qat.accumulation * learning_seconds(shape, lambda small: _prepare(small, config), *how)
     if qat.scope != "blockwise":
-        return qat.steps * blocks * each * (4 / 3 if qat.recompute else 1)
+        return qat.steps * blocks / parts * each * (4 / 3 if qat.recompute else 1)
     trained = len(resolve_blocks(qat.blocks, blocks)) if qat.blocks else blocks
     asked = min(questions, qat.questions or questions)
     # Every question passes through the block in BF16 and quantized, and an eighth twice more, for what is kept.
     passes = asked * (2 + 2 / SET_ASIDE) / AT_ONCE
     plain = block_seconds(shape, None, tokens, text, AT_ONCE, device)
-    return trained * qat.steps * each + blocks * passes * plain
+    return trained * qat.steps * each + blocks / parts * passes * plain
 
 
 def count_trained(transformer: Transformer, config: TrainConfig) -> int:

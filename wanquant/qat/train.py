@@ -185,10 +185,14 @@ class Trainer:
         places = sorted(order(len(source), qat.seed, 0, min(qat.questions or len(source), len(source))))
         how = (self._optimizers, self._rate(), self._course(), self.states, self.signature, self.show)
         rows, first = list[Row](), 0
-        for part, asked_of_it in zip(parts_of(transformer), shared_out(transformer, source, places), strict=True):
+        parts, shares = parts_of(transformer), shared_out(transformer, source, places)
+        for number, share in enumerate(shares):
+            if len({source.video_of(place) for place in share}) < 2:
+                which = "" if len(parts) == 1 else f" of transformer {number + 1} of {len(parts)}"
+                raise ValueError(f"qat.scope=blockwise: fewer than two videos ask anything{which}")
+        del transformer  # two as one would keep the blocks that are replaced
+        for part, asked_of_it in zip(parts, shares, strict=True):
             past = first + len(part.get_submodule("blocks"))  # type: ignore[arg-type]
-            if len({source.video_of(place) for place in asked_of_it}) < 2:
-                raise ValueError(f"qat.scope=blockwise: too few questions reach blocks {first} to {past - 1}")
             stream = enter(part, source, asked_of_it, studio.device)
             stream.at_once = stream.at_once if self.bench.scheme.independent else 1
             stream.trained_in = torch.float32 if self.precision == "fp32" else torch.bfloat16

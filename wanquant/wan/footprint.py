@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
+from wanquant.kernels import eager
 from wanquant.quant.config import Scheme
 from wanquant.quant.convert import empty_like_quantized_
 from wanquant.wan.activations import mixed_norms
@@ -43,15 +44,20 @@ Make = Callable[[torch.Size, torch.dtype], torch.Tensor]
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all storages made while entered that are still alive, and the ``most`` there were."""
+    """Counts the bytes of all storages made while entered that are still alive, and the ``most`` there were. Our own
+    kernels need nothing more, unless they are ``eager``, plain torch."""
 
-    def __init__(self, known: Sequence[torch.Tensor]) -> None:
+    def __init__(self, known: Sequence[torch.Tensor], eagerly: bool = False) -> None:
         super().__init__()
         self.most: int = 0
+        self._eagerly = eagerly
         self._now = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._eagerly and op.namespace == "wanquant":
+            with self:
+                return getattr(eager, op.name().split("::")[1].split(".")[0])(*args, **(kwargs or {}))
         output = op(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
@@ -79,13 +85,15 @@ def denoising_bytes(
     config: dict[str, Any], how: Quantized | None, settings: GenerationConfig, rows: int, device: torch.device
 ) -> int:
     """Of one forward pass of a transformer of this config, on ``rows`` videos."""
+    if how is not None and how.scheme.product == "native":
+        how = replace(how, scheme=replace(how.scheme, product="fast"))  # which runs anywhere, and needs no less
     transformer = _transformer(config, how, blocks=2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quick_products(device):
         _fill(transformer, _fake)
         latents = torch.empty(rows, config["in_channels"], *latent_size(settings), dtype=torch.bfloat16)
         text = torch.empty(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16)
         timestep = torch.empty(rows)
-        alive = _alive(transformer)
+        alive = _alive(transformer, eagerly=device.type not in ("cpu", "cuda"))
         with alive:
             transformer(latents, timestep, text, return_dict=False)
     return alive.most
@@ -123,6 +131,8 @@ def block_seconds(
 ) -> float:
     """Of one block on ``rows`` videos of so many tokens each: run as it is where it is small; else few tokens are run,
     and their time is scaled, attention's by the square."""
+    if how is not None and how.scheme.product == "native" and device.type == "cpu":
+        how = replace(how, scheme=replace(how.scheme, product="fast"))
     transformer = _transformer(config, how, blocks=1)
     _fill(transformer, lambda size, dtype: torch.full(size, 0.01 if dtype.is_floating_point else 8, dtype=dtype))
     block = transformer.blocks[0].to(device)
@@ -241,5 +251,5 @@ def _fill(model: nn.Module, make: Make, narrow: bool = True) -> None:
                 module._buffers[own] = made
 
 
-def _alive(model: nn.Module) -> Alive:
-    return Alive([*model.parameters(), *model.buffers()])
+def _alive(model: nn.Module, eagerly: bool = False) -> Alive:
+    return Alive([*model.parameters(), *model.buffers()], eagerly)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from wanquant.wan.experts import transformers_in
+from wanquant.wan.load import transformers_of
 from wanquant.wan.products import quick_products
 
 #: A prompt to its embedding [text length, width].
@@ -57,6 +59,13 @@ class GenerationConfig:
         for name in ("guidance_scale", "guidance_scale_2"):
             if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
                 raise ValueError(f"generation.{name}={getattr(self, name)}: must be finite")
+        if self.guidance_scale_2 is not None and not self.guidance_scale > 1:
+            raise ValueError(f"generation.guidance_scale={self.guidance_scale}: guidance_scale_2 needs it above 1")
+
+
+def check_guidance(folder: Path, settings: GenerationConfig) -> None:
+    if settings.guidance_scale_2 is not None and len(transformers_of(folder)) == 1:
+        raise ValueError("model.generation.guidance_scale_2 is for pipelines of two transformers, and this has one")
 
 
 @dataclass(frozen=True)

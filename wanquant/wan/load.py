@@ -57,9 +57,7 @@ def load_pipeline(
     folder = find_folder(source)
     check_folder(folder)
     try:
-        parts = {
-            name: read_transformer(folder / name, packed, product) for name in TRANSFORMERS if (folder / name).is_dir()
-        }
+        parts = read_transformers(folder, packed, product)
         on_part()
         parts["vae"] = _whole(AutoencoderKLWan, folder / "vae", torch.float32)
         on_part()
@@ -167,6 +165,16 @@ def shape_of(folder: Path) -> WanTransformer3DModel:
             return WanTransformer3DModel.from_config(described)
     except DAMAGE as error:
         raise ValueError(f"{folder} is no Wan transformer: {_first_line(error)}") from error
+
+
+def read_transformers(folder: Path, packed: bool | None = None, product: str | None = None) -> dict[str, Any]:
+    """Of a pipeline. Of two that are one quantized and one protected as a whole, ``packed`` is for the quantized."""
+    found = {name: part for name, part in transformers_of(folder).items() if part.is_dir()}
+    made = [name for name, part in found.items() if quantization_of(part) is not None]
+    return {
+        name: read_transformer(part, *((packed, product) if name in made or not made else (None, None)))
+        for name, part in found.items()
+    }
 
 
 def read_transformer(folder: Path, packed: bool | None = None, product: str | None = None) -> WanTransformer3DModel:

@@ -25,6 +25,7 @@ from wanquant.wan.footprint import (
     denoising_bytes,
     empty_text_encoder,
     empty_vae,
+    latent_size,
 )
 from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.load import Transformer
@@ -34,12 +35,15 @@ LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - 
 
 @dataclass(frozen=True)
 class Work:
-    """Videos that are denoised in BF16 and quantized, those that are decoded, and those in memory at the end."""
+    """Videos that are denoised in BF16 and quantized, those that are decoded, and those in memory at the end; whether
+    quantized blocks stand ``beside`` those of BF16 meanwhile, and whether all of them do, packed."""
 
     bf16: int
     quantized: int
     decoded: int = 0
     held: int = 0
+    beside: bool = False
+    all_beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Plan:
     work: Work
     rows: int
     device: torch.device
-    #: What is in the folder is quantized so already.
-    made: bool = False
+    #: Of a model that is quantized already: its linears that are.
+    names: Sequence[str] | None = None
 
     @cached_property
     def shape(self) -> Transformer:
@@ -78,14 +82,18 @@ class Plan:
         return 2 * text + 4 * vae
 
     @cached_property
+    def converted(self) -> list[str]:
+        return list(self.report.names("converted") if self.names is None else self.names)
+
+    @cached_property
     def quantized_weights(self) -> int:
-        return sum(self._linear(name).weight.numel() for name in self.report.names("converted"))
+        return sum(self._linear(name).weight.numel() for name in self.converted)
 
     @cached_property
     def packed(self) -> int:
         """Bytes of the transformers with codes for weights, as they are stored."""
         granularity, scales = parse(self.quant).weight_granularity, 0
-        for name in self.report.names("converted"):
+        for name in self.converted:
             linear = self._linear(name)
             scales += math.prod(granularity.scale_shape(linear.out_features, linear.in_features))
         return 2 * self.parameters - self.quantized_weights + 4 * scales
@@ -93,7 +101,7 @@ class Plan:
     @property
     def weights(self) -> int:
         """Bytes of the transformers as they are loaded."""
-        return self.packed if self.made and self.quant.packed else 2 * self.parameters
+        return self.packed if self.names is not None and self.quant.packed else 2 * self.parameters
 
     @cached_property
     def activations(self) -> int:
@@ -110,13 +118,13 @@ class Plan:
     @property
     def added(self) -> int:
         """Bytes on the device beside what was there before. Where that is the host, the files of the weights stay
-        mapped while anything of them is used, quantized weights come beside them, and so do the videos."""
-        held = self.weights + self.others + self.activations
-        if self.device.type != "cpu":
-            return held
-        new = self.work.quantized and not self.made
+        mapped while anything of them is used, so that what is quantized comes beside them, and so do the videos."""
+        work, on_host = self.work, self.device.type == "cpu"
+        new = work.beside or (on_host and work.quantized and self.names is None)
         rounded = self.quantized_weights * (1 if self.quant.packed else 2) if new else 0
-        return held + rounded + self.videos
+        inside = sum(m.weight.numel() for m in self.shape.blocks.modules() if isinstance(m, nn.Linear))
+        beside = max(rounded, inside if work.all_beside else 0)
+        return self.weights + self.others + self.activations + beside + (self.videos if on_host else 0)
 
     @cached_property
     def seconds(self) -> float:
@@ -127,8 +135,9 @@ class Plan:
             for how in (None, self._blocks[-1])
         )
         passes = self.settings.branches * self.settings.steps
-        report, each = self.report, self.report.blocks // len(parts_of(self.shape))
-        touched = len({row.block for row in report.modules if row.status == "converted"}) / report.blocks
+        blocks = len(self.shape.blocks)
+        each = blocks // len(parts_of(self.shape))
+        touched = len({name.split(".")[1] for name in self.converted}) / blocks
         mixed = touched * quantized + (1 - touched) * plain
         denoising = passes * each * (self.work.bf16 * plain + self.work.quantized * mixed)
         if not self.work.decoded:
@@ -142,12 +151,12 @@ class Plan:
 
     @cached_property
     def _blocks(self) -> list[Quantized | None]:
-        """The kinds of blocks there are."""
-        inside: dict[int, list[str]] = {}
-        for row in self.report.modules:
-            if row.status == "converted" and row.block is not None:
-                inside.setdefault(row.block, []).append(row.name.split(".", 2)[2])
-        names = next(iter(inside.values()), [])
+        """The kinds of blocks there are: one of BF16, and that with the most quantized linears."""
+        inside: dict[str, list[str]] = {}
+        for name in self.converted:
+            _, index, own = name.split(".", 2)
+            inside.setdefault(index, []).append(own)
+        names = max(inside.values(), key=len, default=[])
         return [None, Quantized(names, parse(self.quant))] if names and self.work.quantized else [None]
 
     def _linear(self, name: str) -> nn.Linear:
@@ -166,13 +175,17 @@ def print_plan(plan: Plan, config_yaml: str) -> None:
     print_needs(plan)
 
 
-def print_needs(plan: Plan) -> None:
-    """Memory and time."""
+def print_needs(plan: Plan, what: str = "") -> None:
+    """Memory and time, of ``what`` where there are several."""
     work, on_host = plan.work, plan.device.type == "cpu"
     parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
-    parts["quantized weights and videos"] = plan.added - sum(parts.values())
+    parts["quantized beside them, and videos" if on_host else "quantized beside them"] = plan.added - sum(
+        parts.values()
+    )
     told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     own = resident_memory(plan.device)
+    if what:
+        print(f"{what}:")
     print(f"memory      {in_bytes(own + plan.added)}: {told}, the program itself {in_bytes(own)}")
     if not on_host and plan.videos:
         print(f"            {in_bytes(plan.videos)} on the host, for the videos until they are compared")
@@ -196,10 +209,10 @@ def block_map(report: ConversionReport) -> str:
 
 
 def tokens_of(settings: GenerationConfig, transformer: Transformer) -> int:
-    """Tokens of one video: latents are 4×8×8 smaller, patches take another 1×2×2."""
-    frames = (settings.num_frames - 1) // 4 + 1
-    patch = transformer.config.patch_size
-    return int(frames // patch[0] * (settings.height // 8 // patch[1]) * (settings.width // 8 // patch[2]))
+    """Of one video: patches of its latents, 1×2×2 of them each."""
+    return math.prod(
+        size // patch for size, patch in zip(latent_size(settings), transformer.config.patch_size, strict=True)
+    )
 
 
 def in_bytes(count: float) -> str:
