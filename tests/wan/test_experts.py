@@ -171,7 +171,7 @@ def test_what_the_data_choose_is_chosen_among_both(
     assert all(torch.equal(made[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("scope", ["all", "blockwise", "lora"])
+@pytest.mark.parametrize("scope", ["all", "blockwise", pytest.param("lora", marks=pytest.mark.slow)])
 def test_both_are_trained(scope: str, model: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
     words = overrides(model, cache, f"qat.scope={scope}", f"hydra.run.dir={tmp_path / 'run'}", "qat.lr=1e-3")
     assert train(monkeypatch, *words) == 0

@@ -264,7 +264,7 @@ class TrainJob(Job):
         shutil.rmtree(trainer.states, ignore_errors=True)
         packed = self.config.quant.packed if self.config.qat.quantize else None
         for name in transformers_in(studio.pipe):
-            setattr(studio.pipe, name, None)  # there is no room for both
+            getattr(studio.pipe, name).to("meta")  # there is no room for both
             how = packed if quantization_of(folder / name) is not None else None
             setattr(studio.pipe, name, read_transformer(folder / name, how).to(studio.device))
         told: dict[str, Any] = json.loads((folder / CURVES).read_text(encoding="utf-8"))
