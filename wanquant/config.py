@@ -115,7 +115,7 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
     try:
         compose()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: what was finished is kept, and the same command goes on there", file=sys.stderr)
         sys.exit(130)
     except USER_ERRORS as error:  # of Hydra, before there was a job
         _complain(error)

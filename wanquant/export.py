@@ -31,10 +31,16 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     print(f"exported: {args.target}")
+    if args.layout == "mindie-sd":
+        print("transformers alone: VAE, text encoder and configs are the original's; no engine is known to read HiF8")
 
 
 def export_all(checkpoint: Path, target: Path, layout: str, naming: str) -> None:
     """Whole or not at all."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"there is no folder {checkpoint}")
+    if (checkpoint / "checkpoint").is_dir():
+        raise ValueError(f"{checkpoint} is a run: its checkpoint is {checkpoint / 'checkpoint'}")
     parts = transformers_of(checkpoint)
     files = sum(len(list(part.glob("*.safetensors"))) for part in parts.values()) if layout == "bf16" else len(parts)
     with progress("export", files, "file") as tick:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 from tests.qat.short import ROOT, make_short, overrides, result_of, train
@@ -82,6 +83,7 @@ def test_what_is_trained_is_what_is_saved(
     )
     again = [latent_sqnr(r.latents, f.latents) for r, f in zip(reference, found, strict=True)]
     assert again == [item["value"] for item in items]
+    assert isinstance(WanPipeline.from_pretrained(tmp_path / "run" / "checkpoint").transformer, WanTransformer3DModel)
     # Nothing else was touched, protected blocks least of all.
     before, after = tensors(model), tensors(tmp_path / "run" / "checkpoint")
     changed = [

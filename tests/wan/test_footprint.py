@@ -24,6 +24,7 @@ from wanquant.wan.footprint import (
     learning_seconds,
 )
 from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.load import find_folder
 from wanquant.wan.plan import Plan, Work, in_time
 
 CPU = torch.device("cpu")
@@ -142,6 +143,23 @@ def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:
     # On a host the quantized weights come beside the mapped files, and two videos in float32.
     beside = (host.added - host.activations) - (card.added - card.activations)
     assert beside == host.quantized_weights * 2 + 2 * 12 * 81 * 480 * 832
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "blocks"),
+    [
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.29e9, 40),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1.419e9, 30),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 28.58e9, 80),
+    ],
+)
+def test_the_shapes_of_the_hubs_models_come_along(name: str, parameters: float, blocks: int) -> None:
+    """So that a plan needs no network."""
+    how = (QuantConfig(), [], (), GenerationConfig(), Work(1, 0, 1), 1, CPU)
+    plan = Plan(find_folder(name, shapes_only=True), *how)
+    assert plan.parameters == pytest.approx(parameters, rel=1e-3)
+    assert plan.report.blocks == blocks
+    assert plan.others == pytest.approx(2 * 5.68e9 + 4 * 127e6, rel=0.01)
 
 
 def test_times_are_said_as_people_say_them() -> None:

@@ -197,6 +197,22 @@ def test_it_does_not_matter_which_is_imported_first(first: str, damaged: Path) -
     assert done.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_load_pipeline_loads_is_diffusers_own_too(packed: bool, saved: Path, tmp_path: Path) -> None:
+    """It is saved as the codes it was, and dequantized."""
+    pipe = load_pipeline(saved, device="cpu", packed=packed)
+    pipe.save_pretrained(tmp_path / "again")
+    first, second = (load_pipeline(folder, device="cpu").transformer for folder in (saved, tmp_path / "again"))
+    a, b = quantized_linears(first), quantized_linears(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name].codes(), b[name].codes()) for name in a)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    pipe.transformer.dequantize()
+    assert not quantized_linears(pipe.transformer)
+    pipe.save_pretrained(tmp_path / "plain")
+    assert not quantized_linears(load_pipeline(tmp_path / "plain", device="cpu").transformer)
+
+
 def test_dequantized_it_is_a_plain_model(saved: Path, tmp_path: Path) -> None:
     """Whose weights are what the codes mean, and that is saved as any other."""
     found = WanTransformer3DModel.from_pretrained(saved / "transformer")

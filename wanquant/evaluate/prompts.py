@@ -50,6 +50,8 @@ def _lines(path: Path) -> list[str]:
 
 def pairs(config: PromptsConfig, group: str = "prompts") -> list[Pair]:
     """``ValueError`` where there is nothing to generate, or the same thing twice."""
+    if not config.official and (config.first or config.dimensions):
+        raise ValueError(f"{group}.first and {group}.dimensions choose from VBench's list (prompts=vbench): give texts")
     texts = settled(config).texts
     if not texts:
         raise ValueError(f"{group}.texts is empty: give at least one prompt")

@@ -7,6 +7,7 @@ pipeline is copied. Nothing is generated, so nothing is said about quality: load
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
@@ -28,13 +29,13 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import INPUT, Site
 from wanquant.quant.statistics_file import DESCRIPTION, load_statistics
 from wanquant.runs.cache import locked
-from wanquant.runs.files import replacing
+from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.finished import in_use
 from wanquant.runs.progress import progress
 from wanquant.runs.report import summary, write_report
 from wanquant.runs.run import Run, digest, provenance, read_result, refused_leave_no_result
 from wanquant.runs.tracking import mirror
-from wanquant.wan.checkpoint import TRANSFORMERS
+from wanquant.wan.checkpoint import TRANSFORMERS, read_json
 from wanquant.wan.device import forget_peak_memory, peak_memory
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.load import (
@@ -238,6 +239,12 @@ def _finished(conversion: Conversion, folder: Path, config_yaml: str) -> tuple[d
         if result["status"] == "ok" and result.get("asked") == signed:
             print(f"finished already: {folder}; force=true runs it again", flush=True)
             return result, False
+    note = Path(config.cache) / "converting" / f"{digest(str(target.resolve()))}.json"
+    if not config.force and config.convert.to and target.is_dir() and note.is_file():
+        told = read_json(note)
+        if told["asked"] == signed and (Path(told["run"]) / "result.json").is_file():
+            print(f"finished already: {target}, by {told['run']}", flush=True)
+            return read_result(Path(told["run"])), False
     if config.convert.to and target.exists():
         raise ValueError(f"convert.to={target} is there already: choose another folder, or remove it")
     run = Run(folder, "ptq", config_yaml, names)
@@ -247,6 +254,7 @@ def _finished(conversion: Conversion, folder: Path, config_yaml: str) -> tuple[d
     except BaseException as error:
         run.fail(error)
         raise
+    write_atomic(note, json.dumps({"asked": signed, "run": str(run.folder.resolve())}) + "\n")
     print(summary(full, run.folder))
     return full, True
 

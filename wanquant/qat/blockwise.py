@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -146,6 +147,9 @@ class Blockwise:
 
     def _blocks(self, blocks: nn.ModuleList, tick: Tick) -> list[Row]:
         rows: list[Row] = []
+        known = [index for index in self.chosen if (self.folder / f"block-{index:03d}" / "row.json").is_file()]
+        if known and self.accelerator.is_main_process:
+            print(f"training goes on: {len(known)} of {len(self.chosen)} blocks are known", file=sys.stderr, flush=True)
         for place, block in enumerate(blocks):
             index = self.first + place
             target = self.stream.through(block, self.stream.bf16)

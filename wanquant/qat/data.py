@@ -252,6 +252,8 @@ def check_data(config: DataConfig, language: str) -> None:
         raise ValueError(f"qat.data.source={config.source}: choose {', '.join(SOURCES)}")
     if config.source == "scenes" and language != "scenes":
         raise ValueError("qat.data.source=scenes draws what tiny-wan knows: choose trajectories or folder")
+    if config.source == "folder" and not config.path:
+        raise ValueError("qat.data.source=folder needs qat.data.path=<list, or folder with a metadata.jsonl or .csv>")
     if config.source == "folder":
         read_list(Path(config.path))
     if config.source == "scenes" and config.videos_per_scene < 1:

@@ -332,11 +332,14 @@ def print_training_plan(config: TrainConfig, whole: Plan, config_yaml: str) -> N
     told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     print(f"training    {in_bytes(plan.total)} on the device: {told}")
     if plan.host:
-        print(f"            {in_bytes(plan.host)} beside it, for what passes between blocks ({questions} questions)")
+        passing = min(questions, config.qat.questions or questions)
+        print(f"            {in_bytes(plan.host)} beside it, for what passes between blocks ({passing} questions)")
     if shrinks(config):
         print(f"            less with {shrinks(config)}")
     seconds = training_seconds(shape, config, tokens, questions, device, precision)
-    print(f"            {in_time(seconds)}, by a probe of one block")
+    print(
+        f"            {in_time(seconds)}, by a probe of one block; with the videos {in_time(seconds + whole.seconds)}"
+    )
 
 
 def _own_card(device: str) -> str:

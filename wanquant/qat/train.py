@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -256,6 +257,8 @@ class Trainer:
             self.states,
             self.signature,
         )
+        if loop.done and accelerator.is_main_process:
+            print(f"training goes on at step {loop.done} of {qat.steps}", file=sys.stderr, flush=True)
         check = self._validation(accelerator, student, original) if qat.check_every else None
         hooks = Hooks(
             check=check,

@@ -24,6 +24,7 @@ from wanquant.wan import tiny
 from wanquant.wan.checkpoint import TRANSFORMERS, load_transformer, quantization_of, read_json
 from wanquant.wan.device import pick_device
 from wanquant.wan.names import config_to_diffusers
+from wanquant.wan.quantizer import attach
 
 #: The classes, for rooms that do not import diffusers.
 Pipeline = WanPipeline
@@ -34,6 +35,8 @@ COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 #: Inside a block, a linear and the linear or norm that alone makes its input: smoothing folds there, exactly. The other
 #: inputs come from norms without weights, whose modulation blocks share, from a GELU, or from the text.
 FOLDS = {"attn1.to_out.0": "attn1.to_v", "attn2.to_out.0": "attn2.to_v", "attn2.to_q": "norm2"}
+#: Of models on the hub, by their ids: what says how large they are.
+SHAPES = Path(__file__).with_name("shapes")
 #: What libraries raise over a damaged checkpoint.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
@@ -81,10 +84,14 @@ def hush_libraries() -> None:
 def find_folder(source: str | Path, shapes_only: bool = False) -> Path:
     """The local folder of ``source``; a hub id is looked up in the cache and fetched only if it is not there.
 
-    ``shapes_only`` is content with the JSON files, which say what the model is without its weights.
+    ``shapes_only`` is content with the JSON files, which say what the model is without its weights; those of the models
+    that have a config here come with the package.
     """
     if str(source) == "tiny":
         return tiny.folder()
+    shipped = SHAPES / str(source).replace("/", "--")
+    if shapes_only and shipped.is_dir() and not Path(source).is_dir():
+        return shipped
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -109,7 +116,9 @@ def find_folder(source: str | Path, shapes_only: bool = False) -> Path:
 def check_shape(folder: Path) -> None:
     """``ValueError`` unless the JSON files in ``folder`` describe a Wan pipeline; weights are not looked at."""
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+        made = folder / "checkpoint" / "model_index.json"
+        hint = f" (that of this run is {made.parent})" if made.is_file() else ""
+        raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json{hint}")
     described = read_json(folder / "model_index.json")
     if described.get("_class_name") != "WanPipeline":
         raise ValueError(f"{folder} is a {described.get('_class_name')}, not a WanPipeline")
@@ -180,7 +189,9 @@ def read_transformers(folder: Path, packed: bool | None = None, product: str | N
 def read_transformer(folder: Path, packed: bool | None = None, product: str | None = None) -> WanTransformer3DModel:
     described = quantization_of(folder)
     if described is not None:
-        return load_transformer(folder, described, packed, product)
+        transformer = load_transformer(folder, described, packed, product)
+        attach(transformer, described)
+        return transformer
     if packed is not None or product is not None:
         raise ValueError("packed and product are for a quantized model, and this one is not")
     return _whole(WanTransformer3DModel, folder, torch.bfloat16)

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
@@ -41,6 +42,13 @@ class WanquantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_diff_dict(self) -> dict[str, Any]:
         """For diffusers, which prints what differs from the defaults: here there are none."""
         return self.to_dict()
+
+
+def attach(transformer: Any, described: dict[str, Any]) -> None:
+    """As ``from_pretrained`` leaves a quantized transformer, so that ``save_pretrained`` writes its codes again."""
+    quantizer = WanquantQuantizer(WanquantConfig(**described), pre_quantized=True)
+    transformer.is_quantized, transformer.quantization_method = True, quantizer.quantization_config.quant_method
+    transformer.hf_quantizer = quantizer
 
 
 class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -127,4 +135,7 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module) -> nn.Module:
         """Plain linears that hold what the codes mean, in BF16; nothing else is rounded any more."""
         dequantize_(model)
+        settings: Any = model
+        kept = {key: value for key, value in settings.config.items() if key != "quantization_config"}
+        settings._internal_dict = FrozenDict(kept)  # or it would be saved as quantized
         return model
