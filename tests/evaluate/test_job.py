@@ -423,6 +423,8 @@ def test_a_dry_run_says_what_would_be_done(
     assert evaluate(monkeypatch, f"run={sweep / '0'}", NEW, "prompts.name=new", FLICKER, "dry_run=true") == 0
     out = capsys.readouterr().out
     assert "2 pairs of new, of which 1 would be generated" in out
+    assert "0 videos denoised in BF16, 1 quantized, 1 decoded" in out
+    assert "1 videos denoised in BF16, 0 quantized, 1 decoded" in out
     assert "dimensions of VBench: temporal_flickering" in out
     assert not (sweep / "0" / "evaluations").exists()
     made, beside = str(sweep / "0" / "checkpoint"), "reference=tiny"

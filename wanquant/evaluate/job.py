@@ -392,6 +392,9 @@ def _planned(config: EvaluateConfig, runs: Sequence[Path]) -> list[dict[str, Any
         _refuse_prompts(evaluation)
         lacking = sum(not evaluation.there(pair) for pair in evaluation.pairs)
         print(f"{run}: {len(evaluation.pairs)} pairs of {evaluation.name}, of which {lacking} would be generated")
+        for side in evaluation.sides if lacking else ():
+            if (side.source / "model_index.json").is_file():
+                print_needs(_plan_of(side, lacking, pick_device(config.model.device)), side.name)
     if not runs:
         asked, name = _asked_of_model(config)
         sides = [_side("model", "", config.model, config.model.path)]
