@@ -11,6 +11,7 @@ read.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -81,10 +82,12 @@ def convert_transformer(
     groups = grouped(stored_sizes(transformer, recipe, plan))
     names = file_names(len(groups))
     streamed, weight_map = Streamed(plan), dict[str, str]()
+    parts = [part for group in groups for part in group]
+    after = dict(itertools.pairwise(parts))
     for name, group in zip(names, groups, strict=True):
         if name not in ledger.files:
             with replacing(target / name) as temporary:
-                told = _convert(transformer, tensors, group, recipe, plan, temporary, on_block)
+                told = _convert(transformer, tensors, group, after, recipe, plan, temporary, on_block)
             ledger.note(name, told)
         else:
             for size in ledger.files[name]["read"]:
@@ -209,25 +212,27 @@ def _convert(
     transformer: WanTransformer3DModel,
     tensors: Source,
     group: Sequence[int | None],
+    after: Mapping[int | None, int | None],
     recipe: Recipe,
     plan: ConversionReport,
     path: Path,
     on_block: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Writes one file; what the ledger keeps of it."""
+    """Writes one file; what the ledger keeps of it. What comes ``after`` a part is fetched while that is quantized."""
     touched = {row.block for row in plan.modules if row.status == "converted"}
     stored: dict[str, torch.Tensor] = {}
     told: dict[str, Any] = {"read": [], "overflowed": {}}
     for index in group:
-        prefix = "" if index is None else f"blocks.{index}."
-        names = [n for n in tensors.tensors if (n.startswith(prefix) if prefix else not n.startswith("blocks."))]
+        prefix, names = _prefix(index), _names_of(tensors, index)
         kinds = {n: torch.float32 if kept_in_fp32(transformer, n) else torch.bfloat16 for n in names}
         size = sum(tensors.tensors[name].size for name in names)
+        read = tensors.read(kinds)
+        if index in after:
+            tensors.expect(_names_of(tensors, after[index]))
         if index is None or index not in touched:
-            stored |= tensors.read(kinds)
+            stored |= read
         else:
             block = transformer.blocks[index]
-            read = tensors.read(kinds)
             block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in read.items()}, assign=True)
             del read
             told["overflowed"] |= _quantize(block, index, recipe)
@@ -240,6 +245,16 @@ def _convert(
     )
     told["tensors"] = sorted(stored)
     return told
+
+
+def _prefix(part: int | None) -> str:
+    return "" if part is None else f"blocks.{part}."
+
+
+def _names_of(tensors: Source, part: int | None) -> list[str]:
+    """Of a block, or of what is outside of all."""
+    prefix = _prefix(part)
+    return [n for n in tensors.tensors if (n.startswith(prefix) if prefix else not n.startswith("blocks."))]
 
 
 def _quantize(block: nn.Module, index: int, recipe: Recipe) -> dict[str, int]:

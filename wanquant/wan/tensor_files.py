@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ WRITTEN = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: in which file and under what name; its bytes, type (as safetensors calls it) and shape."""
+    """Where a tensor lies: in which file, under what name and from which byte on; its bytes, type (as safetensors calls
+    it) and shape."""
 
     path: Path
     name: str
+    first: int
     size: int
     kind: str
     shape: tuple[int, ...]
@@ -61,13 +64,14 @@ class Source:
         paths = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
         found: list[Stored] = []
         for path in (folder / name for name in paths):
+            places = _places(path)
             with safe_open(path, "pt") as file:
                 for name in file.offset_keys():
                     part = file.get_slice(name)
                     if part.get_dtype() not in known:
                         raise ValueError(f"{path}: tensor {name} is {part.get_dtype()}, not one of {', '.join(known)}")
                     kind, shape = part.get_dtype(), tuple(part.get_shape())
-                    found.append(Stored(path, name, math.prod(shape) * known[kind], kind, shape))
+                    found.append(Stored(path, name, places[name], math.prod(shape) * known[kind], kind, shape))
         original = any(is_original(stored.name) for stored in found)
         return cls(folder, {to_diffusers(each.name) if original else each.name: each for each in found})
 
@@ -89,6 +93,15 @@ class Source:
                         found[name] = file.get_tensor(here[name].name).to(kinds[name], copy=True)
         return found
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Lets the system bring them from the disk while something else is done; they are not this process's yet."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            stored = self.tensors[name]
+            with stored.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), stored.first, stored.size, os.POSIX_FADV_WILLNEED)
+
     def raw(self, name: str) -> torch.Tensor:
         """A copy, in the type it is stored in."""
         with safe_open(self.tensors[name].path, "pt") as file:
@@ -99,6 +112,14 @@ class Source:
         """By which it is known again without reading it."""
         paths = [self.folder / "config.json", *self.files]
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _places(path: Path) -> dict[str, int]:
+    """At which byte of the file each tensor begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + told["data_offsets"][0] for name, told in header.items() if name != "__metadata__"}
 
 
 def file_names(count: int) -> list[str]:
