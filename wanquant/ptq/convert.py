@@ -36,7 +36,7 @@ from wanquant.runs.report import summary, write_report
 from wanquant.runs.run import Run, digest, provenance, read_result, refused_leave_no_result
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import TRANSFORMERS, read_json
-from wanquant.wan.device import forget_peak_memory, peak_memory
+from wanquant.wan.device import forget_peak_memory, give_back_freed_memory, peak_memory
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.load import (
     Transformer,
@@ -265,6 +265,7 @@ def _convert(conversion: Conversion, run: Run, target: Path) -> dict[str, Any]:
     partial = target.with_name(f"{target.name}.partial")
     if not config.convert.to:  # where a later run, which has another directory, finds it
         partial = Path(config.cache) / "converting" / conversion.signature
+    give_back_freed_memory()
     seconds = probed_seconds(conversion)
     forget_peak_memory(CPU)
     begun = peak_memory(CPU)
