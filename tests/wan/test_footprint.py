@@ -162,5 +162,24 @@ def test_the_shapes_of_the_hubs_models_come_along(name: str, parameters: float, 
     assert plan.others == pytest.approx(2 * 5.68e9 + 4 * 127e6, rel=0.01)
 
 
+def test_the_sums_of_docs_ascend() -> None:
+    """What a card needs for the 14B at 480p, as the table there has it."""
+    text = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text(encoding="utf-8")
+    folder = find_folder("Wan-AI/Wan2.1-T2V-14B-Diffusers", shapes_only=True)
+
+    def plan(packed: bool, beside: bool) -> Plan:
+        how = (GenerationConfig(480, 832, 81, 50), Work(1, 1, 2, 2, beside), 1, torch.device("meta"))
+        return Plan(folder, QuantConfig(packed=packed), [0, 1, -3, -2, -1], (), *how)
+
+    one, twins = plan(False, False), [plan(packed, True).added / 1e9 for packed in (True, False)]
+    assert f"| {2 * one.parameters / 1e9:.1f}; {one.packed / 1e9:.1f} |" in text
+    assert f"| {one.others / 1e9:.1f} |" in text
+    assert f"| {one.added / 1e9:.0f} |" in text
+    assert f"| {twins[0]:.0f}; {twins[1]:.0f} |" in text
+    config = dict(one.shape.config)
+    denoising = denoising_bytes(config, Quantized(ALL, parse(QuantConfig())), one.settings, 1, one.device)
+    assert f"| {denoising / 1e9:.1f}; {decoding_bytes(folder / 'vae', one.settings) / 1e9:.1f} |" in text
+
+
 def test_times_are_said_as_people_say_them() -> None:
     assert [in_time(seconds) for seconds in (3.2, 119, 600, 86400)] == ["3 s", "119 s", "10 min", "24.0 h"]

@@ -19,10 +19,10 @@ from wanquant.evaluate import perceptual
 from wanquant.evaluate.config import EvalConfig, EvaluateConfig, check_eval
 from wanquant.evaluate.evaluation import Evaluation, Side, Values, hash_of
 from wanquant.evaluate.judging import merged
+from wanquant.evaluate.planning import needed_by, plan_of
 from wanquant.evaluate.prompts import PromptsConfig, pairs, settled
 from wanquant.evaluate.sweep import jobs_of
 from wanquant.evaluate.tables import report, text
-from wanquant.quant import QuantConfig
 from wanquant.quant.config import parse
 from wanquant.runs.cache import Cache
 from wanquant.runs.evaluation_report import evaluation_summary
@@ -44,9 +44,9 @@ from wanquant.wan.config import ModelConfig
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.generate import GenerationConfig, check_guidance
-from wanquant.wan.load import check_folder, find_folder, hush_libraries, shape_of, transformers_of
+from wanquant.wan.load import check_folder, find_folder, hush_libraries, transformers_of
 from wanquant.wan.outliers import OutliersConfig, chosen_blocks
-from wanquant.wan.plan import Plan, Work, print_needs
+from wanquant.wan.plan import print_needs
 from wanquant.wan.studio import Pair
 from wanquant.wan.tiny import parse_caption
 
@@ -290,7 +290,7 @@ def _of_model(config: EvaluateConfig, folder: Path, config_yaml: str, device: to
         cache = Cache(Path(config.cache))
         evaluation = Evaluation(name, videos, sides, [asked], config.eval, card, cache, official)
         _refuse_prompts(evaluation)
-        needed = _needed(sides, len(asked), card) if _writes() else {}
+        needed = needed_by(sides, len(asked), card) if _writes() else {}
         forget_peak_memory(card)
         needed["begun"] = peak_memory(card)
         if not _writes():
@@ -353,27 +353,6 @@ def _head(
     }
 
 
-def _plan_of(side: Side, videos: int, device: torch.device) -> Plan:
-    """Of generating so many, kept as files."""
-    quant, names, first = QuantConfig(format="bf16"), list[str](), 0
-    for part in transformers_of(side.source).values():
-        described = quantization_of(part)
-        if described is not None:
-            quant = config_of(described)
-            for parts in (name.split(".") for name in described["modules"]):
-                names.append(".".join([parts[0], str(first + int(parts[1])), *parts[2:]]))
-        first += len(shape_of(part).blocks)
-    work = Work(0, videos, videos) if names else Work(videos, 0, videos)
-    settings, rows = side.model.generation, min(side.model.batch, videos)
-    return Plan(side.source, quant, (), (), settings, work, rows, device, names or None)
-
-
-def _needed(sides: Sequence[Side], videos: int, device: torch.device) -> dict[str, Any]:
-    """To generate them, one side after the other; what judges need is not in it."""
-    plans = [_plan_of(side, videos, device) for side in sides]
-    return {"bytes": max(plan.added for plan in plans), "seconds": sum(plan.seconds for plan in plans)}
-
-
 def _side(name: str, prefix: str, model: ModelConfig, path: str) -> Side:
     """Videos come one at a time where a batch would share a step."""
     source = find_folder(path)
@@ -394,7 +373,7 @@ def _planned(config: EvaluateConfig, runs: Sequence[Path]) -> list[dict[str, Any
         print(f"{run}: {len(evaluation.pairs)} pairs of {evaluation.name}, of which {lacking} would be generated")
         for side in evaluation.sides if lacking else ():
             if (side.source / "model_index.json").is_file():
-                print_needs(_plan_of(side, lacking, pick_device(config.model.device)), side.name)
+                print_needs(plan_of(side, lacking, pick_device(config.model.device)), side.name)
     if not runs:
         asked, name = _asked_of_model(config)
         sides = [_side("model", "", config.model, config.model.path)]
@@ -406,7 +385,7 @@ def _planned(config: EvaluateConfig, runs: Sequence[Path]) -> list[dict[str, Any
         )
         sides += [_moved(sides[1], {})] if config.reference is not None and config.eval.noise_floor else []
         for side in sides:
-            print_needs(_plan_of(side, len(asked), pick_device(config.model.device)), side.name)
+            print_needs(plan_of(side, len(asked), pick_device(config.model.device)), side.name)
     lpips = perceptual.settled(config.eval.lpips)
     print(f"dimensions of VBench: {', '.join(config.eval.dimensions) or 'none'}; LPIPS {lpips}")
     return []
