@@ -5,8 +5,7 @@ python eval.py run=outputs/ptq/<run> eval=vbench5
 python eval.py model.path=<folder> prompts=demo5
 """
 
-from wanquant.config import main
-from wanquant.evaluate.job import run_evaluate
+from wanquant.cli import main
 
 if __name__ == "__main__":
-    main("eval", run_evaluate)
+    main("eval")

@@ -5,8 +5,7 @@ python ptq.py -m protect=none,entry,exit,boundary
 python ptq.py dry_run=true
 """
 
-from wanquant.config import main
-from wanquant.ptq.job import run_ptq
+from wanquant.cli import main
 
 if __name__ == "__main__":
-    main("ptq", run_ptq)
+    main("ptq")

@@ -6,8 +6,7 @@ python train.py qat=off
 python train.py dry_run=true
 """
 
-from wanquant.config import main
-from wanquant.qat.job import run_train
+from wanquant.cli import main
 
 if __name__ == "__main__":
-    main("train", run_train)
+    main("train")

@@ -24,7 +24,7 @@ from wanquant import load_pipeline
 from wanquant.qat.config import QATConfig, TrainConfig
 from wanquant.qat.plan import plan_training
 from wanquant.runs.run import read_result
-from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.config import GenerationConfig
 from wanquant.wan.plan import in_bytes, tokens_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,7 +33,7 @@ from benchmarks.timing import Row, compare, table
 from wanquant import load_pipeline, quantize_
 from wanquant.formats import hif8
 from wanquant.quant import QuantConfig, QuantLinear
-from wanquant.quant.config import parse
+from wanquant.quant.scheme import parse
 from wanquant.wan.experts import shape_of_whole
 
 ELEMENTS = 1 << 25

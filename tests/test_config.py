@@ -11,16 +11,17 @@ from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from wanquant.choices import check_choices
 from wanquant.config import CONF, name_after_overrides
 from wanquant.evaluate.config import EvaluateConfig
 from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
 from wanquant.evaluate.vbench import DIMENSIONS, check_dimensions
 from wanquant.ptq.config import PTQConfig
-from wanquant.qat.config import TrainConfig, check_qat
+from wanquant.qat.check import check_qat
+from wanquant.qat.config import TrainConfig
 from wanquant.quant import QuantConfig
-from wanquant.quant.config import parse, settle
-from wanquant.runs.tracking import check_tracker
+from wanquant.quant.scheme import parse, settle
 from wanquant.wan import tiny
 
 CHOICES = [
@@ -48,7 +49,7 @@ def test_every_choice_composes_and_is_valid(group: str, name: str) -> None:
     config = composed(f"{group}={name}")
     assert group in ("tracker", "analysis", "experiment") or getattr(config, group).name == name
     parse(config.quant)
-    check_tracker(config.tracker)
+    check_choices(config)
     if name == "own":  # of a run, which ptq.py has none of
         with pytest.raises(ValueError, match=r"prompts\.texts is empty"):
             pairs(config.prompts)

@@ -9,8 +9,9 @@ stay light and need no diffusers.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from wanquant.lazy import from_modules
 from wanquant.registered import register
 
 # Where torch_npu is installed without CANN, torch's backend autoload makes `import torch` fail.
@@ -22,20 +23,15 @@ __version__ = "0.1.0"
 __all__ = ["load_pipeline", "quantize_", "save_quantized"]
 
 if TYPE_CHECKING:
-    from wanquant.quant import quantize_
+    from wanquant.quant.convert import quantize_
     from wanquant.wan.checkpoint import save_quantized
     from wanquant.wan.load import load_pipeline
 
-_HOMES = {
-    "load_pipeline": "wanquant.wan.load",
-    "quantize_": "wanquant.quant",
-    "save_quantized": "wanquant.wan.checkpoint",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'wanquant' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = from_modules(
+    __name__,
+    {
+        "load_pipeline": "wanquant.wan.load",
+        "quantize_": "wanquant.quant.convert",
+        "save_quantized": "wanquant.wan.checkpoint",
+    },
+)

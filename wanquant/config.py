@@ -2,59 +2,57 @@
 
 The config dataclasses live beside the parts they configure; here they are registered as schemas,
 so that a misspelt key or a wrong type fails when the config is composed. Only the scripts import
-this module, and only it and they import Hydra.
+this module; only it and ``mistakes`` import Hydra.
 
-Hydra prints its own errors over several lines, and a traceback for everybody else's. ``main`` has
-it let them through instead, and cuts what arrives down to one line: what is wrong, where, what to do.
+Hydra prints its own errors over several lines, and a traceback for everybody else's. ``main`` has it let them through
+instead, to be told in one line (``wanquant.mistakes``). Nothing heavy is imported before the config is known to be
+good.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from wanquant import interrupt
+from wanquant.choices import check_choices, did_you_mean
+from wanquant.cli import announce
 from wanquant.evaluate.config import EvaluateConfig
-from wanquant.evaluate.sweep import results_of
-from wanquant.evaluate.tables import report, text
+from wanquant.mistakes import USER_ERRORS, complain, one_line, ran_out_of_memory
 from wanquant.ptq.config import PTQConfig
 from wanquant.qat.config import TrainConfig
 from wanquant.runs.files import write_atomic
 from wanquant.runs.run import VOLATILE, refused_leave_no_result, write_refusal
 from wanquant.runs.tracking import TrackerConfig, mirror_table
-from wanquant.wan.device import out_of_memory
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
+#: Where the configs are written, and, in an installed package, where they were put.
+FOLDERS = (Path(__file__).resolve().parent.parent / "conf", Path(__file__).resolve().parent / "conf")
+CONF = str(next(folder for folder in reversed(FOLDERS) if (folder / "ptq.yaml").is_file()))
+#: Each program's config, and the function that does the work: imported once the config is known to be good, for it
+#: imports torch and much else.
+SCHEMAS: dict[str, type] = {"ptq": PTQConfig, "train": TrainConfig, "eval": EvaluateConfig}
+JOBS = {
+    "ptq": ("wanquant.ptq.job", "run_ptq"),
+    "train": ("wanquant.qat.job", "run_train"),
+    "eval": ("wanquant.evaluate.job", "run_evaluate"),
+}
 
-
-ConfigStore.instance().store(name="ptq_schema", node=PTQConfig)
-ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-ConfigStore.instance().store(name="eval_schema", node=EvaluateConfig)
-
-
-#: What a user can mend. Whatever else is raised is a defect of ours and keeps its traceback.
-USER_ERRORS = (
-    HydraException,
-    OmegaConfBaseException,
-    ValueError,
-    OSError,
-)
+for _program, _schema in SCHEMAS.items():
+    ConfigStore.instance().store(name=f"{_program}_schema", node=_schema)
 
 
 class Watch(Callback):
@@ -72,8 +70,9 @@ class Watch(Callback):
         try:
             Watch.sweep = _begin_sweep(config)
             Watch.tracker = TrackerConfig(**{str(key): value for key, value in config.tracker.items()})
+            interrupt.advise(f"the same command with hydra.sweep.dir={Watch.sweep} goes on there")
         except Exception as error:  # Hydra would make a warning of it, and go on
-            _complain(error)
+            complain(error)
             sys.exit(1)
 
 
@@ -94,8 +93,8 @@ def _changes_nothing(override: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in VOLATILE if name != "model.path")
 
 
-def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
-    """Composes ``config_name``, turns it into its dataclass and calls ``job(config, run directory, yaml)``.
+def main(program: str) -> None:
+    """Composes the config of ``program``, turns it into its dataclass and does its job in Hydra's run directory.
 
     In a multirun a job that fails does not take the others with it, whichever process it runs in; at the end there is
     one table. Exits 0 only when every job returned, 1 after an error, 130 when interrupted.
@@ -104,21 +103,19 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
     Watch.sweep = None
     failures: list[Exception] = []
 
-    @hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")
+    @hydra.main(config_path=CONF, config_name=program, version_base="1.3")
     def compose(raw: DictConfig) -> None:
-        error = carry_out(raw, config_name, job)
+        error = carry_out(raw, program)
         if error is not None:
             failures.append(error)
 
-    # So that `kill` ends a run as an interrupt does, through its clean-up.
-    signal.signal(signal.SIGTERM, _terminate)
     try:
         compose()
     except KeyboardInterrupt:
-        print("interrupted: what was finished is kept, and the same command goes on there", file=sys.stderr)
+        interrupt.tell()
         sys.exit(130)
     except USER_ERRORS as error:  # of Hydra, before there was a job
-        _complain(error)
+        complain(error, schema=SCHEMAS[program])
         sys.exit(1)
     finally:
         # After a defect of ours in one of the jobs, too: the others' results are there.
@@ -127,44 +124,64 @@ def main(config_name: str, job: Callable[[Any, Path, str], Any]) -> None:
         sys.exit(1)
 
 
-def carry_out(raw: DictConfig, config_name: str, job: Callable[[Any, Path, str], Any]) -> Exception | None:
+def carry_out(raw: DictConfig, program: str) -> Exception | None:
     """One job, in whatever process Hydra runs it. A user's error is told here, and returned."""
     hydra_config = HydraConfig.get()
     # A launcher's worker may have been started somewhere else.
     home = Path(hydra_config.runtime.cwd)
     folder = home / hydra_config.runtime.output_dir
+    several = hydra_config.mode == RunMode.MULTIRUN
+    which = f"job {hydra_config.job.num}: " if several else ""
+    _announce(program, which, folder, raw.dry_run, several)
     try:
         with contextlib.nullcontext() if raw.dry_run else refused_leave_no_result(folder):
             name_after_overrides(raw, list(hydra_config.overrides.task))
             config: Any = OmegaConf.to_object(raw)
             refuse_unknown_keys(raw, config)
+            check_choices(config)
             config.cache = str(home / config.cache)
-        job(config, folder, OmegaConf.to_yaml(raw, resolve=True))
+        load_job(program)(config, folder, OmegaConf.to_yaml(raw, resolve=True))
     except Exception as error:
-        several = hydra_config.mode == RunMode.MULTIRUN
         if several and not raw.dry_run and not (folder / "result.json").is_file():  # else the run itself has told
             names = {
                 group: {"name": str(raw[group].name)} for group in ("model", "quant", "protect", "qat") if group in raw
             }
             with contextlib.suppress(OSError, ValueError):  # a full disk, a folder that is not ours
-                write_refusal(folder, config_name, OmegaConf.to_yaml(raw), names, one_line(error))
-        if not isinstance(error, USER_ERRORS) and not out_of_memory(error):
+                write_refusal(folder, program, OmegaConf.to_yaml(raw), names, one_line(error, SCHEMAS[program]))
+        if not isinstance(error, USER_ERRORS) and not ran_out_of_memory(error):
             raise
         # Told here and not outside, where Hydra would have added lines of its own.
-        _complain(error, f"job {hydra_config.job.num}: " if several else "")
+        complain(error, which, SCHEMAS[program])
         return error
     finally:
         _remove_if_empty(folder)
     return None
 
 
+def load_job(program: str) -> Callable[[Any, Path, str], Any]:
+    """``job(config, run directory, yaml)``."""
+    module, name = JOBS[program]
+    found: Callable[[Any, Path, str], Any] = getattr(import_module(module), name)
+    return found
+
+
+def _announce(program: str, which: str, folder: Path, dry_run: bool, several: bool) -> None:
+    where = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    announce(program, f"{which}{'dry run' if dry_run else where}")
+    if not several and not dry_run:
+        interrupt.advise(f"the same command with hydra.run.dir={where} goes on there")
+
+
 def end_sweep() -> bool:
     """Draws the sweep's report and sends its table to the tracker; True if no job failed and none is missing."""
     assert Watch.sweep is not None
+    from wanquant.evaluate.sweep import results_of
+    from wanquant.evaluate.tables import report, text
+
     try:
         summary = report(Watch.sweep)
     except OSError as error:
-        _complain(error, "the table of the sweep: ")
+        complain(error, "the table of the sweep: ")
         return False
     except ValueError as error:  # of analyses there is none, nor of what cannot be compared
         print(f"no table of this sweep: {one_line(error)}", file=sys.stderr)
@@ -176,13 +193,8 @@ def end_sweep() -> bool:
     failed = summary["failed"]
     if len(summary["rows"]) + len(failed) > 1:  # again, since other jobs have written since
         for job in failed:
-            _complain(ValueError(job["error"]), f"job {job['job']}: ")
+            complain(ValueError(job["error"]), f"job {job['job']}: ")
     return not failed and not summary["unfinished"] and not summary.get("not_judged")
-
-
-def _terminate(*_: object) -> None:
-    print("terminated", file=sys.stderr)
-    sys.exit(143)
 
 
 def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
@@ -211,36 +223,10 @@ def refuse_unknown_keys(raw: DictConfig, config: Any, path: str = "") -> None:
     known = {field.name for field in fields(config)}
     for key, value in ((str(key), value) for key, value in raw.items_ex(resolve=False)):
         if key not in known:
-            raise ValueError(f"unknown key {path}{key}: no part of the program reads it")
+            guess = did_you_mean(f"{path}{key}", [f"{path}{name}" for name in known])
+            raise ValueError(f"unknown key {path}{key}: no part of the program reads it. {guess}".rstrip())
         if isinstance(value, DictConfig) and is_dataclass(getattr(config, key)):
             refuse_unknown_keys(value, getattr(config, key), f"{path}{key}.")
-
-
-def one_line(error: BaseException) -> str:
-    """The message without line breaks; of an error of the disk also the file, of Hydra's the cause too."""
-    parts = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = error.__cause__
-    if isinstance(error, HydraException) and cause is not None and str(cause) not in str(error):
-        parts += [line.strip() for line in str(cause).splitlines() if line.strip()]
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        parts.append("free some space, or write elsewhere with hydra.run.dir=<folder> or cache=<folder>")
-    if out_of_memory(error):
-        known = getattr(error, "__notes__", ["ask for fewer frames or a smaller picture (model.generation.*)"])
-        parts.append(f"out of memory: {known[0]}")
-    # OmegaConf names the key on a line of its own, which is noise where the message names it already.
-    hidden = ["object_type=", "reference_type=", "See https://", "Set the environment variable"]
-    # Nor are the places searched for a preset of use, or the advice to add a misspelt key.
-    hidden += ["Config search path:", "provider=", "To append to your config use"]
-    hidden += ["full_key:"] if any(part.startswith(("Key ", "Could not ")) for part in parts) else []
-    shown = list(dict.fromkeys(part for part in parts if not part.startswith(tuple(hidden))))
-    for place, part in enumerate(shown):
-        if part.startswith("Available options in"):
-            return "; ".join([*shown[:place], f"choose {', '.join(shown[place + 1 :])}"])
-    return "; ".join(shown)
-
-
-def _complain(error: BaseException, which: str = "") -> None:
-    print(f"error: {which}{one_line(error)}", file=sys.stderr)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -10,22 +10,25 @@ import argparse
 import sys
 from pathlib import Path
 
-from wanquant.evaluate.sweep import MARGIN
-from wanquant.evaluate.tables import report, text
+from wanquant import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m wanquant.report", description="One ranked table of a sweep.")
+    parser = argparse.ArgumentParser(prog="wanquant report", description="One ranked table of a sweep.")
     parser.add_argument("sweep", type=Path, help="its directory, which holds 0, 1, 2, ...")
     parser.add_argument("--reference", help="name of the configuration the others are compared with (default: job 0's)")
-    parser.add_argument("--margin", type=float, default=MARGIN, help="dB within which two are equivalent (default: 1)")
+    parser.add_argument("--margin", type=float, help="dB within which two are equivalent (default: 1)")
     args = parser.parse_args()
+    cli.announce("report", str(args.sweep))
+    from wanquant.evaluate.sweep import MARGIN
+    from wanquant.evaluate.tables import report, text
+
     try:
-        print(text(report(args.sweep, args.reference, args.margin), args.sweep))
+        print(text(report(args.sweep, args.reference, MARGIN if args.margin is None else args.margin), args.sweep))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main("report")

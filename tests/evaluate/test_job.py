@@ -18,7 +18,6 @@ from tests.ptq.test_job import CACHE, QUICK, ROOT, TWO, ptq
 from wanquant import config
 from wanquant.evaluate import evaluation
 from wanquant.evaluate.compare import of_pair
-from wanquant.evaluate.job import run_evaluate
 from wanquant.evaluate.judging import merged
 from wanquant.evaluate.sweep import summarize
 from wanquant.runs import pictures
@@ -37,7 +36,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
         overrides = ("tracker=none", *overrides)
     monkeypatch.setattr(sys, "argv", ["eval.py", *overrides])
     try:
-        config.main("eval", run_evaluate)
+        config.main("eval")
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0

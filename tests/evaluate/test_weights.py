@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from tests.evaluate import judges
-from wanquant import doctor
-from wanquant.evaluate import fidelity, perceptual, weights
+from wanquant.evaluate import examine, fidelity, perceptual, weights
 from wanquant.evaluate.weights import Weight
 
 
@@ -85,16 +84,16 @@ def test_fetching_from_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = Weight("repository", f"{url}#folder", ("e",), member="repository-main/")
     wrong = Weight("w/one.pth", f"{url}#wrong", ("f",), "0123", member="models/one.pth")
     known(monkeypatch, file, folder, wrong)
-    assert doctor.fetch(["d", "e"])
+    assert examine.fetch(["d", "e"])
     assert file.path.read_bytes() == b"one"
     assert (folder.path / "hubconf.py").read_text() == "x = 1\n"
     assert weights.find(folder).state == "recorded"
     (folder.path / "hubconf.py").write_text("x = 2\n")
     assert weights.find(folder).state == "other"
-    assert not doctor.fetch(["f"])
+    assert not examine.fetch(["f"])
     assert not wrong.path.exists()
     with pytest.raises(ValueError, match="weights are known of d, e, f"):
-        doctor.fetch(["g"])
+        examine.fetch(["g"])
 
 
 def test_what_is_on_this_disk_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from tests.kernels.inputs import ALL16, MATRICES
 from wanquant.formats.registry import FORMATS, get_format
 from wanquant.quant import QuantConfig, QuantLinear
-from wanquant.quant.config import parse, settle
+from wanquant.quant.scheme import parse, settle
 
 EIGHT_BITS = [name for name, format_ in FORMATS.items() if not format_.keeps_all]
 CODES = torch.arange(256, dtype=torch.int32).to(torch.uint8)

@@ -17,7 +17,7 @@ from wanquant import kernels
 from wanquant.formats import hif8
 from wanquant.kernels import cpu, eager, ops, shapes
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
-from wanquant.quant.config import parse
+from wanquant.quant.scheme import parse
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

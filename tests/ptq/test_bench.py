@@ -22,13 +22,13 @@ from wanquant.ptq.bench import Bench
 from wanquant.ptq.choose import choose
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant import QuantConfig, QuantLinear
-from wanquant.quant.config import settle
+from wanquant.quant.scheme import settle
 from wanquant.runs.cache import Cache
 from wanquant.wan import tiny
-from wanquant.wan.config import ModelConfig
-from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
+from wanquant.wan.generate import generate
 from wanquant.wan.load import Pipeline, read_generation
-from wanquant.wan.outliers import OutliersConfig, plant_outliers_
+from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.studio import Studio
 
 SETTINGS = GenerationConfig(height=64, width=64, num_frames=17, steps=1, guidance_scale=2.0, max_text_length=64)

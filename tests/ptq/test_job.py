@@ -24,11 +24,11 @@ from PIL import Image
 from tests.conftest import OFFLINE
 from wanquant import config, load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
-from wanquant.ptq import job
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
 from wanquant.wan.checkpoint import quantized_linears
-from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.wan.config import GenerationConfig
+from wanquant.wan.generate import generate
 from wanquant.wan.load import Pipeline
 
 ROOT = Path(config.CONF).parent
@@ -47,7 +47,7 @@ def ptq(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
         overrides = (*overrides, f"cache={CACHE}")
     monkeypatch.setattr(sys, "argv", ["ptq.py", *overrides])
     try:
-        config.main("ptq", job.run_ptq)
+        config.main("ptq")
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0

@@ -12,7 +12,6 @@ import torch
 
 from tests.ptq.test_job import QUICK, ROOT, TWO
 from wanquant import config, load_pipeline
-from wanquant.qat.job import run_train
 from wanquant.runs.run import read_result
 
 __all__ = ["LEARNED", "ROOT", "make_short", "overrides", "result_of", "train"]
@@ -59,7 +58,7 @@ def train(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """``python train.py`` in this process; the exit status."""
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     try:
-        config.main("train", run_train)
+        config.main("train")
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0

@@ -11,9 +11,10 @@ from torch import nn
 
 from tests.conftest import wan_transformer
 from wanquant.qat.blockwise import Blockwise, enter, set_aside
+from wanquant.qat.config import LossConfig
 from wanquant.qat.data import Batch
 from wanquant.qat.loop import Course, make_accelerator
-from wanquant.qat.loss import LossConfig, Objective, relative_error
+from wanquant.qat.loss import Objective, relative_error
 from wanquant.qat.schedule import make_rate
 from wanquant.quant import QuantConfig, quantize_
 from wanquant.quant.convert import freeze_into_, make_trainable_

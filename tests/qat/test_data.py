@@ -13,11 +13,12 @@ import torch
 from tests.qat.test_job import make_videos
 from wanquant import load_pipeline
 from wanquant.evaluate.prompts import PromptsConfig, pairs
-from wanquant.qat.data import Batch, DataConfig, Trajectories, Videos, contents, make_source, order
+from wanquant.qat.config import DataConfig
+from wanquant.qat.data import Batch, Trajectories, Videos, contents, make_source, order
 from wanquant.runs.cache import Cache
-from wanquant.wan.config import ModelConfig
+from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.encode import encode_video, encoded, fit, read_latents, read_video
-from wanquant.wan.generate import GenerationConfig, decode_video
+from wanquant.wan.generate import decode_video
 from wanquant.wan.scenes import draw
 from wanquant.wan.studio import Studio
 from wanquant.wan.tiny import all_scenes

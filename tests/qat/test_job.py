@@ -26,7 +26,8 @@ from wanquant.evaluate.sweep import summarize
 from wanquant.qat.data import read_list
 from wanquant.qat.job import verdict_of
 from wanquant.runs.training_report import drift_table
-from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.wan.config import GenerationConfig
+from wanquant.wan.generate import generate
 
 
 @pytest.fixture(scope="module")

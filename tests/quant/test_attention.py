@@ -12,8 +12,8 @@ from tests.conftest import wan_inputs, wan_transformer
 from wanquant.formats import hif8
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
 from wanquant.quant.attention import QuantAttention
-from wanquant.quant.config import parse
 from wanquant.quant.scale import PowerOfTwo
+from wanquant.quant.scheme import parse
 
 
 class Nothing(QuantAttention):

@@ -9,7 +9,7 @@ from torch import nn
 from wanquant.formats import hif8, reference
 from wanquant.kernels import absmax_rows, eager, scaled_round_hif8
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig
-from wanquant.quant.config import parse
+from wanquant.quant.scheme import parse
 
 
 def make(

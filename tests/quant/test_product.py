@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig
-from wanquant.quant.config import parse
+from wanquant.quant.scheme import parse
 
 #: (in, out): attention projections, the two linears of the feed-forward part.
 SHAPES = ((5120, 5120), (5120, 13824), (13824, 5120))

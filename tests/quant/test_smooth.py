@@ -11,12 +11,13 @@ from tests.kernels.inputs import assert_same_bits
 from wanquant.kernels import eager, quantize_rows_hif8, scaled_round_hif8
 from wanquant.kernels.statistics import observe_rows
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, quantize_
-from wanquant.quant.config import parse
 from wanquant.quant.observe import Observer
+from wanquant.quant.scheme import parse
 from wanquant.quant.smooth import divisors, smooth_
 from wanquant.quant.statistics import Layout, Site
+from wanquant.wan.config import OutliersConfig
 from wanquant.wan.load import FOLDS
-from wanquant.wan.outliers import OutliersConfig, plant_outliers_
+from wanquant.wan.outliers import plant_outliers_
 
 
 def stats_of(model: nn.Module) -> dict[str, float | Site]:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from wanquant.quant import QuantConfig
-from wanquant.quant.config import ActivationConfig, Scheme, WeightConfig, parse
+from wanquant.quant.config import ActivationConfig, WeightConfig
 from wanquant.quant.linear import QuantLinear
+from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.trainable import LastInput, TrainableQuantLinear, Training
 
 CHOICES = {

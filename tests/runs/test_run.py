@@ -14,16 +14,8 @@ import torch
 from wanquant.ptq.config import PTQConfig
 from wanquant.runs import pictures
 from wanquant.runs.files import write_atomic
-from wanquant.runs.run import (
-    GENERATES,
-    MEASURES,
-    Run,
-    clean_json,
-    code_hash,
-    read_result,
-    signature,
-    what_it_does,
-)
+from wanquant.runs.run import Run, clean_json, read_result
+from wanquant.runs.signature import GENERATES, MEASURES, code_hash, signature, what_it_does
 from wanquant.wan.device import forget_peak_memory, peak_memory, pick_device
 
 CPU = torch.device("cpu")

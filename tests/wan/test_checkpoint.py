@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from wanquant import load_pipeline, quantize_, save_quantized
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear
 from wanquant.wan import tiny
-from wanquant.wan.generate import GenerationConfig, Sample, generate
+from wanquant.wan.config import GenerationConfig
+from wanquant.wan.generate import Sample, generate
 from wanquant.wan.load import check_folder, read_generation
 
 PROMPT = tiny.caption("red", "circle", "left", "black")

@@ -18,13 +18,14 @@ from tests.ptq.test_job import QUICK, TWO, ptq
 from tests.qat.short import make_short, overrides, result_of, train
 from tests.wan.pair import make_pair
 from wanquant import load_pipeline
-from wanquant.export import export_all
 from wanquant.ptq.protect import ProtectConfig, by_rule
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
 from wanquant.runs.run import read_result
 from wanquant.wan.checkpoint import quantized_linears
+from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import Experts, put, shape_of_whole, transformers_in, whole_of
-from wanquant.wan.generate import GenerationConfig, Position, generate
+from wanquant.wan.export_pipeline import export_all
+from wanquant.wan.generate import Position, generate
 
 PAIR = [("a red circle moving right on a black background", 0)]
 SETTINGS = GenerationConfig(64, 64, 17, 4, 2.0, 3.0, 64, 8)

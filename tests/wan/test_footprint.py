@@ -12,8 +12,10 @@ import torch
 
 from tests.conftest import wan_transformer
 from wanquant.quant import QuantConfig
-from wanquant.quant.config import PRODUCTS, parse
+from wanquant.quant.config import PRODUCTS
+from wanquant.quant.scheme import parse
 from wanquant.wan import footprint, tiny
+from wanquant.wan.config import GenerationConfig
 from wanquant.wan.footprint import (
     Alive,
     Quantized,
@@ -23,7 +25,6 @@ from wanquant.wan.footprint import (
     denoising_bytes,
     learning_seconds,
 )
-from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.load import find_folder
 from wanquant.wan.plan import Plan, Work, in_time
 

@@ -10,9 +10,10 @@ from wanquant import load_pipeline
 from wanquant.quant.observe import Observer
 from wanquant.quant.statistics import Layout
 from wanquant.wan import tiny
-from wanquant.wan.generate import GenerationConfig, generate
+from wanquant.wan.config import GenerationConfig, OutliersConfig
+from wanquant.wan.generate import generate
 from wanquant.wan.load import FOLDS, read_generation
-from wanquant.wan.outliers import OutliersConfig, chosen_blocks, plant_outliers_
+from wanquant.wan.outliers import chosen_blocks, plant_outliers_
 
 
 def test_the_function_is_the_same_bit_for_bit_on_tiny_wan() -> None:

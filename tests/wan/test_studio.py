@@ -14,8 +14,8 @@ from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig
 from wanquant.runs.cache import Cache
 from wanquant.wan import studio as studio_module
-from wanquant.wan.config import ModelConfig
-from wanquant.wan.generate import GenerationConfig, embed_prompt, generate
+from wanquant.wan.config import GenerationConfig, ModelConfig
+from wanquant.wan.generate import embed_prompt, generate
 from wanquant.wan.load import Pipeline
 from wanquant.wan.studio import LATENTS, Studio
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from wanquant.evaluate import perceptual, vbench
+from wanquant.choices import choice
 from wanquant.evaluate.prompts import PromptsConfig
 from wanquant.runs.tracking import TrackerConfig
 from wanquant.wan.config import ModelConfig
+
+#: Whether LPIPS is measured; ``auto``: where its weights are.
+LPIPS = ("auto", "on", "off")
 
 
 @dataclass
@@ -20,7 +23,7 @@ class EvalConfig:
     #: Of VBench.
     dimensions: list[str] = field(default_factory=list)
     #: ``auto``: where its weights are.
-    lpips: str = "auto"
+    lpips: str = choice("auto", LPIPS)
     #: Also quantize each block alone, on the calibration prompts: the cheapest measure, for the ladder of a sweep.
     block_sqnr: bool = False
     #: Let VBench take weights that are not the published ones; the scores are marked as meaningless.
@@ -41,10 +44,3 @@ class EvaluateConfig:
     dry_run: bool = False
     cache: str = "outputs/cache"
     threads: int = 1
-
-
-def check_eval(config: EvalConfig) -> None:
-    """Refuses what can be refused before a model is read: dimensions, packages, weights."""
-    vbench.check_dimensions(config.dimensions)
-    perceptual.settled(config.lpips)
-    vbench.prepare(config.dimensions, config.foreign_weights)

@@ -28,7 +28,8 @@ from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, compared, estimate
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cache, Cells
 from wanquant.runs.progress import progress
-from wanquant.runs.run import clean_json, digest, provenance, signature
+from wanquant.runs.run import clean_json, digest
+from wanquant.runs.signature import provenance, signature
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample, decode_video

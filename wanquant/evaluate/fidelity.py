@@ -19,7 +19,6 @@ import math
 
 import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from wanquant.evaluate.perceptual import Distance
 from wanquant.wan.generate import Sample
@@ -39,6 +38,9 @@ def latent_sqnr(reference: torch.Tensor, latents: torch.Tensor) -> float:
 
 def compare(reference: Sample, sample: Sample, lpips: Distance | None = None) -> dict[str, float]:
     """All fidelity metrics of one pair. SSIM is Wang et al. 2004, Gaussian window of 11, on RGB frames."""
+    # Imported when a pair is compared: it takes a second.
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     assert reference.prompt == sample.prompt
     expected, shown = _frames(reference.video), _frames(sample.video)
     same = np.array_equal(reference.video, sample.video)

@@ -15,37 +15,32 @@ from typing import Any
 
 import torch
 
+from wanquant.choices import check_choices
 from wanquant.evaluate import perceptual
-from wanquant.evaluate.config import EvalConfig, EvaluateConfig, check_eval
+from wanquant.evaluate.check import check_eval
+from wanquant.evaluate.config import EvalConfig, EvaluateConfig
 from wanquant.evaluate.evaluation import Evaluation, Side, Values, hash_of
 from wanquant.evaluate.judging import merged
 from wanquant.evaluate.planning import needed_by, plan_of
 from wanquant.evaluate.prompts import PromptsConfig, pairs, settled
 from wanquant.evaluate.sweep import jobs_of
 from wanquant.evaluate.tables import report, text
-from wanquant.quant.config import parse
+from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
 from wanquant.runs.evaluation_report import evaluation_summary
 from wanquant.runs.files import link_or_copy
 from wanquant.runs.finished import in_use
 from wanquant.runs.report import write_report
-from wanquant.runs.run import (
-    Run,
-    provenance,
-    read_config,
-    read_result,
-    refused_leave_no_result,
-    signature,
-    write_result,
-)
-from wanquant.runs.tracking import check_tracker, mirror
+from wanquant.runs.run import Run, read_config, read_result, refused_leave_no_result, write_result
+from wanquant.runs.signature import provenance, signature
+from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import config_of, quantization_of
-from wanquant.wan.config import ModelConfig
+from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
 from wanquant.wan.experts import shape_of_whole
-from wanquant.wan.generate import GenerationConfig, check_guidance
+from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import check_folder, find_folder, hush_libraries, transformers_of
-from wanquant.wan.outliers import OutliersConfig, chosen_blocks
+from wanquant.wan.outliers import chosen_blocks
 from wanquant.wan.plan import print_needs
 from wanquant.wan.studio import Pair
 from wanquant.wan.tiny import parse_caption
@@ -86,7 +81,7 @@ def run_evaluate(config: EvaluateConfig, folder: Path, config_yaml: str) -> list
 
 
 def _check(config: EvaluateConfig) -> None:
-    check_tracker(config.tracker)
+    check_choices(config)
     check_eval(config.eval)
     if config.threads < 1:
         raise ValueError(f"threads={config.threads}: must be at least 1")

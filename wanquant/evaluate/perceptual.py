@@ -8,19 +8,20 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from wanquant.choices import mistaken
 from wanquant.evaluate import weights
+from wanquant.evaluate.config import LPIPS
 
 #: Two videos [frames, height, width, 3] in 0..1 to their mean distance over frames.
 Distance = Callable[[np.ndarray, np.ndarray], float]
-CHOICES = ("auto", "on", "off")
 #: Frames given to the network at a time.
 TOGETHER = 16
 
 
 def settled(choice: str) -> str:
     """``on`` or ``off``: ``auto`` is on where everything is there. ``ValueError`` says what is missing, or wrong."""
-    if choice not in CHOICES:
-        raise ValueError(f"eval.lpips={choice}: choose {', '.join(CHOICES)}")
+    if choice not in LPIPS:
+        raise mistaken("eval.lpips", choice, LPIPS)
     there = importlib.util.find_spec("torchvision") is not None
     if choice == "off" or (choice == "auto" and not (there and not weights.missing([weights.LPIPS]))):
         return "off"

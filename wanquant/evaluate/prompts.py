@@ -6,8 +6,12 @@ import importlib.util
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wanquant.wan.studio import Pair
+from wanquant.choices import mistaken
+
+if TYPE_CHECKING:
+    from wanquant.wan.studio import Pair
 
 #: Seeds of VBench's standard, and the most its standard mode looks for.
 STANDARD_SEEDS = 5
@@ -84,7 +88,7 @@ def official_texts(config: PromptsConfig) -> list[str]:
         return config.texts
     for name in config.dimensions:
         if name not in by_dimension:
-            raise ValueError(f"prompts.dimensions: VBench has no {name}; choose of {', '.join(sorted(by_dimension))}")
+            raise mistaken("prompts.dimensions", name, sorted(by_dimension))
     chosen = [by_dimension[name] for name in config.dimensions or by_dimension]
     wanted = {text for texts in chosen for text in (texts[: config.first] if config.first else texts)}
     return [text for text in dict.fromkeys(text for texts in by_dimension.values() for text in texts) if text in wanted]

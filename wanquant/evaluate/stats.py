@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 #: Fewer (prompt, seed) pairs than this are a demonstration, not a comparison.
 ENOUGH_PAIRS = 20
@@ -82,7 +82,7 @@ def compared(items: Sequence[Item], comparisons: int = 1) -> Estimate:
         return Estimate(mean, math.nan, math.nan, tuple(items))
     residuals = (sums - mean * counts) / counts.mean()
     error = math.sqrt(float(np.square(residuals).sum()) / (prompts * (prompts - 1)))
-    half = float(student.ppf(1 - 0.025 / comparisons, prompts - 1)) * error
+    half = float(stdtrit(prompts - 1, 1 - 0.025 / comparisons)) * error
     return Estimate(mean, mean - half, mean + half, tuple(items))
 
 

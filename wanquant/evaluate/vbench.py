@@ -36,7 +36,8 @@ from wanquant.evaluate import weights
 from wanquant.evaluate.frames import stand_in, stands_in
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
-from wanquant.runs.run import digest, installed, signature
+from wanquant.runs.run import digest
+from wanquant.runs.signature import installed, signature
 
 VERSION = "0.1.5"
 INSTALL = f"pip install -e '.[vbench]' && pip install --no-deps vbench=={VERSION}"

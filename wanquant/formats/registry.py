@@ -7,6 +7,7 @@ import math
 import torch
 
 from wanquant import kernels
+from wanquant.choices import mistaken
 from wanquant.formats import hif8
 from wanquant.formats.base import Format
 from wanquant.formats.integer import Int8
@@ -65,5 +66,5 @@ FORMATS: dict[str, Format] = {format_.name: format_ for format_ in (HiF8(), E4M3
 def get_format(name: str) -> Format:
     """The format of that name; ``ValueError`` lists those there are."""
     if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}: choose one of {', '.join(FORMATS)}")
+        raise mistaken("quant.format", name, FORMATS)
     return FORMATS[name]

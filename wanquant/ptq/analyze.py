@@ -13,7 +13,6 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, rank_correlation
 from wanquant.kernels.statistics import DYNAMIC_RULES
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.choose import choose
+from wanquant.ptq.config import AnalysisConfig
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.ptq.sensitivity import kinds
 from wanquant.quant.scale import parse_rule
@@ -32,8 +32,6 @@ from wanquant.quant.statistics import INPUT, RESIDUAL, Site, Statistics
 from wanquant.quant.view import View
 from wanquant.runs.files import replacing, write_atomic
 
-#: What a heatmap can show of a view, besides ``absmax``, which is known for every single step.
-STATISTICS = ("absmax", "std", "kurtosis", "p99.9", "sqnr")
 #: One step for all that passes, chosen in calibration: their SQNR is worked out from the histogram.
 STATIC_RULES = ("direct", "amax/15", "amax/8", "amax/16", "pow2/15", "p99.9/15", "p99.99/15", "ema/15", "mse", "ofmr")
 PER_TOKEN = DYNAMIC_RULES[0].name
@@ -49,23 +47,6 @@ MEASURES = (
     ("block_sqnr", "SQNR of its output when it alone is quantized, dB", False),
     ("sensitivity", "SQNR of the final latents when it alone is quantized, dB", False),
 )
-
-
-@dataclass
-class AnalysisConfig:
-    """``bins`` of denoising steps; ``statistic`` of the heatmaps; ``sensitivity``: also quantize each block, and each
-    kind of linear, alone and generate the calibration videos with it, which takes that many times as long."""
-
-    bins: int = 4
-    statistic: str = "absmax"
-    sensitivity: bool = False
-
-
-def check_analysis(config: AnalysisConfig) -> None:
-    if config.statistic not in STATISTICS:
-        raise ValueError(f"analysis.statistic={config.statistic}: choose {', '.join(STATISTICS)}")
-    if config.bins < 1:
-        raise ValueError(f"analysis.bins={config.bins}: must be at least 1")
 
 
 def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder: Path) -> dict[str, Any]:

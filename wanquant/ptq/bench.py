@@ -20,7 +20,7 @@ from wanquant.evaluate.stats import Estimate, Item, estimate
 from wanquant.ptq import sensitivity
 from wanquant.ptq.calibrate import Calibration, calibrate, linear_flops
 from wanquant.quant import QuantConfig
-from wanquant.quant.config import Scheme, parse
+from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import Site, merge
 from wanquant.quant.statistics_file import KIND, load_statistics, save_statistics

@@ -1,29 +1,30 @@
-"""The whole of ``python ptq.py`` as one dataclass, and what of it can be refused before anything is loaded."""
+"""The whole of ``python ptq.py`` as one dataclass. ``wanquant.ptq.check`` says what of it is refused."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
-from wanquant.evaluate import perceptual, vbench
-from wanquant.evaluate.config import EvalConfig, check_eval
-from wanquant.evaluate.prompts import PromptsConfig, pairs, settled
-from wanquant.ptq.analyze import AnalysisConfig, check_analysis
-from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check_protect
-from wanquant.quant import QuantConfig, plan_conversion
-from wanquant.quant.config import parse, settle
-from wanquant.quant.select import resolve_blocks
-from wanquant.runs.tracking import TrackerConfig, check_tracker
-from wanquant.wan.checkpoint import quantization_of
+from wanquant.choices import choice
+from wanquant.evaluate.config import EvalConfig
+from wanquant.evaluate.prompts import PromptsConfig
+from wanquant.ptq.protect import ProtectConfig
+from wanquant.quant.config import QuantConfig
+from wanquant.runs.tracking import TrackerConfig
 from wanquant.wan.config import ModelConfig
-from wanquant.wan.experts import parts_of, shape_of_whole
-from wanquant.wan.generate import check_guidance
-from wanquant.wan.load import Transformer, check_shape, find_folder, transformers_of
-from wanquant.wan.outliers import chosen_blocks
-from wanquant.wan.tiny import parse_caption
 
 MODES = ("quantize", "analyze", "convert")
+#: What a heatmap can show of a view, besides ``absmax``, which is known for every single step.
+STATISTICS = ("absmax", "std", "kurtosis", "p99.9", "sqnr")
+
+
+@dataclass
+class AnalysisConfig:
+    """``bins`` of denoising steps; ``statistic`` of the heatmaps; ``sensitivity``: also quantize each block, and each
+    kind of linear, alone and generate the calibration videos with it, which takes that many times as long."""
+
+    bins: int = 4
+    statistic: str = choice("absmax", STATISTICS)
+    sensitivity: bool = False
 
 
 @dataclass
@@ -40,7 +41,7 @@ class PTQConfig:
     """The whole of ``python ptq.py``. ``mode=quantize`` says what a quantization cost, ``mode=analyze`` what passes
     through the BF16 model; ``mode=convert`` quantizes a checkpoint of any size from files to files."""
 
-    mode: str = "quantize"
+    mode: str = choice("quantize", MODES)
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -61,100 +62,3 @@ class PTQConfig:
     threads: int = 1
     #: Run what is finished already.
     force: bool = False
-
-
-def check(config: PTQConfig, videos: list[tuple[str, int]]) -> None:
-    """Refuses what can be refused by the config and the model's shape, before a weight is read or fetched."""
-    scheme = parse(config.quant)
-    check_tracker(config.tracker)
-    check_eval(config.eval)
-    if config.mode not in MODES:
-        raise ValueError(f"mode={config.mode}: choose {', '.join(MODES)}")
-    if config.convert != ConvertConfig():
-        raise ValueError(f"convert is for mode=convert, not for mode={config.mode}")
-    check_analysis(config.analysis)
-    if config.mode == "analyze":
-        if config.eval.dimensions:
-            raise ValueError("mode=analyze makes no videos to judge: leave eval.dimensions out")
-        if scheme.format.name != "hif8":
-            raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
-    size = config.model.generation
-    vbench.refuse_pointless(
-        config.eval.dimensions, [text for text, _ in pairs(config.prompts)], min(size.height, size.width)
-    )
-    if config.threads < 1:
-        raise ValueError(f"threads={config.threads}: must be at least 1")
-    if config.model.batch < 1:
-        raise ValueError(f"model.batch={config.model.batch}: must be at least 1")
-    if config.model.language == "scenes":
-        for prompt, _ in videos:
-            parse_caption(prompt)
-    check_model(config)
-
-
-def check_model(config: PTQConfig) -> None:
-    """Refuses what a model of this shape cannot be quantized to, by its JSON files."""
-    scheme = parse(config.quant)
-    folder = find_folder(config.model.path, shapes_only=True)
-    if config.mode != "convert" or (folder / "model_index.json").is_file():
-        check_shape(folder)
-    by_data = config.protect.by in (*MEASURES, GREEDY)
-    if by_data and scheme.format.keeps_all:
-        raise ValueError(f"protect.by={config.protect.by} measures a quantization, and {scheme.format.name} is none")
-    for part in transformers_of(folder).values():
-        if quantization_of(part) is not None:
-            raise ValueError(f"{folder} is quantized already: model.path must be the original model")
-    shape = shape_of_whole(folder)
-    if config.mode != "convert":  # which generates nothing
-        check_guidance(folder, config.model.generation)
-    blocks, transformers = len(shape.blocks), len(parts_of(shape))
-    check_protect(config.protect, blocks // transformers)
-    chosen_blocks(config.model.outliers, blocks)
-    kept = range(config.protect.budget) if by_data else by_rule(config.protect, blocks, transformers)
-    plan = plan_conversion(shape, config.quant, list(kept), config.protect.modules)
-    if not plan.names("converted") and not scheme.format.keeps_all:
-        raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
-
-
-def settle_config(config: PTQConfig) -> PTQConfig:
-    """The config with the format's own choices, the prompts' texts, no more bins than steps, and videos one at a time
-    where a batch would share a step: the videos of a real run come alone."""
-    quant = settle(config.quant)
-    alone = config.model.batch > 1 and not parse(quant).independent
-    model = dataclasses.replace(config.model, batch=1) if alone else config.model
-    bins = min(config.analysis.bins, config.model.generation.steps)
-    analysis = dataclasses.replace(config.analysis, bins=bins)
-    eval_ = dataclasses.replace(config.eval, lpips=perceptual.settled(config.eval.lpips))
-    prompts, calib = settled(config.prompts), settled(config.calib)
-    return dataclasses.replace(
-        config, quant=quant, model=model, analysis=analysis, eval=eval_, prompts=prompts, calib=calib
-    )
-
-
-def identity(config: PTQConfig, blocks: int, protected: list[int] | None) -> dict[str, Any]:
-    """The config with all that cannot change the numbers of this run put to its default, to be signed.
-
-    ``protected`` are the blocks once they are known: how they were chosen changes nothing but which they are. Until
-    then, and in an analysis, the calibration videos count in their batches too.
-    """
-    videos, calibration = len(pairs(config.prompts)), len(pairs(config.calib, "calib"))
-    batches = [min(config.model.batch, count) for count in (videos, calibration)]
-    if config.mode == "analyze":
-        config = dataclasses.replace(config, prompts=PromptsConfig(), eval=EvalConfig())
-        batches = batches[1:]
-    else:
-        config = dataclasses.replace(config, analysis=AnalysisConfig(bins=config.analysis.bins))
-    if protected is not None:
-        settled = ProtectConfig(blocks=list(resolve_blocks(protected, blocks)), modules=config.protect.modules)
-        config = dataclasses.replace(config, protect=settled)
-        batches = batches[:1]
-    counted = dataclasses.asdict(config)
-    counted["model"]["batch"] = batches
-    return counted
-
-
-def rule_blocks(config: ProtectConfig, shape: Transformer) -> list[int] | None:
-    """The protected blocks where no data are needed to know them."""
-    if config.by in (*MEASURES, GREEDY):
-        return None
-    return by_rule(config, len(shape.blocks), len(parts_of(shape)))

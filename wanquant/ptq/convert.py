@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from wanquant.kernels import check_native
-from wanquant.ptq.config import PTQConfig, check_model, rule_blocks
+from wanquant.ptq.check import check_model, rule_blocks
+from wanquant.ptq.config import PTQConfig
 from wanquant.quant import ConversionReport, QuantLinear, plan_conversion
-from wanquant.quant.config import parse, settle
+from wanquant.quant.scheme import parse, settle
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import INPUT, Site
 from wanquant.quant.statistics_file import DESCRIPTION, load_statistics
@@ -33,7 +34,8 @@ from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.finished import in_use
 from wanquant.runs.progress import progress
 from wanquant.runs.report import summary, write_report
-from wanquant.runs.run import Run, digest, provenance, read_result, refused_leave_no_result
+from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
+from wanquant.runs.signature import provenance
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import TRANSFORMERS, read_json
 from wanquant.wan.device import forget_peak_memory, give_back_freed_memory, peak_memory

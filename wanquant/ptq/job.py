@@ -27,8 +27,9 @@ from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.calibrate import Calibration
+from wanquant.ptq.check import check, identity, rule_blocks, settle_config
 from wanquant.ptq.choose import Choice, choose
-from wanquant.ptq.config import PTQConfig, check, identity, rule_blocks, settle_config
+from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.convert import run_convert
 from wanquant.ptq.work import make_plan, other_seed, work_of
 from wanquant.quant import ConversionReport, plan_conversion, quantize_
@@ -38,7 +39,8 @@ from wanquant.runs.cache import Cache
 from wanquant.runs.finished import by, find_finished, in_use, note_finished, take_over
 from wanquant.runs.progress import progress
 from wanquant.runs.report import summary, write_report
-from wanquant.runs.run import Run, digest, provenance, read_result, refused_leave_no_result, signature
+from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
+from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import save_quantized
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device

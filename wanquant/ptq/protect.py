@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
+from wanquant.choices import check_choices, choice
 from wanquant.quant.select import resolve_blocks
 
 #: Rules that need no data; measures of a block by which the worst are protected; and the search.
@@ -32,7 +31,7 @@ class ProtectConfig:
     name: str = "none"
     blocks: list[int] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
-    by: str = "list"
+    by: str = choice("list", (*RULES, *MEASURES, GREEDY))
     budget: int = 5
     seed: int = 0
     candidates: int = 10
@@ -41,9 +40,7 @@ class ProtectConfig:
 
 def check_protect(config: ProtectConfig, blocks: int) -> None:
     """``ValueError`` for what no choice could be made by; ``blocks`` are those of a transformer."""
-    known = (*RULES, *MEASURES, GREEDY)
-    if config.by not in known:
-        raise ValueError(f"protect.by={config.by}: choose {', '.join(known)}")
+    check_choices(config, "protect.")
     if config.by == "list":
         return
     if config.through:
@@ -63,6 +60,8 @@ def by_rule(config: ProtectConfig, blocks: int, transformers: int = 1) -> list[i
         first = (each - config.budget) // 2
         own = list(range(first, first + config.budget))
     elif config.by == "random":
+        import torch  # here, so that a config can be read without it
+
         generator = torch.Generator().manual_seed(config.seed)
         own = sorted(torch.randperm(each, generator=generator)[: config.budget].tolist())
     elif config.through or transformers == 1:

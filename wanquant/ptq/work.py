@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from wanquant.evaluate.prompts import PromptsConfig, following, pairs
-from wanquant.ptq.config import PTQConfig, rule_blocks
+from wanquant.ptq.check import rule_blocks
+from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.protect import GREEDY
 from wanquant.ptq.sensitivity import kinds
 from wanquant.wan.experts import parts_of, shape_of_whole

@@ -1,24 +1,19 @@
-"""The whole of ``python train.py`` as one dataclass, and what of it can be refused before anything is loaded."""
+"""The whole of ``python train.py`` as one dataclass. ``wanquant.qat.check`` says what of it is refused."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
-from wanquant.evaluate.prompts import pairs, settled
+from wanquant.choices import choice
+from wanquant.evaluate.prompts import PromptsConfig
 from wanquant.ptq.config import PTQConfig
-from wanquant.qat.data import DataConfig, captions_of, check_data, contents
-from wanquant.qat.loss import LossConfig, check_loss
-from wanquant.qat.schedule import SCHEDULES
-from wanquant.qat.scope import SCOPES, trains_weights
-from wanquant.quant.config import parse
-from wanquant.quant.select import resolve_blocks
-from wanquant.quant.trainable import GRADIENTS, Training, check_trainable
-from wanquant.wan.experts import parts_of, shape_of_whole
-from wanquant.wan.load import find_folder
+from wanquant.quant.config import GRADIENTS, SCALINGS
 
+#: What is trained, on what, by which schedule of the learning rate: see ``wanquant.qat.scope``, ``data``, ``schedule``.
+SCOPES = ("all", "blocks", "norms", "scales", "lora", "blockwise")
+SOURCES = ("trajectories", "scenes", "folder")
+SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "bf16", "fp32")
 #: In blockwise training one in so many videos is set aside.
 SET_ASIDE = 8
@@ -38,6 +33,27 @@ class LoraSize:
 
 
 @dataclass
+class LossConfig:
+    """Weights of the three; a weight of 0 leaves it out."""
+
+    flow: float = 0.0
+    output: float = 1.0
+    blocks: float = 0.0
+
+
+@dataclass
+class DataConfig:
+    """``prompts`` are for ``trajectories``; ``path`` for ``folder``: the list, or a folder with a ``metadata.jsonl`` or
+    ``metadata.csv``; ``videos_per_scene`` for ``scenes``. ``drop`` is the share of captions that are dropped."""
+
+    source: str = choice("trajectories", SOURCES)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    path: str = ""
+    videos_per_scene: int = 2
+    drop: float = 0.1
+
+
+@dataclass
 class QATConfig:
     """``qat=on``, ``qat=off`` and what can be changed of them."""
 
@@ -45,7 +61,7 @@ class QATConfig:
     #: False fine-tunes the BF16 model and quantizes nothing.
     quantize: bool = True
     #: ``all``, ``blocks``, ``norms``, ``scales``, ``lora`` or ``blockwise``: see ``wanquant.qat.scope``.
-    scope: str = "blockwise"
+    scope: str = choice("blockwise", SCOPES)
     #: Blocks that are trained, from either end; empty for all. For every scope but ``all``.
     blocks: list[int] = field(default_factory=list)
     lora: LoraSize = field(default_factory=LoraSize)
@@ -59,7 +75,7 @@ class QATConfig:
     accumulation: int = 1
     lr: float = 1e-3
     #: ``constant``, ``linear`` or ``cosine``, down to ``floor`` times ``lr``, after ``warmup`` steps.
-    schedule: str = "cosine"
+    schedule: str = choice("cosine", SCHEDULES)
     warmup: int = 10
     floor: float = 0.0
     weight_decay: float = 0.0
@@ -74,14 +90,14 @@ class QATConfig:
     #: Decay of the moving average of the weights, which is what is kept; 0 for none.
     ema: float = 0.0
     #: Of what enters the products of the backward pass: ``none``, ``hif8`` or ``stochastic``.
-    gradients: str = "none"
+    gradients: str = choice("none", GRADIENTS)
     #: Of static inputs: ``current``, as calibrated, or ``delayed``, by the largest of the last ``window`` steps.
-    scaling: str = "current"
+    scaling: str = choice("current", SCALINGS)
     window: int = 64
     #: No gradient for what falls beyond the range.
     clip_mask: bool = True
     #: Of the products: ``auto`` takes BF16 where the device multiplies it.
-    precision: str = "auto"
+    precision: str = choice("auto", PRECISIONS)
     #: Steps between two states on disk, and between two looks at the validation prompts (0: only at the end).
     save_every: int = 50
     check_every: int = 0
@@ -89,135 +105,9 @@ class QATConfig:
     diverged: float = 10.0
     seed: int = 0
 
-    @property
-    def training(self) -> Training:
-        return Training(
-            weights=trains_weights(self.scope),
-            clip_mask=self.clip_mask,
-            learn_scales=self.scope == "scales",
-            gradients=self.gradients,
-            scaling=self.scaling,
-            window=self.window,
-        )
-
 
 @dataclass
 class TrainConfig(PTQConfig):
     """``python train.py``: all of ``python ptq.py``, and the training between."""
 
     qat: QATConfig = field(default_factory=QATConfig)
-
-
-def check_qat(config: TrainConfig) -> None:
-    """``ValueError`` names the key at fault and what it may be."""
-    qat = config.qat
-    if config.mode != "quantize":
-        raise ValueError(f"mode={config.mode}: train.py has no other than quantize")
-    _check_ranges(qat)
-    _check_scope(config)
-    check_data(qat.data, config.model.language)
-    check_loss(qat.loss, qat.data.source)
-    _check_source(config)
-    scheme = parse(config.quant)
-    if not qat.quantize:
-        if qat.scope in ("scales", "lora", "blockwise"):
-            raise ValueError(f"qat.scope={qat.scope} is for a quantized model: choose all, blocks or norms")
-    elif scheme.format.keeps_all:
-        raise ValueError(f"quant.format={scheme.format.name} quantizes nothing: fine-tune with qat=off")
-    else:
-        check_trainable(scheme, qat.training)
-
-
-def _check_ranges(qat: QATConfig) -> None:
-    """What can be said of each number and word by itself, and of the batch and the steps."""
-    for name, known in (
-        ("scope", SCOPES),
-        ("schedule", SCHEDULES),
-        ("precision", PRECISIONS),
-        ("gradients", GRADIENTS),
-    ):
-        if getattr(qat, name) not in known:
-            raise ValueError(f"qat.{name}={getattr(qat, name)}: choose {', '.join(known)}")
-    for name in ("steps", "batch", "accumulation", "save_every", "window"):
-        if getattr(qat, name) < 1:
-            raise ValueError(f"qat.{name}={getattr(qat, name)}: must be at least 1")
-    for name, low, high in (
-        ("lr", 0, 10),
-        ("floor", 0, 1),
-        ("ema", 0, 1),
-        ("diverged", 1, 1e9),
-        ("weight_decay", 0, 10),
-    ):
-        if not low <= getattr(qat, name) <= high:
-            raise ValueError(f"qat.{name}={getattr(qat, name)}: must lie between {low} and {high:g}")
-    if qat.clip < 0 or qat.warmup < 0 or qat.bf16_steps < 0 or qat.check_every < 0:
-        raise ValueError("qat.clip, qat.warmup, qat.bf16_steps and qat.check_every must not be negative")
-    if len(qat.betas) != 2 or not all(0 <= beta < 1 for beta in qat.betas):
-        raise ValueError(f"qat.betas={qat.betas}: two numbers of at least 0 and below 1")
-    if qat.lora.rank < 1 or qat.lora.alpha <= 0:
-        raise ValueError(f"qat.lora.rank={qat.lora.rank}, qat.lora.alpha={qat.lora.alpha}: must be positive")
-    if qat.bf16_steps >= qat.steps:
-        raise ValueError(f"qat.bf16_steps={qat.bf16_steps} leaves none of qat.steps={qat.steps} to quantize")
-    if qat.batch % (qat.accumulation * processes()):
-        raise ValueError(
-            f"qat.batch={qat.batch} does not divide into qat.accumulation={qat.accumulation} parts of each of "
-            f"{processes()} processes"
-        )
-
-
-def _check_scope(config: TrainConfig) -> None:
-    """What the scope has no use for, or cannot do without."""
-    qat = config.qat
-    if qat.questions < 0 or (qat.questions and qat.scope != "blockwise"):
-        raise ValueError(f"qat.questions={qat.questions}: at least 0, and for qat.scope=blockwise alone")
-    if 0 < qat.questions < 2 * SET_ASIDE:
-        raise ValueError(f"qat.questions={qat.questions}: at least {2 * SET_ASIDE}, of which some are set aside")
-    if qat.scope == "scales" and qat.bf16_steps:
-        raise ValueError("qat.scope=scales has no use for qat.bf16_steps: without rounding there are no scales")
-    if qat.scope == "all" and qat.blocks:
-        raise ValueError("qat.scope=all trains every block: choose qat.scope=blocks for some")
-    if qat.scope == "blocks" and not qat.blocks:
-        raise ValueError("qat.scope=blocks needs qat.blocks=[...]")
-    shape = shape_of_whole(find_folder(config.model.path, shapes_only=True))
-    resolve_blocks(qat.blocks, len(shape.blocks), "trained")
-    if processes() > 1 and len(parts_of(shape)) > 1 and qat.scope != "blockwise":
-        # A step may pass by one of them, whose gradients the other processes would wait for.
-        raise ValueError("several processes train two transformers with qat.scope=blockwise alone")
-
-
-def _check_source(config: TrainConfig) -> None:
-    qat = config.qat
-    if qat.scope == "blockwise":
-        if qat.data.source != "trajectories":
-            raise ValueError("qat.scope=blockwise learns from BF16's trajectories: qat.data.source=trajectories")
-        if vars(qat.loss) != vars(LossConfig()):
-            raise ValueError("qat.scope=blockwise has a loss of its own, the blocks' outputs: leave qat.loss alone")
-        if qat.bf16_steps or qat.recompute:
-            raise ValueError("qat.scope=blockwise has no use for qat.bf16_steps and qat.recompute")
-        if qat.scaling == "delayed":
-            raise ValueError("qat.scope=blockwise has all inputs of a block before it: qat.scaling=current")
-    if qat.data.source == "scenes":  # which leaves them out
-        return
-    measured = {text for text, _ in pairs(config.prompts)}
-    validated = {text for text, _ in pairs(config.calib, "calib")} if qat.check_every else set()
-    twice = sorted(set(captions_of(qat.data)) & (measured | validated))
-    if twice:
-        raise ValueError(f"qat.data holds a prompt that is measured on: {twice[0]}")
-
-
-def settle_train(config: TrainConfig) -> TrainConfig:
-    """With the texts of the prompts that are trained on."""
-    data = dataclasses.replace(config.qat.data, prompts=settled(config.qat.data.prompts))
-    return dataclasses.replace(config, qat=dataclasses.replace(config.qat, data=data))
-
-
-#: What of the training changes no number.
-UNCOUNTED = ("name", "save_every", "data")
-
-
-def counted(qat: QATConfig) -> dict[str, Any]:
-    """All of the training that can change a number; data by what they are, wherever they lie."""
-    lora = qat.lora if qat.scope == "lora" else LoraSize()
-    window = qat.window if qat.scaling == "delayed" else QATConfig().window
-    found = dataclasses.asdict(dataclasses.replace(qat, lora=lora, window=window))
-    return {**{key: value for key, value in found.items() if key not in UNCOUNTED}, "data": contents(qat.data)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from wanquant.evaluate.prompts import PromptsConfig, pairs
+from wanquant.choices import check_choices
+from wanquant.evaluate.prompts import pairs
+from wanquant.qat.config import DataConfig
 from wanquant.runs.files import sum_of_file
 from wanquant.runs.progress import progress
 from wanquant.wan.encode import encode_video, encoded, read_latents
@@ -32,21 +34,8 @@ from wanquant.wan.scenes import draw
 from wanquant.wan.studio import Studio
 from wanquant.wan.tiny import all_scenes
 
-SOURCES = ("trajectories", "scenes", "folder")
 #: Columns that a list of videos may have them under.
 FILE_KEYS, CAPTION_KEYS = ("file", "video", "path", "file_name"), ("caption", "text", "prompt")
-
-
-@dataclass
-class DataConfig:
-    """``prompts`` are for ``trajectories``; ``path`` for ``folder``: the list, or a folder with a ``metadata.jsonl`` or
-    ``metadata.csv``; ``videos_per_scene`` for ``scenes``. ``drop`` is the share of captions that are dropped."""
-
-    source: str = "trajectories"
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    path: str = ""
-    videos_per_scene: int = 2
-    drop: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -248,8 +237,7 @@ def _sums(versions: tuple[tuple[Path, int, int], ...]) -> list[str]:
 
 
 def check_data(config: DataConfig, language: str) -> None:
-    if config.source not in SOURCES:
-        raise ValueError(f"qat.data.source={config.source}: choose {', '.join(SOURCES)}")
+    check_choices(config, "qat.data.")
     if config.source == "scenes" and language != "scenes":
         raise ValueError("qat.data.source=scenes draws what tiny-wan knows: choose trajectories or folder")
     if config.source == "folder" and not config.path:

@@ -31,18 +31,19 @@ from wanquant.evaluate.perceptual import distance
 from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference, estimate
 from wanquant.ptq.bench import Bench
+from wanquant.ptq.check import check, identity, settle_config
 from wanquant.ptq.choose import Choice, choose
-from wanquant.ptq.config import check, identity, settle_config
 from wanquant.ptq.job import Job, run_job
 from wanquant.ptq.sensitivity import quantized
 from wanquant.ptq.work import make_plan, work_of
-from wanquant.qat.config import TrainConfig, check_qat, counted, processes, settle_train
+from wanquant.qat.check import check_qat, counted, settle_train
+from wanquant.qat.config import TrainConfig, processes
 from wanquant.qat.loop import make_accelerator
 from wanquant.qat.plan import plan_training, shrinks, training_seconds
 from wanquant.qat.train import Trainer, settled_precision, training_libraries
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.runs.progress import progress
-from wanquant.runs.run import MEASURES, signature
+from wanquant.runs.signature import MEASURES, signature
 from wanquant.runs.tracking import live
 from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
 from wanquant.wan.device import pick_device

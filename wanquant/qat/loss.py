@@ -17,16 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from wanquant.qat.config import LossConfig
 from wanquant.qat.data import Batch, Source
-
-
-@dataclass
-class LossConfig:
-    """Weights of the three; a weight of 0 leaves it out."""
-
-    flow: float = 0.0
-    output: float = 1.0
-    blocks: float = 0.0
 
 
 def check_loss(config: LossConfig, source: str) -> None:

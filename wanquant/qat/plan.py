@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from wanquant.ptq.protect import RULES, by_rule
+from wanquant.qat.check import training_of
 from wanquant.qat.config import AT_ONCE, SET_ASIDE, TrainConfig, processes
 from wanquant.qat.scope import is_matrix, trains_weights
 from wanquant.quant import plan_conversion
-from wanquant.quant.config import parse
 from wanquant.quant.convert import make_trainable_
+from wanquant.quant.scheme import parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.activations import kept_by
 from wanquant.wan.experts import parts_of
@@ -125,7 +126,7 @@ def _prepare(small: Transformer, config: TrainConfig) -> None:
     """As in training: the block's linears, whatever their inputs may be."""
     if config.qat.quantize:
         seen = {name: 1.0 for name, child in small.named_modules() if isinstance(child, nn.Linear)}
-        make_trainable_(small, config.quant, (), (), seen, config.qat.training)
+        make_trainable_(small, config.quant, (), (), seen, training_of(config.qat))
 
 
 def shrinks(config: TrainConfig) -> str:

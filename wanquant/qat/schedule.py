@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-SCHEDULES = ("constant", "linear", "cosine")
+from wanquant.choices import mistaken
+from wanquant.qat.config import SCHEDULES
 
 #: Step to a share of the learning rate, 0 to 1.
 Rate = Callable[[int], float]
@@ -23,7 +24,7 @@ def make_rate(name: str, steps: int, warmup: int = 0, floor: float = 0.0, begin:
     The first ``begin`` steps have the whole rate: another phase, after which the schedule starts.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"schedule={name}: choose {', '.join(SCHEDULES)}")
+        raise mistaken("schedule", name, SCHEDULES)
 
     def rate(step: int) -> float:
         if step < begin:

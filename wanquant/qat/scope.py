@@ -20,8 +20,6 @@ from torch import nn
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 
-SCOPES = ("all", "blocks", "norms", "scales", "lora", "blockwise")
-
 
 def trains_weights(scope: str) -> bool:
     """Whether the matrices themselves are trained, so that they have to be in float32."""

@@ -21,7 +21,8 @@ from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.sensitivity import final_errors, quantized
 from wanquant.qat.blockwise import Blockwise, enter
-from wanquant.qat.config import QATConfig, TrainConfig, counted, processes
+from wanquant.qat.check import counted, training_of
+from wanquant.qat.config import QATConfig, TrainConfig, processes
 from wanquant.qat.data import Source, Trajectories, make_source, order
 from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator
 from wanquant.qat.loss import Objective, needs_teacher
@@ -31,7 +32,7 @@ from wanquant.qat.scope import choose_, merge_lora_
 from wanquant.quant.convert import freeze_into_, make_trainable_, plan_conversion
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
-from wanquant.runs.run import GENERATES, installed, signature
+from wanquant.runs.signature import GENERATES, installed, signature
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
 from wanquant.wan.experts import Experts, parts_of
@@ -211,7 +212,7 @@ class Trainer:
             for name, seen in self.stats.items()
             if name.startswith(f"blocks.{index}.")
         }
-        make_trainable_(holder, self.bench.quant, (), self.bench.modules, own, self.qat.training)
+        make_trainable_(holder, self.bench.quant, (), self.bench.modules, own, training_of(self.qat))
         found: nn.Module = holder.blocks[0]
         for parameter in found.parameters():
             parameter.data = parameter.data.float()
@@ -223,7 +224,7 @@ class Trainer:
         qat, assigned = self.qat, self.source
         assert assigned is not None
         if qat.quantize:
-            how = (self.bench.quant, self.protected, self.bench.modules, self.stats, qat.training)
+            how = (self.bench.quant, self.protected, self.bench.modules, self.stats, training_of(qat))
             make_trainable_(student, *how)
         if self.precision == "fp32":
             student.float()

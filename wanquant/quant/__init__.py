@@ -1,8 +1,18 @@
-"""Where rounding happens in any ``nn.Module``. Knows nothing of diffusers: it is given modules and names."""
+"""Where rounding happens in any ``nn.Module``. Knows nothing of diffusers: it is given modules and names.
 
+Names are imported on first use, so that a config can be read without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wanquant.lazy import from_modules
 from wanquant.quant.config import ActivationConfig, QuantConfig, WeightConfig
-from wanquant.quant.convert import ConversionReport, ModuleReport, make_trainable_, plan_conversion, quantize_
-from wanquant.quant.linear import QuantLinear
+
+if TYPE_CHECKING:
+    from wanquant.quant.convert import ConversionReport, ModuleReport, make_trainable_, plan_conversion, quantize_
+    from wanquant.quant.linear import QuantLinear
 
 __all__ = [
     "ActivationConfig",
@@ -15,3 +25,8 @@ __all__ = [
     "plan_conversion",
     "quantize_",
 ]
+
+_CONVERT = ("ConversionReport", "ModuleReport", "make_trainable_", "plan_conversion", "quantize_")
+__getattr__ = from_modules(
+    __name__, {"QuantLinear": "wanquant.quant.linear", **dict.fromkeys(_CONVERT, "wanquant.quant.convert")}
+)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from wanquant.quant.config import Scheme
+from wanquant.quant.scheme import Scheme
 
 #: Float32 scores held at a time by ``qkvp``; queries are taken in as many chunks as that needs.
 SCORES_AT_ONCE = 1 << 26

@@ -12,8 +12,9 @@ from torch import nn
 
 from wanquant.kernels import check_native
 from wanquant.quant.attention import QuantAttention, TrainableQuantAttention, check_processor
-from wanquant.quant.config import QuantConfig, Scheme, parse
+from wanquant.quant.config import QuantConfig
 from wanquant.quant.linear import QuantLinear
+from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import match_names, resolve_blocks
 from wanquant.quant.smooth import Smoothing, smooth_
 from wanquant.quant.statistics import Site

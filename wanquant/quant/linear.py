@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from wanquant.kernels import descale, native_product
-from wanquant.quant.config import Scheme
 from wanquant.quant.scale import Ema, LeastError, PerBlock, Percentile, quantize_matrix
+from wanquant.quant.scheme import Scheme
 from wanquant.quant.search import static_step, weight_steps
 from wanquant.quant.smooth import Smoothing
 from wanquant.quant.statistics import Site

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from wanquant import kernels
+from wanquant.choices import did_you_mean
 from wanquant.formats.base import Format
 
 
@@ -160,6 +161,10 @@ LEAST_ERROR = {
 }
 
 
+#: What a rule's name may be, percentiles aside.
+RULES = ("direct", "amax", "pow2", "ema", *LEAST_ERROR, "mx")
+
+
 def parse_rule(text: str, format_: Format) -> Rule:
     """``direct``, ``amax/15``, ``pow2/16``, ``p99.9/15``, ``ema/15``, ``mse``, ``mse_output``, ``ofmr``, ``mx``; the
     number behind the slash is the target, without one it is the format's own."""
@@ -186,7 +191,8 @@ def parse_rule(text: str, format_: Format) -> Rule:
     if percent and 0 < float(percent[1]) <= 100:
         return Percentile(float(percent[1]) / 100, AmaxTo(target))
     raise ValueError(
-        f"unknown scale rule {text!r}: choose direct, amax[/TARGET] (amax/15), pow2[/TARGET], pPERCENT[/TARGET] "
+        f"unknown scale rule {text!r}: {did_you_mean(name, RULES)}"
+        "choose direct, amax[/TARGET] (amax/15), pow2[/TARGET], pPERCENT[/TARGET] "
         f"(p99.9/15), ema[/TARGET], {', '.join(LEAST_ERROR)} or mx"
     )
 
@@ -202,7 +208,8 @@ def parse_granularity(text: str, rows: str, format_: Format) -> Granularity:
         return PerTensor()
     if text == rows:
         return PerRow()
-    raise ValueError(f"unknown granularity {text!r}: choose per_tensor or {rows}")
+    guess = did_you_mean(text, ("per_tensor", rows))
+    raise ValueError(f"unknown granularity {text!r}: {guess}choose per_tensor or {rows}")
 
 
 def quantize_matrix(

@@ -34,17 +34,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from wanquant import kernels
+from wanquant.choices import check_choices, choice
 from wanquant.formats import hif8
-from wanquant.quant.config import Scheme
+from wanquant.quant.config import GRADIENTS, SCALINGS
 from wanquant.quant.linear import QuantLinear, quantize_weight, take_product
 from wanquant.quant.scale import AmaxTo, Ema, LeastError, PerBlock, Percentile, PowerOfTwo, quantize_matrix
+from wanquant.quant.scheme import Scheme
 from wanquant.quant.search import static_step
 from wanquant.quant.statistics import Site
 
 #: What the largest magnitude of a gradient becomes: the zone of two mantissa bits (OSP-Next, MindSpeed).
 GRADIENT_TARGET = 224.0
-GRADIENTS = ("none", "hif8", "stochastic")
-SCALINGS = ("current", "delayed")
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,12 @@ class Training:
     weights: bool = True
     clip_mask: bool = True
     learn_scales: bool = False
-    gradients: str = "none"
-    scaling: str = "current"
+    gradients: str = choice("none", GRADIENTS)
+    scaling: str = choice("current", SCALINGS)
     window: int = 64
 
     def __post_init__(self) -> None:
-        if self.gradients not in GRADIENTS:
-            raise ValueError(f"gradients={self.gradients}: choose {', '.join(GRADIENTS)}")
-        if self.scaling not in SCALINGS:
-            raise ValueError(f"scaling={self.scaling}: choose {', '.join(SCALINGS)}")
+        check_choices(self)
         if self.window < 1:
             raise ValueError(f"window={self.window}: must be at least 1")
         if self.learn_scales and self.scaling == "delayed":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wanquant.choices import choice
 from wanquant.runs.sweep_table import cells
 
 
@@ -16,16 +17,9 @@ from wanquant.runs.sweep_table import cells
 class TrackerConfig:
     """``name``: ``wandb`` or ``none``. ``mode``: ``offline`` writes beside the run, ``online`` uploads."""
 
-    name: str = "wandb"
-    mode: str = "offline"
+    name: str = choice("wandb", ("wandb", "none"))
+    mode: str = choice("offline", ("offline", "online"))
     project: str = "wanquant"
-
-
-def check_tracker(config: TrackerConfig) -> None:
-    if config.name not in ("wandb", "none"):
-        raise ValueError(f"tracker.name={config.name}: choose wandb or none")
-    if config.mode not in ("offline", "online"):
-        raise ValueError(f"tracker.mode={config.mode}: choose offline or online")
 
 
 def mirror(config: TrackerConfig, folder: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:

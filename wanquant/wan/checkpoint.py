@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 
 import wanquant
 from wanquant.quant import QuantConfig, QuantLinear
-from wanquant.quant.config import ActivationConfig, WeightConfig, parse
+from wanquant.quant.config import ActivationConfig, WeightConfig
 from wanquant.quant.convert import empty_like_quantized_
+from wanquant.quant.scheme import parse
 from wanquant.registered import METHOD
 from wanquant.runs.files import write_atomic
 

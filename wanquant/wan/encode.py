@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.runs.files import sum_of_file
 from wanquant.runs.progress import progress
-from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.config import GenerationConfig
 from wanquant.wan.load import Pipeline
 from wanquant.wan.studio import Studio
 

@@ -26,14 +26,13 @@ import torch
 from torch import nn
 
 from wanquant.quant import QuantLinear
-from wanquant.quant.config import Scheme, parse
 from wanquant.quant.scale import PerBlock
+from wanquant.quant.scheme import Scheme, parse
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.wan.checkpoint import INDEX, config_of, quantization_of, read_json
-from wanquant.wan.names import to_original
+from wanquant.wan.names import LAYOUTS, NAMINGS, to_original
 from wanquant.wan.tensor_files import BYTES, WRITTEN, Source, write_tensors
 
-LAYOUTS, NAMINGS = ("bf16", "mindie-sd"), ("diffusers", "original")
 #: torch's types by their names in a file.
 TYPES = {name: dtype for dtype, name in WRITTEN.items()}
 

@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wanquant.kernels import eager
-from wanquant.quant.config import Scheme
 from wanquant.quant.convert import empty_like_quantized_
+from wanquant.quant.scheme import Scheme
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.checkpoint import FLOAT32, kept_in_fp32, read_json
-from wanquant.wan.generate import GenerationConfig
+from wanquant.wan.config import GenerationConfig
 from wanquant.wan.products import quick_products
 
 #: Latents are so many times smaller in time, and in height and width.

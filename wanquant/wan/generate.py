@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,52 +14,13 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.load import transformers_of
 from wanquant.wan.products import quick_products
 
 #: A prompt to its embedding [text length, width].
 Embed = Callable[[str], torch.Tensor]
-
-
-@dataclass
-class GenerationConfig:
-    """What ``WanPipeline.__call__`` needs; its own defaults are those of 480p Wan and fit no other model."""
-
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
-    steps: int = 50
-    guidance_scale: float = 5.0
-    flow_shift: float = 3.0
-    max_text_length: int = 512
-    fps: int = 16
-    negative_prompt: str = ""
-    #: Of Wan2.2's second transformer; none for that of the first.
-    guidance_scale_2: float | None = None
-
-    @property
-    def branches(self) -> int:
-        """Passes in a step: with the prompt and, where it is guided, without."""
-        return 2 if self.guidance_scale > 1 else 1
-
-    def __post_init__(self) -> None:
-        """``ValueError`` names what no Wan pipeline can do, before it rounds it to something else."""
-        for name in ("steps", "max_text_length", "fps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"generation.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("height", "width"):
-            if getattr(self, name) < 16 or getattr(self, name) % 16:
-                raise ValueError(f"generation.{name}={getattr(self, name)}: must be a multiple of 16")
-        if self.num_frames < 5 or (self.num_frames - 1) % 4:
-            raise ValueError(f"generation.num_frames={self.num_frames}: must be 5, 9, 13, ... (4n + 1)")
-        if not 0 < self.flow_shift < math.inf:
-            raise ValueError(f"generation.flow_shift={self.flow_shift}: must be positive and finite")
-        for name in ("guidance_scale", "guidance_scale_2"):
-            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
-                raise ValueError(f"generation.{name}={getattr(self, name)}: must be finite")
-        if self.guidance_scale_2 is not None and not self.guidance_scale > 1:
-            raise ValueError(f"generation.guidance_scale={self.guidance_scale}: guidance_scale_2 needs it above 1")
 
 
 def check_guidance(folder: Path, settings: GenerationConfig) -> None:

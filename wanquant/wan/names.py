@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+#: Layouts that a checkpoint can be exported in, and whose names its tensors then have.
+LAYOUTS, NAMINGS = ("bf16", "mindie-sd"), ("diffusers", "original")
+
 #: Theirs and diffusers', inside a block. Their ``norm3`` is the affine norm before cross attention.
 BLOCK = {
     **{

@@ -15,29 +15,14 @@ stream, so nothing shows there: the outliers are in what enters ``attn1.to_out.0
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.smooth import fold_
+from wanquant.wan.config import OutliersConfig
 from wanquant.wan.load import FOLDS
-
-
-@dataclass
-class OutliersConfig:
-    """``blocks`` are indices from either end; with none and a ``count``, so many are drawn by ``seed``.
-
-    ``octaves`` is the width of the spread: a random half of the channels is multiplied by 2^octaves. HiF8 holds 27
-    octaves below the target of 15, the last eight as mere powers of two: what is spread by 20 is hardly worse for it.
-    """
-
-    blocks: list[int] = field(default_factory=list)
-    count: int = 0
-    seed: int = 0
-    octaves: int = 28
 
 
 def chosen_blocks(config: OutliersConfig, blocks: int) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
-from wanquant.quant.config import parse
+from wanquant.quant.scheme import parse
+from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import resident_memory
 from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.footprint import (
@@ -27,7 +28,6 @@ from wanquant.wan.footprint import (
     empty_vae,
     latent_size,
 )
-from wanquant.wan.generate import GenerationConfig
 from wanquant.wan.load import Transformer
 
 LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"

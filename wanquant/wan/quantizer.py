@@ -19,8 +19,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from wanquant.quant import QuantLinear
-from wanquant.quant.config import Scheme, parse
 from wanquant.quant.convert import empty_like_quantized_
+from wanquant.quant.scheme import Scheme, parse
 from wanquant.registered import METHOD
 from wanquant.wan.checkpoint import FLOAT32, check_type, config_of, dequantize_
 

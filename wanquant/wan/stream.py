@@ -24,7 +24,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
-from wanquant.quant.config import parse
+from wanquant.quant.scheme import parse
 from wanquant.quant.statistics import Site
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.run import digest

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
-from wanquant.runs.run import GENERATES, signature
+from wanquant.runs.signature import GENERATES, signature
 from wanquant.wan.checkpoint import quantized_linears
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.experts import put, whole_of

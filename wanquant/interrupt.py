@@ -1,0 +1,102 @@
+"""Ctrl-C ends a command within seconds, whatever it is doing: one line, no traceback, no process left.
+
+SIGINT is blocked in every thread but one, which waits for it and then has the main thread raise KeyboardInterrupt. What
+the command has started inherits the block, so that the workers of a sweep do not die each with a traceback of its own
+when a terminal signals all of them: this process ends them. Where the main thread does not come back in time, because
+a library swallows the exception or its cleaning up takes long, the process is ended all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+#: Seconds that the main thread has to clean up.
+GRACE = 1.5
+#: By which the waiting thread reaches the main one. Nothing else here uses it.
+WAKE = getattr(signal, "SIGVTALRM", None)
+
+_advice = "nothing was begun; the same command starts again"
+_told = threading.Event()
+
+
+def advise(how: str) -> None:
+    """What the line says from now on: how to go on."""
+    global _advice
+    _advice = how
+
+
+def tell() -> None:
+    """Prints the line, once."""
+    if not _told.is_set():
+        _told.set()
+        print(f"\ninterrupted: {_advice}", file=sys.stderr, flush=True)
+
+
+def watch() -> None:
+    """From now on SIGINT and SIGTERM end this process as said above. For the main thread of a command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    if WAKE is None or not hasattr(signal, "sigwait"):  # Windows
+        return
+    signal.signal(WAKE, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    sys.unraisablehook = _unraisable
+    threading.Thread(target=_wait, args=[threading.get_ident()], name="interrupt", daemon=True).start()
+
+
+def end(status: int) -> None:
+    """Ends this process and all that it has started. Nothing that they would still say is heard."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    _end_children()
+    os._exit(status)
+
+
+def _wait(main: int) -> None:
+    assert WAKE is not None
+    signal.sigwait({signal.SIGINT})
+    signal.pthread_kill(main, WAKE)
+    late = threading.Timer(GRACE, _give_up)
+    late.daemon = True
+    late.start()
+    signal.sigwait({signal.SIGINT})  # a second time: at once
+    _give_up()
+
+
+def _give_up() -> None:
+    tell()
+    end(130)
+
+
+def _unraisable(error: Any) -> None:
+    """Python prints what is raised in a finalizer, and goes on. An interrupt is raised again, a little later."""
+    if error.exc_type is KeyboardInterrupt and WAKE is not None:
+        threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, WAKE]).start()
+    else:
+        sys.__unraisablehook__(error)
+
+
+def _terminate(_: int, __: FrameType | None) -> None:
+    """`kill` ends a run as an interrupt does, through its clean-up."""
+    print("terminated", file=sys.stderr)
+    sys.exit(143)
+
+
+def _end_children() -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process().children(recursive=True)
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.terminate()
+        for child in psutil.wait_procs(children, timeout=0.3)[1]:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
