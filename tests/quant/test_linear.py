@@ -183,7 +183,7 @@ def test_compiled_scaled_rounding_equals_eager(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (QuantConfig(format="fp4"), "unknown format 'fp4'"),
+        (QuantConfig(format="fp4"), "quant.format=fp4: choose hif8"),
         (QuantConfig(overflow="wrap"), "quant.overflow=wrap"),
         (QuantConfig(product="quick"), "quant.product=quick"),
         (make(weight_rows="per_token"), "per_tensor or per_channel"),

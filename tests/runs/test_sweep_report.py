@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.evaluate.results import METRIC, named, shifted, sweep
-from wanquant import report
+from wanquant.evaluate import tables as report
 from wanquant.evaluate.sweep import summarize
 from wanquant.runs import pictures, sweep_table
 from wanquant.runs.estimates import estimate_text
@@ -136,7 +136,7 @@ def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) 
     command = [sys.executable, "-m", "wanquant.report", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].startswith("1 ")
+    assert done.stdout.splitlines()[2].startswith("1 ")
     assert "job 3 failed (w): ValueError: out of <luck>" in done.stdout
     assert "not finished: job 4" in done.stdout
     written = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
