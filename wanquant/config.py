@@ -87,6 +87,15 @@ def _begin_sweep(config: DictConfig) -> Path:
     return folder
 
 
+def _forget_if_empty(sweep: Path) -> None:
+    """Of a sweep that was refused before its first job, so that the directory is free for the mended command."""
+    notes = {sweep / "sweep.json", sweep / "multirun.yaml"}
+    if set(sweep.iterdir()) <= notes:
+        for note in notes:
+            note.unlink(missing_ok=True)
+        sweep.rmdir()
+
+
 def _changes_nothing(override: str) -> bool:
     """An override that makes no other sweep of it."""
     key = override.lstrip("+~").split("=")[0]
@@ -116,6 +125,8 @@ def main(program: str) -> None:
         sys.exit(130)
     except USER_ERRORS as error:  # of Hydra, before there was a job
         complain(error, schema=SCHEMAS[program])
+        if Watch.sweep is not None:
+            _forget_if_empty(Watch.sweep)
         sys.exit(1)
     finally:
         # After a defect of ours in one of the jobs, too: the others' results are there.
@@ -167,9 +178,9 @@ def load_job(program: str) -> Callable[[Any, Path, str], Any]:
 
 def _announce(program: str, which: str, folder: Path, dry_run: bool, several: bool) -> None:
     where = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
-    announce(program, f"{which}{'dry run' if dry_run else where}")
     if not several and not dry_run:
         interrupt.advise(f"the same command with hydra.run.dir={where} goes on there")
+    announce(program, f"{which}{'dry run' if dry_run else where}")
 
 
 def end_sweep() -> bool:
@@ -230,8 +241,14 @@ def refuse_unknown_keys(raw: DictConfig, config: Any, path: str = "") -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """A job refused before it began leaves a directory with an empty log: take those two away again."""
+    """A dry run, or a job refused before it began, leaves a directory with an empty log: take those two away again,
+    with the directories above that Hydra made for it."""
     log = folder / "log.txt"
-    if log.is_file() and not log.stat().st_size and list(folder.iterdir()) == [log]:
-        log.unlink()
-        folder.rmdir()
+    if not log.is_file() or log.stat().st_size or list(folder.iterdir()) != [log]:
+        return
+    log.unlink()
+    folder.rmdir()
+    for parent in folder.parents:
+        if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()) or any(parent.iterdir()):
+            return
+        parent.rmdir()

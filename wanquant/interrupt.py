@@ -35,7 +35,8 @@ def tell() -> None:
     """Prints the line, once."""
     if not _told.is_set():
         _told.set()
-        print(f"\ninterrupted: {_advice}", file=sys.stderr, flush=True)
+        behind = "\n" if sys.stderr.isatty() else ""  # a bar may stand on the line, and the terminal's ^C
+        print(f"{behind}interrupted: {_advice}", file=sys.stderr, flush=True)
 
 
 def watch() -> None:

@@ -24,7 +24,7 @@ OPTIONAL = {
     "openai-clip": vbench.INSTALL,
     "timm": vbench.INSTALL,
     "decord": "a reader over PyAV takes its place",
-    "torch_npu": "pip install -e '.[npu]', with CANN",
+    "torch_npu": "pip install 'wanquant[npu]', with CANN",
 }
 WORDS = {
     "published": "as published",

@@ -26,7 +26,7 @@ def settled(choice: str) -> str:
     if choice == "off" or (choice == "auto" and not (there and not weights.missing([weights.LPIPS]))):
         return "off"
     if not there:
-        raise ValueError("eval.lpips=on needs torchvision: pip install -e '.[vbench]'")
+        raise ValueError("eval.lpips=on needs torchvision: pip install 'wanquant[vbench]'")
     weights.checked([weights.LPIPS])
     return "on"
 

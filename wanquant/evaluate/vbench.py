@@ -40,7 +40,7 @@ from wanquant.runs.run import digest
 from wanquant.runs.signature import installed, signature
 
 VERSION = "0.1.5"
-INSTALL = f"pip install -e '.[vbench]' && pip install --no-deps vbench=={VERSION}"
+INSTALL = f"pip install 'wanquant[vbench]' && pip install --no-deps vbench=={VERSION}"
 
 
 @dataclass(frozen=True)
