@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 from tests.conftest import wan_inputs, wan_transformer
-from tests.kernels.inputs import LARGE, MATRICES, WIDE, assert_same_bits
+from tests.kernels.inputs import ALL16, LARGE, MATRICES, WIDE, assert_same_bits
 from wanquant import kernels
 from wanquant.formats import hif8
 from wanquant.kernels import cpu, eager, ops, shapes
+from wanquant.kernels.tables import NAN16, NAN_CODE, narrow
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
 from wanquant.quant.scheme import parse
 
@@ -264,6 +266,25 @@ def test_out_may_be_x_but_not_overlap_it() -> None:
     assert torch.equal(x[50:], expected)
     hif8.round(x[:50], out=x[:50])
     assert torch.equal(x[:50], expected)
+
+
+@pytest.mark.parametrize("saturate", [False, True])
+@pytest.mark.parametrize("device", [cpu, eager])
+def test_the_nan_of_float16_has_the_same_bits_everywhere(device: ModuleType, saturate: bool) -> None:
+    """A card casts a float32 NaN to 0x7FFF, a CPU to 0x7E00, and some keep its sign and payload."""
+    x = ALL16.view(torch.float16)
+    out = torch.empty_like(x)
+    device.round_hif8_out(x, saturate, out)
+    noise = torch.zeros(x.shape, dtype=torch.int32)
+    found = [out, device.round_hif8(x, saturate), device.round_hif8_stochastic(x, noise, saturate)]
+    for rounded in found:
+        assert set(rounded[x.isnan()].view(torch.int16).tolist()) == {NAN16}
+        assert torch.equal(rounded.isnan(), x.isnan())
+    codes = torch.full((3,), NAN_CODE, dtype=torch.uint8)
+    assert device.decode_hif8(codes, torch.float16).view(torch.int16).tolist() == [NAN16] * 3
+    payloads = torch.randint(1, 1 << 23, (1000,)).int() | 0x7F800000
+    for sign in (0, -(2**31)):
+        assert set(narrow((payloads | sign).view(torch.float32), torch.float16).view(torch.int16).tolist()) == {NAN16}
 
 
 def test_triton_equals_eager_under_its_interpreter() -> None:

@@ -28,7 +28,7 @@ def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     source = fit(x)
     out = torch.empty_like(source)
     _round_into(source, out, saturate)
-    return out if out.dtype == x.dtype else out.to(x.dtype)
+    return out if out.dtype == x.dtype else narrow(out, x.dtype)
 
 
 def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
@@ -66,7 +66,7 @@ def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
 
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float16:
-        return decode_hif8(codes, torch.float32).to(dtype)
+        return narrow(decode_hif8(codes, torch.float32), dtype)
     codes = codes.contiguous()
     out = torch.empty(codes.shape, dtype=dtype)
     loop, source, target, size = LOOPS[dtype].decode, codes.data_ptr(), out.data_ptr(), out.element_size()

@@ -38,11 +38,21 @@ def _code_value(code: int) -> float:
 CPU = torch.device("cpu")
 
 
+#: The NaN of float16 that every device gives.
+NAN16 = 0x7E00
+
+
 def narrow(rounded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Exact float32 values in a 16-bit type. BF16 by its bits: torch's own cast has two kinds of NaN."""
-    if dtype != torch.bfloat16:
-        return rounded.to(dtype)
-    return (rounded.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    """Exact float32 values in another type, NaN with the same bits on every device.
+
+    BF16 by its bits, for torch's own cast has two kinds of NaN. Of float16 the CPU makes 0x7E00 where a card makes
+    0x7FFF, so it is put there.
+    """
+    if dtype == torch.float32:
+        return rounded
+    if dtype == torch.bfloat16:
+        return (rounded.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(rounded.isnan(), NAN16, rounded.to(torch.float16).view(torch.int16)).view(torch.float16)
 
 
 @cache
