@@ -50,19 +50,21 @@ def test_what_is_alive_is_counted() -> None:
 
 
 def measured(how: str) -> int:
-    """Bytes that one forward pass adds to the peak of a process of its own, whose allocator keeps no freed pages."""
+    """Bytes that one forward pass, taken as jobs take it, adds to the peak of a process of its own, whose allocator
+    keeps no freed pages."""
     code = f"""
 import torch
 from diffusers import WanTransformer3DModel
 from tests.wan.test_footprint import WIDE
 from wanquant.quant import QuantConfig, quantize_
 from wanquant.wan.device import forget_peak_memory, peak_memory
+from wanquant.wan.products import quick_products
 cpu = torch.device("cpu")
 model = WanTransformer3DModel(num_layers=2, **WIDE).bfloat16()
 if {how!r} != "bf16":
     quantize_(model, QuantConfig(packed={how!r} == "packed"), [1])
 given = (torch.zeros(1, 16, 16, 32, 32).bfloat16(), torch.tensor([5.0]), torch.zeros(1, 32, 32).bfloat16())
-with torch.no_grad():
+with torch.no_grad(), quick_products(cpu):
     model(given[0][:, :, :1], *given[1:])  # for warmth
     forget_peak_memory(cpu)
     begun = peak_memory(cpu)
