@@ -143,6 +143,10 @@ def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) 
     assert written.keys() == {"report.html", "table.md", "table.tex", "table.csv"}
     html = written["report.html"].decode()
     assert html.count("<video") == 3
+    # The controls are beneath each picture, and small ones are enlarged without smoothing.
+    assert html.count('</video>\n<div class="controls"') == 3
+    assert "video { width: 100%; height: auto; image-rendering: pixelated;" in html
+    assert html.count("<script>") == 1
     assert html.count("<svg") == 3
     assert "out of &lt;luck&gt;" in html
     assert "not finished yet" in html

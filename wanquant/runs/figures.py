@@ -1,53 +1,52 @@
-"""Figures of the report as SVG text, drawn by matplotlib, readable without colour."""
+"""Figures of the report as SVG text, drawn by matplotlib, readable without colour and in black and white.
+
+Bars start at zero, so where an axis is logarithmic there are dots.
+"""
 
 from __future__ import annotations
 
+import importlib
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
-import matplotlib
-import matplotlib.ticker
 import numpy as np
 
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
-from matplotlib.colors import LogNorm
-
-#: The same figure is the same file.
-matplotlib.rcParams["svg.hashsalt"] = "wanquant"
 #: Okabe and Ito's palette for colour-blind readers; the hatch repeats what the colour says.
 QUANTIZED, PROTECTED = "#56B4E9", "#D55E00"
 
 
+@cache
+def pyplot() -> Any:
+    """matplotlib's, imported when something is drawn: it takes a second."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "wanquant"  # the same figure is the same file
+    return importlib.import_module("matplotlib.pyplot")
+
+
 def block_magnitudes(absmax: Sequence[float | None], protected: Sequence[int]) -> str:
-    """Bars of the largest activation magnitude behind each block, log scale, protected blocks hatched."""
-    figure, axes = plt.subplots(figsize=(9, 2.6))
-    for index, value in enumerate(absmax):
-        kept = index in protected
-        axes.bar(
-            index,
-            value or 0.0,
-            color=PROTECTED if kept else QUANTIZED,
-            hatch="///" if kept else None,
-            edgecolor="white" if kept else "none",
-            linewidth=0,
-        )
+    """A dot a block for the largest activation magnitude behind it, on a log scale; protected ones are diamonds."""
+    figure, axes = pyplot().subplots(figsize=(9, 2.6))
+    for kept, (color, marker, label) in enumerate(
+        ((QUANTIZED, "o", "quantized"), (PROTECTED, "D", "protected (BF16)"))
+    ):
+        blocks = [index for index, value in enumerate(absmax) if (index in protected) == bool(kept) and value]
+        values = [absmax[index] for index in blocks]
+        axes.plot(blocks, values, marker, color=color, markeredgecolor="black", markersize=5, label=label)
     axes.set(yscale="log", xlabel="block", ylabel="largest magnitude", xlim=(-0.8, len(absmax) - 0.2))
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, color=QUANTIZED),
-        plt.Rectangle((0, 0), 1, 1, fc=PROTECTED, hatch="///", ec="white"),
-    ]
-    axes.legend(
-        handles, ["quantized", "protected (BF16)"], frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1)
-    )
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    axes.grid(axis="y", which="both", color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 
 
 def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> str:
     """A dot and its interval for each (name, mean, low, high), with the value written beside it."""
-    figure, axes = plt.subplots(figsize=(9, 0.5 + 0.38 * len(rows)))
+    figure, axes = pyplot().subplots(figsize=(9, 0.5 + 0.38 * len(rows)))
     for place, (_, mean, low, high) in enumerate(reversed(rows)):
         axes.plot([low, high], [place, place], color=QUANTIZED, linewidth=4, solid_capstyle="butt")
         axes.plot(mean, place, "o", color="black")
@@ -62,8 +61,10 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> st
 def heatmap(rows: Sequence[Sequence[float | None]], xlabel: str, label: str, log: bool) -> str:
     """A row a block, block 0 at the top; cividis, which colour-blind readers see as others do. Unknown is white."""
     values = np.array(rows, float)
-    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.14 * len(values)))
+    figure, axes = pyplot().subplots(figsize=(9, 0.6 + 0.14 * len(values)))
     positive = values[np.isfinite(values) & (values > 0)]
+    from matplotlib.colors import LogNorm
+
     norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.001)) if log and len(positive) else None
     mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap="cividis", norm=norm)
     axes.set(xlabel=xlabel, ylabel="block", yticks=np.arange(0, len(values), 5) + 0.5)
@@ -89,7 +90,7 @@ ZONE_LOOKS = (
 
 def zones(rows: Sequence[Sequence[float]]) -> str:
     """Stacked shares of the zones, a bar a block; zones that hold nothing are left out of the legend."""
-    figure, axes = plt.subplots(figsize=(9, 3))
+    figure, axes = pyplot().subplots(figsize=(9, 3))
     below = np.zeros(len(rows))
     values = np.array(rows, float)
     for place, (name, color, hatch) in enumerate(ZONE_LOOKS):
@@ -109,7 +110,7 @@ def by_block(
     rows: Sequence[tuple[float | None, float | None, float | None]], protected: Sequence[int], label: str
 ) -> str:
     """A dot and its interval a block; protected blocks are orange diamonds."""
-    figure, axes = plt.subplots(figsize=(9, 2.8))
+    figure, axes = pyplot().subplots(figsize=(9, 2.8))
     for index, (mean, low, high) in enumerate(rows):
         if mean is None:
             continue
@@ -126,7 +127,7 @@ def by_block(
 def pareto(rows: Sequence[tuple[str, float, float, float, float]], label: str) -> str:
     """Quality against the share of FLOPs quantized, each (name, share, mean, low, high) a numbered dot; those that no
     other beats in both are diamonds, and joined. Numbers are those of the rows, from 1."""
-    figure, axes = plt.subplots(figsize=(9, 3.6))
+    figure, axes = pyplot().subplots(figsize=(9, 3.6))
     best = [row for row in rows if not any(_beats(other, row) for other in rows)]
     for number, row in enumerate(rows, 1):
         _, share, mean, low, high = row
@@ -137,7 +138,9 @@ def pareto(rows: Sequence[tuple[str, float, float, float, float]], label: str) -
     line = sorted((row[1], row[2]) for row in best)
     axes.plot([x for x, _ in line], [y for _, y in line], color=PROTECTED, linewidth=1, linestyle="--")
     axes.set(xlabel="share of the linears' FLOPs quantized", ylabel=label)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    from matplotlib.ticker import PercentFormatter
+
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
@@ -152,7 +155,9 @@ def small_multiples(panels: Sequence[tuple[str, Sequence[Sequence[float]]]], lab
     """A panel a prompt: for each configuration, numbered from 1, a dot a seed and a bar at their mean."""
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(9, 0.4 + 1.9 * lines), sharex=True, sharey=True, squeeze=False)
+    figure, grid = pyplot().subplots(
+        lines, columns, figsize=(9, 0.4 + 1.9 * lines), sharex=True, sharey=True, squeeze=False
+    )
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, configurations) in zip(grid.flat, panels, strict=False):
@@ -171,7 +176,7 @@ def small_multiples(panels: Sequence[tuple[str, Sequence[Sequence[float]]]], lab
 
 def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float | None]], label: str, log: bool) -> str:
     """Lines over training steps, told apart by dashes as well as by colour."""
-    figure, axes = plt.subplots(figsize=(9, 2.6))
+    figure, axes = pyplot().subplots(figsize=(9, 2.6))
     looks = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", ":", "-."), strict=True)
     for (name, values), (color, dashes) in zip(lines.items(), looks, strict=False):
         axes.plot(steps, np.array(values, float), dashes, color=color, linewidth=1.2, label=name)
@@ -185,7 +190,7 @@ def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float | None]], la
 
 def before_after(rows: Sequence[tuple[int, float, float]], label: str) -> str:
     """For each (block, before, after) a hollow dot, a full one, and a line between."""
-    figure, axes = plt.subplots(figsize=(9, 2.8))
+    figure, axes = pyplot().subplots(figsize=(9, 2.8))
     for place, (block, before, after) in enumerate(rows):
         axes.plot([block, block], [before, after], color=QUANTIZED, linewidth=2)
         axes.plot(block, before, "o", color="white", markeredgecolor="black", label=None if place else "before")
@@ -197,9 +202,9 @@ def before_after(rows: Sequence[tuple[int, float, float]], label: str) -> str:
     return _svg(figure)
 
 
-def _svg(figure: plt.Figure) -> str:
+def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
+    pyplot().close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
