@@ -371,7 +371,7 @@ def test_a_killed_evaluation_goes_on(sweep: Path, tmp_path: Path, monkeypatch: p
         (["run={run}", "eval.lpips=on"], "fetch lpips"),
         (["run={run}", "prompts.texts=[]", "prompts.name=none"], "prompts.texts is empty"),
         (["run={run}", "prompts=vbench", "prompts.dimensions=[temporal_flickering]"], "In a still frame"),
-        (["run={run}", "prompts=vbench", "prompts.dimensions=[beauty]"], "VBench has no beauty"),
+        (["run={run}", "prompts=vbench", "prompts.dimensions=[beauty]"], "prompts.dimensions=beauty: choose"),
         (["run={run}", "prompts=vbench", "prompts.seeds=[7]"], "VBench's standard has the seeds 0 to 4"),
         (["run={run}", NEW, "prompts.name=new", "reference={run}/checkpoint"], "not the model this run was made with"),
         (["run={run}", NEW, "prompts.name=../x"], "a folder is named so"),

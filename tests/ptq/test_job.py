@@ -322,7 +322,7 @@ def truncated_model(folder: Path) -> str:
     ("override", "named"),
     [
         ("quant.wieghts.rule=direct", "wieghts"),
-        ("protect=boundry", "boundry'; choose auto, auto_absmax, boundary, ends, entry, exit"),
+        ("protect=boundry", "protect=boundry: did you mean boundary? choose auto, auto_absmax, boundary, ends, entry, exit"),
         ("protect.blocks=[3,40]", "protected block 40 is out of range: the model has 40 blocks"),
         ("protect.modules=[ffn]", "pattern 'ffn' of protected modules matches nothing"),
         ("protect.modules=['.*']", "protect leaves no linear to quantize"),
