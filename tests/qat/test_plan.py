@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from wanquant.qat.check import training_of
 from wanquant.qat.config import QATConfig, TrainConfig
 from wanquant.qat.plan import count_trained, plan_training, shrinks
 from wanquant.qat.scope import choose_
@@ -76,7 +77,7 @@ def test_counted_is_what_is_trained(qat: QATConfig) -> None:
     model = transformer(4)
     expected = count_trained(model, config)
     seen = {name: 1.0 for name, _ in model.named_modules()}
-    make_trainable_(model, STATIC, (), (), seen, qat.training)
+    make_trainable_(model, STATIC, (), (), seen, training_of(qat))
     trained = choose_(model, qat.scope, qat.blocks, qat.lora.rank, qat.lora.alpha)
     assert sum(parameter.numel() for parameter in trained) == expected
 

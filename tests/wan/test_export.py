@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
+from tests import forked
 from tests.wan.test_quantizer import answer, short
 from wanquant import load_pipeline, quantize_, save_quantized
 from wanquant.formats.registry import get_format
@@ -127,7 +127,7 @@ def test_of_many_files_as_many_are_made(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "wanquant.export", *map(str, words)], capture_output=True, text=True)
+    return forked.run(["-m", "wanquant.export", *map(str, words)])
 
 
 def test_a_pipeline_by_the_command_line(tmp_path: Path) -> None:
