@@ -69,6 +69,8 @@ class Watch(Callback):
             return
         try:
             Watch.sweep = _begin_sweep(config)
+            if "joblib" in config.hydra.launcher.get("_target_", ""):
+                interrupt.shield_workers()
             Watch.tracker = TrackerConfig(**{str(key): value for key, value in config.tracker.items()})
             interrupt.advise(f"the same command with hydra.sweep.dir={Watch.sweep} goes on there")
         except Exception as error:  # Hydra would make a warning of it, and go on

@@ -9,6 +9,7 @@ a library swallows the exception or its cleaning up takes long, the process is e
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ GRACE = 1.5
 WAKE = getattr(signal, "SIGVTALRM", None)
 
 _advice = "nothing was begun; the same command starts again"
-_told = threading.Event()
+_told, _begun = threading.Event(), threading.Event()
 
 
 def advise(how: str) -> None:
@@ -44,10 +45,22 @@ def watch() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if WAKE is None or not hasattr(signal, "sigwait"):  # Windows
         return
-    signal.signal(WAKE, signal.default_int_handler)
+    # Whichever comes: some libraries unblock SIGINT when they start a process of their own.
+    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(WAKE, _interrupted)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     sys.unraisablehook = _unraisable
     threading.Thread(target=_wait, args=[threading.get_ident()], name="interrupt", daemon=True).start()
+
+
+def shield_workers() -> None:
+    """To be called before joblib starts workers, which are to inherit the block: it and multiprocessing start a process
+    that tracks resources first, and unblock SIGINT then."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not _interrupted:
+        return  # not watched
+    for name in ("multiprocessing.resource_tracker", "joblib.externals.loky.backend.resource_tracker"):
+        importlib.import_module(name).ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def end(status: int) -> None:
@@ -62,13 +75,22 @@ def end(status: int) -> None:
 
 def _wait(main: int) -> None:
     assert WAKE is not None
-    signal.sigwait({signal.SIGINT})
-    signal.pthread_kill(main, WAKE)
+    while True:
+        signal.sigwait({signal.SIGINT})
+        if _begun.is_set():
+            _give_up()
+        signal.pthread_kill(main, WAKE)
+
+
+def _interrupted(_: int, __: FrameType | None) -> None:
+    """In the main thread: the first time it may clean up, for a while; the second time the process ends at once."""
+    if _begun.is_set():
+        _give_up()
+    _begun.set()
     late = threading.Timer(GRACE, _give_up)
     late.daemon = True
     late.start()
-    signal.sigwait({signal.SIGINT})  # a second time: at once
-    _give_up()
+    raise KeyboardInterrupt
 
 
 def _give_up() -> None:
@@ -79,6 +101,7 @@ def _give_up() -> None:
 def _unraisable(error: Any) -> None:
     """Python prints what is raised in a finalizer, and goes on. An interrupt is raised again, a little later."""
     if error.exc_type is KeyboardInterrupt and WAKE is not None:
+        _begun.clear()
         threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, WAKE]).start()
     else:
         sys.__unraisablehook__(error)
@@ -91,13 +114,15 @@ def _terminate(_: int, __: FrameType | None) -> None:
 
 
 def _end_children() -> None:
+    """And those that they start meanwhile."""
     import psutil
 
-    with contextlib.suppress(psutil.Error):
-        children = psutil.Process().children(recursive=True)
-        for child in children:
-            with contextlib.suppress(psutil.Error):
-                child.terminate()
-        for child in psutil.wait_procs(children, timeout=0.3)[1]:
-            with contextlib.suppress(psutil.Error):
-                child.kill()
+    for patience in (0.3, 0.0, 0.0):
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process().children(recursive=True)
+            for child in children:
+                with contextlib.suppress(psutil.Error):
+                    child.terminate()
+            for child in psutil.wait_procs(children, timeout=patience)[1]:
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
