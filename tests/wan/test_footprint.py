@@ -14,19 +14,17 @@ from tests.conftest import wan_transformer
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import PRODUCTS
 from wanquant.quant.scheme import parse
-from wanquant.wan import footprint, tiny
+from wanquant.wan import probe, tiny
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.footprint import (
     Alive,
     Quantized,
-    block_seconds,
     decoding_bytes,
-    decoding_seconds,
     denoising_bytes,
-    learning_seconds,
 )
 from wanquant.wan.load import find_folder
 from wanquant.wan.plan import Plan, Work, in_time
+from wanquant.wan.probe import block_seconds, decoding_seconds, learning_seconds
 
 CPU = torch.device("cpu")
 #: 4,096 tokens, 1,024 wide: enough to tower above what a process takes anyway.
@@ -110,7 +108,7 @@ def test_every_quantization_has_a_footprint(name: str, product: str) -> None:
 def test_what_is_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything by its number, attention by the square of the tokens, and a small case not at all."""
     seen: list[float] = []
-    monkeypatch.setattr(footprint, "_seconds", lambda run, device: seen.pop(0))
+    monkeypatch.setattr(probe, "_seconds", lambda run, device: seen.pop(0))
     config, vae = dict(wan_transformer(1).config), tiny.folder() / "vae"
     seen[:] = [2.0]
     assert block_seconds(config, None, 512, 32, 4, CPU) == 2.0

@@ -57,7 +57,8 @@ from wanquant.wan.load import (
     load_pipeline,
 )
 from wanquant.wan.outliers import chosen_blocks, plant_outliers_
-from wanquant.wan.plan import Plan, Work, print_plan
+from wanquant.wan.plan import GUESS, Plan, Work, in_time, print_plan
+from wanquant.wan.probe import is_busy
 from wanquant.wan.products import multiplies_bf16
 from wanquant.wan.studio import Pair, Studio
 
@@ -236,17 +237,19 @@ class Job:
         config = self.config
         plan = make_plan(config, self.device, self.work(config))
         cells = self.cache.cells("plans", digest([self.signed(None), config.quant.packed]))
-        found: dict[str, Any] = cells.measured("plan", lambda: self.needed(plan))
+        found: dict[str, Any] = cells.measured("stages", lambda: self.needed(plan))
         return found
 
     def needed(self, plan: Plan) -> dict[str, Any]:
-        return {"bytes": plan.added, "seconds": plan.seconds}
+        return {"bytes": plan.added, "seconds": plan.seconds, "stages": plan.stages, "guess": is_busy()}
 
     def load(self) -> Bench:
         config = self.config
         if self.run_ is not None:
             with self.run_.stage("plan"):
                 self.plan_ = self.planned()
+            guess = GUESS if self.plan_["guess"] else ""
+            print(f"predicted: {in_time(self.plan_['seconds'])}, less what the cache holds{guess}", flush=True)
         forget_peak_memory(self.device)
         self.begun = peak_memory(self.device)
         with self.run_.stage("load") if self.run_ is not None else nullcontext():
@@ -291,7 +294,7 @@ class Job:
                 "begun_bytes": self.begun,
                 "planned_bytes": self.begun + self.plan_["bytes"],
             },
-            "planned": {"seconds": self.plan_["seconds"]},
+            "planned": {name: self.plan_[name] for name in ("seconds", "stages", "guess")},
             "provenance": {
                 **self.made,
                 "bf16_products": "native" if multiplies_bf16(self.device) else "float32, rounded once",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from wanquant.evaluate.prompts import PromptsConfig, following, pairs
@@ -9,6 +11,7 @@ from wanquant.ptq.check import rule_blocks
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.protect import GREEDY
 from wanquant.ptq.sensitivity import kinds
+from wanquant.ptq.stages import further_stages
 from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.load import find_folder
 from wanquant.wan.plan import Plan, Work
@@ -23,7 +26,7 @@ def make_plan(config: PTQConfig, device: torch.device, work: Work) -> Plan:
         blocks = list(range(config.protect.budget * len(parts_of(shape))))
     rows = min(config.model.batch, max(1, len(pairs(config.prompts))))
     how = (config.quant, blocks, config.protect.modules, config.model.generation, work, rows, device)
-    return Plan(folder, *how)
+    return Plan(folder, *how, further=lambda plan: further_stages(plan, config))
 
 
 def work_of(config: PTQConfig) -> Work:
@@ -33,11 +36,15 @@ def work_of(config: PTQConfig) -> Work:
     by = config.protect.by
     beside = by in ("sensitivity", GREEDY) or (config.mode == "analyze" and config.analysis.sensitivity)
     errors = config.mode == "analyze" or by == "block_sqnr" or config.eval.block_sqnr
+    texts = len({text for text, _ in [*pairs(config.prompts), *pairs(config.calib, "calib")]}) + 1  # the negative one
+    parts: dict[str, Any] = {"calibrated": calibrated, "choosing": (plain, quantized), "prompts": texts}
     if config.mode == "analyze":
-        return Work(calibrated + plain, quantized, beside=beside, all_beside=True)
+        return Work(calibrated + plain, quantized, beside=beside, all_beside=True, **parts)
     floors = measured + len(other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
     made = 2 * measured + floors
-    return Work(calibrated + plain + measured + floors, quantized + measured, made, made, beside, errors)
+    return Work(
+        calibrated + plain + measured + floors, quantized + measured, made, made, beside, errors, floors=floors, **parts
+    )
 
 
 def _choosing(config: PTQConfig, calibrated: int) -> tuple[int, int]:

@@ -146,9 +146,12 @@ class TrainJob(Job):
         how, questions = training_how(config, plan), questions_of(config)
         training = plan_training(shape, config, how[0], questions, how[2], processes())
         while_trained = 2 * plan.parameters + plan.others + training.added(on_host) + (plan.videos if on_host else 0)
+        training_takes = training_seconds(shape, config, how[0], questions, *how[1:])
         return {
+            **found,
             "bytes": max(found["bytes"], while_trained),
-            "seconds": found["seconds"] + training_seconds(shape, config, how[0], questions, *how[1:]),
+            "seconds": found["seconds"] + training_takes,
+            "stages": {**found["stages"], "train": training_takes},
         }
 
     @property

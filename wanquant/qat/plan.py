@@ -18,8 +18,8 @@ from wanquant.quant.scheme import parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.activations import kept_by
 from wanquant.wan.experts import parts_of
-from wanquant.wan.footprint import block_seconds, learning_seconds
 from wanquant.wan.load import Transformer
+from wanquant.wan.probe import block_seconds, learning_seconds
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What running a model takes besides its weights: memory, by running it without numbers; time, by running a little.
+"""What running a model takes of memory besides its weights, by running it without numbers.
 
 torch's fake tensors have shapes, types and storages, and no memory. The real modules run on them op by op, and what is
 alive at once is counted. Two blocks stand for all, since each frees what it took. What a kernel takes inside of an op
@@ -7,7 +7,6 @@ is not seen: other layouts of a convolution's input, a workspace.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,19 +24,12 @@ from transformers import UMT5Config, UMT5EncoderModel
 from wanquant.kernels import eager
 from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme
-from wanquant.wan.activations import mixed_norms
 from wanquant.wan.checkpoint import FLOAT32, kept_in_fp32, read_json
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.products import quick_products
 
 #: Latents are so many times smaller in time, and in height and width.
 IN_TIME, IN_SPACE = 4, 8
-#: Tokens that a probe of time runs at most, of all rows together, and of attention alone.
-PROBED, PROBED_ATTENTION = 2048, 1024
-#: Seconds that a probe takes at least, once it is warm.
-LONG_ENOUGH = 0.2
-#: Latents that the VAE is probed with: (frames, rows, columns).
-SMALL_LATENTS = (2, 8, 8)
 
 Make = Callable[[torch.Size, torch.dtype], torch.Tensor]
 
@@ -87,9 +78,9 @@ def denoising_bytes(
     """Of one forward pass of a transformer of this config, on ``rows`` videos."""
     if how is not None and how.scheme.product == "native":
         how = replace(how, scheme=replace(how.scheme, product="fast"))  # which runs anywhere, and needs no less
-    transformer = _transformer(config, how, blocks=2)
+    transformer = empty_transformer(config, how, blocks=2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quick_products(device):
-        _fill(transformer, _fake)
+        fill(transformer, _fake)
         latents = torch.empty(rows, config["in_channels"], *latent_size(settings), dtype=torch.bfloat16)
         text = torch.empty(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16)
         timestep = torch.empty(rows)
@@ -103,7 +94,7 @@ def decoding_bytes(folder: Path, settings: GenerationConfig) -> int:
     """Of decoding one video with the VAE of this folder."""
     vae = empty_vae(folder)
     with FakeTensorMode(), torch.no_grad():
-        _fill(vae, _fake)
+        fill(vae, _fake)
         latents = torch.empty(1, vae.config.z_dim, *latent_size(settings))
         alive = _alive(vae)
         with alive:
@@ -126,103 +117,7 @@ def latent_size(settings: GenerationConfig) -> tuple[int, int, int]:
     return (settings.num_frames - 1) // IN_TIME + 1, settings.height // IN_SPACE, settings.width // IN_SPACE
 
 
-def block_seconds(
-    config: dict[str, Any], how: Quantized | None, tokens: int, text: int, rows: int, device: torch.device
-) -> float:
-    """Of one block on ``rows`` videos of so many tokens each: run as it is where it is small; else few tokens are run,
-    and their time is scaled, attention's by the square."""
-    if how is not None and how.scheme.product == "native" and device.type == "cpu":
-        how = replace(how, scheme=replace(how.scheme, product="fast"))
-    transformer = _transformer(config, how, blocks=1)
-    _fill(transformer, lambda size, dtype: torch.full(size, 0.01 if dtype.is_floating_point else 8, dtype=dtype))
-    block = transformer.blocks[0].to(device)
-    whole = rows * tokens <= PROBED
-    rows_, tokens_ = (rows, tokens) if whole else (1, min(tokens, PROBED // 4))
-    heads, depth = config["num_attention_heads"], config["attention_head_dim"]
-    rotary = _rotary(transformer, tokens_, device)
-    hidden, words = (
-        torch.full((rows_, count, heads * depth), 0.5, dtype=torch.bfloat16, device=device) for count in (tokens_, text)
-    )
-    modulation = torch.zeros(rows_, 6, heads * depth, device=device)
-    found = _seconds(lambda: block(hidden, words, modulation, rotary), device)
-    if whole:
-        return found
-    count = min(tokens, PROBED_ATTENTION)
-    query = torch.full((1, heads, count, depth), 0.1, dtype=torch.bfloat16, device=device)
-    each = _seconds(lambda: F.scaled_dot_product_attention(query, query, query), device) / count**2
-    return rows * ((found - each * tokens_**2) / tokens_ * tokens + each * tokens**2)
-
-
-def learning_seconds(
-    config: dict[str, Any],
-    prepare: Callable[[nn.Module], None],
-    tokens: int,
-    text: int,
-    rows: int,
-    device: torch.device,
-    precision: str,
-) -> float:
-    """Of one block forward, backward and through AdamW, as ``prepare`` makes it trainable, on ``rows`` videos; in
-    proportion to the tokens where they are many."""
-    with torch.device("meta"):
-        transformer = WanTransformer3DModel.from_config({**config, "num_layers": 1})
-    _fill(transformer, lambda size, dtype: torch.full(size, 0.01), narrow=False)
-    prepare(transformer)
-    block, count = transformer.blocks[0].to(device).requires_grad_(True), min(rows * tokens, PROBED)
-    rows_, tokens_ = (rows, tokens) if rows * tokens <= PROBED else (1, count)
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    rotary = _rotary(transformer, tokens_, device)
-    hidden, words = (torch.full((rows_, n, width), 0.5, dtype=kind, device=device) for n in (tokens_, text))
-    modulation = torch.zeros(rows_, 6, width, device=device)
-    optimizer = torch.optim.AdamW(block.parameters(), 1e-6)
-
-    def step() -> None:
-        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            block(hidden, words, modulation, rotary).float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    with mixed_norms():
-        return _seconds(step, device) * rows * tokens / (rows_ * tokens_)
-
-
-def _rotary(transformer: WanTransformer3DModel, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Of so many tokens, in as few frames as its tables of positions allow."""
-    longest = transformer.config.rope_max_seq_len
-    frames = next(count for count in range(1, tokens + 1) if tokens % count == 0 and tokens // count <= longest)
-    return tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames)))
-
-
-def decoding_seconds(folder: Path, settings: GenerationConfig, device: torch.device) -> float:
-    """Of one video, by a few frames of it."""
-    vae, (frames, rows, columns) = empty_vae(folder), SMALL_LATENTS
-    _fill(vae, lambda size, dtype: torch.full(size, 0.01, dtype=dtype))
-    latents = torch.zeros(1, vae.config.z_dim, *SMALL_LATENTS, device=device)
-    vae.to(device)
-    found = _seconds(lambda: vae.decode(latents, return_dict=False), device)
-    whole = latent_size(settings)
-    return found * whole[0] * whole[1] * whole[2] / (frames * rows * columns)
-
-
-@torch.no_grad()
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-
-    with quick_products(device):
-        run()
-        wait()
-        begun, count = time.perf_counter(), 0
-        while time.perf_counter() - begun < LONG_ENOUGH:
-            run()
-            wait()
-            count += 1
-    return (time.perf_counter() - begun) / count
-
-
-def _transformer(config: dict[str, Any], how: Quantized | None, blocks: int) -> WanTransformer3DModel:
+def empty_transformer(config: dict[str, Any], how: Quantized | None, blocks: int) -> WanTransformer3DModel:
     """On meta; its first block quantized."""
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config({**config, "num_layers": blocks}).eval()
@@ -235,7 +130,7 @@ def _fake(size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(size, dtype=dtype)
 
 
-def _fill(model: nn.Module, make: Make, narrow: bool = True) -> None:
+def fill(model: nn.Module, make: Make, narrow: bool = True) -> None:
     """In the place of meta tensors; a transformer, if ``narrow``, in BF16 but for what it keeps in float32."""
     wan = narrow and isinstance(model, WanTransformer3DModel)
     for name, module in model.named_modules():

@@ -4,8 +4,8 @@ device. ``dry_run=true`` prints it; a run keeps it, to stand beside what was mea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,23 @@ from torch import nn
 
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
 from wanquant.quant.scheme import parse
+from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import resident_memory
 from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.footprint import (
     Quantized,
-    block_seconds,
     decoding_bytes,
-    decoding_seconds,
     denoising_bytes,
     empty_text_encoder,
     empty_vae,
     latent_size,
 )
 from wanquant.wan.load import Transformer
+from wanquant.wan.probe import around_seconds, block_seconds, decoding_seconds, encoding_seconds, is_busy
 
 LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
+GUESS = "; a guess: the machine is busy"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Work:
     held: int = 0
     beside: bool = False
     all_beside: bool = False
+    calibrated: int = 0
+    floors: int = 0
+    choosing: tuple[int, int] = (0, 0)
+    prompts: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Plan:
     device: torch.device
     #: Of a model that is quantized already: its linears that are.
     names: Sequence[str] | None = None
+    #: Seconds of the job's further stages, by name.
+    further: Callable[[Plan], dict[str, float]] = field(default=lambda plan: {}, compare=False)
 
     @cached_property
     def shape(self) -> Transformer:
@@ -128,21 +135,54 @@ class Plan:
 
     @cached_property
     def seconds(self) -> float:
-        """Of denoising and decoding. Loading, comparing and writing are not in it."""
-        tokens, text = tokens_of(self.settings, self.shape), self.settings.max_text_length
+        """Of the stages, with nothing in the cache; not of starting the program, planning and the report."""
+        return sum(self.stages.values())
+
+    @cached_property
+    def stages(self) -> dict[str, float]:
+        """Seconds, by the names that a run's timings have."""
+        work, how = self.work, (tokens_of(self.settings, self.shape), self.settings.max_text_length)
+        plain, mixed = self._denoising(how)
+        decoding = decoding_seconds(self.folder / "vae", self.settings, self.device) if work.decoded else 0.0
+        found = {"calibrate": self._calibrating(how)} if work.calibrated else {}
+        chosen, tried = work.choosing
+        found["choose"] = chosen * plain + tried * mixed
+        made = work.bf16 - work.calibrated - work.floors - chosen
+        quantized = work.quantized - tried
+        decoded = max(0, work.decoded - work.floors)
+        share = decoded / max(1, made + quantized)
+        found["generate_bf16"] = made * (plain + share * decoding)
+        found["noise_floor"] = work.floors * (plain + decoding)
+        found["generate_quantized"] = quantized * (mixed + share * decoding)
+        return {name: seconds for name, seconds in {**found, **self.further(self)}.items() if seconds}
+
+    def _denoising(self, how: tuple[int, int]) -> tuple[float, float]:
+        """Seconds for one video in BF16, and quantized."""
         plain, quantized = (
-            block_seconds(self._config, how, tokens, text, self.rows, self.device) / self.rows
-            for how in (None, self._blocks[-1])
+            block_seconds(self._config, kind, *how, self.rows, self.device) / self.rows
+            for kind in (None, self._blocks[-1])
         )
-        passes = self.settings.branches * self.settings.steps
-        blocks = len(self.shape.blocks)
-        each = blocks // len(parts_of(self.shape))
-        touched = len({name.split(".")[1] for name in self.converted}) / blocks
+        touched = len({name.split(".")[1] for name in self.converted}) / len(self.shape.blocks)
+        around = self._passes * around_seconds(self._config, self.settings, self.rows, self.device) / self.rows
         mixed = touched * quantized + (1 - touched) * plain
-        denoising = passes * each * (self.work.bf16 * plain + self.work.quantized * mixed)
-        if not self.work.decoded:
-            return denoising
-        return denoising + self.work.decoded * decoding_seconds(self.folder / "vae", self.settings, self.device)
+        return around + self._passes * self._each * plain, around + self._passes * self._each * mixed
+
+    def _calibrating(self, how: tuple[int, int]) -> float:
+        layout = Layout(("",), 1, 4, 1, parse(self.quant).needs_statistics)
+        block = block_seconds(self._config, None, *how, 1, self.device, layout)
+        encoding = encoding_seconds(self.folder / "text_encoder", self.settings.max_text_length, self.device)
+        around = around_seconds(self._config, self.settings, 1, self.device)
+        return self.work.calibrated * self._passes * (self._each * block + around) + self.work.prompts * encoding
+
+    @property
+    def _passes(self) -> int:
+        """Forward passes for one video, each through one transformer."""
+        return self.settings.branches * self.settings.steps
+
+    @property
+    def _each(self) -> int:
+        """Blocks of one transformer."""
+        return len(self.shape.blocks) // len(parts_of(self.shape))
 
     @property
     def _config(self) -> dict[str, Any]:
@@ -191,6 +231,14 @@ def print_needs(plan: Plan, what: str = "") -> None:
         print(f"            {in_bytes(plan.videos)} on the host, for the videos until they are compared")
     done = f"{work.bf16} videos denoised in BF16, {work.quantized} quantized, {work.decoded} decoded"
     print(f"time        {in_time(plan.seconds)}: {done}, by a probe of the device; what the cache holds takes none")
+    print(f"            {told_stages(plan.stages)}{GUESS if is_busy() else ''}")
+
+
+def told_stages(stages: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {seconds:.1f} s" if seconds < 10 else f"{name.replace('_', ' ')} {in_time(seconds)}"
+        for name, seconds in stages.items()
+    )
 
 
 def block_map(report: ConversionReport) -> str:

@@ -1,0 +1,93 @@
+"""Seconds of the stages of a quantization that are no denoising: quantizing, comparing, writing."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from wanquant.evaluate.compare import of_pair
+from wanquant.evaluate.perceptual import distance
+from wanquant.evaluate.prompts import pairs
+from wanquant.ptq.config import PTQConfig
+from wanquant.quant import quantize_
+from wanquant.runs import pictures
+from wanquant.wan.generate import Sample
+from wanquant.wan.load import load_pipeline
+from wanquant.wan.plan import Plan
+
+#: Pixels of a video, and weights of a linear, that are run to be timed at most; larger ones in proportion.
+PIXELS, WEIGHTS = 1 << 18, 1 << 20
+#: Bytes of a pipeline that is loaded to be timed, at most.
+LOADED = 200_000_000
+
+
+def further_stages(plan: Plan, config: PTQConfig) -> dict[str, float]:
+    if config.mode != "quantize" or not plan.work.held:
+        return {}
+    measured, settings = len(pairs(config.prompts)), plan.settings
+    side = min(settings.height, settings.width, 64)
+    frames = max(1, min(settings.num_frames, PIXELS // side**2))
+    scale = settings.num_frames * settings.height * settings.width / (frames * side * side)
+    video = np.random.default_rng(0).random((frames, side, side, 3), dtype=np.float32)
+    prompt = next(iter(pairs(config.prompts)))[0]
+    a, b = (Sample(prompt, 0, torch.zeros(1), moved) for moved in (video, 0.9 * video))
+    lpips = distance(config.eval.lpips, plan.device)
+    comparing = _seconds(lambda: of_pair(b, a, config.model.language == "scenes", lpips))
+    compared = measured * (3 if config.eval.noise_floor else 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path, shown = Path(folder) / "probe.mp4", 0.2 + 0.1 * video  # a generated one is as quiet
+
+        def write() -> None:
+            frames_ = pictures.to_uint8(shown)
+            for _ in range(2 + config.eval.noise_floor):
+                pictures.write_mp4(path, frames_, settings.fps)
+            pictures.write_mp4(path, pictures.side_by_side((frames_, frames_), ("BF16", "")), settings.fps)
+
+        writing = _seconds(write)
+    return {
+        "load": _loading(plan),
+        "quantize": _quantizing(plan),
+        "compare": compared * comparing * scale,
+        "write": measured * writing * scale,
+    }
+
+
+def _loading(plan: Plan) -> float:
+    """By loading it, where that is small and there; else nothing is known of the disk, and nothing counted."""
+    if plan.weights + plan.others > LOADED or not any(plan.folder.glob("transformer/*.safetensors")):
+        return 0.0
+    return _seconds(lambda: load_pipeline(plan.folder, str(plan.device)))
+
+
+def _quantizing(plan: Plan) -> float:
+    """All linears, by the first of them or as much of it as is probed; in proportion to their weights."""
+    if not plan.converted:
+        return 0.0
+    linear = plan.shape.get_submodule(plan.converted[0])
+    assert isinstance(linear, nn.Linear)
+    rows = max(1, min(linear.out_features, WEIGHTS // linear.in_features))
+
+    def run() -> None:
+        root = nn.Module()
+        block = nn.Module()
+        block.probed = nn.Linear(linear.in_features, rows, device=plan.device, dtype=torch.bfloat16)
+        root.blocks = nn.ModuleList([block])
+        quantize_(root, plan.quant, (), (), {"blocks.0.probed": 1.0})
+
+    each = _seconds(run)
+    small = linear.weight.numel() <= WEIGHTS
+    return each * (len(plan.converted) if small else plan.quantized_weights / (rows * linear.in_features))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of the second call: the first is for warmth."""
+    run()
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun

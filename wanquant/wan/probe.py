@@ -1,0 +1,181 @@
+"""How long the parts of a job take: each kind of work is run as it is where it is small, else scaled up from less."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from wanquant.quant.observe import Observer
+from wanquant.quant.statistics import Layout
+from wanquant.wan.activations import mixed_norms
+from wanquant.wan.config import GenerationConfig
+from wanquant.wan.footprint import Quantized, empty_text_encoder, empty_transformer, empty_vae, fill, latent_size
+from wanquant.wan.products import quick_products
+
+#: Tokens that a probe of time runs at most, of all rows together, and of attention alone.
+PROBED, PROBED_ATTENTION = 2048, 1024
+#: Seconds that a probe takes at least, once it is warm.
+LONG_ENOUGH = 0.2
+#: Latents that the VAE is probed with as they are, at most; else it is with these: (frames, rows, columns).
+PROBED_LATENTS, SMALL_LATENTS = 512, (2, 8, 8)
+#: Latents of all rows together up to which what is outside of the blocks is run too.
+PROBED_AROUND = 1 << 15
+#: Parameters of a text encoder that is run to be timed, at most.
+SMALL_ENCODER = 100_000_000
+#: Median of a probe's repetitions over the quickest, above which something else is using the machine.
+UNSTEADY = 1.3
+
+_spreads: list[float] = []
+
+
+def block_seconds(
+    config: dict[str, Any],
+    how: Quantized | None,
+    tokens: int,
+    text: int,
+    rows: int,
+    device: torch.device,
+    layout: Layout | None = None,
+) -> float:
+    """Of one block on ``rows`` videos of so many tokens each, observed as in calibration if there is a ``layout``: run
+    as it is where it is small; else few tokens are run, and their time is scaled, attention's by the square."""
+    if how is not None and how.scheme.product == "native" and device.type == "cpu":
+        how = replace(how, scheme=replace(how.scheme, product="fast"))
+    transformer = empty_transformer(config, how, blocks=1)
+    fill(transformer, lambda size, dtype: torch.full(size, 0.01 if dtype.is_floating_point else 8, dtype=dtype))
+    block = transformer.blocks[0].to(device)
+    whole = rows * tokens <= PROBED
+    rows_, tokens_ = (rows, tokens) if whole else (1, min(tokens, PROBED // 4))
+    heads, depth = config["num_attention_heads"], config["attention_head_dim"]
+    rotary = _rotary(transformer, tokens_, device)
+    hidden, words = (
+        torch.full((rows_, count, heads * depth), 0.5, dtype=torch.bfloat16, device=device) for count in (tokens_, text)
+    )
+    modulation = torch.zeros(rows_, 6, heads * depth, device=device)
+    watched = Observer(transformer, layout, lambda: (0, 0, 0)) if layout is not None else nullcontext()
+    with watched:
+        found = _seconds(lambda: block(hidden, words, modulation, rotary), device)
+    if whole:
+        return found
+    count = min(tokens, PROBED_ATTENTION)
+    query = torch.full((1, heads, count, depth), 0.1, dtype=torch.bfloat16, device=device)
+    each = _seconds(lambda: F.scaled_dot_product_attention(query, query, query), device) / count**2
+    return rows * ((found - each * tokens_**2) / tokens_ * tokens + each * tokens**2)
+
+
+def around_seconds(config: dict[str, Any], settings: GenerationConfig, rows: int, device: torch.device) -> float:
+    """Of a forward pass, what is outside of the blocks; nothing where they are so large that it does not count."""
+    size = latent_size(settings)
+    if rows * math.prod(size) > PROBED_AROUND:
+        return 0.0
+    transformer = empty_transformer(config, None, blocks=0)
+    fill(transformer, lambda size, dtype: torch.full(size, 0.01, dtype=dtype))
+    transformer.to(device)
+    latents = torch.zeros(rows, config["in_channels"], *size, dtype=torch.bfloat16, device=device)
+    text = torch.zeros(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16, device=device)
+    timestep = torch.full((rows,), 500.0, device=device)
+    return _seconds(lambda: transformer(latents, timestep, text, return_dict=False), device)
+
+
+def learning_seconds(
+    config: dict[str, Any],
+    prepare: Callable[[nn.Module], None],
+    tokens: int,
+    text: int,
+    rows: int,
+    device: torch.device,
+    precision: str,
+) -> float:
+    """Of one block forward, backward and through AdamW, as ``prepare`` makes it trainable, on ``rows`` videos; in
+    proportion to the tokens where they are many."""
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config({**config, "num_layers": 1})
+    fill(transformer, lambda size, dtype: torch.full(size, 0.01), narrow=False)
+    prepare(transformer)
+    block, count = transformer.blocks[0].to(device).requires_grad_(True), min(rows * tokens, PROBED)
+    rows_, tokens_ = (rows, tokens) if rows * tokens <= PROBED else (1, count)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    rotary = _rotary(transformer, tokens_, device)
+    hidden, words = (torch.full((rows_, n, width), 0.5, dtype=kind, device=device) for n in (tokens_, text))
+    modulation = torch.zeros(rows_, 6, width, device=device)
+    optimizer = torch.optim.AdamW(block.parameters(), 1e-6)
+
+    def step() -> None:
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            block(hidden, words, modulation, rotary).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with mixed_norms():
+        return _seconds(step, device) * rows * tokens / (rows_ * tokens_)
+
+
+def _rotary(transformer: WanTransformer3DModel, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Of so many tokens, in as few frames as its tables of positions allow."""
+    longest = transformer.config.rope_max_seq_len
+    frames = next(count for count in range(1, tokens + 1) if tokens % count == 0 and tokens // count <= longest)
+    return tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames)))
+
+
+def decoding_seconds(folder: Path, settings: GenerationConfig, device: torch.device) -> float:
+    """Of one video: as it is where it is small, else by a few frames of it."""
+    vae, whole = empty_vae(folder), latent_size(settings)
+    small = whole if math.prod(whole) <= PROBED_LATENTS else SMALL_LATENTS
+    fill(vae, lambda size, dtype: torch.full(size, 0.01, dtype=dtype))
+    latents = torch.zeros(1, vae.config.z_dim, *small, device=device)
+    vae.to(device)
+    found = _seconds(lambda: vae.decode(latents, return_dict=False), device)
+    return found * math.prod(whole) / math.prod(small)
+
+
+def encoding_seconds(folder: Path, length: int, device: torch.device) -> float:
+    """Of one prompt. A large encoder (5.7B parameters in Wan's) is not run for it, and counts nothing."""
+    encoder = empty_text_encoder(folder)
+    if sum(p.numel() for p in encoder.parameters()) > SMALL_ENCODER:
+        return 0.0
+    fill(
+        encoder, lambda size, dtype: torch.full(size, 0.01, dtype=torch.bfloat16 if dtype.is_floating_point else dtype)
+    )
+    encoder.to(device)
+    return _seconds(lambda: encoder(torch.zeros(1, length, dtype=torch.long, device=device)), device)
+
+
+def is_busy() -> bool:
+    """Whether others use the machine, so that what a probe finds is a guess: more threads want to run than this process
+    has, or repetitions of a probe differed by much."""
+    crowded = hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5
+    return crowded or max(_spreads, default=1.0) > UNSTEADY
+
+
+@torch.no_grad()
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Of one call, once it is warm."""
+    taken: list[float] = []
+    with quick_products(device):
+        run()
+        while sum(taken) < LONG_ENOUGH:
+            _wait(device)
+            begun = time.perf_counter()
+            run()
+            _wait(device)
+            taken.append(time.perf_counter() - begun)
+    _spreads.append(statistics.median(taken) / min(taken))
+    return sum(taken) / len(taken)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
