@@ -24,7 +24,7 @@ from wanquant.wan.footprint import (
 )
 from wanquant.wan.load import find_folder
 from wanquant.wan.plan import Plan, Work, in_time
-from wanquant.wan.probe import block_seconds, decoding_seconds, learning_seconds
+from wanquant.wan.probe import block_seconds, decoding_seconds, is_small, learning_seconds, small_passes
 
 CPU = torch.device("cpu")
 #: 4,096 tokens, 1,024 wide: enough to tower above what a process takes anyway.
@@ -120,6 +120,26 @@ def test_what_is_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoding_seconds(vae, settings, CPU) == pytest.approx(5.0 * (5 * 16 * 16) / (2 * 8 * 8))
     seen[:] = [7.0]
     assert learning_seconds(config, lambda small: None, 4096, 32, 2, CPU, "fp32") == pytest.approx(7.0 * 4)
+
+
+def test_on_a_busy_machine_it_is_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what else wants to run, or by repetitions of a probe that differ."""
+    quiet = float(torch.get_num_threads())
+    for load, spreads, busy in ((quiet, [1.0, 1.1], False), (quiet + 1, [1.0], True), (0.0, [1.0, 1.5], True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
+        monkeypatch.setattr(probe, "_spreads", spreads)
+        assert probe.is_busy() == busy
+
+
+def test_small_models_are_run_as_a_whole() -> None:
+    config = dict(wan_transformer(3).config)
+    names = [f"blocks.1.{name}" for name in ALL]
+    settings = GenerationConfig(64, 64, 17, 1, 2.0, 3.0, 32)
+    found = small_passes(config, names, parse(QuantConfig()), settings, 2, CPU)
+    assert min(found.plain, found.observed, found.quantized) > 0
+    assert is_small(config, 80, 2)
+    assert not is_small({**config, "num_attention_heads": 40, "attention_head_dim": 128}, 80, 2)
+    assert not is_small(config, 32_760, 1)
 
 
 def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:

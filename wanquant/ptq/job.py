@@ -8,6 +8,7 @@ first video; ``result.json`` is written last.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ from wanquant.ptq.check import check, identity, rule_blocks, settle_config
 from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.convert import run_convert
+from wanquant.ptq.stages import start_and_end
 from wanquant.ptq.work import make_plan, other_seed, work_of
 from wanquant.quant import ConversionReport, plan_conversion, quantize_
 from wanquant.quant.statistics import RESIDUAL, Site
@@ -167,7 +169,7 @@ class Job:
 
     @classmethod
     def plan(cls, config: Any, device: torch.device, config_yaml: str) -> None:
-        print_plan(make_plan(config, device, cls.work(config)), config_yaml)
+        print_plan(make_plan(config, device, cls.work(config)), config_yaml, start_and_end(config))
 
     def __post_init__(self) -> None:
         self.run_: Any = None
@@ -233,12 +235,14 @@ class Job:
 
     def planned(self) -> dict[str, Any]:
         """What it would take from the beginning, with nothing in the cache: bytes beside those there were before, and
-        seconds. Probed once for each cache."""
+        seconds by stage. Probed once for each cache, the machine's other work apart."""
+        begun, outside = time.perf_counter(), start_and_end(self.config)
         config = self.config
         plan = make_plan(config, self.device, self.work(config))
         cells = self.cache.cells("plans", digest([self.signed(None), config.quant.packed]))
         found: dict[str, Any] = cells.measured("stages", lambda: self.needed(plan))
-        return found
+        stages = {**outside, "plan": time.perf_counter() - begun, **found["stages"]}
+        return {**found, "seconds": sum(stages.values()), "stages": stages}
 
     def needed(self, plan: Plan) -> dict[str, Any]:
         return {"bytes": plan.added, "seconds": plan.seconds, "stages": plan.stages, "guess": is_busy()}
@@ -248,8 +252,9 @@ class Job:
         if self.run_ is not None:
             with self.run_.stage("plan"):
                 self.plan_ = self.planned()
-            guess = GUESS if self.plan_["guess"] else ""
-            print(f"predicted: {in_time(self.plan_['seconds'])}, less what the cache holds{guess}", flush=True)
+            guess, start = GUESS if self.plan_["guess"] else "", self.plan_["stages"]["start"]
+            told = f"{in_time(self.plan_['seconds'])} in all, of which {in_time(start)} are over; what the cache holds"
+            print(f"predicted: {told} takes none{guess}", flush=True)
         forget_peak_memory(self.device)
         self.begun = peak_memory(self.device)
         with self.run_.stage("load") if self.run_ is not None else nullcontext():

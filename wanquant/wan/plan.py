@@ -28,7 +28,16 @@ from wanquant.wan.footprint import (
     latent_size,
 )
 from wanquant.wan.load import Transformer
-from wanquant.wan.probe import around_seconds, block_seconds, decoding_seconds, encoding_seconds, is_busy
+from wanquant.wan.probe import (
+    Passes,
+    around_seconds,
+    block_seconds,
+    decoding_seconds,
+    encoding_seconds,
+    is_busy,
+    is_small,
+    small_passes,
+)
 
 LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
 GUESS = "; a guess: the machine is busy"
@@ -156,8 +165,18 @@ class Plan:
         found["generate_quantized"] = quantized * (mixed + share * decoding)
         return {name: seconds for name, seconds in {**found, **self.further(self)}.items() if seconds}
 
+    @cached_property
+    def _whole(self) -> Passes | None:
+        """Passes of a model that is small enough to be run as a whole."""
+        if len(parts_of(self.shape)) > 1 or not is_small(self._config, tokens_of(self.settings, self.shape), self.rows):
+            return None
+        names = self.converted if self.work.quantized else []
+        return small_passes(self._config, names, parse(self.quant), self.settings, self.rows, self.device)
+
     def _denoising(self, how: tuple[int, int]) -> tuple[float, float]:
         """Seconds for one video in BF16, and quantized."""
+        if self._whole is not None:
+            return self._passes * self._whole.plain, self._passes * self._whole.quantized
         plain, quantized = (
             block_seconds(self._config, kind, *how, self.rows, self.device) / self.rows
             for kind in (None, self._blocks[-1])
@@ -168,11 +187,14 @@ class Plan:
         return around + self._passes * self._each * plain, around + self._passes * self._each * mixed
 
     def _calibrating(self, how: tuple[int, int]) -> float:
-        layout = Layout(("",), 1, 4, 1, parse(self.quant).needs_statistics)
-        block = block_seconds(self._config, None, *how, 1, self.device, layout)
         encoding = encoding_seconds(self.folder / "text_encoder", self.settings.max_text_length, self.device)
-        around = around_seconds(self._config, self.settings, 1, self.device)
-        return self.work.calibrated * self._passes * (self._each * block + around) + self.work.prompts * encoding
+        if self._whole is not None:
+            each = self._whole.observed
+        else:
+            layout = Layout(("",), 1, 4, 1, parse(self.quant).needs_statistics)
+            block = block_seconds(self._config, None, *how, 1, self.device, layout)
+            each = self._each * block + around_seconds(self._config, self.settings, 1, self.device)
+        return self.work.calibrated * self._passes * each + self.work.prompts * encoding
 
     @property
     def _passes(self) -> int:
@@ -205,17 +227,18 @@ class Plan:
         return linear
 
 
-def print_plan(plan: Plan, config_yaml: str) -> None:
+def print_plan(plan: Plan, config_yaml: str, outside: Mapping[str, float] | None = None) -> None:
+    """``outside`` are seconds of stages that are none of the plan's."""
     counts = plan.report.counts()
     print(config_yaml)
     print(f"blocks      {block_map(plan.report)}   ({LEGEND})")
     print("linears     " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     print(f"transformer {plan.parameters:,} parameters, {in_bytes(2 * plan.parameters)} in BF16")
     print(f"checkpoint  transformer {in_bytes(plan.packed)}, {plan.packed / (2 * plan.parameters):.2f} of BF16")
-    print_needs(plan)
+    print_needs(plan, outside=outside)
 
 
-def print_needs(plan: Plan, what: str = "") -> None:
+def print_needs(plan: Plan, what: str = "", outside: Mapping[str, float] | None = None) -> None:
     """Memory and time, of ``what`` where there are several."""
     work, on_host = plan.work, plan.device.type == "cpu"
     parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
@@ -230,15 +253,11 @@ def print_needs(plan: Plan, what: str = "") -> None:
     if not on_host and plan.videos:
         print(f"            {in_bytes(plan.videos)} on the host, for the videos until they are compared")
     done = f"{work.bf16} videos denoised in BF16, {work.quantized} quantized, {work.decoded} decoded"
-    print(f"time        {in_time(plan.seconds)}: {done}, by a probe of the device; what the cache holds takes none")
-    print(f"            {told_stages(plan.stages)}{GUESS if is_busy() else ''}")
-
-
-def told_stages(stages: Mapping[str, float]) -> str:
-    return ", ".join(
-        f"{name.replace('_', ' ')} {seconds:.1f} s" if seconds < 10 else f"{name.replace('_', ' ')} {in_time(seconds)}"
-        for name, seconds in stages.items()
-    )
+    stages = {**(outside or {}), **plan.stages}
+    told = f"{in_time(sum(stages.values()))}: {done}, by a probe of the device; what the cache holds takes none"
+    print(f"time        {told}{GUESS if is_busy() else ''}")
+    for name, seconds in stages.items():
+        print(f"            {name.replace('_', ' '):<20}{seconds:8.1f} s")
 
 
 def block_map(report: ConversionReport) -> str:

@@ -6,18 +6,20 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch import nn
 
+from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.observe import Observer
+from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import Layout
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.config import GenerationConfig
@@ -30,6 +32,8 @@ PROBED, PROBED_ATTENTION = 2048, 1024
 LONG_ENOUGH = 0.2
 #: Latents that the VAE is probed with as they are, at most; else it is with these: (frames, rows, columns).
 PROBED_LATENTS, SMALL_LATENTS = 512, (2, 8, 8)
+#: Blocks times their width squared up to which all of them are run: 40 blocks 256 wide.
+SMALL_MODEL = 40 * 256**2
 #: Latents of all rows together up to which what is outside of the blocks is run too.
 PROBED_AROUND = 1 << 15
 #: Parameters of a text encoder that is run to be timed, at most.
@@ -54,8 +58,7 @@ def block_seconds(
     if how is not None and how.scheme.product == "native" and device.type == "cpu":
         how = replace(how, scheme=replace(how.scheme, product="fast"))
     transformer = empty_transformer(config, how, blocks=1)
-    fill(transformer, lambda size, dtype: torch.full(size, 0.01 if dtype.is_floating_point else 8, dtype=dtype))
-    block = transformer.blocks[0].to(device)
+    block = _filled(transformer, device).blocks[0]
     whole = rows * tokens <= PROBED
     rows_, tokens_ = (rows, tokens) if whole else (1, min(tokens, PROBED // 4))
     heads, depth = config["num_attention_heads"], config["attention_head_dim"]
@@ -75,14 +78,67 @@ def block_seconds(
     return rows * ((found - each * tokens_**2) / tokens_ * tokens + each * tokens**2)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of one forward pass for one video: in BF16, observed as in calibration, and quantized."""
+
+    plain: float
+    observed: float
+    quantized: float
+
+
+def is_small(config: dict[str, Any], tokens: int, rows: int) -> bool:
+    """Whether whole passes are run to be timed."""
+    weights = config["num_layers"] * (config["num_attention_heads"] * config["attention_head_dim"]) ** 2
+    return weights <= SMALL_MODEL and rows * tokens <= PROBED
+
+
+def small_passes(
+    config: dict[str, Any],
+    names: Sequence[str],
+    scheme: Scheme,
+    settings: GenerationConfig,
+    rows: int,
+    device: torch.device,
+) -> Passes:
+    """Of a small transformer, run as a whole, with the scheduler's step: a single block that is run again and again
+    would have its weights in the CPU's cache. ``names`` of its linears are quantized."""
+    plain = _filled(empty_transformer(config, None, config["num_layers"]), device)
+    quantized = empty_transformer(config, None, config["num_layers"])
+    empty_like_quantized_(quantized, names, replace(scheme, product="fast") if scheme.product == "native" else scheme)
+    size = (config["in_channels"], *latent_size(settings))
+    text = torch.zeros(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16, device=device)
+
+    def seconds(transformer: WanTransformer3DModel, count: int) -> float:
+        """Of a denoising step of so many videos, for one video and one pass."""
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        latents = torch.zeros(count, *size, device=device)
+
+        def step() -> None:
+            scheduler.set_timesteps(settings.steps, device=device)
+            given = (latents.bfloat16(), scheduler.timesteps[:1].expand(count), text[:count])
+            for _ in range(settings.branches):
+                noise = transformer(*given, return_dict=False)[0]
+            scheduler.step(noise.float(), scheduler.timesteps[0], latents, return_dict=False)
+
+        return _seconds(step, device) / (count * settings.branches)
+
+    with Observer(plain, Layout(("",), 1, 4, 1, scheme.needs_statistics), lambda: (0, 0, 0)):
+        observed = seconds(plain, 1)
+    return Passes(seconds(plain, rows), observed, seconds(_filled(quantized, device), rows))
+
+
+def _filled(transformer: WanTransformer3DModel, device: torch.device) -> WanTransformer3DModel:
+    fill(transformer, lambda size, dtype: torch.full(size, 0.01 if dtype.is_floating_point else 8, dtype=dtype))
+    return transformer.to(device)
+
+
 def around_seconds(config: dict[str, Any], settings: GenerationConfig, rows: int, device: torch.device) -> float:
     """Of a forward pass, what is outside of the blocks; nothing where they are so large that it does not count."""
     size = latent_size(settings)
     if rows * math.prod(size) > PROBED_AROUND:
         return 0.0
-    transformer = empty_transformer(config, None, blocks=0)
-    fill(transformer, lambda size, dtype: torch.full(size, 0.01, dtype=dtype))
-    transformer.to(device)
+    transformer = _filled(empty_transformer(config, None, blocks=0), device)
     latents = torch.zeros(rows, config["in_channels"], *size, dtype=torch.bfloat16, device=device)
     text = torch.zeros(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16, device=device)
     timestep = torch.full((rows,), 500.0, device=device)
