@@ -7,6 +7,7 @@ imported all that the jobs need and has done nothing else, so that no thread of 
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -85,9 +86,12 @@ def _child(
     else:
         kind, what, *rest = "", *words
         sys.argv = [what, *rest]
-    if kind == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
-    elif kind == "-c":
-        exec(compile(what, "<given>", "exec"), {"__name__": "__main__"})
-    else:
-        runpy.run_path(what, run_name="__main__")
+    try:
+        if kind == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            exec(compile(what, "<given>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(what, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out; without it joblib's workers are waited for

@@ -10,15 +10,20 @@ from tests.kernels.inputs import ALL16, MATRICES, WIDE, assert_same_bits
 from wanquant.kernels import cuda, eager
 
 
+def some(matrix: torch.Tensor) -> torch.Tensor:
+    """Every magnitude, and the rows with zeros, NaN and an infinity: each row is a program of its own, slow here."""
+    return matrix[[*range(8), *range(8, len(matrix), 9)]]
+
+
 def main() -> None:
     for saturate in (False, True):
-        for x in (WIDE[:20], ALL16.view(torch.bfloat16), ALL16.view(torch.float16), WIDE[:0], WIDE[:20].T):
+        for x in (WIDE[:4], ALL16.view(torch.bfloat16), ALL16.view(torch.float16), WIDE[:0], WIDE[:4].T):
             assert_same_bits(cuda.round_hif8(x, saturate), eager.round_hif8(x, saturate))
             assert_same_bits(cuda.encode_hif8(x, saturate), eager.encode_hif8(x, saturate))
             out = torch.empty_like(x)
             cuda.round_hif8_out(x, saturate, out)
             assert_same_bits(out, eager.round_hif8(x, saturate))
-        for x in (matrix[:60].to(dtype) for matrix in MATRICES for dtype in (torch.float32, torch.bfloat16)):
+        for x in (some(matrix).to(dtype) for matrix in MATRICES for dtype in (torch.float32, torch.bfloat16)):
             powers = torch.ldexp(torch.ones(x.shape[1]), torch.arange(x.shape[1]) % 7 - 3)
             for power_of_two, factors in itertools.product((False, True), (None, powers)):
                 pairs = zip(

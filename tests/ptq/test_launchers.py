@@ -11,27 +11,28 @@ from typing import Any
 
 import pytest
 
+from tests import forked
 from tests.ptq.test_job import ROOT, TWO
 from wanquant.runs.run import read_result
 
 NUMBERS = ("signature", "metrics", "gates", "overflow", "conversion", "calibration")
-JOBS = ("none", "boundary", "exit")
+JOBS = ("none", "boundary")
 
 
-ENVIRONMENT = {**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
-    """Three small jobs, with a cache of their own."""
-    base = [sys.executable, "ptq.py", "-m", f"protect={','.join(JOBS)}", TWO, "model.generation.steps=1"]
+    """Small jobs, with a cache of their own."""
+    base = ["ptq.py", "-m", f"protect={','.join(JOBS)}", TWO, "model.generation.steps=1"]
     base += ["tracker=none", "checkpoint=false", f"cache={folder / 'cache'}", f"hydra.sweep.dir={folder / 'sweep'}"]
     return [*base, *overrides]
 
 
 def sweep(folder: Path, *overrides: str) -> dict[str, dict[str, Any]]:
     """Their numbers, by protection."""
-    done = subprocess.run(command(folder, *overrides), cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    done = forked.run(command(folder, *overrides), ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rank" in done.stdout
     results = [read_result(folder / "sweep" / str(number)) for number in range(len(JOBS))]
@@ -71,7 +72,10 @@ def test_workers_whose_launcher_was_killed_do_no_harm(serial: dict[str, Any], tm
     """They may go on for a while, in the directories that the same command, given again, works in too."""
     for seconds in (25, 10):
         launcher = subprocess.Popen(
-            command(tmp_path, *JOBLIB), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, *command(tmp_path, *JOBLIB)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         time.sleep(seconds)
         launcher.kill()
@@ -79,8 +83,16 @@ def test_workers_whose_launcher_was_killed_do_no_harm(serial: dict[str, Any], tm
     assert sweep(tmp_path, *JOBLIB) == serial
 
 
-def test_a_fresh_process_gives_what_a_used_one_does(serial: dict[str, Any], tmp_path: Path) -> None:
-    single = [sys.executable, "ptq.py", "protect=boundary", TWO, "model.generation.steps=1", "tracker=none"]
+@pytest.mark.parametrize("threads", [None, pytest.param("2", marks=pytest.mark.slow)])
+def test_a_fresh_process_gives_what_a_used_one_does(
+    threads: str | None, serial: dict[str, Any], tmp_path: Path
+) -> None:
+    """And one that OpenMP has given other threads, for which everything has to be imported anew."""
+    single = ["ptq.py", "protect=boundary", TWO, "model.generation.steps=1", "tracker=none"]
     single += ["checkpoint=false", f"cache={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}"]
-    subprocess.run(single, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    if threads is None:
+        assert forked.run(single).returncode == 0
+    else:
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        subprocess.run([sys.executable, *single], cwd=ROOT, check=True, capture_output=True, env=environment)
     assert {key: read_result(tmp_path / "run")[key] for key in NUMBERS} == serial["boundary"]
