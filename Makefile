@@ -2,14 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Only the modules that are used are compiled, as they are used: --no-compile.
-.PHONY: ptq test lint clean
+# Only the modules that are used are compiled, as they are used: --no-compile. Warnings are left out, not progress.
+PIP := $(BIN)/pip --disable-pip-version-check install --no-compile --progress-bar on --quiet
+SPREAD := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=20
+BY_CPU := tests/kernels tests/formats tests/quant tests/wan/test_footprint.py tests/wan/test_products.py \
+	tests/wan/test_experts.py::test_both_are_trained tests/qat/test_loop.py tests/qat/test_blockwise.py \
+	tests/qat/test_plan.py --ignore tests/kernels/test_cuda_compiles.py -k "not (killed or processes or interpreter)"
+
+.PHONY: ptq test test-avx2 lint clean
 
 ptq: .venv/installed
 	$(BIN)/python ptq.py protect=boundary
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@echo "tests: on 2 processes, without those marked slow"
+	$(BIN)/python -m pytest -m "not slow" $(SPREAD)
+
+# What depends on the CPU's instructions once more, as AVX2 sees it and on one OpenMP thread.
+test-avx2: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tools/as_avx2.py $(BIN)/python -m pytest -m "not slow" $(SPREAD) $(BY_CPU)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -18,15 +29,19 @@ lint: .venv/installed-dev
 	$(BIN)/lint-imports
 
 .venv/bin/python:
+	@echo "set-up 1: a virtual environment in .venv"
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --no-compile --editable .
+	@echo "set-up 2: wanquant and what it needs; torch's own packages are 3 GB to download, minutes in all"
+	$(PIP) --editable .
 	touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-compile --no-deps vbench==0.1.5
+	@echo "set-up 2: wanquant, what it needs and the tests' tools; torch's own packages are 3 GB to download, minutes in all"
+	$(PIP) --editable '.[dev]'
+	@echo "set-up 3: VBench, beside current versions of what it pins"
+	$(PIP) --no-deps vbench==0.1.5
 	touch $@ .venv/installed
 
 clean:

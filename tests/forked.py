@@ -2,12 +2,12 @@
 
 A process that imports diffusers takes as long as ten small jobs. Where a test needs a process, to kill it or to limit
 it, but not its start, ``run`` and ``start`` give one within a tenth of a second. The process they are forked from has
-imported all that the jobs need and has done nothing else, so that no thread of its is lost.
+imported all that the jobs need and has done nothing else, so that no thread of its is lost. Not for what starts workers
+of its own: joblib's are waited for at the end, five minutes long.
 """
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import runpy
@@ -86,12 +86,9 @@ def _child(
     else:
         kind, what, *rest = "", *words
         sys.argv = [what, *rest]
-    try:
-        if kind == "-m":
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
-        elif kind == "-c":
-            exec(compile(what, "<given>", "exec"), {"__name__": "__main__"})
-        else:
-            runpy.run_path(what, run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # which multiprocessing leaves out; without it joblib's workers are waited for
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        exec(compile(what, "<given>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(what, run_name="__main__")

@@ -1,0 +1,34 @@
+"""What a plan times of its own: every preset can be planned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conftest import wan_transformer
+from tests.test_config import CHOICES, composed
+from wanquant.ptq.check import settle_config
+from wanquant.ptq.stages import _quantizing
+from wanquant.ptq.work import make_plan, work_of
+from wanquant.quant.scheme import parse
+from wanquant.wan.config import GenerationConfig
+from wanquant.wan.probe import small_passes
+
+CPU = torch.device("cpu")
+WIDTHS = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 128}
+LINEARS = [
+    f"blocks.0.{name}"
+    for name, child in wan_transformer(1).blocks[0].named_modules()
+    if isinstance(child, torch.nn.Linear)
+]
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "quant"])
+def test_every_preset_is_timed(name: str) -> None:
+    """Also what needs statistics of the inputs, and attention in 8 bits."""
+    config = settle_config(composed(f"quant={name}"))
+    assert (_quantizing(make_plan(config, CPU, work_of(config))) > 0) == (name != "bf16")
+    small, settings = {**wan_transformer(1).config, **WIDTHS}, GenerationConfig(64, 64, 5, 1, 2.0, 3.0, 32)
+    names = LINEARS if name != "bf16" else []
+    found = small_passes(small, names, parse(config.quant), settings, 1, CPU)
+    assert min(found.plain, found.observed, found.quantized) > 0
