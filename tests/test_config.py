@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,12 @@ def script_of(*overrides: str) -> str:
 
 
 def composed(*overrides: str) -> PTQConfig:
+    """A copy: the same is asked for again and again."""
+    return copy.deepcopy(_composed(*overrides))
+
+
+@cache
+def _composed(*overrides: str) -> PTQConfig:
     with initialize_config_dir(CONF, version_base="1.3"):
         config = OmegaConf.to_object(compose(script_of(*overrides), list(overrides)))
     assert isinstance(config, PTQConfig)

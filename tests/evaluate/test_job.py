@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import wandb
 
+from tests import forked
 from tests.ptq.test_job import CACHE, QUICK, ROOT, TWO, ptq
 from wanquant import config
 from wanquant.evaluate import evaluation
@@ -299,20 +300,28 @@ def test_a_run_that_cannot_be_judged_is_said_by_its_sweep(
     assert not summarize(sweep)["not_judged"]
 
 
-def launched(cache: Path, *arguments: str) -> str:
-    command = ["launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "eval.py", "tracker=none", f"cache={cache}", FLICKER, *arguments]
-    accelerate = Path(sys.executable).with_name("accelerate")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([accelerate, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+def launched(cache: Path, *arguments: str, by_accelerate: bool = False) -> str:
+    """Two processes with the variables of a launch, or the real launcher's."""
+    words = ["eval.py", "tracker=none", f"cache={cache}", FLICKER, *arguments]
+    if by_accelerate:
+        command = ["launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+        accelerate = Path(sys.executable).with_name("accelerate")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [str(accelerate), *command, "--dynamo_backend", "no", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        out, err = done.stdout, done.stderr
+    else:
+        both = [forked.start(words, {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+        assert [process.wait() for process in both] == [0, 0], both[0].err.read_text()
+        out, err = ("".join(getattr(each, name).read_text() for each in both) for name in ("out", "err"))
     # What a process has done it counts; what another did it does not.
-    counted = re.findall(r"^(measure|temporal_flickering)\s.*? (\d+)/\d+ (?:pair|video)s", done.stderr, re.MULTILINE)
+    counted = re.findall(r"^(measure|temporal_flickering)\s.*? (\d+)/\d+ (?:pair|video)s", err, re.MULTILINE)
     for name, kind in (("measure", "pairs"), ("temporal_flickering", "vbench")):
         kept = len(list((cache / kind).rglob("*.json")))
         assert sum(int(count) for what, count in counted if what == name) == kept > 0
     measured = len(list((cache / "pairs").rglob("*.json")))
-    return f"{done.stdout.count(' joined: ')} written, {measured} measured"
+    return f"{out.count(' joined: ')} written, {measured} measured"
 
 
 def test_processes_of_one_launch_share_the_work(sweep: Path, tmp_path: Path) -> None:
@@ -326,7 +335,7 @@ def test_processes_of_one_launch_share_the_work(sweep: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_processes_of_one_launch_share_a_model(sweep: Path, tmp_path: Path) -> None:
     model = [f"model.path={sweep / '3' / 'checkpoint'}", NEW, "prompts.seeds=[0,1]", *QUICK]
-    found = launched(tmp_path / "cache", *model, f"hydra.run.dir={tmp_path / 'run'}")
+    found = launched(tmp_path / "cache", *model, f"hydra.run.dir={tmp_path / 'run'}", by_accelerate=True)
     assert found == "1 written, 4 measured"
     assert read_result(tmp_path / "run")["evaluations"]["given"]["pairs"] == 4
 

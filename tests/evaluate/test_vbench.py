@@ -6,8 +6,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import forked
 from tests.conftest import DECORD
 from tests.evaluate import judges
 from wanquant.evaluate import frames, vbench, weights
@@ -163,9 +162,8 @@ def test_missing_weights_are_said_before_anything_is_fetched(tmp_path: Path, mon
 )
 def test_where_decord_has_no_wheel(which: str) -> None:
     """The same tests in a process that cannot import decord."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", which, __file__]
-    environment = {**os.environ, "WANQUANT_TEST_WITHOUT_DECORD": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = ["-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", which, __file__]
+    done = forked.run(command, {"WANQUANT_TEST_WITHOUT_DECORD": "1"})
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -14,6 +14,8 @@ from wanquant.quant.scheme import parse
 
 #: (in, out): attention projections, the two linears of the feed-forward part.
 SHAPES = ((5120, 5120), (5120, 13824), (13824, 5120))
+#: With all that is summed over, and some of the outputs: what each output is does not depend on the others.
+NARROW = ((5120, 384), (13824, 384))
 TOKENS = 24
 GRANULARITIES = tuple(itertools.product(("per_channel", "per_tensor"), ("per_token", "per_tensor", "static")))
 #: Root mean square error that may stand beside that of the roundings which have to be there.
@@ -78,10 +80,20 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("product", ["exact", "fast"])
 @pytest.mark.parametrize(("weights", "activations"), GRANULARITIES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", NARROW)
 def test_within_the_roundings_that_have_to_be(
     shape: tuple[int, int], weights: str, activations: str, product: str
 ) -> None:
+    check(shape, weights, activations, product)
+
+
+@pytest.mark.parametrize("product", ["exact", "fast"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whole_linears_too(shape: tuple[int, int], product: str) -> None:
+    check(shape, "per_channel", "per_token", product)
+
+
+def check(shape: tuple[int, int], weights: str, activations: str, product: str) -> None:
     layer, x = make(shape, weights, activations, product), inputs(shape[0])
     reference, y = Reference(layer, x), layer(x)
     assert ((y.double() - reference.y).abs() <= reference.tolerance(product)).all()
@@ -115,7 +127,7 @@ def divided_in_bf16(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("wrong", [scales_in_bf16, scales_in_the_operands, bias_after_rounding, divided_in_bf16])
 def test_it_would_catch_another_rounding(wrong: Callable[[QuantLinear, torch.Tensor], torch.Tensor]) -> None:
-    layer, x = make(SHAPES[0], "per_channel", "per_token", "exact"), inputs(SHAPES[0][0])
+    layer, x = make(NARROW[0], "per_channel", "per_token", "exact"), inputs(NARROW[0][0])
     layer.bias.data.mul_(100)
     reference = Reference(layer, x)
     assert reference.rms(layer(x)) <= SLACK * reference.expected_rms("exact")
