@@ -19,11 +19,12 @@ from wanquant.evaluate.compare import of_pair
 from wanquant.evaluate.perceptual import distance
 from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.config import PTQConfig
-from wanquant.quant import quantize_
+from wanquant.quant import QuantConfig, quantize_
 from wanquant.quant.observe import Observer
 from wanquant.quant.scheme import parse
 from wanquant.quant.statistics import INPUT, Layout, Site
 from wanquant.runs import pictures
+from wanquant.wan.footprint import once
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import load_pipeline
 from wanquant.wan.plan import Plan
@@ -40,32 +41,45 @@ LOADED = 200_000_000
 def further_stages(plan: Plan, config: PTQConfig) -> dict[str, float]:
     if config.mode != "quantize" or not plan.work.held:
         return {}
-    measured, settings = len(pairs(config.prompts)), plan.settings
+    measured, settings, floors = len(pairs(config.prompts)), plan.settings, config.eval.noise_floor
     side = min(settings.height, settings.width, 64)
     frames = max(1, min(settings.num_frames, PIXELS // side**2))
     scale = settings.num_frames * settings.height * settings.width / (frames * side * side)
-    video = np.random.default_rng(0).random((frames, side, side, 3), dtype=np.float32)
-    prompt = next(iter(pairs(config.prompts)))[0]
-    a, b = (Sample(prompt, 0, torch.zeros(1), moved) for moved in (video, 0.9 * video))
-    lpips = distance(config.eval.lpips, plan.device)
-    comparing = _seconds(lambda: of_pair(b, a, config.model.language == "scenes", lpips))
-    compared = measured * (3 if config.eval.noise_floor else 1)
+    prompt = pairs(config.prompts)[0][0] if config.model.language == "scenes" else None
+    comparing = _comparing(frames, side, prompt, config.eval.lpips, plan.device)
+    return {
+        "load": _loading(plan.folder, plan.weights + plan.others, plan.device),
+        "quantize": _quantizing(plan),
+        "compare": measured * (3 if floors else 1) * comparing * scale,
+        "write": measured * _writing(frames, side, settings.fps, 3 if floors else 2) * scale,
+    }
+
+
+def _video(frames: int, side: int) -> np.ndarray:
+    return np.random.default_rng(0).random((frames, side, side, 3), dtype=np.float32)
+
+
+@once
+def _comparing(frames: int, side: int, prompt: str | None, lpips: str, device: torch.device) -> float:
+    """Of a pair of videos; with a ``prompt`` of tiny-wan's attributes are looked for too."""
+    video, network = _video(frames, side), distance(lpips, device)
+    a, b = (Sample(prompt or "", 0, torch.zeros(1), moved) for moved in (video, 0.9 * video))
+    return _seconds(lambda: of_pair(b, a, prompt is not None, network))
+
+
+@once
+def _writing(frames: int, side: int, fps: int, files: int) -> float:
+    """Of so many files of a video, and one with two side by side."""
+    shown = pictures.to_uint8(0.2 + 0.1 * _video(frames, side))  # as quiet as a generated one
     with tempfile.TemporaryDirectory() as folder:
-        path, shown = Path(folder) / "probe.mp4", 0.2 + 0.1 * video  # a generated one is as quiet
+        path = Path(folder) / "probe.mp4"
 
         def write() -> None:
-            frames_ = pictures.to_uint8(shown)
-            for _ in range(2 + config.eval.noise_floor):
-                pictures.write_mp4(path, frames_, settings.fps)
-            pictures.write_mp4(path, pictures.side_by_side((frames_, frames_), ("BF16", "")), settings.fps)
+            for _ in range(files):
+                pictures.write_mp4(path, shown, fps)
+            pictures.write_mp4(path, pictures.side_by_side((shown, shown), ("BF16", "")), fps)
 
-        writing = _seconds(write)
-    return {
-        "load": _loading(plan),
-        "quantize": _quantizing(plan),
-        "compare": compared * comparing * scale,
-        "write": measured * writing * scale,
-    }
+        return _seconds(write)
 
 
 #: Whether this process has begun a job: the start counts for the first of a sweep.
@@ -84,11 +98,12 @@ def start_and_end(config: PTQConfig) -> dict[str, float]:
     return found
 
 
-def _loading(plan: Plan) -> float:
+@once
+def _loading(folder: Path, size: int, device: torch.device) -> float:
     """By loading it, where that is small and there; else nothing is known of the disk, and nothing counted."""
-    if plan.weights + plan.others > LOADED or not any(plan.folder.glob("transformer/*.safetensors")):
+    if size > LOADED or not any(folder.glob("transformer/*.safetensors")):
         return 0.0
-    return _seconds(lambda: load_pipeline(plan.folder, str(plan.device)))
+    return _seconds(lambda: load_pipeline(folder, str(device)))
 
 
 def _quantizing(plan: Plan) -> float:
@@ -98,28 +113,28 @@ def _quantizing(plan: Plan) -> float:
     linear = plan.shape.get_submodule(plan.converted[0])
     assert isinstance(linear, nn.Linear)
     rows = max(1, min(linear.out_features, WEIGHTS // linear.in_features))
+    each = _quantizing_one(linear.in_features, rows, plan.quant, plan.device)
+    small = linear.weight.numel() <= WEIGHTS
+    return each * (len(plan.converted) if small else plan.quantized_weights / (rows * linear.in_features))
 
-    alone = replace(plan.quant, attention="off")  # which needs three linears
+
+@once
+def _quantizing_one(columns: int, rows: int, quant: QuantConfig, device: torch.device) -> float:
+    alone = replace(quant, attention="off")  # which needs three linears
     seen: float | Site = 1.0
 
     def root() -> nn.Module:
         found, block = nn.Module(), nn.Module()
-        block.probed = nn.Linear(linear.in_features, rows, device=plan.device, dtype=torch.bfloat16)
+        block.probed = nn.Linear(columns, rows, device=device, dtype=torch.bfloat16)
         found.blocks = nn.ModuleList([block])
         return found
 
-    if parse(plan.quant).needs_statistics:
+    if parse(quant).needs_statistics:
         given = root()
         with torch.no_grad(), Observer(given, Layout(("",), 1, 1, 1), lambda: (0, 0, 0)) as observer:
-            given.get_submodule(PROBE)(torch.randn(16, linear.in_features, device=plan.device).bfloat16())
+            given.get_submodule(PROBE)(torch.randn(16, columns, device=device).bfloat16())
         seen = observer.statistics.site(PROBE, INPUT)
-
-    def run() -> None:
-        quantize_(root(), alone, (), (), {PROBE: seen})
-
-    each = _seconds(run)
-    small = linear.weight.numel() <= WEIGHTS
-    return each * (len(plan.converted) if small else plan.quantized_weights / (rows * linear.in_features))
+    return _seconds(lambda: quantize_(root(), alone, (), (), {PROBE: seen}))
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -31,6 +32,8 @@ from wanquant.wan.products import quick_products
 #: Latents are so many times smaller in time, and in height and width.
 IN_TIME, IN_SPACE = 4, 8
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Make = Callable[[torch.Size, torch.dtype], torch.Tensor]
 
 
@@ -64,6 +67,20 @@ class Alive(TorchDispatchMode):
         self._now -= self._sizes.pop(key, 0)
 
 
+def once(function: Callable[P, R]) -> Callable[P, R]:
+    """Kept for the process: the jobs of a sweep are planned one by one, and most of what they are is the same."""
+    known: dict[str, R] = {}
+
+    @wraps(function)
+    def call(*given: P.args, **named: P.kwargs) -> R:
+        key = repr((given, named))
+        if key not in known:
+            known[key] = function(*given, **named)
+        return known[key]
+
+    return call
+
+
 @dataclass(frozen=True)
 class Quantized:
     """How a block is: ``names`` of its linears that are quantized, as inside the block."""
@@ -72,6 +89,7 @@ class Quantized:
     scheme: Scheme
 
 
+@once
 def denoising_bytes(
     config: dict[str, Any], how: Quantized | None, settings: GenerationConfig, rows: int, device: torch.device
 ) -> int:
@@ -90,6 +108,7 @@ def denoising_bytes(
     return alive.most
 
 
+@once
 def decoding_bytes(folder: Path, settings: GenerationConfig) -> int:
     """Of decoding one video with the VAE of this folder."""
     vae = empty_vae(folder)

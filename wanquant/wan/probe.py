@@ -23,7 +23,7 @@ from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import Layout
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.footprint import Quantized, empty_text_encoder, empty_transformer, empty_vae, fill, latent_size
+from wanquant.wan.footprint import Quantized, empty_text_encoder, empty_transformer, empty_vae, fill, latent_size, once
 from wanquant.wan.products import quick_products
 
 #: Tokens that a probe of time runs at most, of all rows together, and of attention alone.
@@ -44,6 +44,7 @@ UNSTEADY = 1.3
 _spreads: list[float] = []
 
 
+@once
 def block_seconds(
     config: dict[str, Any],
     how: Quantized | None,
@@ -103,29 +104,42 @@ def small_passes(
 ) -> Passes:
     """Of a small transformer, run as a whole, with the scheduler's step: a single block that is run again and again
     would have its weights in the CPU's cache. ``names`` of its linears are quantized."""
-    plain = _filled(empty_transformer(config, None, config["num_layers"]), device)
+    plain, observed = _plain_passes(config, scheme.needs_statistics, settings, rows, device)
+    if not names:
+        return Passes(plain, observed, plain)
     quantized = empty_transformer(config, None, config["num_layers"])
     empty_like_quantized_(quantized, names, replace(scheme, product="fast") if scheme.product == "native" else scheme)
-    size = (config["in_channels"], *latent_size(settings))
-    text = torch.zeros(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16, device=device)
+    return Passes(plain, observed, _pass_seconds(_filled(quantized, device), settings, rows, device))
 
-    def seconds(transformer: WanTransformer3DModel, count: int) -> float:
-        """Of a denoising step of so many videos, for one video and one pass."""
-        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-        latents = torch.zeros(count, *size, device=device)
 
-        def step() -> None:
-            scheduler.set_timesteps(settings.steps, device=device)
-            given = (latents.bfloat16(), scheduler.timesteps[:1].expand(count), text[:count])
-            for _ in range(settings.branches):
-                noise = transformer(*given, return_dict=False)[0]
-            scheduler.step(noise.float(), scheduler.timesteps[0], latents, return_dict=False)
+@once
+def _plain_passes(
+    config: dict[str, Any], full: bool, settings: GenerationConfig, rows: int, device: torch.device
+) -> tuple[float, float]:
+    """In BF16, alone and observed, with ``full`` statistics or light ones."""
+    plain = _filled(empty_transformer(config, None, config["num_layers"]), device)
+    with Observer(plain, Layout(("",), 1, 4, 1, full), lambda: (0, 0, 0)):
+        observed = _pass_seconds(plain, settings, 1, device)
+    return _pass_seconds(plain, settings, rows, device), observed
 
-        return _seconds(step, device) / (count * settings.branches)
 
-    with Observer(plain, Layout(("",), 1, 4, 1, scheme.needs_statistics), lambda: (0, 0, 0)):
-        observed = seconds(plain, 1)
-    return Passes(seconds(plain, rows), observed, seconds(_filled(quantized, device), rows))
+def _pass_seconds(
+    transformer: WanTransformer3DModel, settings: GenerationConfig, rows: int, device: torch.device
+) -> float:
+    """Of a denoising step of so many videos, for one video and one pass."""
+    config, size = transformer.config, latent_size(settings)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    latents = torch.zeros(rows, config.in_channels, *size, device=device)
+    text = torch.zeros(rows, settings.max_text_length, config.text_dim, dtype=torch.bfloat16, device=device)
+
+    def step() -> None:
+        scheduler.set_timesteps(settings.steps, device=device)
+        given = (latents.bfloat16(), scheduler.timesteps[:1].expand(rows), text)
+        for _ in range(settings.branches):
+            noise = transformer(*given, return_dict=False)[0]
+        scheduler.step(noise.float(), scheduler.timesteps[0], latents, return_dict=False)
+
+    return _seconds(step, device) / (rows * settings.branches)
 
 
 def _filled(transformer: WanTransformer3DModel, device: torch.device) -> WanTransformer3DModel:
@@ -133,6 +147,7 @@ def _filled(transformer: WanTransformer3DModel, device: torch.device) -> WanTran
     return transformer.to(device)
 
 
+@once
 def around_seconds(config: dict[str, Any], settings: GenerationConfig, rows: int, device: torch.device) -> float:
     """Of a forward pass, what is outside of the blocks; nothing where they are so large that it does not count."""
     size = latent_size(settings)
@@ -186,6 +201,7 @@ def _rotary(transformer: WanTransformer3DModel, tokens: int, device: torch.devic
     return tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames)))
 
 
+@once
 def decoding_seconds(folder: Path, settings: GenerationConfig, device: torch.device) -> float:
     """Of one video: as it is where it is small, else by a few frames of it."""
     vae, whole = empty_vae(folder), latent_size(settings)
@@ -197,6 +213,7 @@ def decoding_seconds(folder: Path, settings: GenerationConfig, device: torch.dev
     return found * math.prod(whole) / math.prod(small)
 
 
+@once
 def encoding_seconds(folder: Path, length: int, device: torch.device) -> float:
     """Of one prompt. A large encoder (5.7B parameters in Wan's) is not run for it, and counts nothing."""
     encoder = empty_text_encoder(folder)
