@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,6 +224,16 @@ def test_the_wheel_has_all_configs_and_packages(installed: Path) -> None:
         wanted = {path.relative_to(ours) for path in ours.rglob(f"*.{suffix}")}
         assert wanted
         assert wanted <= {path.relative_to(there) for path in there.rglob(f"*.{suffix}")}
+
+
+def test_every_folder_of_the_package_is_listed() -> None:
+    """By name, because the configs lie beside the package in the checkout: a new folder would be left out."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    code = {path.parent for path in (ROOT / "wanquant").rglob("*.py")}
+    groups = {path for path in Path(CONF).iterdir() if path.is_dir()}
+    wanted = {".".join(path.relative_to(ROOT).parts) for path in code}
+    wanted |= {"wanquant.conf", *(f"wanquant.conf.{path.name}" for path in groups)}
+    assert wanted <= set(listed)
 
 
 def test_the_wheel_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
