@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forked
 from tests.evaluate import judges
 from wanquant.evaluate import examine, fidelity, perceptual, weights
 from wanquant.evaluate.weights import Weight
@@ -110,7 +109,7 @@ def test_what_is_on_this_disk_is_not_fetched(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_doctor_says_what_to_do(tmp_path: Path) -> None:
     weight = next(weight for weight in weights.WEIGHTS if weight.name == "clip_model/ViT-B-32.pt")
     put(weight, b"not it")
-    done = subprocess.run([sys.executable, "-m", "wanquant.doctor"], capture_output=True, text=True)
+    done = forked.run(["-m", "wanquant.doctor"])
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
     assert lines["vbench"].split()[1] == judges.vbench.VERSION
@@ -120,7 +119,7 @@ def test_the_doctor_says_what_to_do(tmp_path: Path) -> None:
     assert "missing" in lines["amt_model/amt-s.pth"]
     assert "doctor fetch` gets what is missing" in done.stdout
     assert not (tmp_path / "vbench" / weights.RECORD).exists()
-    failed = subprocess.run([sys.executable, "-m", "wanquant.doctor", "fetch", "no"], capture_output=True, text=True)
+    failed = forked.run(["-m", "wanquant.doctor", "fetch", "no"])
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
     assert failed.stderr.startswith("error: weights are known of motion_smoothness")
 

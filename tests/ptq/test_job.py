@@ -175,17 +175,15 @@ def test_dry_run_only_prints(
     assert not (tmp_path / "run").exists()
 
 
-def test_every_long_stage_is_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_long_stage_is_predicted(finished: Path) -> None:
     """Loosely, since others may use the machine: what would be found is a kind of work that is not counted."""
-    words = [*QUICK, TWO, "model.generation.steps=4", "tracker=none", f"cache={tmp_path / 'cache'}"]
-    assert ptq(monkeypatch, *words, f"hydra.run.dir={tmp_path / 'run'}") == 0
-    result = read_result(tmp_path / "run")
+    result = read_result(finished)
     stages = result["planned"]["stages"]
     assert result["planned"]["seconds"] == pytest.approx(sum(stages.values()))
-    long = {name for name, taken in result["timings"].items() if taken > 1} - {"plan", "total"}
+    long = {name for name, taken in result["timings"].items() if taken > 0.5} - {"plan", "total"}
     assert {"calibrate", "noise_floor"} & long
     for name in long:
-        assert result["timings"][name] / 2 < stages[name] < 2 * result["timings"][name], name
+        assert result["timings"][name] / 3 < stages[name] < 3 * result["timings"][name], name
 
 
 def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import disk_offload
 from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.quantizers import auto
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig
 from wanquant.quant.observe import Observer
 from wanquant.quant.statistics import Layout
+from wanquant.registered import register
 from wanquant.wan.checkpoint import WEIGHTS, quantized_linears
 from wanquant.wan.load import FOLDS
 from wanquant.wan.stream import Recipe, convert_transformer
@@ -186,7 +188,20 @@ def test_adapters_load_on_top(damaged: Path, tmp_path: Path) -> None:
     assert torch.equal(answer(pipe.transformer), before)
 
 
-@pytest.mark.parametrize("first", ["wanquant", "diffusers", "diffusers.quantizers"])
+def test_registering_after_diffusers_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that has imported diffusers: the two dictionaries get their entries, and keep the others."""
+    for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        before = dict(mapping)
+        monkeypatch.delitem(mapping, "wanquant")
+        register()
+        register()
+        assert mapping.keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["wanquant", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diffusers", "diffusers.quantizers"))],
+)
 def test_it_does_not_matter_which_is_imported_first(first: str, damaged: Path) -> None:
     code = f"import {first}, wanquant; from diffusers import WanTransformer3DModel as W; "
     code += f"print(type(W.from_pretrained({str(damaged)!r}).blocks[1].ffn.net[2]).__name__)"
