@@ -38,7 +38,8 @@ class Forked:
     ) -> None:
         folder = Path(tempfile.mkdtemp(prefix="wanquant-forked-"))
         self.out, self.err = folder / "out", folder / "err"
-        given = (list(words), dict(environment), str(self.out), str(self.err), before)
+        # The whole of it: what is forked from has the variables of the time it was started.
+        given = (list(words), {**os.environ, **environment}, str(self.out), str(self.err), before)
         self.process = _context().Process(target=_child, args=given)
         self.process.start()
 
@@ -77,6 +78,7 @@ def _child(
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(ROOT)
+    os.environ.clear()
     os.environ.update(environment)
     if before is not None:
         before()

@@ -166,7 +166,12 @@ def test_an_interrupt_that_is_not_heard(body: str, least: float, tmp_path: Path)
         f"def run(program):\n    print('at work', flush=True)\n    exec({body!r}, {{'time': time}})\n"
         "cli._run = run\ncli.main('ptq')\n"
     )
-    lines, seconds = interrupted([sys.executable, str(script)], lambda process, line: bool(line))
+
+    def ready(process: psutil.Process, line: str) -> bool:
+        time.sleep(0.3)  # for it to be where it is not heard
+        return bool(line)
+
+    lines, seconds = interrupted([sys.executable, str(script)], ready)
     assert lines == ["interrupted: nothing was begun; the same command starts again"]
     assert least <= seconds < 3
 
