@@ -72,7 +72,8 @@ def read_mp4(path: Path) -> np.ndarray:
 
 def frames_per_second(path: Path) -> int:
     with av.open(str(path)) as container:
-        return round(container.streams.video[0].average_rate or 16)
+        rate = container.streams.video[0].average_rate
+        return round(rate.numerator / rate.denominator) if rate else 16  # PyAV's own rational has no round
 
 
 def side_by_side(
