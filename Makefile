@@ -5,6 +5,8 @@ BIN := .venv/bin
 # Only the modules that are used are compiled, as they are used: --no-compile. Who waits sees what pip does; a CI's log
 # is spared it.
 PIP := $(BIN)/pip --disable-pip-version-check install --no-compile $(if $(CI),--quiet --quiet)
+# Images of containers set it; a process that compiles what it imports anew takes 38 s to begin, instead of 14.
+export PYTHONDONTWRITEBYTECODE :=
 SPREAD := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=20
 BY_CPU := tests/kernels tests/formats tests/quant tests/wan/test_footprint.py tests/wan/test_products.py \
 	tests/wan/test_experts.py::test_both_are_trained tests/qat/test_loop.py tests/qat/test_blockwise.py \

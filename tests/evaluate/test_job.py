@@ -1,4 +1,4 @@
-"""``python eval.py`` end to end on tiny-wan at two denoising steps, and what bad input gets."""
+"""``python eval.py`` end to end on eight of tiny-wan's blocks, and what bad input gets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import pytest
 import wandb
 
 from tests import forked
-from tests.ptq.test_job import CACHE, QUICK, ROOT, TWO, ptq
-from wanquant import config
+from tests.jobs import CACHE, QUICK, ROOT, TWO, ptq, run, short
 from wanquant.evaluate import evaluation
 from wanquant.evaluate.compare import of_pair
 from wanquant.evaluate.judging import merged
@@ -35,12 +34,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     overrides = (f"cache={CACHE}", *overrides)
     if not any(override.startswith("tracker=") for override in overrides):
         overrides = ("tracker=none", *overrides)
-    monkeypatch.setattr(sys, "argv", ["eval.py", *overrides])
-    try:
-        config.main("eval")
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
+    return run(monkeypatch, "eval", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "sweep"
     with pytest.MonkeyPatch.context() as patch:
         protect = "protect=none,entry,exit,boundary"
-        assert ptq(patch, "-m", protect, TWO, *QUICK, "tracker=none", f"hydra.sweep.dir={folder}") == 0
+        assert ptq(patch, "-m", protect, TWO, "tracker=none", f"hydra.sweep.dir={folder}") == 0
     return folder
 
 
@@ -81,7 +75,7 @@ def test_a_sweep_by_vbench_and_in_its_report(sweep: Path, monkeypatch: pytest.Mo
         name = "vbench.temporal_flickering"
         assert set(metrics) == {name, f"bf16.{name}", f"difference.{name}", f"floor_ulp.{name}"}
         for item in metrics[name]["per_item"]:
-            assert 0.9 < item["value"] < 1
+            assert 0.8 < item["value"] < 1
         assert metrics[f"difference.{name}"]["mean"] == pytest.approx(
             metrics[name]["mean"] - metrics[f"bf16.{name}"]["mean"], abs=1e-12
         )
@@ -108,11 +102,11 @@ def test_a_sweep_by_vbench_and_in_its_report(sweep: Path, monkeypatch: pytest.Mo
 
 def test_the_same_by_ptq_itself(tmp_path: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    assert ptq(monkeypatch, "protect=boundary", TWO, *QUICK, "tracker=none", FLICKER, f"hydra.run.dir={run}") == 0
+    assert ptq(monkeypatch, "protect=boundary", TWO, "tracker=none", FLICKER, f"hydra.run.dir={run}") == 0
     assert evaluate(monkeypatch, f"run={sweep / '3'}", FLICKER) == 0
     assert entry(run)["metrics"] == entry(sweep / "3")["metrics"]
     written = (run / "result.json").stat().st_mtime_ns
-    assert ptq(monkeypatch, "protect=boundary", TWO, *QUICK, "tracker=none", f"hydra.run.dir={run}") == 0
+    assert ptq(monkeypatch, "protect=boundary", TWO, "tracker=none", f"hydra.run.dir={run}") == 0
     assert (run / "result.json").stat().st_mtime_ns == written
 
 
@@ -153,8 +147,8 @@ def test_other_prompts_are_generated_and_the_runs_own_are_not(
 def test_the_standards_prompts_under_the_standards_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model that is told the texts are English; what it makes of them does not matter."""
     run, cache = tmp_path / "run", f"cache={tmp_path / 'cache'}"
-    english = ["model.language=english", "prompts.texts=[A corgi,A train]", "model.generation.num_frames=5"]
-    assert ptq(monkeypatch, *english, *QUICK, "tracker=none", f"hydra.run.dir={run}", cache) == 0
+    english = ["model.language=english", "prompts.texts=[A corgi,A train]"]
+    assert ptq(monkeypatch, *english, "tracker=none", f"hydra.run.dir={run}", cache) == 0
     part = ["prompts=vbench", "prompts.dimensions=[temporal_flickering,human_action]", "prompts.first=1"]
     assert evaluate(monkeypatch, f"run={run}", *part, "prompts.seeds=[0,1]", FLICKER, cache) == 0
     found = entry(run, "vbench")
@@ -177,7 +171,7 @@ def test_a_model_as_it_is_and_beside_another(sweep: Path, tmp_path: Path, monkey
     assert "psnr" not in alone["metrics"]
     assert {"alone.black", "alone.noise"} <= set(alone["gates"])
     assert "temporal_flickering" in (tmp_path / "alone" / "report.html").read_text()
-    assert evaluate(monkeypatch, *model, "reference=tiny", f"hydra.run.dir={tmp_path / 'beside'}") == 0
+    assert evaluate(monkeypatch, *model, f"reference={short()}", f"hydra.run.dir={tmp_path / 'beside'}") == 0
     (beside,) = read_result(tmp_path / "beside")["evaluations"].values()
     run = read_result(sweep / "3")
     for name in ("latent_sqnr", "psnr", "error_flicker", "color"):
@@ -191,7 +185,7 @@ def test_a_model_as_it_is_and_beside_another(sweep: Path, tmp_path: Path, monkey
 def test_long_videos_are_said_to_be(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = sweep / "0"
     for path in (run / "videos").rglob("0*.mp4"):
-        pictures.write_mp4(path, pictures.read_mp4(path), 3)  # 17 frames
+        pictures.write_mp4(path, pictures.read_mp4(path), 1)  # 5 frames
     assert evaluate(monkeypatch, f"run={run}", FLICKER) == 0
     assert entry(run)["vbench"]["long"] == 2
     assert "2 of 2 videos last 5.0 s or more and belong to VBench-Long" in (run / "report.html").read_text()
@@ -207,7 +201,7 @@ def test_one_evaluation_after_another_keeps_both(sweep: Path, monkeypatch: pytes
     # So does ptq.py, which makes the same videos again for a checkpoint that is gone.
     assert evaluate(monkeypatch, f"run={run}", NEW, "prompts.name=new") == 0
     shutil.rmtree(run / "checkpoint")
-    again = ["protect=boundary", TWO, *QUICK, "tracker=none", f"hydra.run.dir={run}"]
+    again = ["protect=boundary", TWO, "tracker=none", f"hydra.run.dir={run}"]
     assert ptq(monkeypatch, *again) == 0
     assert (run / "checkpoint").is_dir()
     assert entry(run)["metrics"] == before["metrics"]
@@ -287,13 +281,13 @@ def test_a_run_that_cannot_be_judged_is_said_by_its_sweep(
     """Whichever process it was in."""
     broken = sweep / "3" / "videos" / "bf16" / "000-seed0.mp4"
     broken.write_bytes(b"no video")
-    job = ["protect=boundary", TWO, *QUICK, "tracker=none", FLICKER, f"hydra.run.dir={sweep / '3'}"]
+    job = ["protect=boundary", TWO, "tracker=none", FLICKER, f"hydra.run.dir={sweep / '3'}"]
     assert ptq(monkeypatch, *job) == 1
     assert f"cannot read the video {broken}" in complaint(capsys)
     summary = summarize(sweep)
     assert [job for job, _ in summary["not_judged"]] == [3]
     assert any("job 3 was not judged" in caution for caution in summary["cautions"])
-    assert ptq(monkeypatch, "protect=boundary", TWO, *QUICK, "tracker=none", "eval.dimensions=[dynamic_degree]") == 1
+    assert ptq(monkeypatch, "protect=boundary", TWO, "tracker=none", "eval.dimensions=[dynamic_degree]") == 1
     assert "weights are missing" in complaint(capsys)
     shutil.copy(sweep / "0" / "videos" / "bf16" / "000-seed0.mp4", broken)
     assert ptq(monkeypatch, *job) == 0
@@ -435,7 +429,7 @@ def test_a_dry_run_says_what_would_be_done(
     assert "1 videos denoised in BF16, 0 quantized, 1 decoded" in out
     assert "dimensions of VBench: temporal_flickering" in out
     assert not (sweep / "0" / "evaluations").exists()
-    made, beside = str(sweep / "0" / "checkpoint"), "reference=tiny"
+    made, beside = str(sweep / "0" / "checkpoint"), f"reference={short()}"
     assert evaluate(monkeypatch, f"model.path={made}", beside, "dry_run=true") == 0
     out = capsys.readouterr().out
     assert "0 videos denoised in BF16, 5 quantized, 5 decoded" in out

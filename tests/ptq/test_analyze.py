@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptq.test_job import ROOT, TWO, ptq
+from tests.jobs import ROOT, TWO, ptq
 from wanquant import load_pipeline
 from wanquant.ptq.analyze import stand_out
 from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect, worst
@@ -26,7 +26,7 @@ from wanquant.quant.statistics_file import load_statistics
 from wanquant.runs.run import read_result
 
 #: Two calibration videos of two steps.
-SMALL = ["model.generation.steps=2", "model.device=cpu", "tracker=none"]
+SMALL = ["model.generation.steps=2", "model.generation.num_frames=5", "model.device=cpu", "tracker=none"]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_smoothing_goes_through_the_checkpoint(monkeypatch: pytest.MonkeyPatch, 
         f"hydra.run.dir={tmp_path}",
     )
     assert status == 0
-    layer = load_pipeline(tmp_path / "checkpoint", "cpu").transformer.blocks[5].ffn.net[2]
+    layer = load_pipeline(tmp_path / "checkpoint", "cpu").transformer.blocks[3].ffn.net[2]
     assert isinstance(layer, QuantLinear)
     assert layer.input_factor is not None
     exponents = layer.input_factor.log2()

@@ -17,7 +17,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from tests import forked
-from tests.ptq.test_job import QUICK, TWO, ptq
+from tests.jobs import QUICK, TWO, ptq
 from tests.wan.pair import make_pair
 from tests.wan.test_names import original_names
 from wanquant import load_pipeline
@@ -40,7 +40,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_it_is_the_checkpoint_a_run_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["tracker=none", f"cache={tmp_path / 'cache'}"]
+    words = ["model=tiny", "tracker=none", f"cache={tmp_path / 'cache'}"]
     assert ptq(monkeypatch, "mode=convert", *words, f"hydra.run.dir={tmp_path / 'converted'}") == 0
     said = capsys.readouterr().out
     assert "350 linears converted, 50 linears protected, 6 linears skipped" in said
@@ -168,7 +168,7 @@ def test_killed_it_goes_on(kills: int, tmp_path: Path, monkeypatch: pytest.Monke
     """By SIGKILL, in files of a block or two."""
     small = "import wanquant.wan.stream as stream; stream.SHARD = 600_000; import runpy; runpy.run_path('ptq.py', "
     small += "run_name='__main__')"
-    asked = ["mode=convert", "tracker=none", f"cache={tmp_path / 'cache'}"]
+    asked = ["mode=convert", "model=tiny", "tracker=none", f"cache={tmp_path / 'cache'}"]
     folder, pick, killed = tmp_path / "cache" / "converting", random.Random(0), 0
     while killed < kills:
         words = [*asked, f"hydra.run.dir={tmp_path / f'killed{killed}'}"]
@@ -185,7 +185,7 @@ def test_killed_it_goes_on(kills: int, tmp_path: Path, monkeypatch: pytest.Monke
     times = {path.name: path.stat().st_mtime_ns for path in folder.rglob("diffusion*.safetensors")}
     words = [*asked, f"hydra.run.dir={tmp_path / 'run'}"]
     assert forked.run(["-c", small, *words]).returncode == 0
-    assert ptq(monkeypatch, *asked[:2], f"cache={tmp_path / 'other'}", f"hydra.run.dir={tmp_path / 'whole'}") == 0
+    assert ptq(monkeypatch, *asked[:3], f"cache={tmp_path / 'other'}", f"hydra.run.dir={tmp_path / 'whole'}") == 0
     made = tmp_path / "run" / "checkpoint"
     assert same(tensors(made), tensors(tmp_path / "whole" / "checkpoint"))
     kept: Any = [made / "transformer" / name for name, changed in times.items()]

@@ -1,8 +1,7 @@
-"""The whole job end to end on tiny-wan, at two denoising steps, and what bad input gets."""
+"""The whole job end to end: once on all of tiny-wan, else on eight of its blocks; and what bad input gets."""
 
 from __future__ import annotations
 
-import atexit
 import errno
 import json
 import os
@@ -11,7 +10,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from PIL import Image
 
 from tests import forked
 from tests.conftest import OFFLINE
-from wanquant import config, load_pipeline
+from tests.jobs import QUICK, ROOT, TWO, ptq, short
+from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
@@ -32,27 +31,6 @@ from wanquant.wan.checkpoint import quantized_linears
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate
 from wanquant.wan.load import Pipeline
-
-ROOT = Path(config.CONF).parent
-#: What the tests of this process share, instead of what the working tree has.
-CACHE = tempfile.mkdtemp(prefix="wanquant-cache-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-QUICK = ["model.generation.steps=2", "model.device=cpu"]
-TWO = (
-    'prompts.texts=["a red circle moving right on a black background","a blue square moving up on a white background"]'
-)
-
-
-def ptq(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
-    """``python ptq.py`` in this process; the exit status."""
-    if not any(override.startswith("cache=") for override in overrides):
-        overrides = (*overrides, f"cache={CACHE}")
-    monkeypatch.setattr(sys, "argv", ["ptq.py", *overrides])
-    try:
-        config.main("ptq")
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 def without_network() -> tuple[list[str], dict[str, str]]:
@@ -72,13 +50,13 @@ def recorded(result: dict[str, Any]) -> list[float]:
     return [item["value"] for item in result["metrics"]["latent_sqnr"]["per_item"]]
 
 
-def measured_again(result: dict[str, Any], quantized: Pipeline) -> list[float]:
-    """The run's latent SQNRs with this pipeline beside tiny-wan."""
+def measured_again(result: dict[str, Any], quantized: Pipeline, of: str | Path) -> list[float]:
+    """The run's latent SQNRs with this pipeline beside the one it was made ``of``."""
     items = result["metrics"]["latent_sqnr"]["per_item"]
     pairs, settings = [(item["prompt"], item["seed"]) for item in items], GenerationConfig(**result["generation"])
     reference, samples = (
         generate(pipe, pairs, settings, decode=False, batch=result["model"]["batch"])
-        for pipe in (load_pipeline("tiny", device="cpu"), quantized)
+        for pipe in (load_pipeline(of, device="cpu"), quantized)
     )
     return [latent_sqnr(r.latents, s.latents) for r, s in zip(reference, samples, strict=True)]
 
@@ -88,7 +66,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default job, as a user runs it, in a process of its own that can reach no network."""
     folder = tmp_path_factory.mktemp("run")
     prefix, environment = without_network()
-    command = [*prefix, sys.executable, "ptq.py", "protect=boundary", TWO, *QUICK, f"hydra.run.dir={folder}"]
+    command = [
+        *prefix,
+        sys.executable,
+        "ptq.py",
+        "protect=boundary",
+        TWO,
+        "model.device=cpu",
+        "model.generation.steps=2",
+    ]
+    command.append(f"hydra.run.dir={folder}")
     command.append(f"cache={tmp_path_factory.mktemp('cache')}")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -143,12 +130,12 @@ def test_files(finished: Path) -> None:
 
 def test_the_saved_checkpoint_makes_the_same_videos(finished: Path) -> None:
     result = read_result(finished)
-    assert measured_again(result, load_pipeline(finished / "checkpoint", device="cpu")) == recorded(result)
+    assert measured_again(result, load_pipeline(finished / "checkpoint", device="cpu"), "tiny") == recorded(result)
 
 
 def test_none_converts_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     status = ptq(
-        monkeypatch, "-m", "protect=none", TWO, "model.generation.steps=1", "checkpoint=false",
+        monkeypatch, "-m", "protect=none", TWO, "checkpoint=false",
         "eval.noise_floor=false", f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert status == 0
@@ -157,14 +144,14 @@ def test_none_converts_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert list(tmp_path.glob("0/wandb/offline-run-*/*.wandb"))
     assert (tmp_path / "table.tex").is_file()
-    assert result["conversion"] == {"converted": 400, "protected": 0, "skipped": 6}
+    assert result["conversion"] == {"converted": 80, "protected": 0, "skipped": 6}
     assert not (tmp_path / "0" / "checkpoint").exists()
 
 
 def test_dry_run_only_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ptq(monkeypatch, "dry_run=true", f"hydra.run.dir={tmp_path / 'run'}") == 0
+    assert ptq(monkeypatch, "model=tiny", "dry_run=true", f"hydra.run.dir={tmp_path / 'run'}") == 0
     printed = capsys.readouterr().out
     assert "PP" + "q" * 35 + "PPP" in printed
     assert "350 converted, 50 protected, 6 skipped" in printed
@@ -188,7 +175,7 @@ def test_every_long_stage_is_predicted(finished: Path) -> None:
 
 def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of two quantizations that differ in nothing but how they are kept, each its own."""
-    words = [*QUICK, TWO, "tracker=none", "eval.noise_floor=false", "prompts.seeds=[0]", f"cache={tmp_path / 'cache'}"]
+    words = [TWO, "tracker=none", "eval.noise_floor=false", "prompts.seeds=[0]", f"cache={tmp_path / 'cache'}"]
     planned = []
     for packed in ("false", "true"):
         folder = tmp_path / packed
@@ -207,15 +194,15 @@ def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
         (["protect=auto", "protect.by=sensitivity"], "99 videos denoised in BF16, 5 quantized"),
         (["protect=greedy", "protect.candidates=6"], "99 videos denoised in BF16, 45 quantized"),
         (["protect=greedy", "protect.candidates=0", "protect.budget=1"], "19 videos denoised in BF16, 85 quantized"),
-        (["mode=analyze"], "2 videos denoised in BF16, 2 quantized, 0 decoded"),
-        (["mode=analyze", "protect=auto", "protect.by=block_sqnr"], "2 videos denoised in BF16, 2 quantized, 0"),
-        (["mode=analyze", "analysis.sensitivity=true"], "84 videos denoised in BF16, 22 quantized, 0 decoded"),
+        (["mode=analyze"], "4 videos denoised in BF16, 2 quantized, 0 decoded"),
+        (["mode=analyze", "protect=auto", "protect.by=block_sqnr"], "4 videos denoised in BF16, 2 quantized, 0"),
+        (["mode=analyze", "analysis.sensitivity=true"], "86 videos denoised in BF16, 22 quantized, 0 decoded"),
     ],
 )
 def test_a_dry_run_counts_what_choosing_costs(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ptq(monkeypatch, "dry_run=true", *words) == 0
+    assert ptq(monkeypatch, "model=tiny", "dry_run=true", *words) == 0
     assert said in capsys.readouterr().out
 
 
@@ -225,7 +212,7 @@ def test_static_activations_go_from_calibration_into_the_checkpoint(
     """And a refused run in the same directory puts the result of the former aside."""
     where = f"hydra.run.dir={tmp_path}"
     status = ptq(
-        monkeypatch, "quant=static_per_tensor", "quant.overflow=saturate", TWO, "model.generation.steps=1",
+        monkeypatch, "quant=static_per_tensor", "quant.overflow=saturate", TWO,
         "tracker=none", "eval.noise_floor=false", where,
     )  # fmt: skip
     assert status == 0
@@ -233,12 +220,12 @@ def test_static_activations_go_from_calibration_into_the_checkpoint(
     assert result["quant"]["name"] == "static_per_tensor overflow=saturate"
     pipe = load_pipeline(tmp_path / "checkpoint", device="cpu")
     layers = quantized_linears(pipe.transformer)
-    assert len(layers) == 350
+    assert len(layers) == 30
     for name, layer in layers.items():
         assert layer.input_scale is not None
         assert layer.input_scale.item() == torch.tensor(result["calibration"]["input_absmax"][name] / 15).item()
         assert layer.scheme.overflow == "saturate"
-    assert measured_again(result, pipe) == recorded(result)
+    assert measured_again(result, pipe, short()) == recorded(result)
 
     for refused in ("protect.blocks=[40]", truncated_model(tmp_path_factory.mktemp("truncated"))):
         assert ptq(monkeypatch, refused, where) == 1
@@ -258,12 +245,12 @@ def test_other_formats_make_the_same_videos_from_their_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str]
 ) -> None:
     status = ptq(
-        monkeypatch, *overrides, TWO, "model.generation.steps=1", "tracker=none", "eval.noise_floor=false",
+        monkeypatch, *overrides, TWO, "tracker=none", "eval.noise_floor=false",
         f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
     assert status == 0
     result = read_result(tmp_path)
-    assert measured_again(result, load_pipeline(tmp_path / "checkpoint", "cpu")) == recorded(result)
+    assert measured_again(result, load_pipeline(tmp_path / "checkpoint", "cpu"), short()) == recorded(result)
 
 
 def test_a_second_run_makes_no_bf16_video_again(
@@ -271,7 +258,7 @@ def test_a_second_run_makes_no_bf16_video_again(
 ) -> None:
     results = []
     for name, force in (("first", "false"), ("second", "true")):
-        overrides = [TWO, "model.generation.steps=1", "tracker=none", "checkpoint=false", f"cache={tmp_path / 'cache'}"]
+        overrides = [TWO, "tracker=none", "checkpoint=false", f"cache={tmp_path / 'cache'}"]
         assert ptq(monkeypatch, *overrides, f"hydra.run.dir={tmp_path / name}", f"force={force}") == 0
         results.append(read_result(tmp_path / name))
     made = ["calibrate", "generate BF16", "noise floor: 1 ulp", "noise floor: seed"]
@@ -287,7 +274,7 @@ def test_what_is_finished_is_not_run_again(
 ) -> None:
     """Also not in another folder, nor under another name for the same blocks; but with a checkpoint, if there was
     none."""
-    base = [TWO, "model.generation.steps=1", "tracker=none", "eval.noise_floor=false", f"cache={tmp_path / 'cache'}"]
+    base = [TWO, "tracker=none", "eval.noise_floor=false", f"cache={tmp_path / 'cache'}"]
     assert ptq(monkeypatch, *base, "checkpoint=false", f"hydra.run.dir={tmp_path / 'a'}") == 0
     first = read_result(tmp_path / "a")
     capsys.readouterr()
@@ -311,12 +298,10 @@ def test_what_is_finished_is_not_run_again(
 
 
 def test_the_control_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    status = ptq(
-        monkeypatch, "quant=bf16", TWO, "model.generation.steps=1", "tracker=none", f"hydra.run.dir={tmp_path}"
-    )
+    status = ptq(monkeypatch, "quant=bf16", TWO, "tracker=none", f"hydra.run.dir={tmp_path}")
     assert status == 0
     result = read_result(tmp_path)
-    assert result["conversion"] == {"converted": 0, "protected": 50, "skipped": 356}
+    assert result["conversion"] == {"converted": 0, "protected": 50, "skipped": 36}
     # What equal videos get.
     assert result["metrics"]["latent_sqnr"]["mean"] == 100.0
     assert result["metrics"]["ssim"]["mean"] == 1.0
@@ -339,7 +324,7 @@ def truncated_model(folder: Path) -> str:
             "protect=boundry",
             "protect=boundry: did you mean boundary? choose auto, auto_absmax, ",
         ),
-        ("protect.blocks=[3,40]", "protected block 40 is out of range: the model has 40 blocks"),
+        ("protect.blocks=[3,40]", "protected block 40 is out of range: the model has 8 blocks"),
         ("protect.modules=[ffn]", "pattern 'ffn' of protected modules matches nothing"),
         ("protect.modules=['.*']", "protect leaves no linear to quantize"),
         ("quant.weights.rule=absmax", "scale rule 'absmax'"),
@@ -374,7 +359,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     override = override if isinstance(override, str) else override(tmp_path)
     run = tmp_path / "run"
     where = ["-m", f"hydra.sweep.dir={run}"] if multirun else [f"hydra.run.dir={run}"]
-    assert ptq(monkeypatch, *where, *(q for q in QUICK if q[:22] != override[:22]), override) == 1
+    assert ptq(monkeypatch, *where, override) == 1
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1, printed
     assert printed[0].startswith("error: ")
@@ -391,7 +376,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
 
 def test_a_disk_that_fills_up_is_one_line_and_no_result(tmp_path: Path) -> None:
     """The process may write no file above 5 MB, so the checkpoint fails as it would on a full disk."""
-    command = ["ptq.py", TWO, *QUICK, "tracker=none", "eval.noise_floor=false"]
+    command = ["ptq.py", f"model.path={short()}", TWO, *QUICK, "tracker=none", "eval.noise_floor=false"]
     done = forked.run(
         [*command, f"hydra.run.dir={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}"],
         before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5 << 20, 5 << 20)),
@@ -411,7 +396,7 @@ def test_a_failing_job_of_a_sweep_leaves_the_others(
 ) -> None:
     """Block 40 does not exist: that job fails, the other one is complete, and the status says it."""
     status = ptq(
-        monkeypatch, "-m", "protect.blocks=[40],[0]", TWO, "model.generation.steps=1", "tracker=none",
+        monkeypatch, "-m", "protect.blocks=[40],[0]", TWO, "tracker=none",
         "checkpoint=false", "eval.noise_floor=false", f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert status == 1
@@ -449,7 +434,7 @@ def test_a_failing_tracker_costs_no_result(monkeypatch: pytest.MonkeyPatch, tmp_
     """A project name that W&B refuses: a real failure of the real tracker."""
     (tmp_path / "run").mkdir()
     status = ptq(
-        monkeypatch, TWO, "model.generation.steps=1", "eval.noise_floor=false", "tracker.project=a/b%c",
+        monkeypatch, TWO, "eval.noise_floor=false", "tracker.project=a/b%c",
         f"hydra.run.dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert status == 0

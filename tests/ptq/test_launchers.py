@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests import forked
-from tests.ptq.test_job import ROOT, TWO
+from tests.jobs import QUICK, ROOT, TWO, short
 from wanquant.runs.run import read_result
 
 NUMBERS = ("signature", "metrics", "gates", "overflow", "conversion", "calibration")
@@ -25,7 +25,7 @@ JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 def command(folder: Path, *overrides: str) -> list[str]:
     """Small jobs, with a cache of their own."""
-    base = ["ptq.py", "-m", f"protect={','.join(JOBS)}", TWO, "model.generation.steps=1"]
+    base = ["ptq.py", "-m", f"protect={','.join(JOBS)}", f"model.path={short()}", TWO, *QUICK]
     base += ["tracker=none", "checkpoint=false", f"cache={folder / 'cache'}", f"hydra.sweep.dir={folder / 'sweep'}"]
     return [*base, *overrides]
 
@@ -93,7 +93,7 @@ def test_a_fresh_process_gives_what_a_used_one_does(
     threads: str | None, serial: dict[str, Any], tmp_path: Path
 ) -> None:
     """And one that OpenMP has given other threads, for which everything has to be imported anew."""
-    single = ["ptq.py", "protect=boundary", TWO, "model.generation.steps=1", "tracker=none"]
+    single = ["ptq.py", "protect=boundary", f"model.path={short()}", TWO, *QUICK, "tracker=none"]
     single += ["checkpoint=false", f"cache={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}"]
     if threads is None:
         assert forked.run(single).returncode == 0

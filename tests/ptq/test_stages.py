@@ -11,16 +11,14 @@ from wanquant.ptq.check import settle_config
 from wanquant.ptq.stages import _quantizing
 from wanquant.ptq.work import make_plan, work_of
 from wanquant.quant.scheme import parse
+from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.probe import small_passes
+from wanquant.wan.footprint import Quantized
+from wanquant.wan.probe import small_pass
 
 CPU = torch.device("cpu")
 WIDTHS = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 128}
-LINEARS = [
-    f"blocks.0.{name}"
-    for name, child in wan_transformer(1).blocks[0].named_modules()
-    if isinstance(child, torch.nn.Linear)
-]
+LINEARS = [name for name, child in wan_transformer(1).blocks[0].named_modules() if isinstance(child, torch.nn.Linear)]
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "quant"])
@@ -29,6 +27,8 @@ def test_every_preset_is_timed(name: str) -> None:
     config = settle_config(composed(f"quant={name}"))
     assert (_quantizing(make_plan(config, CPU, work_of(config))) > 0) == (name != "bf16")
     small, settings = {**wan_transformer(1).config, **WIDTHS}, GenerationConfig(64, 64, 5, 1, 2.0, 3.0, 32)
-    names = LINEARS if name != "bf16" else []
-    found = small_passes(small, names, parse(config.quant), settings, 1, CPU)
-    assert min(found.plain, found.observed, found.quantized) > 0
+    scheme = parse(config.quant)
+    how = Quantized(LINEARS, scheme) if name != "bf16" else None
+    observed = Layout(("",), 1, 4, 1, scheme.needs_statistics)
+    assert small_pass(small, how, settings, 1, CPU) > 0
+    assert small_pass(small, None, settings, 1, CPU, observed) > 0

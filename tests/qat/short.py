@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.ptq.test_job import QUICK, ROOT, TWO
-from wanquant import config, load_pipeline
+from tests.jobs import QUICK, TWO, run
 from wanquant.runs.run import read_result
-
-__all__ = ["LEARNED", "ROOT", "make_short", "overrides", "result_of", "train"]
 
 LEARNED = [
     "a cyan square moving right on a white background",
@@ -23,19 +18,11 @@ LEARNED = [
 ]
 
 
-def make_short(folder: Path) -> Path:
-    """A pipeline whose four blocks are tiny-wan's first, and of which nothing else is changed."""
-    pipe = load_pipeline("tiny", device="cpu")
-    pipe.transformer.blocks = torch.nn.ModuleList(list(pipe.transformer.blocks)[:4])
-    pipe.transformer.register_to_config(num_layers=4)
-    pipe.save_pretrained(folder)
-    return folder
-
-
 def overrides(model: Path, cache: Path, *more: str) -> list[str]:
     asked = [
         f"model.path={model}",
-        *QUICK,
+        *QUICK[1:],
+        "model.generation.steps=2",
         TWO,
         f"qat.data.prompts.texts={json.dumps(LEARNED)}",
         "protect=ends",
@@ -56,12 +43,7 @@ def overrides(model: Path, cache: Path, *more: str) -> list[str]:
 
 def train(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """``python train.py`` in this process; the exit status."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    try:
-        config.main("train")
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
+    return run(monkeypatch, "train", *words)
 
 
 def result_of(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import wandb
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
-from tests.qat.short import ROOT, make_short, overrides, result_of, train
+from tests.jobs import ROOT, short
+from tests.qat.short import overrides, result_of, train
 from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.evaluate.stats import Item, compared
@@ -31,8 +32,8 @@ from wanquant.wan.generate import generate
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_short(tmp_path_factory.mktemp("model") / "short")
+def model() -> Path:
+    return short(4)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from wanquant.wan.footprint import (
 )
 from wanquant.wan.load import find_folder
 from wanquant.wan.plan import Plan, Work, in_time
-from wanquant.wan.probe import block_seconds, decoding_seconds, is_small, learning_seconds, small_passes
+from wanquant.wan.probe import block_seconds, decoding_seconds, is_small, learning_seconds, small_pass
 
 CPU = torch.device("cpu")
 #: 4,096 tokens, 1,024 wide: enough to tower above what a process takes anyway.
@@ -117,26 +118,38 @@ def test_what_is_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert block_seconds(config, None, 4096, 32, 3, CPU) == pytest.approx(3 * (8 * 1.75 + 64 * 0.25))
     seen[:] = [5.0]
     settings = GenerationConfig(128, 128, 17, 1)
-    assert decoding_seconds(vae, settings, CPU) == pytest.approx(5.0 * (5 * 16 * 16) / (2 * 8 * 8))
+    assert decoding_seconds(vae, settings, CPU) == pytest.approx(5.0 * (17 * 16 * 16) / (5 * 8 * 8))
     seen[:] = [7.0]
     assert learning_seconds(config, lambda small: None, 4096, 32, 2, CPU, "fp32") == pytest.approx(7.0 * 4)
 
 
 def test_on_a_busy_machine_it_is_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what else wants to run, or by repetitions of a probe that differ."""
+    """By what else wants to run, by repetitions of a probe that differ, or by time it did not get."""
     quiet = float(torch.get_num_threads())
-    for load, spreads, busy in ((quiet, [1.0, 1.1], False), (quiet + 1, [1.0], True), (0.0, [1.0, 1.5], True)):
+    for load, busy in ((quiet, False), (quiet + 1, True)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
-        monkeypatch.setattr(probe, "_spreads", spreads)
+        probe.begin()
         assert probe.is_busy() == busy
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+
+    @probe.probed
+    def probed(what: str) -> float:
+        return probe._seconds(lambda: time.sleep(0.05), CPU)
+
+    for _ in range(2):  # also where it is known already
+        probe.begin()
+        assert probed("sleeps") > 0.04
+        assert probe.is_busy()
 
 
-def test_small_models_are_run_as_a_whole() -> None:
+def test_small_models_are_run_with_all_there_is_around(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dict(wan_transformer(3).config)
-    names = [f"blocks.1.{name}" for name in ALL]
-    settings = GenerationConfig(64, 64, 17, 1, 2.0, 3.0, 32)
-    found = small_passes(config, names, parse(QuantConfig()), settings, 2, CPU)
-    assert min(found.plain, found.observed, found.quantized) > 0
+    settings, quantized = GenerationConfig(64, 64, 17, 1, 2.0, 3.0, 32), Quantized(ALL, parse(QuantConfig()))
+    assert small_pass(config, quantized, settings, 2, CPU) > 0
+    # Of twenty blocks eight are run, besides what is around them.
+    seen = [3.0, 1.0]
+    monkeypatch.setattr(probe, "_pass_seconds", lambda *how: seen.pop(0))
+    assert small_pass({**config, "num_layers": 20}, quantized, settings, 2, CPU) == 1 + (3 - 1) * 20 / 8
     assert is_small(config, 80, 2)
     assert not is_small({**config, "num_attention_heads": 40, "attention_head_dim": 128}, 80, 2)
     assert not is_small(config, 32_760, 1)

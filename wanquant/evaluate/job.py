@@ -41,7 +41,7 @@ from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import check_folder, find_folder, hush_libraries, transformers_of
 from wanquant.wan.outliers import chosen_blocks
-from wanquant.wan.plan import print_needs
+from wanquant.wan.plan import GUESS, in_time, print_needs
 from wanquant.wan.studio import Pair
 from wanquant.wan.tiny import parse_caption
 
@@ -286,6 +286,9 @@ def _of_model(config: EvaluateConfig, folder: Path, config_yaml: str, device: to
         evaluation = Evaluation(name, videos, sides, [asked], config.eval, card, cache, official)
         _refuse_prompts(evaluation)
         needed = needed_by(sides, len(asked), card) if _writes() else {}
+        if needed:
+            told = f"{in_time(needed['seconds'])} for the videos; what the cache holds takes none"
+            print(f"predicted: {told}{GUESS if needed['guess'] else ''}", flush=True)
         forget_peak_memory(card)
         needed["begun"] = peak_memory(card)
         if not _writes():

@@ -32,4 +32,8 @@ def plan_of(side: Side, videos: int, device: torch.device) -> Plan:
 def needed_by(sides: Sequence[Side], videos: int, device: torch.device) -> dict[str, Any]:
     """To generate them, one side after the other; what judges need is not in it."""
     plans = [plan_of(side, videos, device) for side in sides]
-    return {"bytes": max(plan.added for plan in plans), "seconds": sum(plan.seconds for plan in plans)}
+    return {
+        "bytes": max(plan.added for plan in plans),
+        "seconds": sum(plan.seconds for plan in plans),
+        "guess": any(plan.guess for plan in plans),
+    }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -91,11 +91,17 @@ def start_and_end(config: PTQConfig) -> dict[str, float]:
     global _begun
     found = {"start": 0.0 if _begun else time.time() - psutil.Process().create_time()}
     _begun = True
-    if config.tracker.name == "wandb" and "wandb" not in sys.modules:
-        begun = time.perf_counter()
-        importlib.import_module("wandb")
-        found["tracker"] = TRACKER * (time.perf_counter() - begun)
+    if config.tracker.name == "wandb":
+        found["tracker"] = TRACKER * _importing_tracker()
     return found
+
+
+@cache
+def _importing_tracker() -> float:
+    """Nothing where something has imported it before."""
+    begun = time.perf_counter()
+    importlib.import_module("wandb")
+    return time.perf_counter() - begun
 
 
 @once

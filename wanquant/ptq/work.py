@@ -39,7 +39,8 @@ def work_of(config: PTQConfig) -> Work:
     texts = len({text for text, _ in [*pairs(config.prompts), *pairs(config.calib, "calib")]}) + 1  # the negative one
     parts: dict[str, Any] = {"calibrated": calibrated, "choosing": (plain, quantized), "prompts": texts}
     if config.mode == "analyze":
-        return Work(calibrated + plain, quantized, beside=beside, all_beside=True, **parts)
+        renamed = (("choose", "analyze"),)
+        return Work(calibrated + plain, quantized, beside=beside, all_beside=True, renamed=renamed, **parts)
     floors = measured + len(other_seed(config.prompts)[0]) if config.eval.noise_floor else 0
     made = 2 * measured + floors
     return Work(
@@ -56,7 +57,8 @@ def _choosing(config: PTQConfig, calibrated: int) -> tuple[int, int]:
     ranked = everything or protect.by == "sensitivity" or (protect.by == GREEDY and protect.candidates > 0)
     plain = len(shape.blocks) if ranked else 0
     quantized = len(kinds(shape, protect.modules)) if everything else 0
-    quantized += 1 if config.mode == "analyze" or protect.by == "block_sqnr" or config.eval.block_sqnr else 0
+    errors = config.mode == "analyze" or protect.by == "block_sqnr" or config.eval.block_sqnr
+    plain, quantized = plain + errors, quantized + errors
     if protect.by == GREEDY:
         tried = min(protect.candidates * parts or len(shape.blocks), len(shape.blocks))
         quantized += sum(tried - done for done in range(protect.budget * parts))

@@ -130,6 +130,10 @@ class TrainJob(Job):
             looks = (1 + config.qat.steps // config.qat.check_every) * len(pairs(config.calib, "calib"))
         return dataclasses.replace(
             work,
+            recorded=learned,
+            twin=2 * twins * measured,
+            looks=looks,
+            renamed=(("generate_quantized", "generate_trained"),),
             bf16=work.bf16 + learned + (len(pairs(config.calib, "calib")) if looks else 0),
             quantized=quantized + looks,
             decoded=work.decoded + twins * measured,
@@ -151,7 +155,7 @@ class TrainJob(Job):
             **found,
             "bytes": max(found["bytes"], while_trained),
             "seconds": found["seconds"] + training_takes,
-            "stages": {**found["stages"], "train": training_takes},
+            "stages": {**found["stages"], "train": found["stages"].get("train", 0.0) + training_takes},
         }
 
     @property

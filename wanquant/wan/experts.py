@@ -8,6 +8,7 @@ at, protects, quantizes or trains blocks needs not know that there are two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,14 @@ def put(pipe: WanPipeline, whole: nn.Module) -> None:
 
 
 def shape_of_whole(folder: Path) -> Any:
-    """As ``whole_of``, on the meta device, of a pipeline's folder or of a transformer's own."""
+    """As ``whole_of``, on the meta device, of a pipeline's folder or of a transformer's own. Not to be changed: it is
+    kept for who asks again."""
+    files = [folder / "model_index.json", *(part / "config.json" for part in transformers_of(folder).values())]
+    return _shape(folder, tuple(path.read_bytes() if path.is_file() else b"" for path in files))
+
+
+@lru_cache(maxsize=8)
+def _shape(folder: Path, described: tuple[bytes, ...]) -> Any:
     shapes = [shape_of(part) for part in transformers_of(folder).values()]
     if len(shapes) == 1:
         return shapes[0]

@@ -137,11 +137,12 @@ def latent_size(settings: GenerationConfig) -> tuple[int, int, int]:
 
 
 def empty_transformer(config: dict[str, Any], how: Quantized | None, blocks: int) -> WanTransformer3DModel:
-    """On meta; its first block quantized."""
+    """On meta; its blocks are ``how``."""
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config({**config, "num_layers": blocks}).eval()
     if how is not None:
-        empty_like_quantized_(transformer, [f"blocks.0.{name}" for name in how.names], how.scheme)
+        names = [f"blocks.{index}.{name}" for index in range(blocks) for name in how.names]
+        empty_like_quantized_(transformer, names, how.scheme)
     return transformer
 
 

@@ -29,14 +29,14 @@ from wanquant.wan.footprint import (
 )
 from wanquant.wan.load import Transformer
 from wanquant.wan.probe import (
-    Passes,
     around_seconds,
+    begin,
     block_seconds,
     decoding_seconds,
     encoding_seconds,
     is_busy,
     is_small,
-    small_passes,
+    small_pass,
 )
 
 LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
@@ -46,7 +46,9 @@ GUESS = "; a guess: the machine is busy"
 @dataclass(frozen=True)
 class Work:
     """Videos that are denoised in BF16 and quantized, those that are decoded, and those in memory at the end; whether
-    quantized blocks stand ``beside`` those of BF16 meanwhile, and whether all of them do, packed."""
+    quantized blocks stand ``beside`` those of BF16 meanwhile, and whether all of them do, packed. Then which of them
+    are for what: calibration, noise floors, choosing blocks (in BF16, and quantized); in training what is learned from,
+    the PTQ twin, and validation. ``renamed`` are stages that the job has other names for."""
 
     bf16: int
     quantized: int
@@ -58,6 +60,10 @@ class Work:
     floors: int = 0
     choosing: tuple[int, int] = (0, 0)
     prompts: int = 0
+    recorded: int = 0
+    twin: int = 0
+    looks: int = 0
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,51 +153,68 @@ class Plan:
         """Of the stages, with nothing in the cache; not of starting the program, planning and the report."""
         return sum(self.stages.values())
 
-    @cached_property
+    @property
     def stages(self) -> dict[str, float]:
         """Seconds, by the names that a run's timings have."""
+        return self._probed[0]
+
+    @property
+    def guess(self) -> bool:
+        """Whether others used the machine while it was probed."""
+        return self._probed[1]
+
+    @cached_property
+    def _probed(self) -> tuple[dict[str, float], bool]:
+        begin()
+        return self._stages(), is_busy()
+
+    def _stages(self) -> dict[str, float]:
         work, how = self.work, (tokens_of(self.settings, self.shape), self.settings.max_text_length)
         plain, mixed = self._denoising(how)
         decoding = decoding_seconds(self.folder / "vae", self.settings, self.device) if work.decoded else 0.0
         found = {"calibrate": self._calibrating(how)} if work.calibrated else {}
         chosen, tried = work.choosing
         found["choose"] = chosen * plain + tried * mixed
-        made = work.bf16 - work.calibrated - work.floors - chosen
-        quantized = work.quantized - tried
+        made = work.bf16 - work.calibrated - work.floors - work.recorded - chosen
+        quantized = work.quantized - work.twin - work.looks - tried
         decoded = max(0, work.decoded - work.floors)
-        share = decoded / max(1, made + quantized)
+        share = decoded / max(1, made + quantized + work.twin)
+        found["data"] = work.recorded * plain
         found["generate_bf16"] = made * (plain + share * decoding)
         found["noise_floor"] = work.floors * (plain + decoding)
+        found["generate_twin"] = work.twin * (mixed + share * decoding)
+        found["train"] = work.looks * mixed
         found["generate_quantized"] = quantized * (mixed + share * decoding)
-        return {name: seconds for name, seconds in {**found, **self.further(self)}.items() if seconds}
+        names = dict(work.renamed)
+        return {names.get(name, name): seconds for name, seconds in {**found, **self.further(self)}.items() if seconds}
 
     @cached_property
-    def _whole(self) -> Passes | None:
-        """Passes of a model that is small enough to be run as a whole."""
-        if len(parts_of(self.shape)) > 1 or not is_small(self._config, tokens_of(self.settings, self.shape), self.rows):
-            return None
-        names = self.converted if self.work.quantized else []
-        return small_passes(self._config, names, parse(self.quant), self.settings, self.rows, self.device)
+    def _is_small(self) -> bool:
+        one = len(parts_of(self.shape)) == 1
+        return one and is_small(self._config, tokens_of(self.settings, self.shape), self.rows)
 
     def _denoising(self, how: tuple[int, int]) -> tuple[float, float]:
         """Seconds for one video in BF16, and quantized."""
-        if self._whole is not None:
-            return self._passes * self._whole.plain, self._passes * self._whole.quantized
-        plain, quantized = (
-            block_seconds(self._config, kind, *how, self.rows, self.device) / self.rows
-            for kind in (None, self._blocks[-1])
-        )
+        if self._is_small:
+            plain, quantized = (
+                small_pass(self._config, kind, self.settings, self.rows, self.device)
+                for kind in (None, self._blocks[-1])
+            )
+        else:
+            around = around_seconds(self._config, self.settings, self.rows, self.device)
+            plain, quantized = (
+                (around + self._each * block_seconds(self._config, kind, *how, self.rows, self.device)) / self.rows
+                for kind in (None, self._blocks[-1])
+            )
         touched = len({name.split(".")[1] for name in self.converted}) / len(self.shape.blocks)
-        around = self._passes * around_seconds(self._config, self.settings, self.rows, self.device) / self.rows
-        mixed = touched * quantized + (1 - touched) * plain
-        return around + self._passes * self._each * plain, around + self._passes * self._each * mixed
+        return self._passes * plain, self._passes * (touched * quantized + (1 - touched) * plain)
 
     def _calibrating(self, how: tuple[int, int]) -> float:
         encoding = encoding_seconds(self.folder / "text_encoder", self.settings.max_text_length, self.device)
-        if self._whole is not None:
-            each = self._whole.observed
+        layout = Layout(("",), 1, 4, 1, parse(self.quant).needs_statistics)
+        if self._is_small:
+            each = small_pass(self._config, None, self.settings, 1, self.device, layout)
         else:
-            layout = Layout(("",), 1, 4, 1, parse(self.quant).needs_statistics)
             block = block_seconds(self._config, None, *how, 1, self.device, layout)
             each = self._each * block + around_seconds(self._config, self.settings, 1, self.device)
         return self.work.calibrated * self._passes * each + self.work.prompts * encoding
@@ -255,7 +278,7 @@ def print_needs(plan: Plan, what: str = "", outside: Mapping[str, float] | None 
     done = f"{work.bf16} videos denoised in BF16, {work.quantized} quantized, {work.decoded} decoded"
     stages = {**(outside or {}), **plan.stages}
     told = f"{in_time(sum(stages.values()))}: {done}, by a probe of the device; what the cache holds takes none"
-    print(f"time        {told}{GUESS if is_busy() else ''}")
+    print(f"time        {told}{GUESS if plan.guess else ''}")
     for name, seconds in stages.items():
         print(f"            {name.replace('_', ' '):<20}{seconds:8.1f} s")
 

@@ -6,25 +6,35 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch import nn
 
-from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.observe import Observer
-from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import Layout
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.footprint import Quantized, empty_text_encoder, empty_transformer, empty_vae, fill, latent_size, once
+from wanquant.wan.footprint import (
+    IN_TIME,
+    Quantized,
+    empty_text_encoder,
+    empty_transformer,
+    empty_vae,
+    fill,
+    latent_size,
+)
 from wanquant.wan.products import quick_products
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: Tokens that a probe of time runs at most, of all rows together, and of attention alone.
 PROBED, PROBED_ATTENTION = 2048, 1024
@@ -32,19 +42,39 @@ PROBED, PROBED_ATTENTION = 2048, 1024
 LONG_ENOUGH = 0.2
 #: Latents that the VAE is probed with as they are, at most; else it is with these: (frames, rows, columns).
 PROBED_LATENTS, SMALL_LATENTS = 512, (2, 8, 8)
-#: Blocks times their width squared up to which all of them are run: 40 blocks 256 wide.
-SMALL_MODEL = 40 * 256**2
+#: Blocks times their width squared up to which so many of them are run: 40 blocks 256 wide.
+SMALL_MODEL, SOME_BLOCKS = 40 * 256**2, 8
 #: Latents of all rows together up to which what is outside of the blocks is run too.
 PROBED_AROUND = 1 << 15
 #: Parameters of a text encoder that is run to be timed, at most.
 SMALL_ENCODER = 100_000_000
-#: Median of a probe's repetitions over the quickest, above which something else is using the machine.
-UNSTEADY = 1.3
+#: Median of a probe's repetitions over the quickest, above which something else is using the machine; and time the
+#: process had a CPU, as a share of the time that passed, below which it does.
+UNSTEADY, SHARE = 1.3, 0.9
 
-_spreads: list[float] = []
+#: Of the probes that a plan has used: whether something else used the machine meanwhile.
+_disturbed: list[bool] = []
 
 
-@once
+def probed(function: Callable[P, R]) -> Callable[P, R]:
+    """Kept for the process, with whether it was disturbed: the jobs of a sweep ask for the same."""
+    known: dict[str, tuple[R, bool]] = {}
+
+    @wraps(function)
+    def call(*given: P.args, **named: P.kwargs) -> R:
+        key = repr((given, named))
+        if key not in known:
+            before = len(_disturbed)
+            found = function(*given, **named)
+            known[key] = found, any(_disturbed[before:])
+        found, disturbed = known[key]
+        _disturbed.append(disturbed)
+        return found
+
+    return call
+
+
+@probed
 def block_seconds(
     config: dict[str, Any],
     how: Quantized | None,
@@ -79,48 +109,35 @@ def block_seconds(
     return rows * ((found - each * tokens_**2) / tokens_ * tokens + each * tokens**2)
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Seconds of one forward pass for one video: in BF16, observed as in calibration, and quantized."""
-
-    plain: float
-    observed: float
-    quantized: float
-
-
 def is_small(config: dict[str, Any], tokens: int, rows: int) -> bool:
-    """Whether whole passes are run to be timed."""
+    """Whether a pass is run as it is, with the scheduler's step, on some of the blocks."""
     weights = config["num_layers"] * (config["num_attention_heads"] * config["attention_head_dim"]) ** 2
     return weights <= SMALL_MODEL and rows * tokens <= PROBED
 
 
-def small_passes(
+@probed
+def small_pass(
     config: dict[str, Any],
-    names: Sequence[str],
-    scheme: Scheme,
+    how: Quantized | None,
     settings: GenerationConfig,
     rows: int,
     device: torch.device,
-) -> Passes:
-    """Of a small transformer, run as a whole, with the scheduler's step: a single block that is run again and again
-    would have its weights in the CPU's cache. ``names`` of its linears are quantized."""
-    plain, observed = _plain_passes(config, scheme.needs_statistics, settings, rows, device)
-    if not names:
-        return Passes(plain, observed, plain)
-    quantized = empty_transformer(config, None, config["num_layers"])
-    empty_like_quantized_(quantized, names, replace(scheme, product="fast") if scheme.product == "native" else scheme)
-    return Passes(plain, observed, _pass_seconds(_filled(quantized, device), settings, rows, device))
-
-
-@once
-def _plain_passes(
-    config: dict[str, Any], full: bool, settings: GenerationConfig, rows: int, device: torch.device
-) -> tuple[float, float]:
-    """In BF16, alone and observed, with ``full`` statistics or light ones."""
-    plain = _filled(empty_transformer(config, None, config["num_layers"]), device)
-    with Observer(plain, Layout(("",), 1, 4, 1, full), lambda: (0, 0, 0)):
-        observed = _pass_seconds(plain, settings, 1, device)
-    return _pass_seconds(plain, settings, rows, device), observed
+    layout: Layout | None = None,
+) -> float:
+    """Of a forward pass through a small transformer for one video, as if all blocks were ``how``, and observed if there
+    is a ``layout``. Some blocks are run, and their time is scaled: a single one would stay in the CPU's cache."""
+    if how is not None and how.scheme.product == "native":
+        how = replace(how, scheme=replace(how.scheme, product="fast"))
+    blocks = min(config["num_layers"], SOME_BLOCKS)
+    transformer = empty_transformer(config, how, blocks)
+    watched = Observer(transformer, layout, lambda: (0, 0, 0)) if layout is not None else nullcontext()
+    with watched:
+        found = _pass_seconds(_filled(transformer, device), settings, rows, device)
+    if blocks == config["num_layers"]:
+        return found
+    around: float = small_pass({**config, "num_layers": 0}, None, settings, rows, device)
+    whole: float = around + (found - around) * config["num_layers"] / blocks
+    return whole
 
 
 def _pass_seconds(
@@ -147,7 +164,7 @@ def _filled(transformer: WanTransformer3DModel, device: torch.device) -> WanTran
     return transformer.to(device)
 
 
-@once
+@probed
 def around_seconds(config: dict[str, Any], settings: GenerationConfig, rows: int, device: torch.device) -> float:
     """Of a forward pass, what is outside of the blocks; nothing where they are so large that it does not count."""
     size = latent_size(settings)
@@ -201,19 +218,24 @@ def _rotary(transformer: WanTransformer3DModel, tokens: int, device: torch.devic
     return tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames)))
 
 
-@once
+@probed
 def decoding_seconds(folder: Path, settings: GenerationConfig, device: torch.device) -> float:
-    """Of one video: as it is where it is small, else by a few frames of it."""
+    """Of one video: as it is where it is small, else by a few frames of it, in proportion to the pixels."""
     vae, whole = empty_vae(folder), latent_size(settings)
     small = whole if math.prod(whole) <= PROBED_LATENTS else SMALL_LATENTS
     fill(vae, lambda size, dtype: torch.full(size, 0.01, dtype=dtype))
     latents = torch.zeros(1, vae.config.z_dim, *small, device=device)
     vae.to(device)
     found = _seconds(lambda: vae.decode(latents, return_dict=False), device)
-    return found * math.prod(whole) / math.prod(small)
+    return found * _pixels(whole) / _pixels(small)
 
 
-@once
+def _pixels(latents: tuple[int, int, int]) -> int:
+    """Of what is decoded from them, over those of one of a latent's frames: its first frame gives one, others four."""
+    return (IN_TIME * (latents[0] - 1) + 1) * latents[1] * latents[2]
+
+
+@probed
 def encoding_seconds(folder: Path, length: int, device: torch.device) -> float:
     """Of one prompt. A large encoder (5.7B parameters in Wan's) is not run for it, and counts nothing."""
     encoder = empty_text_encoder(folder)
@@ -226,11 +248,16 @@ def encoding_seconds(folder: Path, length: int, device: torch.device) -> float:
     return _seconds(lambda: encoder(torch.zeros(1, length, dtype=torch.long, device=device)), device)
 
 
+def begin() -> None:
+    """Of a plan: what other plans have used does not count."""
+    _disturbed.clear()
+
+
 def is_busy() -> bool:
-    """Whether others use the machine, so that what a probe finds is a guess: more threads want to run than this process
-    has, or repetitions of a probe differed by much."""
+    """Whether others use the machine, so that what was probed since ``begin`` is a guess: more threads want to run than
+    this process has, or a probe was disturbed."""
     crowded = hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5
-    return crowded or max(_spreads, default=1.0) > UNSTEADY
+    return crowded or any(_disturbed)
 
 
 @torch.no_grad()
@@ -239,13 +266,16 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     taken: list[float] = []
     with quick_products(device):
         run()
+        worked = time.process_time()
         while sum(taken) < LONG_ENOUGH:
             _wait(device)
             begun = time.perf_counter()
             run()
             _wait(device)
             taken.append(time.perf_counter() - begun)
-    _spreads.append(statistics.median(taken) / min(taken))
+        worked = time.process_time() - worked
+    waited = device.type == "cpu" and worked < SHARE * sum(taken)
+    _disturbed.append(waited or statistics.median(taken) / min(taken) > UNSTEADY)
     return sum(taken) / len(taken)
 
 
