@@ -66,7 +66,7 @@ def signature(config: dict[str, Any], fingerprint: str, device: torch.device, ro
             "device": device.type,
             "device_name": _card_name(device),
             "torch": torch.__version__,
-            "packages": {name: importlib.metadata.version(name) for name in COUNTED},
+            "packages": {name: installed(name) for name in COUNTED},
             "threads": torch.get_num_threads(),
             "instructions": _instructions(device),
         }
@@ -85,6 +85,7 @@ def _instructions(device: torch.device) -> list[str]:
     return sorted(name for name, there in known.items() if there is True and name.startswith(("avx", "amx", "sve")))
 
 
+@cache
 def installed(package: str) -> str | None:
     """Its version."""
     try:
