@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -29,48 +30,81 @@ class Heavy:
             raise SystemExit(f"TOO HEAVY: {name}")
 sys.meta_path.insert(0, Heavy())
 from wanquant.cli import main
-main()
 """
+#: One command after the other, in one process: a line of JSON for each.
+ALL = (
+    LIGHT
+    + """
+import contextlib, io, json
+from hydra.core.global_hydra import GlobalHydra
+for words in json.load(sys.stdin):
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    sys.argv = ["wanquant", *words]
+    GlobalHydra.instance().clear()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+    print(json.dumps([status, out.getvalue(), err.getvalue()]), file=sys.__stdout__)
+"""
+)
 
 
 def light(*words: str) -> subprocess.CompletedProcess[str]:
     """``wanquant`` in a process that cannot import what is heavy."""
-    command = [sys.executable, "-c", LIGHT, *words]
+    command = [sys.executable, "-c", LIGHT + "main()", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("ptq protec=boundary", "error: there is no key protec: did you mean protect?"),
-        ("ptq protect=boundry", "error: protect=boundry: did you mean boundary? choose auto, "),
-        ("ptq -m protect=none,boundry", "error: protect=boundry: did you mean boundary? choose auto, "),
-        ("ptq prompts.sedes=[0]", "error: there is no key prompts.sedes: did you mean prompts.seeds?"),
-        ("ptq quant.act.rul=direct", "error: there is no key quant.act.rul: did you mean quant.activations.rule?"),
-        ("ptq quant.product=exct", "error: quant.product=exct: did you mean exact? choose fast, exact, native"),
-        (
-            "ptq +quant.prodct=exact",
-            "error: unknown key quant.prodct: no part of the program reads it. did you ",
-        ),
-        ("ptq ~protec", "error: there is no key protec: did you mean protect?"),
-        ("ptq hydra.swep.dir=x", "error: there is no key hydra.swep.dir: did you mean hydra.sweep.dir?"),
-        ("ptq hydra/launcher=jobli", "error: hydra/launcher=jobli: did you mean joblib? choose "),
-        ("train qat=onn", "error: qat=onn: did you mean on? choose "),
-        ("train qat.data.sorce=folder", "error: there is no key qat.data.sorce: did you mean qat.data.source?"),
-        ("train qat.scope=blokwise", "error: qat.scope=blokwise: did you mean blockwise? choose all, "),
-        ("eval evl=vbench5", "error: there is no key evl: did you mean eval?"),
-        ("eval eval=vbench", "error: eval=vbench: did you mean vbench5? choose "),
-        ("eval eval.lpips=atuo", "error: eval.lpips=atuo: did you mean auto? choose auto, on, off"),
-        ("pqt", "error: program=pqt: did you mean ptq? choose ptq, train, eval, report, export, doctor"),
-    ],
-)
-def test_a_mistake_is_answered_at_once_with_what_may_be_meant(words: str, message: str, tmp_path: Path) -> None:
-    where = f"hydra.{'sweep' if '-m' in words else 'run'}.dir={tmp_path}/run"
-    done = light(*words.split(), *([] if words == "pqt" else [where]))
-    assert done.returncode == (2 if words == "pqt" else 1)
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+MISTAKES = [
+    ("ptq protec=boundary", "error: there is no key protec: did you mean protect?"),
+    ("ptq protect=boundry", "error: protect=boundry: did you mean boundary? choose auto, "),
+    ("ptq -m protect=none,boundry", "error: protect=boundry: did you mean boundary? choose auto, "),
+    ("ptq prompts.sedes=[0]", "error: there is no key prompts.sedes: did you mean prompts.seeds?"),
+    ("ptq quant.act.rul=direct", "error: there is no key quant.act.rul: did you mean quant.activations.rule?"),
+    ("ptq quant.product=exct", "error: quant.product=exct: did you mean exact? choose fast, exact, native"),
+    (
+        "ptq +quant.prodct=exact",
+        "error: unknown key quant.prodct: no part of the program reads it. did you ",
+    ),
+    ("ptq ~protec", "error: there is no key protec: did you mean protect?"),
+    ("ptq hydra.swep.dir=x", "error: there is no key hydra.swep.dir: did you mean hydra.sweep.dir?"),
+    ("ptq hydra/launcher=jobli", "error: hydra/launcher=jobli: did you mean joblib? choose "),
+    ("train qat=onn", "error: qat=onn: did you mean on? choose "),
+    ("train qat.data.sorce=folder", "error: there is no key qat.data.sorce: did you mean qat.data.source?"),
+    ("train qat.scope=blokwise", "error: qat.scope=blokwise: did you mean blockwise? choose all, "),
+    ("eval evl=vbench5", "error: there is no key evl: did you mean eval?"),
+    ("eval eval=vbench", "error: eval=vbench: did you mean vbench5? choose "),
+    ("eval eval.lpips=atuo", "error: eval.lpips=atuo: did you mean auto? choose auto, on, off"),
+    ("pqt", "error: program=pqt: did you mean ptq? choose ptq, train, eval, report, export, doctor"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path]]:
+    """Status, stderr and folder of each of the mistakes, made one after the other in a single process."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    runs = {words: folder / str(number) for number, (words, _) in enumerate(MISTAKES)}
+    asked = [
+        [*words.split(), *([] if words == "pqt" else [f"hydra.{'sweep' if '-m' in words else 'run'}.dir={run}"])]
+        for words, run in runs.items()
+    ]
+    command = [sys.executable, "-c", ALL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, input=json.dumps(asked), check=True)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    return {words: (status, err, run) for (words, run), (status, _, err) in zip(runs.items(), told, strict=True)}
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_a_mistake_is_answered_at_once_with_what_may_be_meant(
+    words: str, message: str, answers: dict[str, tuple[int, str, Path]]
+) -> None:
+    status, error, run = answers[words]
+    assert status == (2 if words == "pqt" else 1)
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+    assert not run.exists()
 
 
 def test_a_key_in_a_file_of_the_users_own_is_named_too(tmp_path: Path) -> None:

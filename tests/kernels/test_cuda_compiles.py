@@ -26,9 +26,9 @@ from wanquant.kernels import cuda  # noqa: E402
 CARDS = (80, 90, 100)
 #: Names of pointers in a signature.
 TYPES = {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.float32: "*fp32"}
-#: Columns of matrices, elements of tensors: those that 16 divides are compiled otherwise, and so is a single one. That
-#: changes how memory is read and not what is computed, so the last two are compiled for one kind of card.
+#: Columns of matrices, elements of tensors: those that 16 divides are compiled otherwise, and so is a single one.
 SIZES = (48, 47, 1)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = {name: each for name, each in vars(cuda).items() if isinstance(each, JITFunction)}
 #: Not launched but called by others.
 INNER = {"_round_bits", "_widen", "_step", "_factored"}
@@ -47,11 +47,9 @@ def described(value: Any) -> Any:
     return ("fp32", False)
 
 
-def launches(sizes: Sequence[int]) -> Iterator[None]:
+def launches(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> Iterator[None]:
     """Calls every launcher with every combination of its options."""
-    for size, dtype, saturate in itertools.product(
-        sizes, (torch.float32, torch.bfloat16, torch.float16), (False, True)
-    ):
+    for size, dtype, saturate in itertools.product(sizes, dtypes, (False, True)):
         x = torch.zeros(size, dtype=dtype)
         cuda.round_hif8(x, saturate)
         cuda.round_hif8_out(x, saturate, torch.empty_like(x))
@@ -66,7 +64,7 @@ def launches(sizes: Sequence[int]) -> Iterator[None]:
         yield
 
 
-def launched(sizes: Sequence[int] = SIZES) -> list[Launch]:
+def launched(sizes: Sequence[int] = SIZES, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Launch]:
     found: set[Launch] = set()
 
     def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **_: Any) -> None:
@@ -75,7 +73,7 @@ def launched(sizes: Sequence[int] = SIZES) -> list[Launch]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", note)
-        for _ in launches(sizes):
+        for _ in launches(sizes, dtypes):
             pass
     return sorted(found, key=repr)
 
@@ -98,9 +96,22 @@ def test_every_kernel_is_launched() -> None:
     assert {name for name, _ in launched()} == set(KERNELS) - INNER
 
 
+def compile_all(found: Sequence[Launch], card: int) -> None:
+    target = GPUTarget("cuda", card, 32)
+    for launch in found:
+        assert triton.compile(source_of(launch), target=target).asm["cubin"][:4] == b"\x7fELF", launch
+
+
 @pytest.mark.parametrize("card", CARDS)
 def test_every_specialization_compiles(card: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length changes how memory is read and the type what is computed: both in all ways, but not in all pairs."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    target = GPUTarget("cuda", card, 32)
-    for launch in launched(SIZES if card == CARDS[0] else SIZES[:1]):
-        assert triton.compile(source_of(launch), target=target).asm["cubin"][:4] == b"\x7fELF", launch
+    odd = launched(SIZES[1:], DTYPES[1:2]) if card == CARDS[0] else []
+    compile_all([*launched(SIZES[:1]), *odd], card)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_every_pair_of_length_and_type_compiles(card: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compile_all(launched(), card)

@@ -25,8 +25,9 @@ from wanquant.quant.statistics import Site, merge
 from wanquant.quant.statistics_file import load_statistics
 from wanquant.runs.run import read_result
 
-#: Two calibration videos of two steps.
+#: Two steps; and one calibration video.
 SMALL = ["model.generation.steps=2", "model.generation.num_frames=5", "model.device=cpu", "tracker=none"]
+ONE = 'calib.texts=["a cyan square moving left on a black background"]'
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_analysis_of_planted_outliers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
-    overrides = ["mode=analyze", "model=tiny-outliers", *SMALL, f"cache={cache}", f"hydra.run.dir={tmp_path}"]
+    overrides = ["mode=analyze", "model=tiny-outliers", ONE, *SMALL, f"cache={cache}", f"hydra.run.dir={tmp_path}"]
     assert ptq(monkeypatch, *overrides) == 0
     result = read_result(tmp_path)
     planted = result["model"]["outliers"]
@@ -88,7 +89,8 @@ def test_blocks_chosen_by_data_are_protected_and_said_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
 ) -> None:
     status = ptq(
-        monkeypatch, "protect=auto", "protect.by=absmax", "model=tiny-outliers", TWO, *SMALL, "eval.noise_floor=false",
+        monkeypatch, "protect=auto", "protect.by=absmax", "model=tiny-outliers", TWO, ONE, *SMALL,
+        "eval.noise_floor=false",
         f"cache={cache}", f"hydra.run.dir={tmp_path}", "checkpoint=false",
     )  # fmt: skip
     assert status == 0

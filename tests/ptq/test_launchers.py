@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests import forked
-from tests.jobs import QUICK, ROOT, TWO, short
+from tests.jobs import QUICK, ROOT, TWO, run, short
 from wanquant.runs.run import read_result
 
 NUMBERS = ("signature", "metrics", "gates", "overflow", "conversion", "calibration")
@@ -31,15 +31,17 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 
 def sweep(folder: Path, *overrides: str) -> dict[str, dict[str, Any]]:
-    """Their numbers, by protection. A launcher that has workers is started as a user starts it."""
+    """Their numbers, by protection. A launcher that has workers is started as a user starts it; else it is this process
+    that does them."""
     if overrides:
         environment = {**os.environ, **ENVIRONMENT}
         words = [sys.executable, *command(folder, *overrides)]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "rank" in done.stdout
     else:
-        done = forked.run(command(folder))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "rank" in done.stdout
+        with pytest.MonkeyPatch.context() as patch:
+            assert run(patch, "ptq", *command(folder)[1:]) == 0
     results = [read_result(folder / "sweep" / str(number)) for number in range(len(JOBS))]
     return {result["protect"]["name"]: {key: result[key] for key in NUMBERS} for result in results}
 

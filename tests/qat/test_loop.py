@@ -8,7 +8,7 @@ import math
 import random
 import re
 import signal
-import subprocess
+import socket
 import sys
 import time
 import weakref
@@ -25,6 +25,12 @@ from wanquant.qat.loop import WINDOW, Hooks, TrainingStopped
 from wanquant.qat.schedule import Average, make_rate
 
 ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
@@ -94,13 +100,13 @@ def test_killed_it_ends_the_same(kills: int, tmp_path: Path) -> None:
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     """Sums of other halves: float32 rounding apart, which is 1e-5 of the loss after twelve steps."""
     assert forked.run(small(tmp_path, "one")[1:]).returncode == 0
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, *launch, *small(tmp_path, "two")[1:]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
+    both = [forked.start(small(tmp_path, "two")[1:], {**launch, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    errors = [(process.wait(), process.err.read_text()) for process in both]
+    assert [status for status, _ in errors] == [0, 0], errors
+    done = "".join(error for _, error in errors)
     assert len(list((tmp_path / "two").glob("state-000012/random_states_*"))) == 2
-    assert len(re.findall(r"^train", done.stderr, re.MULTILINE)) == 1
+    assert len(re.findall(r"^train", done, re.MULTILINE)) == 1
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
