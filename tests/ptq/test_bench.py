@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from tests.jobs import short
 from wanquant import load_pipeline
 from wanquant.config import CONF
 from wanquant.evaluate.stats import Item
@@ -42,7 +43,7 @@ PLANTED = OutliersConfig(**OmegaConf.load(Path(CONF) / "model" / "tiny-outliers.
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    return load_pipeline("tiny", "cpu")
+    return load_pipeline(short(), "cpu")
 
 
 def bench_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None, batch: int = 2) -> Bench:
@@ -54,7 +55,7 @@ def bench_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None, bat
 def test_a_stopped_measurement_goes_on_where_it_was(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    units = ["block 3", "block 20", "kind ffn.net.2"]
+    units = ["block 3", "block 5", "kind ffn.net.2"]
     whole = bench_of(pipe, tmp_path / "whole").unit_errors(units)
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     real = sensitivity.final_errors
@@ -115,15 +116,15 @@ def test_a_stopped_calibration_goes_on_at_its_video(
 def test_a_unit_costs_what_a_model_with_nothing_else_quantized_does(pipe: Pipeline, tmp_path: Path) -> None:
     """The cheap measure is the SQNR of one block's output, the expensive one that of the final latents."""
     bench = bench_of(pipe, tmp_path)
-    found = bench.unit_errors(["block 20"])["block 20"]
-    with sensitivity.quantized(pipe.transformer, bench.quant, *sensitivity.all_but(pipe.transformer, "block 20")):
+    found = bench.unit_errors(["block 5"])["block 5"]
+    with sensitivity.quantized(pipe.transformer, bench.quant, *sensitivity.all_but(pipe.transformer, "block 5")):
         samples = generate(pipe, PAIRS, SETTINGS, decode=False, batch=2)
     for item, reference, sample in zip(found.items, bench.references, samples, strict=True):
         error = (sample.latents - reference).double().square().sum()
         assert item.value == pytest.approx(10 * math.log10(reference.double().square().sum() / error), abs=1e-4)
         assert math.isfinite(item.value)
     cheap = bench.block_errors()
-    assert len(cheap) == 40
+    assert len(cheap) == 8
     assert all(10 < estimate.mean < 80 for estimate in cheap)
     # Once measured, for all runs.
     assert bench_of(pipe, tmp_path).block_errors() == cheap
@@ -138,7 +139,7 @@ def test_a_kind_is_smoothed_alone(pipe: Pipeline, tmp_path: Path) -> None:
         with sensitivity.quantized(pipe.transformer, bench.quant, *only, bench.inputs()):
             linears = {name: m for name, m in pipe.transformer.named_modules() if isinstance(m, nn.Linear)}
             quantized = {name: m for name, m in linears.items() if isinstance(m, QuantLinear)}
-            assert quantized.keys() == {f"blocks.{i}.{kind}" for i in range(40)}
+            assert quantized.keys() == {f"blocks.{i}.{kind}" for i in range(8)}
             assert any(layer.input_factor is not None for layer in quantized.values())
             for name in linears.keys() - quantized.keys():
                 assert torch.equal(linears[name].weight, before[f"{name}.weight"]), name
@@ -173,30 +174,30 @@ def test_full_statistics_serve_where_light_ones_would_do(pipe: Pipeline, tmp_pat
 
 
 def test_greedy_looks_again_after_each_choice(pipe: Pipeline, tmp_path: Path) -> None:
-    """Cells written as a measurement would: blocks 7 and 8 are the worst alone, but one of them helps only where the
-    other is not protected, and 30 beside it helps more."""
+    """Cells written as a measurement would: blocks 3 and 4 are the worst alone, but one of them helps only where the
+    other is not protected, and 6 beside it helps more."""
     bench = bench_of(pipe, tmp_path)
     cells = bench.studio.cache.cells("sensitivity", bench._quantized("sensitivity"))
 
     def put(name: str, decibels: float) -> None:
         cells.put(name, [vars(Item(*pair, decibels)) for pair in PAIRS])
 
-    for block in range(40):
-        put(f"block {block}", {7: 20.0, 8: 21.0, 30: 22.0}.get(block, 40.0))
-    for name, decibels in (("7", 15.0), ("8", 14.0), ("30", 13.0), ("7 8", 15.5), ("7 30", 19.0)):
+    for block in range(8):
+        put(f"block {block}", {3: 20.0, 4: 21.0, 6: 22.0}.get(block, 40.0))
+    for name, decibels in (("3", 15.0), ("4", 14.0), ("6", 13.0), ("3 4", 15.5), ("3 6", 19.0)):
         put(f"protect {name}", decibels)
     config = ProtectConfig("greedy", by="greedy", budget=2, candidates=3)
     choice = choose(config, bench)
-    assert choice.blocks == [7, 30]
-    assert [row["block"] for row in choice.evidence] == [7, 30]
-    assert [{row["block"] for row in step["tried"]} for step in choice.evidence] == [{7, 8, 30}, {8, 30}]
+    assert choice.blocks == [3, 6]
+    assert [row["block"] for row in choice.evidence] == [3, 6]
+    assert [{row["block"] for row in step["tried"]} for step in choice.evidence] == [{3, 4, 6}, {4, 6}]
     assert choice.evidence[1]["sqnr"] == 19.0
     by_sensitivity = choose(ProtectConfig("auto", by="sensitivity", budget=2), bench)
-    assert by_sensitivity.blocks == [7, 8]
+    assert by_sensitivity.blocks == [3, 4]
 
 
-def test_protecting_the_planted_blocks_restores_the_model_bit_for_bit(pipe: Pipeline, tmp_path: Path) -> None:
-    planted_pipe = load_pipeline("tiny", "cpu")
+def test_protecting_the_planted_blocks_restores_the_model_bit_for_bit(tmp_path: Path) -> None:
+    pipe, planted_pipe = (load_pipeline("tiny", "cpu") for _ in range(2))
     planted = plant_outliers_(planted_pipe.transformer, PLANTED)
     ours = bench_of(planted_pipe, tmp_path / "planted").protected_errors([planted, ()])
     theirs = bench_of(pipe, tmp_path / "plain").protected_errors([planted, ()])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.jobs import short
 from wanquant import load_pipeline, quantize_
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig
@@ -25,7 +26,7 @@ PAIRS = [("a cyan square moving left on a black background", seed) for seed in (
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    return load_pipeline("tiny", "cpu")
+    return load_pipeline(short(4), "cpu")
 
 
 def studio_of(pipe: Pipeline, folder: Path, batch: int = 1) -> Studio:
@@ -48,7 +49,7 @@ def test_latents_are_those_of_a_generation_and_are_kept(pipe: Pipeline, tmp_path
 
 def test_a_cut_generation_goes_on_where_it_was(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transformer quantized so that it overflows, which is counted whether a batch was made now or before."""
-    quantized = load_pipeline("tiny", "cpu")
+    quantized = load_pipeline(short(4), "cpu")
     direct = ActivationConfig("per_tensor", "direct")
     quantize_(quantized.transformer, QuantConfig(activations=direct, overflow="saturate"))
     for block in quantized.transformer.blocks[:2]:

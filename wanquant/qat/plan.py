@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +13,14 @@ from wanquant.ptq.protect import RULES, by_rule
 from wanquant.qat.check import training_of
 from wanquant.qat.config import AT_ONCE, SET_ASIDE, TrainConfig, processes
 from wanquant.qat.scope import is_matrix, trains_weights
-from wanquant.quant import plan_conversion
+from wanquant.quant import QuantConfig, plan_conversion
 from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import parse
 from wanquant.quant.select import resolve_blocks
-from wanquant.wan.activations import kept_by
+from wanquant.quant.trainable import Training
+from wanquant.wan.activations import Kept, kept_by
 from wanquant.wan.experts import parts_of
+from wanquant.wan.footprint import once
 from wanquant.wan.load import Transformer
 from wanquant.wan.probe import block_seconds, learning_seconds
 
@@ -51,7 +54,7 @@ def plan_training(
 ) -> TrainingPlan:
     """``transformer`` may be on meta. ``tokens`` are those of one video, ``questions`` those of blockwise training."""
     qat, shape = config.qat, transformer.config
-    kept = kept_by(dict(shape), lambda small: _prepare(small, config), precision)
+    kept = _kept(dict(shape), *_rounding(config), precision)
     heads, text = shape.num_attention_heads, config.model.generation.max_text_length
     width, rows = heads * shape.attention_head_dim, qat.batch // (qat.accumulation * world)
     activations = kept.bytes(heads, shape.ffn_dim, tokens, text) * rows
@@ -80,7 +83,7 @@ def training_seconds(
     qat, shape, text = config.qat, dict(transformer.config), config.model.generation.max_text_length
     blocks, parts = len(transformer.blocks), len(parts_of(transformer))
     how = (tokens, text, max(1, qat.batch // (qat.accumulation * processes())), device, precision)
-    each = qat.accumulation * learning_seconds(shape, lambda small: _prepare(small, config), *how)
+    each = qat.accumulation * learning_seconds(shape, lambda small: _prepare(small, *_rounding(config)), *how)
     if qat.scope != "blockwise":
         return qat.steps * blocks / parts * each * (4 / 3 if qat.recompute else 1)
     trained = len(resolve_blocks(qat.blocks, blocks)) if qat.blocks else blocks
@@ -122,11 +125,21 @@ def count_trained(transformer: Transformer, config: TrainConfig) -> int:
     return count
 
 
-def _prepare(small: Transformer, config: TrainConfig) -> None:
+def _rounding(config: TrainConfig) -> tuple[QuantConfig | None, Training]:
+    """How what is trained is rounded: not at all, or by this quantization."""
+    return config.quant if config.qat.quantize else None, training_of(config.qat)
+
+
+@once
+def _kept(shape: dict[str, Any], quant: QuantConfig | None, training: Training, precision: str) -> Kept:
+    return kept_by(shape, lambda small: _prepare(small, quant, training), precision)
+
+
+def _prepare(small: Transformer, quant: QuantConfig | None, training: Training) -> None:
     """As in training: the block's linears, whatever their inputs may be."""
-    if config.qat.quantize:
+    if quant is not None:
         seen = {name: 1.0 for name, child in small.named_modules() if isinstance(child, nn.Linear)}
-        make_trainable_(small, config.quant, (), (), seen, training_of(config.qat))
+        make_trainable_(small, quant, (), (), seen, training)
 
 
 def shrinks(config: TrainConfig) -> str:
