@@ -347,14 +347,35 @@ def truncated_model(folder: Path) -> str:
         ("tracker.mode=sometimes", "tracker.mode=sometimes"),
     ],
 )
-@pytest.mark.parametrize("multirun", [False, True])
 def test_bad_input_gets_one_line_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: Any, named: str
+) -> None:
+    refused(monkeypatch, tmp_path, capsys, override, named)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("quant.wieghts.rule=direct", "wieghts"),
+        ("protect.blocks=[3,40]", "protected block 40 is out of range"),
+        (truncated_model, "truncated"),
+        ("prompts.texts=[]", "prompts.texts is empty"),
+    ],
+)
+def test_so_does_a_sweep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: Any, named: str
+) -> None:
+    """Whether the config cannot be composed, the job cannot be, or only its files are looked at."""
+    refused(monkeypatch, tmp_path, capsys, override, named, multirun=True)
+
+
+def refused(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     override: Any,
     named: str,
-    multirun: bool,
+    multirun: bool = False,
 ) -> None:
     override = override if isinstance(override, str) else override(tmp_path)
     run = tmp_path / "run"

@@ -104,21 +104,25 @@ def rank_correlation(a: Sequence[float], b: Sequence[float], seed: int = 0) -> t
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return float("nan"), float("nan"), float("nan")
     drawn = np.random.default_rng(seed).integers(len(x), size=(RESAMPLES // 5, len(x)))
-    found = np.array([_correlation(_ranks(x[draw]), _ranks(y[draw])) for draw in drawn])
+    found = _correlations(_ranks(x[drawn]), _ranks(y[drawn]))
     low, high = np.nanquantile(found, [0.025, 0.975]) if np.isfinite(found).any() else (np.nan, np.nan)
-    return _correlation(_ranks(x), _ranks(y)), float(low), float(high)
+    (whole,) = _correlations(_ranks(x[None]), _ranks(y[None]))
+    return float(whole), float(low), float(high)
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 0; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    means: np.ndarray = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
-    return means
+def _ranks(rows: np.ndarray) -> np.ndarray:
+    """In each row, from 0; equal values share the mean of their ranks."""
+    one, other = rows[:, :, None], rows[:, None, :]
+    ranks: np.ndarray = (one > other).sum(2) + ((one == other).sum(2) - 1) / 2
+    return ranks
 
 
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    spread = x.std() * y.std()
-    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else float("nan")
+def _correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Row by row; NaN where one is constant."""
+    x, y = (each - each.mean(1, keepdims=True) for each in (x, y))
+    spread = np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    found: np.ndarray = np.divide((x * y).sum(1), spread, out=np.full(len(x), np.nan), where=spread > 0)
+    return found
 
 
 def difference(ours: Sequence[Item], reference: Sequence[Item]) -> list[Item]:
