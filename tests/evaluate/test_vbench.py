@@ -157,9 +157,7 @@ def test_missing_weights_are_said_before_anything_is_fetched(tmp_path: Path, mon
 
 
 @pytest.mark.skipif(bool(os.environ.get("WANQUANT_TEST_WITHOUT_DECORD")), reason="this is that run")
-@pytest.mark.parametrize(
-    "which", ["reader or imaging or flickering", pytest.param("not wheel", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("which", ["reader or flickering", pytest.param("not wheel", marks=pytest.mark.slow)])
 def test_where_decord_has_no_wheel(which: str) -> None:
     """The same tests in a process that cannot import decord."""
     command = ["-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", which, __file__]

@@ -239,19 +239,9 @@ def test_one_of_them_protected_as_a_whole(model: Path, cache: Path, tmp_path: Pa
 
 
 def test_thirty_blocks_are_protected_at_their_own_ends(tmp_path: Path, monkeypatch: Any) -> None:
-    """As Wan2.1-T2V-1.3B has them, in a run and in a conversion."""
-    pipe = load_pipeline("tiny", device="cpu")
-    pipe.transformer.blocks = torch.nn.ModuleList(list(pipe.transformer.blocks)[:30])
-    pipe.transformer.register_to_config(num_layers=30)
-    pipe.save_pretrained(tmp_path / "model")
-    words = ["protect=boundary", f"model.path={tmp_path / 'model'}", "tracker=none", f"cache={tmp_path / 'cache'}"]
-    run = [*words, *QUICK, TWO, "eval.noise_floor=false", "prompts.seeds=[0]", f"hydra.run.dir={tmp_path / 'run'}"]
-    assert ptq(monkeypatch, *run) == 0
-    assert ptq(monkeypatch, "mode=convert", *words, f"hydra.run.dir={tmp_path / 'converted'}") == 0
-    for name in ("run", "converted"):
-        result = read_result(tmp_path / name)
-        assert result["protect"]["blocks"] == [0, 1, 27, 28, 29]
-        assert result["conversion"]["converted"] == 250
-    made, wanted = (tensors(tmp_path / name / "checkpoint") for name in ("converted", "run"))
-    assert made.keys() == wanted.keys()
-    assert all(torch.equal(made[name], wanted[name]) for name in wanted)
+    """As Wan2.1-T2V-1.3B has them."""
+    words = ["protect=boundary", f"model.path={short(30)}", "tracker=none", f"cache={tmp_path / 'cache'}"]
+    assert ptq(monkeypatch, "mode=convert", *words, f"hydra.run.dir={tmp_path / 'run'}") == 0
+    result = read_result(tmp_path / "run")
+    assert result["protect"]["blocks"] == [0, 1, 27, 28, 29]
+    assert result["conversion"]["converted"] == 250
