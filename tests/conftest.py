@@ -14,6 +14,7 @@ os.environ.update(
 )
 
 import atexit
+import gc
 import importlib.util
 import shutil
 import socket
@@ -47,6 +48,8 @@ DECORD = importlib.util.find_spec("decord") is not None if not os.environ.get("W
 
 #: As jobs are by default; tests run side by side.
 torch.set_num_threads(1)
+#: As jobs do: what was imported is not looked through for cycles again and again.
+gc.freeze()
 #: What keeps libraries from the network here, and is not set where a user works.
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")
 

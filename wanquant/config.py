@@ -12,6 +12,7 @@ good.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -174,7 +175,10 @@ def carry_out(raw: DictConfig, program: str) -> Exception | None:
 def load_job(program: str) -> Callable[[Any, Path, str], Any]:
     """``job(config, run directory, yaml)``."""
     module, name = JOBS[program]
-    found: Callable[[Any, Path, str], Any] = getattr(import_module(module), name)
+    if module not in sys.modules:
+        import_module(module)
+        gc.freeze()  # what was imported stays: Python's searches for cycles took half a second each to go through it
+    found: Callable[[Any, Path, str], Any] = getattr(sys.modules[module], name)
     return found
 
 
