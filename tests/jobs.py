@@ -19,6 +19,8 @@ ROOT = Path(config.CONF).parent
 CACHE = tempfile.mkdtemp(prefix="wanquant-cache-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 QUICK = ["model.generation.steps=1", "model.generation.num_frames=5", "model.device=cpu"]
+#: So that each of two transformers makes one, and a training has steps to learn from.
+TWO_STEPS = ["model.generation.steps=2", *QUICK[1:]]
 TWO = (
     'prompts.texts=["a red circle moving right on a black background","a blue square moving up on a white background"]'
 )

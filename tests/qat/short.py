@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import QUICK, TWO, run
+from tests.jobs import TWO, TWO_STEPS, run
 from wanquant.runs.run import read_result
 
 LEARNED = [
@@ -21,8 +21,7 @@ LEARNED = [
 def overrides(model: Path, cache: Path, *more: str) -> list[str]:
     asked = [
         f"model.path={model}",
-        *QUICK[1:],
-        "model.generation.steps=2",
+        *TWO_STEPS,
         TWO,
         f"qat.data.prompts.texts={json.dumps(LEARNED)}",
         "protect=ends",

@@ -14,7 +14,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file
 
 from tests.conftest import wan_inputs, wan_transformer
-from tests.jobs import QUICK, TWO, ptq, short
+from tests.jobs import TWO, TWO_STEPS, ptq, short
 from tests.qat.short import overrides, result_of, train
 from tests.wan.pair import make_pair
 from wanquant import load_pipeline
@@ -28,8 +28,6 @@ from wanquant.wan.export_pipeline import export_all
 from wanquant.wan.generate import Position, generate
 
 PAIR = [("a red circle moving right on a black background", 0)]
-#: Of which each transformer makes one.
-STEPS = [*QUICK[1:], "model.generation.steps=2"]
 SETTINGS = GenerationConfig(64, 64, 17, 4, 2.0, 3.0, 64, 8)
 
 
@@ -122,7 +120,7 @@ def test_rules_hold_for_each_of_them() -> None:
 def test_both_are_quantized_and_saved(model: Path, cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """A run's checkpoint makes the run's latents, and is what a conversion from files to files makes."""
     words = ["protect=ends", f"model.path={model}", "tracker=none", f"cache={cache}"]
-    run = [*words, *STEPS, TWO, "eval.noise_floor=false", "prompts.seeds=[0]", f"hydra.run.dir={tmp_path / 'run'}"]
+    run = [*words, *TWO_STEPS, TWO, "eval.noise_floor=false", "prompts.seeds=[0]", f"hydra.run.dir={tmp_path / 'run'}"]
     assert ptq(monkeypatch, *run) == 0
     result = read_result(tmp_path / "run")
     assert result["model"]["blocks"] == 6
@@ -148,7 +146,7 @@ def test_what_the_data_choose_is_chosen_among_both(
         f"model.path={model}",
         "tracker=none",
         f"cache={cache}",
-        *STEPS,
+        *TWO_STEPS,
         'calib.texts=["a red circle moving up on a gray background"]',
     ]
     chosen = ["protect=auto", "protect.by=sensitivity", "protect.budget=1"]
@@ -221,7 +219,7 @@ def test_what_cannot_be(model: Path, tmp_path: Path, monkeypatch: Any, capsys: A
 def test_one_of_them_protected_as_a_whole(model: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """It stays as it is, in a run, a conversion, a training, an export, and where the checkpoint is used."""
     words = ["protect=none", "protect.through=true", "protect.blocks=[3,4,5]", f"model.path={model}", "tracker=none"]
-    words += [f"cache={cache}", *STEPS, TWO, "eval.noise_floor=false", "prompts.seeds=[0]", "quant.attention=qkv"]
+    words += [f"cache={cache}", *TWO_STEPS, TWO, "eval.noise_floor=false", "prompts.seeds=[0]", "quant.attention=qkv"]
     assert ptq(monkeypatch, *words, f"hydra.run.dir={tmp_path / 'run'}") == 0
     assert ptq(monkeypatch, "mode=convert", *words, f"hydra.run.dir={tmp_path / 'converted'}") == 0
     made, wanted = (tensors(tmp_path / name / "checkpoint") for name in ("converted", "run"))

@@ -144,6 +144,17 @@ def test_on_a_busy_machine_it_is_a_guess(monkeypatch: pytest.MonkeyPatch) -> Non
         assert probed("sleeps") > 0.04
         assert probe.is_busy()
 
+    takes = [0.0, 0.01, 0.05, 0.05, 0.05, 0.05]  # the first is for warmth
+
+    def uneven() -> None:
+        end = time.process_time() + takes.pop(0)
+        while time.process_time() < end:
+            pass
+
+    probe.begin()
+    assert probe._seconds(uneven, CPU) > 0.03
+    assert probe.is_busy()
+
 
 def test_small_models_are_run_with_all_there_is_around(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dict(wan_transformer(3).config)

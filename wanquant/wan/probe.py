@@ -30,6 +30,7 @@ from wanquant.wan.footprint import (
     empty_vae,
     fill,
     latent_size,
+    once,
 )
 from wanquant.wan.products import quick_products
 
@@ -58,16 +59,16 @@ _disturbed: list[bool] = []
 
 def probed(function: Callable[P, R]) -> Callable[P, R]:
     """Kept for the process, with whether it was disturbed: the jobs of a sweep ask for the same."""
-    known: dict[str, tuple[R, bool]] = {}
+
+    @once
+    def probe(*given: P.args, **named: P.kwargs) -> tuple[R, bool]:
+        before = len(_disturbed)
+        found = function(*given, **named)
+        return found, any(_disturbed[before:])
 
     @wraps(function)
     def call(*given: P.args, **named: P.kwargs) -> R:
-        key = repr((given, named))
-        if key not in known:
-            before = len(_disturbed)
-            found = function(*given, **named)
-            known[key] = found, any(_disturbed[before:])
-        found, disturbed = known[key]
+        found, disturbed = probe(*given, **named)
         _disturbed.append(disturbed)
         return found
 
