@@ -44,7 +44,7 @@ lint: .venv/installed-dev
 	@echo "set-up 2: wanquant, what it needs and the tests' tools; torch's own packages are 3 GB to download, minutes in all"
 	$(PIP) --editable '.[dev]'
 	@echo "set-up 3: VBench, beside current versions of what it pins"
-	$(PIP) --no-deps vbench==0.1.5
+	$(PIP) --no-deps vbench==0.1.5 pyiqa==0.1.16
 	touch $@ .venv/installed
 
 clean:

@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, one seed, and small real Wan transformers."""
+"""Shared by all tests: no network, and one seed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ import tempfile
 from typing import Any
 
 import pytest
-import torch
-from diffusers import WanTransformer3DModel
 
 # Weights of judges are those a test puts there; VBench reads the first when it is imported.
 JUDGES = tempfile.mkdtemp(prefix="wanquant-judges-")
@@ -46,12 +44,16 @@ if os.environ.get("WANQUANT_TEST_WITHOUT_DECORD"):
 #: Whether there is a real one: what is in ``sys.modules`` may be the reader that stands in.
 DECORD = importlib.util.find_spec("decord") is not None if not os.environ.get("WANQUANT_TEST_WITHOUT_DECORD") else False
 
-#: As jobs are by default; tests run side by side.
-torch.set_num_threads(1)
-#: As jobs do: what was imported is not looked through for cycles again and again.
-gc.freeze()
 #: What keeps libraries from the network here, and is not set where a user works.
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE")
+
+
+def pytest_collection_finish() -> None:
+    """In the processes that run tests; the one that hands them out imports nothing."""
+    import torch
+
+    torch.set_num_threads(1)  # as jobs are by default; tests run side by side
+    gc.freeze()  # as jobs do: what was imported is not looked through for cycles again and again
 
 
 @pytest.fixture(autouse=True)
@@ -69,24 +71,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
-
-
-def wan_transformer(blocks: int = 4, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3DModel:
-    """A real Wan transformer, 48 wide, with random weights; the model's float32 modules stay so in BF16."""
-    model = WanTransformer3DModel(
-        num_layers=blocks, num_attention_heads=2, attention_head_dim=24, ffn_dim=96, text_dim=32, freq_dim=64
-    ).eval()
-    kept = WanTransformer3DModel._keep_in_fp32_modules
-    for name, parameter in model.named_parameters():
-        if not any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def wan_inputs(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    return {
-        "hidden_states": torch.randn(1, 16, 2, 4, 4).to(dtype),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(1, 6, 32).to(dtype),
-    }

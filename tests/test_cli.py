@@ -11,6 +11,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -81,30 +82,38 @@ MISTAKES = [
 ]
 
 
+HELP = ["--help", *(f"{program} --help" for program in (*SCHEMAS, "report", "export"))]
+
+
+class Answer(NamedTuple):
+    status: int
+    out: str
+    err: str
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path]]:
-    """Status, stderr and folder of each of the mistakes, made one after the other in a single process."""
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    """To each of the mistakes and calls for help, made one after the other in a single process."""
     folder = tmp_path_factory.mktemp("mistakes")
-    runs = {words: folder / str(number) for number, (words, _) in enumerate(MISTAKES)}
-    asked = [
-        [*words.split(), *([] if words == "pqt" else [f"hydra.{'sweep' if '-m' in words else 'run'}.dir={run}"])]
-        for words, run in runs.items()
-    ]
+    runs = {words: folder / str(number) for number, words in enumerate([*(words for words, _ in MISTAKES), *HELP])}
+    where = {words: f"hydra.{'sweep' if '-m' in words else 'run'}.dir={run}" for words, run in runs.items()}
+    asked = [[*words.split(), *([] if words in ("pqt", *HELP) else [where[words]])] for words in runs]
     command = [sys.executable, "-c", ALL]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, input=json.dumps(asked), check=True)
     told = [json.loads(line) for line in done.stdout.splitlines()]
-    return {words: (status, err, run) for (words, run), (status, _, err) in zip(runs.items(), told, strict=True)}
+    return {words: Answer(*answer, run) for (words, run), answer in zip(runs.items(), told, strict=True)}
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES)
 def test_a_mistake_is_answered_at_once_with_what_may_be_meant(
-    words: str, message: str, answers: dict[str, tuple[int, str, Path]]
+    words: str, message: str, answers: dict[str, Answer]
 ) -> None:
-    status, error, run = answers[words]
-    assert status == (2 if words == "pqt" else 1)
-    assert error.startswith(message)
-    assert error.count("\n") == 1
-    assert not run.exists()
+    answer = answers[words]
+    assert answer.status == (2 if words == "pqt" else 1)
+    assert answer.err.startswith(message)
+    assert answer.err.count("\n") == 1
+    assert not answer.folder.exists()
 
 
 def test_a_key_in_a_file_of_the_users_own_is_named_too(tmp_path: Path) -> None:
@@ -114,11 +123,11 @@ def test_a_key_in_a_file_of_the_users_own_is_named_too(tmp_path: Path) -> None:
     assert done.stderr == "error: there is no key prompts.sedes: did you mean prompts.seeds?\n"
 
 
-@pytest.mark.parametrize("words", ["--help", *(f"{program} --help" for program in (*SCHEMAS, "report", "export"))])
-def test_help_needs_nothing_heavy(words: str) -> None:
-    done = light(*words.split())
-    assert (done.returncode, done.stderr) == (0, "")
-    assert words.split()[0] in done.stdout
+@pytest.mark.parametrize("words", HELP)
+def test_help_needs_nothing_heavy(words: str, answers: dict[str, Answer]) -> None:
+    assert answers[words].status == 0
+    assert answers[words].err == ""
+    assert words.split()[0] in answers[words].out
 
 
 @pytest.mark.parametrize("program", [*SCHEMAS, "report", "export", "doctor"])

@@ -27,7 +27,7 @@ def test_the_public_names_are_there() -> None:
 
 def test_vbenchs_version_is_one() -> None:
     root = Path(wanquant.__file__).parent.parent
-    assert f"--no-deps vbench=={vbench.VERSION}\n" in (root / "Makefile").read_text()
+    assert f"--no-deps vbench=={vbench.VERSION} pyiqa=={vbench.PYIQA}\n" in (root / "Makefile").read_text()
     assert vbench.INSTALL in (root / "README.md").read_text()
     assert vbench.version() == vbench.VERSION
 

@@ -24,7 +24,8 @@ dependencies = ["torch", "timm"]
 
 
 def dino_vitb16(pretrained=True, **kwargs):
-    model = VisionTransformer(patch_size=16, embed_dim=768, depth=12, num_heads=12, num_classes=0)
+    # Timm's own way to draw weights takes seconds, and here they are loaded.
+    model = VisionTransformer(patch_size=16, embed_dim=768, depth=12, num_heads=12, num_classes=0, weight_init="skip")
     if pretrained:
         state = torch.hub.load_state_dict_from_url(url="{weights.DINO}", map_location="cpu")
         model.load_state_dict(state, strict=True)
@@ -134,5 +135,5 @@ JUDGES: dict[str, Callable[[], None]] = {
     "overall_consistency": viclip,
     "human_action": umt,
 }
-#: Of more than 300 million parameters.
-LARGE = ("aesthetic_quality", "overall_consistency", "human_action")
+#: Of more than 150 million parameters.
+LARGE = ("aesthetic_quality", "background_consistency", "overall_consistency", "human_action")

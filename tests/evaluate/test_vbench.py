@@ -28,13 +28,13 @@ SCORED = [
 ] + ["temporal_flickering", pytest.param("temporal_style", marks=pytest.mark.slow)]
 
 
-def write(path: Path, seed: int, side: int = 128, count: int = 4) -> Path:
+def write(path: Path, seed: int, side: int = 128, count: int = 3) -> Path:
     coarse = np.random.default_rng(seed).integers(0, 256, (count, side // 8, side // 8, 3), dtype=np.uint8)
     pictures.write_mp4(path, coarse.repeat(8, 1).repeat(8, 2), 8)
     return path
 
 
-def clips(folder: Path, count: int = 3, prompt: str = PROMPT) -> list[Clip]:
+def clips(folder: Path, count: int = 2, prompt: str = PROMPT) -> list[Clip]:
     return [clip_of(write(folder / f"{seed}.mp4", seed), prompt, seed) for seed in range(count)]
 
 
@@ -48,7 +48,7 @@ def weights_for(dimension: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("dimension", SCORED)
 def test_scores_are_what_vbench_returns(dimension: str, tmp_path: Path) -> None:
-    """Of all videos in one call of VBench, as its users call it, and of two and then all of ours."""
+    """Of all videos in one call of VBench, as its users call it, and of one and then both of ours."""
     sums, videos = weights_for(dimension), clips(tmp_path / "videos")
     named = {f"{clip.prompt}-{clip.seed}.mp4": clip for clip in videos}
     (tmp_path / "named").mkdir()
@@ -63,13 +63,13 @@ def test_scores_are_what_vbench_returns(dimension: str, tmp_path: Path) -> None:
     by_seed = {int(Path(item["video_path"]).stem[-1]): item["video_results"] for item in per_video}
 
     cache = Cache(tmp_path / "cache")
-    first = vbench.score(dimension, videos[:2], CPU, cache, sums)
+    first = vbench.score(dimension, videos[:1], CPU, cache, sums)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.json")}
-    assert len(written) == 2
+    assert len(written) == 1
     scores = vbench.score(dimension, videos, CPU, cache, sums)
     scale = vbench.DIMENSIONS[dimension].scale
-    assert scores == [pytest.approx(by_seed[seed] * scale, rel=1e-12) for seed in range(3)]
-    assert scores[:2] == first
+    assert scores == [pytest.approx(by_seed[seed] * scale, rel=1e-12) for seed in range(2)]
+    assert scores[:1] == first
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert np.mean(scores) == pytest.approx(average, rel=1e-6, abs=1e-9)
 
@@ -86,7 +86,7 @@ def test_temporal_flickering_by_hand(tmp_path: Path) -> None:
     capture, read = cv2.VideoCapture(str(noisy)), []
     while (frame := capture.read())[0]:
         read.append(frame[1].astype(np.float64))
-    assert len(read) == 4
+    assert len(read) == 3
     by_hand = 1 - np.mean([np.abs(b - a).mean() for a, b in itertools.pairwise(read)]) / 255
     assert scores[1] == pytest.approx(by_hand, rel=1e-6)
 
@@ -157,10 +157,10 @@ def test_missing_weights_are_said_before_anything_is_fetched(tmp_path: Path, mon
 
 
 @pytest.mark.skipif(bool(os.environ.get("WANQUANT_TEST_WITHOUT_DECORD")), reason="this is that run")
-@pytest.mark.parametrize("which", ["reader or flickering", pytest.param("not wheel", marks=pytest.mark.slow)])
-def test_where_decord_has_no_wheel(which: str) -> None:
+@pytest.mark.slow
+def test_where_decord_has_no_wheel() -> None:
     """The same tests in a process that cannot import decord."""
-    command = ["-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", which, __file__]
+    command = ["-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-k", "not wheel", __file__]
     done = forked.run(command, {"WANQUANT_TEST_WITHOUT_DECORD": "1"})
     assert done.returncode == 0, done.stdout[-3000:]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import wan_inputs, wan_transformer
 from tests.kernels.inputs import ALL16, LARGE, MATRICES, WIDE, assert_same_bits
+from tests.models import wan_inputs, wan_transformer
 from wanquant import kernels
 from wanquant.formats import hif8
 from wanquant.kernels import cpu, eager, ops, shapes

@@ -1,4 +1,4 @@
-"""Analysis, sensitivities and protection by data, on tiny-wan and with planted outliers, at two denoising steps."""
+"""Analysis, sensitivities and protection by data, also with planted outliers, at two denoising steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.jobs import ROOT, TWO, ptq
+from tests.jobs import ROOT, TWO, ptq, short
 from wanquant import load_pipeline
 from wanquant.ptq.analyze import stand_out
 from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect, worst
@@ -27,7 +27,13 @@ from wanquant.runs.run import read_result
 
 #: Two steps; and one calibration video.
 SMALL = ["model.generation.steps=2", "model.generation.num_frames=5", "model.device=cpu", "tracker=none"]
+#: Blocks of tiny-wan that the outliers are planted in five of.
+BLOCKS = 16
 ONE = 'calib.texts=["a cyan square moving left on a black background"]'
+
+
+def planted() -> list[str]:
+    return ["model=tiny-outliers", f"model.path={short(BLOCKS)}"]
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +42,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_analysis_of_planted_outliers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
-    overrides = ["mode=analyze", "model=tiny-outliers", ONE, *SMALL, f"cache={cache}", f"hydra.run.dir={tmp_path}"]
+    overrides = ["mode=analyze", *planted(), ONE, *SMALL, f"cache={cache}", f"hydra.run.dir={tmp_path}"]
     assert ptq(monkeypatch, *overrides) == 0
     result = read_result(tmp_path)
-    planted = result["model"]["outliers"]
-    assert len(planted) == 5
+    there = result["model"]["outliers"]
+    assert len(there) == 5
     rows = result["analysis"]["blocks"]
-    largest = sorted(range(40), key=lambda i: -rows[i]["input_absmax"])[:5]
-    assert sorted(largest) == planted
-    assert set(planted) <= {row["block"] for row in result["analysis"]["stand_out"] if row["measure"] == "input_absmax"}
-    assert len(result["analysis"]["modules"]) == 406
-    assert np.array(result["analysis"]["heatmaps"]["inputs"]).shape == (40, 2)
+    largest = sorted(range(BLOCKS), key=lambda i: -rows[i]["input_absmax"])[:5]
+    assert sorted(largest) == there
+    assert set(there) <= {row["block"] for row in result["analysis"]["stand_out"] if row["measure"] == "input_absmax"}
+    assert len(result["analysis"]["modules"]) == 10 * BLOCKS + 6
+    assert np.array(result["analysis"]["heatmaps"]["inputs"]).shape == (BLOCKS, 2)
     html = (tmp_path / "report.html").read_text()
     assert html.count("<svg") == 6
     for name in ("blocks", "modules", "zones", "heatmap_stream", "heatmap_inputs"):
@@ -89,7 +95,7 @@ def test_blocks_chosen_by_data_are_protected_and_said_why(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
 ) -> None:
     status = ptq(
-        monkeypatch, "protect=auto", "protect.by=absmax", "model=tiny-outliers", TWO, ONE, *SMALL,
+        monkeypatch, "protect=auto", "protect.by=absmax", *planted(), TWO, ONE, *SMALL,
         "eval.noise_floor=false",
         f"cache={cache}", f"hydra.run.dir={tmp_path}", "checkpoint=false",
     )  # fmt: skip
@@ -97,9 +103,9 @@ def test_blocks_chosen_by_data_are_protected_and_said_why(
     result = read_result(tmp_path)
     assert result["protect"]["blocks"] == result["model"]["outliers"]
     evidence = result["protect"]["chosen"]["evidence"]
-    assert [row["block"] for row in evidence] == list(range(40))
+    assert [row["block"] for row in evidence] == list(range(BLOCKS))
     assert result["conversion"]["protected"] == 50
-    assert 0.8 < result["protect"]["fraction_of_flops_quantized"] < 0.9
+    assert 0.6 < result["protect"]["fraction_of_flops_quantized"] < 0.7
 
 
 def test_smoothing_goes_through_the_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:

@@ -197,7 +197,7 @@ def test_greedy_looks_again_after_each_choice(pipe: Pipeline, tmp_path: Path) ->
 
 
 def test_protecting_the_planted_blocks_restores_the_model_bit_for_bit(tmp_path: Path) -> None:
-    pipe, planted_pipe = (load_pipeline("tiny", "cpu") for _ in range(2))
+    pipe, planted_pipe = (load_pipeline(short(16), "cpu") for _ in range(2))
     planted = plant_outliers_(planted_pipe.transformer, PLANTED)
     ours = bench_of(planted_pipe, tmp_path / "planted").protected_errors([planted, ()])
     theirs = bench_of(pipe, tmp_path / "plain").protected_errors([planted, ()])

@@ -74,6 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         TWO,
         "model.device=cpu",
         "model.generation.steps=2",
+        "model.generation.num_frames=9",
     ]
     command.append(f"hydra.run.dir={folder}")
     command.append(f"cache={tmp_path_factory.mktemp('cache')}")
@@ -120,7 +121,7 @@ def test_files(finished: Path) -> None:
     for kind in ("bf16", "quantized"):
         for path in sorted((finished / "videos" / kind).iterdir()):
             frames = [frame.to_ndarray(format="rgb24") for frame in av.open(str(path)).decode(video=0)]
-            assert np.stack(frames).shape == (17, 64, 64, 3)
+            assert np.stack(frames).shape == (9, 64, 64, 3)
     assert len(list((finished / "videos" / "side_by_side").glob("*.mp4"))) == 2
     assert Image.open(finished / "figures" / "contact_sheet.png").width > 400
     assert (finished / "config.yaml").read_text().startswith("# A wanquant run")

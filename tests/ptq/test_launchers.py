@@ -54,6 +54,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return found
 
 
+@pytest.mark.slow
 def test_joblib_side_by_side(serial: dict[str, Any], tmp_path: Path) -> None:
     assert sweep(tmp_path, *JOBLIB) == serial
     # One of them made it, and the others waited or came later.

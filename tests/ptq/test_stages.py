@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import wan_transformer
+from tests.models import wan_transformer
 from tests.test_config import CHOICES, composed
 from wanquant.ptq.check import settle_config
 from wanquant.ptq.stages import _quantizing

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import wan_transformer
+from tests.models import wan_transformer
 from wanquant.qat.blockwise import Blockwise, enter, set_aside
 from wanquant.qat.config import LossConfig
 from wanquant.qat.data import Batch

@@ -61,7 +61,13 @@ SCOPES: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCOPES)
+#: Those that have no other test of a whole job.
+QUICK_SCOPES = ("blockwise", "all", "lora", "delayed")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK_SCOPES else pytest.param(name, marks=pytest.mark.slow) for name in SCOPES]
+)
 def test_what_is_trained_is_what_is_saved(
     name: str, model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.conftest import wan_inputs, wan_transformer
+from tests.models import wan_inputs, wan_transformer
 from wanquant.formats import hif8
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
 from wanquant.quant.attention import QuantAttention

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import wan_inputs, wan_transformer
+from tests.models import wan_inputs, wan_transformer
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, plan_conversion, quantize_
 from wanquant.quant.observe import Observer
 from wanquant.quant.select import match_names, resolve_blocks

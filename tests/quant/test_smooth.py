@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import wan_inputs, wan_transformer
 from tests.kernels.inputs import assert_same_bits
+from tests.models import wan_inputs, wan_transformer
 from wanquant.kernels import eager, quantize_rows_hif8, scaled_round_hif8
 from wanquant.kernels.statistics import observe_rows
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, quantize_

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import wan_inputs, wan_transformer
+from tests.models import wan_inputs, wan_transformer
 from wanquant.formats.registry import get_format
 from wanquant.kernels import statistics as kernel
 from wanquant.kernels.observe_loop import PER_OCTAVE

@@ -46,6 +46,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_vae_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     phases, components = (train_vae.Phase(2, 1, 1, 1e-3), train_vae.Phase(1, 5, 1, 1e-3)), latents.fit(videos=4)
     train_vae.train(tmp_path / "whole", components, phases, 0)
@@ -54,6 +55,7 @@ def test_vae_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_the_latent_space_is_linear_and_keeps_its_proportions(tmp_path: Path) -> None:
     components = latents.load_or_fit(tmp_path / "latents.pt")
     again = latents.load_or_fit(tmp_path / "latents.pt")

@@ -13,8 +13,8 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file
 
-from tests.conftest import wan_inputs, wan_transformer
 from tests.jobs import TWO, TWO_STEPS, ptq, short
+from tests.models import wan_inputs, wan_transformer
 from tests.qat.short import overrides, result_of, train
 from tests.wan.pair import make_pair
 from wanquant import load_pipeline
@@ -172,7 +172,9 @@ def test_what_the_data_choose_is_chosen_among_both(
     assert all(torch.equal(made[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("scope", ["all", "blockwise", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "scope", ["blockwise", *(pytest.param(scope, marks=pytest.mark.slow) for scope in ("all", "lora"))]
+)
 def test_both_are_trained(scope: str, model: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
     words = overrides(model, cache, f"qat.scope={scope}", f"hydra.run.dir={tmp_path / 'run'}", "qat.lr=1e-3")
     assert train(monkeypatch, *words) == 0

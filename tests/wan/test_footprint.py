@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import forked
-from tests.conftest import wan_transformer
+from tests.models import wan_transformer
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import PRODUCTS
 from wanquant.quant.scheme import parse
@@ -210,6 +210,7 @@ def test_the_shapes_of_the_hubs_models_come_along(name: str, parameters: float, 
     assert plan.others == pytest.approx(2 * 5.68e9 + 4 * 127e6, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_sums_of_docs_ascend() -> None:
     """What a card needs for the 14B at 480p, as the table there has it."""
     text = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text(encoding="utf-8")

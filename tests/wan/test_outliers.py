@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import wan_inputs, wan_transformer
+from tests.models import wan_inputs, wan_transformer
 from wanquant import load_pipeline
 from wanquant.quant.observe import Observer
 from wanquant.quant.statistics import Layout

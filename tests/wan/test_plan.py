@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import wan_transformer
+from tests.models import wan_transformer
 from wanquant.quant import QuantConfig, plan_conversion
 from wanquant.wan.plan import block_map
 

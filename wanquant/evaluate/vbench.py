@@ -39,8 +39,8 @@ from wanquant.runs.progress import progress
 from wanquant.runs.run import digest
 from wanquant.runs.signature import installed, signature
 
-VERSION = "0.1.5"
-INSTALL = f"pip install 'wanquant[vbench]' && pip install --no-deps vbench=={VERSION}"
+VERSION, PYIQA = "0.1.5", "0.1.16"
+INSTALL = f"pip install 'wanquant[vbench]' && pip install --no-deps vbench=={VERSION} pyiqa=={PYIQA}"
 
 
 @dataclass(frozen=True)

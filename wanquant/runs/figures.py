@@ -28,9 +28,17 @@ def pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
+def _axes(height: float, right: float = 0.1, top: float = 0.3) -> tuple[Any, Any]:
+    """A figure 9 inches wide; its margins, in inches, are what labels and a legend above fit into. To measure them,
+    as ``bbox_inches="tight"`` does, is to draw everything twice."""
+    figure, axes = pyplot().subplots(figsize=(9, height))
+    figure.subplots_adjust(left=0.75 / 9, right=1 - right / 9, bottom=0.5 / height, top=1 - top / height)
+    return figure, axes
+
+
 def block_magnitudes(absmax: Sequence[float | None], protected: Sequence[int]) -> str:
     """A dot a block for the largest activation magnitude behind it, on a log scale; protected ones are diamonds."""
-    figure, axes = pyplot().subplots(figsize=(9, 2.6))
+    figure, axes = _axes(2.6)
     for kept, (color, marker, label) in enumerate(
         ((QUANTIZED, "o", "quantized"), (PROTECTED, "D", "protected (BF16)"))
     ):
@@ -38,6 +46,7 @@ def block_magnitudes(absmax: Sequence[float | None], protected: Sequence[int]) -
         values = [absmax[index] for index in blocks]
         axes.plot(blocks, values, marker, color=color, markeredgecolor="black", markersize=5, label=label)
     axes.set(yscale="log", xlabel="block", ylabel="largest magnitude", xlim=(-0.8, len(absmax) - 0.2))
+    _plain_numbers(axes.yaxis)
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     axes.grid(axis="y", which="both", color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
@@ -55,13 +64,13 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> st
     axes.set_ylim(-0.6, len(rows) - 0.3)
     axes.grid(axis="x", color="#dddddd")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    return _svg(figure)
+    return _svg(figure, tight=True)
 
 
 def heatmap(rows: Sequence[Sequence[float | None]], xlabel: str, label: str, log: bool) -> str:
     """A row a block, block 0 at the top; cividis, which colour-blind readers see as others do. Unknown is white."""
     values = np.array(rows, float)
-    figure, axes = pyplot().subplots(figsize=(9, 0.6 + 0.14 * len(values)))
+    figure, axes = _axes(0.6 + 0.14 * len(values), right=0.2, top=0.1)
     positive = values[np.isfinite(values) & (values > 0)]
     from matplotlib.colors import LogNorm
 
@@ -71,7 +80,9 @@ def heatmap(rows: Sequence[Sequence[float | None]], xlabel: str, label: str, log
     axes.set_yticklabels(range(0, len(values), 5))
     axes.set_xticks(np.arange(values.shape[1]) + 0.5, range(values.shape[1]))
     axes.invert_yaxis()
-    figure.colorbar(mesh, ax=axes, label=label, pad=0.02)
+    bar = figure.colorbar(mesh, ax=axes, label=label, pad=0.02)
+    if norm is not None:
+        _plain_numbers(bar.long_axis)
     return _svg(figure)
 
 
@@ -90,7 +101,7 @@ ZONE_LOOKS = (
 
 def zones(rows: Sequence[Sequence[float]]) -> str:
     """Stacked shares of the zones, a bar a block; zones that hold nothing are left out of the legend."""
-    figure, axes = pyplot().subplots(figsize=(9, 3))
+    figure, axes = _axes(3.2, top=0.5)
     below = np.zeros(len(rows))
     values = np.array(rows, float)
     for place, (name, color, hatch) in enumerate(ZONE_LOOKS):
@@ -110,7 +121,7 @@ def by_block(
     rows: Sequence[tuple[float | None, float | None, float | None]], protected: Sequence[int], label: str
 ) -> str:
     """A dot and its interval a block; protected blocks are orange diamonds."""
-    figure, axes = pyplot().subplots(figsize=(9, 2.8))
+    figure, axes = _axes(2.8)
     for index, (mean, low, high) in enumerate(rows):
         if mean is None:
             continue
@@ -127,7 +138,7 @@ def by_block(
 def pareto(rows: Sequence[tuple[str, float, float, float, float]], label: str) -> str:
     """Quality against the share of FLOPs quantized, each (name, share, mean, low, high) a numbered dot; those that no
     other beats in both are diamonds, and joined. Numbers are those of the rows, from 1."""
-    figure, axes = pyplot().subplots(figsize=(9, 3.6))
+    figure, axes = _axes(3.6)
     best = [row for row in rows if not any(_beats(other, row) for other in rows)]
     for number, row in enumerate(rows, 1):
         _, share, mean, low, high = row
@@ -171,16 +182,18 @@ def small_multiples(panels: Sequence[tuple[str, Sequence[Sequence[float]]]], lab
         axes.spines[["top", "right"]].set_visible(False)
     figure.supylabel(label, fontsize=8)
     figure.tight_layout()
-    return _svg(figure)
+    return _svg(figure, tight=True)
 
 
 def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float | None]], label: str, log: bool) -> str:
     """Lines over training steps, told apart by dashes as well as by colour."""
-    figure, axes = pyplot().subplots(figsize=(9, 2.6))
+    figure, axes = _axes(2.6)
     looks = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", ":", "-."), strict=True)
     for (name, values), (color, dashes) in zip(lines.items(), looks, strict=False):
         axes.plot(steps, np.array(values, float), dashes, color=color, linewidth=1.2, label=name)
     axes.set(xlabel="step", ylabel=label, yscale="log" if log else "linear")
+    if log:
+        _plain_numbers(axes.yaxis)
     if len(lines) > 1:
         axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
     axes.grid(color="#dddddd")
@@ -190,21 +203,30 @@ def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float | None]], la
 
 def before_after(rows: Sequence[tuple[int, float, float]], label: str) -> str:
     """For each (block, before, after) a hollow dot, a full one, and a line between."""
-    figure, axes = pyplot().subplots(figsize=(9, 2.8))
+    figure, axes = _axes(2.8)
     for place, (block, before, after) in enumerate(rows):
         axes.plot([block, block], [before, after], color=QUANTIZED, linewidth=2)
         axes.plot(block, before, "o", color="white", markeredgecolor="black", label=None if place else "before")
         axes.plot(block, after, "o", color="black", label=None if place else "after")
     axes.set(xlabel="block", ylabel=label, yscale="log")
+    _plain_numbers(axes.yaxis)
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
     axes.grid(axis="y", color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 
 
-def _svg(figure: Any) -> str:
+def _plain_numbers(axis: Any) -> None:
+    """Labels of a logarithmic axis as 100 and 1e+05: typesetting powers takes longer than all else in a figure."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+
+
+def _svg(figure: Any, tight: bool = False) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", bbox_inches="tight" if tight else None, metadata={"Date": None})
     pyplot().close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
