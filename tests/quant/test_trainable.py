@@ -166,13 +166,13 @@ def test_learned_scales_have_the_gradient_of_the_surrogate(per: str) -> None:
     for _ in range(2):
         trained.zero_grad()
         trained(x).backward(upstream)
-        assert trained.weight_step is not None
+        assert trained.initial_scale is not None
         assert trained.input_scale is not None
         gains = [trained.weight_gain.detach().double(), trained.input_gain.detach().double()]
         leaves = [gain.requires_grad_() for gain in gains]
         parts = []
         for values, base, gain in (
-            (trained.weight.double(), trained.weight_step, leaves[0]),
+            (trained.weight.double(), trained.initial_scale, leaves[0]),
             (x.double(), trained.input_scale, leaves[1]),
         ):
             step = base.double() * gain.exp()
@@ -312,9 +312,9 @@ def test_learned_scales_where_values_are_clipped(format_: str) -> None:
     trained(x).backward(upstream)
     assert trained.clipped > 0
     assert trained.clipped_weights > 0
-    assert trained.weight_step is not None
+    assert trained.initial_scale is not None
     assert trained.input_scale is not None
-    steps = [trained.weight_step.double() * math.e**-0.7, trained.input_scale.double() * math.e**-0.7]
+    steps = [trained.initial_scale.double() * math.e**-0.7, trained.input_scale.double() * math.e**-0.7]
     values, parts = [trained.weight.double(), x.double()], []
     for value, step in zip(values, steps, strict=True):
         v = value / (step[:, None] if step.ndim else step)

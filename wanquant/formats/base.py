@@ -58,7 +58,7 @@ class Format(ABC):
     def quantize_rows(
         self, x: torch.Tensor, target: float, power_of_two: bool, overflow: str, factors: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``scaled_round`` by the step that brings each row's absmax to ``target``: BF16 values, steps [rows]."""
+        """``scaled_round`` by the scale that brings each row's absmax to ``target``: BF16 values, scales [rows]."""
         x = kernels.times(x, factors)
-        scale = kernels.step(kernels.absmax_rows(x), target, power_of_two)
+        scale = kernels.absmax_to_scale(kernels.absmax_rows(x), target, power_of_two)
         return self.scaled_round(x, scale, overflow)[0], scale

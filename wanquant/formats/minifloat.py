@@ -3,7 +3,7 @@
 E4M3 has no infinity: what overflows becomes NaN with ``overflow="inf"``, ±448 with ``overflow="saturate"``, and a
 true infinity NaN either way. E5M2 overflows to infinity or to ±57344, and a true infinity stays one. Both have a -0.
 
-MXFP8 is E4M3 with a power of two as step for every 32 elements of a row (OCP Microscaling 1.0). The steps are
+MXFP8 is E4M3 with a power of two as scale for every 32 elements of a row (OCP Microscaling 1.0). The scales are
 exact in BF16 and go into the operands; an element below 2^-133 after that, of a block whose magnitudes are below
 2^-119, is lost.
 """

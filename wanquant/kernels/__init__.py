@@ -12,11 +12,12 @@ from wanquant.kernels.dispatch import (
     round_hif8_stochastic,
     scaled_round_hif8,
 )
-from wanquant.kernels.eager import OVERFLOW, step, times, two_to
+from wanquant.kernels.eager import OVERFLOW, absmax_to_scale, times, two_to
 
 __all__ = [
     "OVERFLOW",
     "absmax_rows",
+    "absmax_to_scale",
     "check_native",
     "decode_hif8",
     "descale",
@@ -26,7 +27,6 @@ __all__ = [
     "round_hif8",
     "round_hif8_stochastic",
     "scaled_round_hif8",
-    "step",
     "times",
     "two_to",
 ]

@@ -90,10 +90,10 @@ def scaled_round_hif8(
     x, scale, (loops, by_column) = fit(x), scale.contiguous(), _loops(x, factors)
     out, over = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.shape[0], dtype=torch.int64)
     loop, source, target, columns = loops.scaled_round, x.data_ptr(), out.data_ptr(), x.shape[1]
-    pitch, scales, counts, step = columns * x.element_size(), scale.data_ptr(), over.data_ptr(), scale.ndim
+    pitch, scales, counts, stride = columns * x.element_size(), scale.data_ptr(), over.data_ptr(), scale.ndim
 
     def call(a: int, b: int) -> None:
-        part = (source + a * pitch, scales + 4 * a * step, step, target + 2 * a * columns, counts + 8 * a)
+        part = (source + a * pitch, scales + 4 * a * stride, stride, target + 2 * a * columns, counts + 8 * a)
         loop(*part, b - a, columns, saturate, by_column)
 
     run_chunks(call, x.shape[0], x.numel())
@@ -143,10 +143,10 @@ def descale(
     loop = DESCALE[product.dtype, product.dtype if bias is None else bias.dtype, dtype]
     source, target, offset = product.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr()
     pitch, out_pitch = columns * product.element_size(), columns * out.element_size()
-    by_row, row_step, by_column = row_scale.data_ptr(), row_scale.ndim, column_scale.data_ptr()
+    by_row, row_stride, by_column = row_scale.data_ptr(), row_scale.ndim, column_scale.data_ptr()
 
     def call(a: int, b: int) -> None:
-        scales = (by_row + 4 * a * row_step, row_step, by_column)
+        scales = (by_row + 4 * a * row_stride, row_stride, by_column)
         loop(source + a * pitch, *scales, offset, bias is not None, target + a * out_pitch, b - a, columns)
 
     run_chunks(call, rows, product.numel())

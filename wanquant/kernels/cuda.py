@@ -65,8 +65,8 @@ def _decode_kernel(x, y, table, count, block: tl.constexpr):
 
 
 @triton.jit
-def _step(absmax_bits, goal, power_of_two: tl.constexpr):
-    """As ``wanquant.kernels.eager.step``, from the pattern of the absmax."""
+def _scale_of(absmax_bits, goal, power_of_two: tl.constexpr):
+    """As ``wanquant.kernels.eager.absmax_to_scale``, from the pattern of the absmax."""
     scale = tl.div_rn(absmax_bits.to(tl.float32, bitcast=True), goal)
     if power_of_two:
         bits = scale.to(tl.int32, bitcast=True)
@@ -112,7 +112,7 @@ def _quantize_kernel(
         bits = _widen(tl.load(x + row * columns + at, at < columns, 0), is_bfloat16)
         values = _factored(bits, factors, at, columns, has_factors)
         largest = tl.maximum(largest, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    scale = _step(tl.max(largest, 0), goal, power_of_two)
+    scale = _scale_of(tl.max(largest, 0), goal, power_of_two)
     tl.store(scales + row, scale)
     for first in range(0, columns, block):
         at = first + tl.arange(0, block)

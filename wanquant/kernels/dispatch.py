@@ -114,7 +114,7 @@ def scaled_round_hif8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """round(x / scale) of a matrix [rows, columns] as BF16, the division in float32; int64 [], how many overflowed.
 
-    ``scale`` is float32, [rows] or of no dimension. There is no BF16 step between the division and
+    ``scale`` is float32, [rows] or of no dimension. There is no rounding to BF16 between the division and
     the rounding, so nothing is rounded twice. ``factors``, float32 [columns], powers of two, multiply x first.
     """
     _check_rows(x, scale)
@@ -125,7 +125,8 @@ def scaled_round_hif8(
 def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, overflow: str = "inf", factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``scaled_round_hif8`` by ``step`` of each row's absmax, in one pass: BF16 [rows, columns], scales [rows].
+    """``scaled_round_hif8`` by the scale of each row (``absmax_to_scale``), in one pass: BF16 [rows, columns], scales
+    [rows].
 
     The absmax is that of the row times ``factors``.
     """

@@ -116,13 +116,13 @@ def absmax_rows(x: torch.Tensor) -> torch.Tensor:
     return x.abs().amax(dim=1).float() if x.shape[1] else x.new_zeros(x.shape[0], dtype=torch.float32)
 
 
-def step(absmax: torch.Tensor, goal: float, power_of_two: bool) -> torch.Tensor:
+def absmax_to_scale(absmax: torch.Tensor, goal: float, power_of_two: bool) -> torch.Tensor:
     """The scale that brings each absmax to ``goal``, or the smallest power of two that brings it no higher.
 
-    1 for a slice of zeros (or one whose step would vanish), NaN for a slice that is not finite: on purpose the
+    1 for a slice of zeros (or one whose scale would vanish), NaN for a slice that is not finite: on purpose the
     whole slice turns NaN, so that a broken activation cannot look repaired.
     """
-    # By a tensor: some devices divide by a number as a product with its reciprocal, another step in the last bit.
+    # By a tensor: some devices divide by a number as a product with its reciprocal, another scale in the last bit.
     scale = absmax / torch.full_like(absmax, goal)
     if power_of_two:
         # frexp, not log2, which is wrong just below powers of two: x = m 2^e with 0.5 <= m < 1.
@@ -166,7 +166,7 @@ def quantize_rows_hif8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = max(1, AT_ONCE // max(1, x.shape[1]))
     largest = [absmax_rows(times(part, factors)) for part in x.split(rows)] if len(x) > rows else []
-    scale = step(torch.cat(largest) if largest else absmax_rows(times(x, factors)), goal, power_of_two)
+    scale = absmax_to_scale(torch.cat(largest) if largest else absmax_rows(times(x, factors)), goal, power_of_two)
     return scaled_round_hif8(x, scale, saturate, factors)[0], scale
 
 

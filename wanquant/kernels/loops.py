@@ -174,8 +174,8 @@ def _to_bits(context: Any, value: Any) -> Any:
 
 
 @_njit
-def _step(absmax, goal, power_of_two):
-    """The scale of a slice by the pattern of its absmax; ``wanquant.kernels.eager.step`` says it in torch."""
+def _scale_of(absmax, goal, power_of_two):
+    """The scale of a slice by the pattern of its absmax: ``wanquant.kernels.eager.absmax_to_scale`` in integers."""
     if absmax >= _INF_BITS:
         return np.float32(np.nan)
     scale = _to_float(absmax) / np.float32(goal)
@@ -235,13 +235,13 @@ def _row_loops(word: type, factored: bool) -> dict[str, Any]:
             y[row] = np.uint32(best) << wide
 
     @_njit
-    def scaled_round(source, scales, step, target, over, rows, columns, saturate, factors):
-        """``scales`` holds one float32 a row (``step`` 1) or one for all (``step`` 0); ``over`` counts per row."""
+    def scaled_round(source, scales, stride, target, over, rows, columns, saturate, factors):
+        """``scales`` holds one float32 a row (``stride`` 1) or one for all (``stride`` 0); ``over`` counts per row."""
         x, y = carray(_pointer(source), (rows, columns), word), carray(_pointer(target), (rows, columns), np.uint16)
         scale, overflows = carray(_pointer(scales), rows, np.float32), carray(_pointer(over), rows, np.int64)
         factor = carray(_pointer(factors), columns, np.float32)
         for row in range(rows):
-            divisor, beyond = scale[row * step], np.uint32(0)
+            divisor, beyond = scale[row * stride], np.uint32(0)
             for column in range(columns):
                 value = _to_float(np.uint32(x[row, column]) << wide)
                 if factored:
@@ -268,7 +268,7 @@ def _row_loops(word: type, factored: bool) -> dict[str, Any]:
                 for column in range(columns):
                     best = max(best, x[row, column] & magnitude_bits)
                 largest = np.uint32(best) << wide
-            divisor = _step(largest, goal, power_of_two)
+            divisor = _scale_of(largest, goal, power_of_two)
             scale[row] = divisor
             for column in range(columns):
                 value = _to_float(np.uint32(x[row, column]) << wide)
@@ -287,15 +287,15 @@ def _descale_loop(product_word: type, bias_word: type, out_word: type) -> Any:
     narrow_out = out_word is np.uint16
 
     @_njit
-    def descale(source, row_scales, row_step, column_scales, bias, has_bias, target, rows, columns):
-        """Two loops and no step for columns: a condition or an unknown stride within would keep them from vectors."""
+    def descale(source, row_scales, row_stride, column_scales, bias, has_bias, target, rows, columns):
+        """Two loops and no stride for columns: a condition or an unknown stride within would keep them from vectors."""
         x = carray(_pointer(source), (rows, columns), product_word)
         y = carray(_pointer(target), (rows, columns), out_word)
         by_row = carray(_pointer(row_scales), rows, np.float32)
         by_column = carray(_pointer(column_scales), columns, np.float32)
         offset = carray(_pointer(bias), columns, bias_word)
         for row in range(rows):
-            factor = by_row[row * row_step]
+            factor = by_row[row * row_stride]
             if has_bias:
                 for column in range(columns):
                     value = _to_float(np.uint32(x[row, column]) << wide) * factor * by_column[column]

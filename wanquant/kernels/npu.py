@@ -53,7 +53,7 @@ def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = eager.times(x, factors)
-    scale = eager.step(eager.absmax_rows(x), goal, power_of_two)
+    scale = eager.absmax_to_scale(eager.absmax_rows(x), goal, power_of_two)
     return scaled_round_hif8(x, scale, saturate)[0], scale
 
 

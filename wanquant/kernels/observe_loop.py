@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from wanquant.kernels.loops import _INF_BITS, _WORDS, _njit, _pointer, _round, _step, _to_bits, _to_float
+from wanquant.kernels.loops import _INF_BITS, _WORDS, _njit, _pointer, _round, _scale_of, _to_bits, _to_float
 
 #: Histogram bins in each power of two, and the power the first of them begins at.
 PER_OCTAVE, LOWEST = 32, -40
@@ -116,7 +116,7 @@ def _observe_loop(word: type) -> Any:
             count_bins(x, row, columns, counts)
             powers(x, row, columns, sums)
             for rule in range(len(goals)):
-                divisor = _step(best if per_row[rule] else absmax, goals[rule], powers_of_two[rule] != 0)
+                divisor = _scale_of(best if per_row[rule] else absmax, goals[rule], powers_of_two[rule] != 0)
                 sums[MOMENTS + rule] += errors(x, row, columns, divisor)
                 if rule == 0 and divisor == divisor:
                     count_zones(x, row, columns, divisor, lowest, zones)

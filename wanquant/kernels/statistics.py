@@ -1,12 +1,12 @@
-"""What passes by, measured in one go: a histogram, moments, and what rounding by several steps would cost.
+"""What passes by, measured in one go: a histogram, moments, and what rounding by several scales would cost.
 
 Every figure of ``Observed`` is a sum or a maximum over elements, so those of two tensors merge into those of both.
 The histogram counts magnitudes in bins of equal width within each power of two, ``PER_OCTAVE`` of them: the upper
 bits of the pattern are the bin's number. A quantile read from it is within 1 / (2 ``PER_OCTAVE``) of the exact one,
 relative, for magnitudes from 2^``LOWEST`` to 2^``HIGHEST``.
 
-A dynamic step differs from row to row, which a histogram forgets: what such a rule costs is measured as the rows
-pass, where rows are to be rounded. What a single step would cost is worked out from the histogram afterwards.
+A dynamic scale differs from row to row, which a histogram forgets: what such a rule costs is measured as the rows
+pass, where rows are to be rounded. What a single scale would cost is worked out from the histogram afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ZONES = (0.0, 2.0**-23, 2.0**-15, 2.0**-7, 2.0**-3, 2.0**4, 2.0**8, eager.OVERFL
 
 @dataclass(frozen=True)
 class DynamicRule:
-    """A step for each row, or for the whole tensor each time, that brings its largest magnitude to ``target``."""
+    """A scale for each row, or for the whole tensor each time, that brings its largest magnitude to ``target``."""
 
     name: str
     target: float
@@ -61,7 +61,7 @@ class Observed:
 
     absmax          largest magnitude; NaN where there is one
     counts          int64 [BINS], of magnitudes
-    zones           int64 [len(ZONES)], of magnitudes over the step of the first dynamic rule; zeros without rules
+    zones           int64 [len(ZONES)], of magnitudes over the scale of the first dynamic rule; zeros without rules
     sums            float64 [SUMS]: of powers of the elements, and of squared rounding errors under each rule (NaN
                     without rules)
     channel_absmax  float32 [columns]
@@ -78,8 +78,8 @@ class Observed:
 
 def bin_edges() -> np.ndarray:
     """Lower ends of the bins from 2^LOWEST to 2^HIGHEST, and that end; float64."""
-    steps = np.arange((HIGHEST - LOWEST) * PER_OCTAVE + 1)
-    return np.ldexp(1 + steps % PER_OCTAVE / PER_OCTAVE, LOWEST + steps // PER_OCTAVE)
+    places = np.arange((HIGHEST - LOWEST) * PER_OCTAVE + 1)
+    return np.ldexp(1 + places % PER_OCTAVE / PER_OCTAVE, LOWEST + places // PER_OCTAVE)
 
 
 def observe_rows(x: torch.Tensor, rules: bool = True) -> Observed:
@@ -108,7 +108,7 @@ def _on_cpu(x: torch.Tensor, rules: bool) -> Observed:
     rows, columns = source.shape
     loop, address, pitch = OBSERVE[source.dtype], source.data_ptr(), columns * source.element_size()
     several = cpu.threads_for(rows, x.numel(), _CHUNK) > 1
-    # The step of a whole tensor has to be known to each of its chunks.
+    # The scale of a whole tensor has to be known to each of its chunks.
     absmax = np.float32(cpu.absmax_rows(source).amax()) if several else np.float32(0)
     parts: dict[int, Observed] = {}
     targets = _TARGETS if rules else _TARGETS[:0]
@@ -153,7 +153,7 @@ def _rows_anywhere(x: torch.Tensor, rows: torch.Tensor, absmax: torch.Tensor, ru
     powers = [(scaled.pow(power).sum(1), unit**power) for power in range(1, MOMENTS + 1)]
     zones = np.zeros(len(ZONES), np.int64)
     for place, rule in enumerate(DYNAMIC_RULES if rules else ()):
-        scale = eager.step(rows if rule.per_row else absmax, rule.target, rule.power_of_two)
+        scale = eager.absmax_to_scale(rows if rule.per_row else absmax, rule.target, rule.power_of_two)
         by_row = scale[:, None] if rule.per_row else scale
         error = wide - eager.round_float32(wide / by_row, False) * by_row
         powers.append(((error / unit).square().sum(1), unit**2))

@@ -26,13 +26,13 @@ from wanquant.ptq.config import AnalysisConfig
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.ptq.sensitivity import kinds
 from wanquant.quant.scale import parse_rule
-from wanquant.quant.search import static_step
+from wanquant.quant.search import static_scale
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import INPUT, RESIDUAL, Site, Statistics
 from wanquant.quant.view import View
 from wanquant.runs.files import replacing, write_atomic
 
-#: One step for all that passes, chosen in calibration: their SQNR is worked out from the histogram.
+#: One scale for all that passes, chosen in calibration: their SQNR is worked out from the histogram.
 STATIC_RULES = ("direct", "amax/15", "amax/8", "amax/16", "pow2/15", "p99.9/15", "p99.99/15", "ema/15", "mse", "ofmr")
 PER_TOKEN = DYNAMIC_RULES[0].name
 #: A block stands out where it is so many robust standard deviations (1.4826 · median absolute deviation) off.
@@ -137,13 +137,13 @@ def module_row(name: str, statistics: Statistics, bench: Bench) -> dict[str, Any
 
 
 def static_sqnrs(site: Site, view: View, bench: Bench) -> dict[str, float]:
-    """Of one step for everything, by each rule."""
+    """Of one scale for everything, by each rule."""
     scheme = bench.scheme
     found = {}
     for text in STATIC_RULES:
         rule = parse_rule(text, scheme.format)
-        step = float(static_step(rule, site, scheme.format, scheme.overflow))
-        found[f"static {text}"] = view.static_sqnr(step, scheme.format, scheme.overflow)
+        scale = float(static_scale(rule, site, scheme.format, scheme.overflow))
+        found[f"static {text}"] = view.static_sqnr(scale, scheme.format, scheme.overflow)
     return found
 
 

@@ -1,12 +1,12 @@
 """Attention on 8-bit operands: Q, K and V rounded as they enter it, and optionally the probabilities too.
 
 A processor in the sense of diffusers' attention interface; it takes the place of Wan's own and computes the same,
-but for the rounding. The steps are powers of two, so they go into the BF16 operands exactly, and torch's own
+but for the rounding. The scales are powers of two, so they go into the BF16 operands exactly, and torch's own
 attention then sees the values that 8-bit hardware would:
 
-    Q, K   one step per token and head: their product contracts over the head's channels
-    V      one step per head: its product contracts over the tokens, so a step per token could not follow it
-    P      softmax numerators exp(l - max), at most 1, with the fixed step 1 / target's power of two; their sum, by
+    Q, K   one scale per token and head: their product contracts over the head's channels
+    V      one scale per head: its product contracts over the tokens, so a scale per token could not follow it
+    P      softmax numerators exp(l - max), at most 1, with the fixed scale 1 / target's power of two; their sum, by
            which the product is divided, is that of the unrounded ones (``qkvp`` only)
 
 The logits are float32 sums of exact products, as they are in hardware. ``product=fast`` takes the product with V in
@@ -87,11 +87,11 @@ class QuantAttention:
 
     def _round_rows(self, rows: torch.Tensor) -> torch.Tensor:
         scheme = self.scheme
-        values, steps = scheme.format.quantize_rows(rows.detach(), scheme.format.target, True, scheme.overflow)
-        return self.pass_on(rows, values * steps[:, None].to(torch.bfloat16))
+        values, scales = scheme.format.quantize_rows(rows.detach(), scheme.format.target, True, scheme.overflow)
+        return self.pass_on(rows, values * scales[:, None].to(torch.bfloat16))
 
-    def pass_on(self, values: torch.Tensor, rounded: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
-        """What takes the place of ``values``, or of values / step."""
+    def pass_on(self, values: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """What takes the place of ``values``, or of values / scale."""
         return rounded
 
     def attend(
@@ -102,18 +102,18 @@ class QuantAttention:
             raise ValueError("quantized attention probabilities take no mask")
         scheme = self.scheme
         batch, heads, queries, channels = query.shape
-        step = torch.tensor(2.0 ** -math.floor(math.log2(scheme.format.target)), device=query.device)
+        scale = torch.tensor(2.0 ** -math.floor(math.log2(scheme.format.target)), device=query.device)
         chunk = max(1, SCORES_AT_ONCE // (batch * heads * key.shape[2]))
         parts = []
         for first in range(0, queries, chunk):
             scores = query[:, :, first : first + chunk].float() @ key.float().mT / math.sqrt(channels)
             numerators = (scores - scores.amax(-1, keepdim=True)).exp()
-            rounded, _ = scheme.format.scaled_round(numerators.detach().flatten(0, 2), step, scheme.overflow)
-            weights = self.pass_on(numerators, rounded.view(numerators.shape), step)
+            rounded, _ = scheme.format.scaled_round(numerators.detach().flatten(0, 2), scale, scheme.overflow)
+            weights = self.pass_on(numerators, rounded.view(numerators.shape), scale)
             if scheme.product == "exact":
-                product = weights.float() @ value.float() * step
+                product = weights.float() @ value.float() * scale
             else:
-                product = (weights @ value).float() * step
+                product = (weights @ value).float() * scale
             parts.append((product / numerators.sum(-1, keepdim=True)).to(torch.bfloat16))
         return torch.cat(parts, dim=2)
 
@@ -121,8 +121,8 @@ class QuantAttention:
 class TrainableQuantAttention(QuantAttention):
     """The same while what is around it is trained: forward to the bit, backward as if nothing were rounded."""
 
-    def pass_on(self, values: torch.Tensor, rounded: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
-        passed: torch.Tensor = _PassThrough.apply(values if step is None else values / step, rounded)
+    def pass_on(self, values: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        passed: torch.Tensor = _PassThrough.apply(values if scale is None else values / scale, rounded)
         return passed
 
 

@@ -26,7 +26,7 @@ class WeightConfig:
 class ActivationConfig:
     granularity: str = DEFAULT
     rule: str = DEFAULT
-    #: A static step comes from calibration and needs ``granularity=per_tensor``.
+    #: A static scale comes from calibration and needs ``granularity=per_tensor``.
     static: bool = False
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from wanquant.kernels import descale, native_product
 from wanquant.quant.scale import Ema, LeastError, PerBlock, Percentile, quantize_matrix
 from wanquant.quant.scheme import Scheme
-from wanquant.quant.search import static_step, weight_steps
+from wanquant.quant.search import static_scale, weight_scales
 from wanquant.quant.smooth import Smoothing
 from wanquant.quant.statistics import Site
 
@@ -88,7 +88,7 @@ class QuantLinear(nn.Linear):
             if divisors is not None:
                 assert isinstance(seen, Site), "smoothing needs what each channel did"
                 seen = float((torch.from_numpy(seen.view().channel_absmax) / divisors.cpu()).amax())
-            input_scale = static_step(scheme.act_rule, seen, scheme.format, scheme.overflow).to(source.device)
+            input_scale = static_scale(scheme.act_rule, seen, scheme.format, scheme.overflow).to(source.device)
         bias = None if linear.bias is None else linear.bias.detach()
         self = cls.assembled(scheme, rounded, weight_scale, over, bias, input_scale, factor)
         self.train(linear.training)
@@ -138,7 +138,7 @@ class QuantLinear(nn.Linear):
 
     @torch.no_grad()
     def dequantized(self) -> nn.Linear:
-        """A plain linear of what the codes mean, in BF16: rounded once more unless the steps are powers of two."""
+        """A plain linear of what the codes mean, in BF16: rounded once more unless the scales are powers of two."""
         values = self.scheme.format.decode(self.codes(), torch.float32)
         scale = self.weight_scale
         values = values.view(*scale.shape, -1) * scale[..., None] if scale.ndim else values * scale
@@ -204,7 +204,7 @@ class QuantLinear(nn.Linear):
 def quantize_weight(
     source: torch.Tensor, scheme: Scheme, seen: float | Site | None, divisors: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As ``quantize_matrix``, with a step that is searched for if the rule says so."""
+    """As ``quantize_matrix``, with a scale that is searched for if the rule says so."""
     granularity, rule = scheme.weight_granularity, scheme.weight_rule
     if not isinstance(rule, Percentile | Ema | LeastError):
         return quantize_matrix(source, granularity, rule, scheme.format, scheme.overflow)
@@ -214,9 +214,9 @@ def quantize_weight(
         assert isinstance(seen, Site), "the error of the output needs what each channel did"
         mean_square = torch.from_numpy(seen.mean_square()).float().to(source.device)
         mean_square = mean_square if divisors is None else mean_square / divisors.square()
-    steps = weight_steps(source, granularity, rule, scheme.format, scheme.overflow, mean_square)
-    rounded, over = scheme.format.scaled_round(source, steps, scheme.overflow)
-    return rounded, steps, over
+    scales = weight_scales(source, granularity, rule, scheme.format, scheme.overflow, mean_square)
+    rounded, over = scheme.format.scaled_round(source, scales, scheme.overflow)
+    return rounded, scales, over
 
 
 def take_product(
@@ -250,6 +250,6 @@ def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _into_operand(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Steps of blocks cannot wait until after the product; they are powers of two, so the operand stays exact."""
+    """Scales of blocks cannot wait until after the product; they are powers of two, so the operand stays exact."""
     blocks = values.view(*scale.shape, -1) * scale[..., None].to(torch.bfloat16)
     return blocks.view(values.shape), scale.new_ones(())

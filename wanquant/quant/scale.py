@@ -1,4 +1,4 @@
-"""Scale rules: by which step ``s`` is a tensor divided before it is rounded.
+"""Scale rules: by which scale ``s`` is a tensor divided before it is rounded.
 
 A scale is granularity × rule × static or dynamic. The choices come as strings, because that is
 what a config can hold, and are parsed once into the small frozen classes below.
@@ -37,7 +37,7 @@ class AmaxTo:
     power_of_two = False
 
     def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
-        return kernels.step(absmax, self.target, False)
+        return kernels.absmax_to_scale(absmax, self.target, False)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PowerOfTwo:
     power_of_two = True
 
     def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
-        return kernels.step(absmax, self.target, True)
+        return kernels.absmax_to_scale(absmax, self.target, True)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SharedExponent:
         return torch.where(torch.isfinite(absmax), torch.where(absmax == 0, 1.0, scale), torch.nan)
 
 
-#: From the largest magnitude of each slice (float32, any shape) to its step, in the same shape. A slice of zeros
+#: From the largest magnitude of each slice (float32, any shape) to its scale, in the same shape. A slice of zeros
 #: gets 1; one that is not finite gets NaN and turns NaN whole, so that a broken activation cannot look repaired.
 PlainRule = Direct | AmaxTo | PowerOfTwo | SharedExponent
 
@@ -98,7 +98,7 @@ class Ema:
 
 @dataclass(frozen=True)
 class LeastError:
-    """The step of least squared error: of the tensor's own rounding, or with ``output`` of the layer's output;
+    """The scale of least squared error: of the tensor's own rounding, or with ``output`` of the layer's output;
     among powers of two (AMCT's OFMR) or quarters of octaves. ``wanquant.quant.search`` has the candidates."""
 
     output: bool
@@ -115,7 +115,7 @@ Rule = PlainRule | Percentile | Ema | LeastError
 
 @dataclass(frozen=True)
 class PerTensor:
-    """One step for all: [rows, columns] → []."""
+    """One scale for all: [rows, columns] → []."""
 
     def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
         return absmax_of_rows.amax()
@@ -126,7 +126,7 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerRow:
-    """One step a row: [rows, columns] → [rows].
+    """One scale a row: [rows, columns] → [rows].
 
     Of a weight [out, in] that is *per-channel*, of activations [tokens, in] *per-token*.
     """
@@ -140,7 +140,7 @@ class PerRow:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One step for ``size`` elements in a row: [rows, columns] → [rows, columns / size]."""
+    """One scale for ``size`` elements in a row: [rows, columns] → [rows, columns / size]."""
 
     size: int
 
@@ -220,9 +220,9 @@ def quantize_matrix(
     overflow: str,
     factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Q(x / s) of a matrix as BF16 values on the grid, its steps s, and how many overflowed (None: none could).
+    """Q(x / s) of a matrix as BF16 values on the grid, its scales s, and how many overflowed (None: none could).
 
-    A step taken from the slice itself keeps it in range, so then there is nothing to count. ``factors``, float32
+    A scale taken from the slice itself keeps it in range, so then there is nothing to count. ``factors``, float32
     [columns], powers of two, multiply the columns first.
     """
     if factors is not None and (

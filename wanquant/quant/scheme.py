@@ -95,7 +95,7 @@ def parse(config: QuantConfig) -> Scheme:
         if isinstance(rule, AmaxTo | PowerOfTwo) and rule.target >= format_.overflow:
             raise ValueError(f"quant.{side}.rule: target {rule.target:g} is beyond the range of {format_.name}")
         if format_.block and not isinstance(rule, PowerOfTwo | SharedExponent):
-            raise ValueError(f"quant.{side}.rule: the steps of {format_.name} are powers of two, choose mx or pow2")
+            raise ValueError(f"quant.{side}.rule: the scales of {format_.name} are powers of two, choose mx or pow2")
         if isinstance(rule, Percentile | Ema) and rule.then.target >= format_.overflow:
             raise ValueError(f"quant.{side}.rule: target {rule.then.target:g} is beyond the range of {format_.name}")
     if isinstance(rules["weights"], Ema):

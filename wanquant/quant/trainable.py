@@ -18,7 +18,7 @@ Gradients may be quantized as hardware would take them, by the largest magnitude
 dy goes into the product for dx with the weight's scale in it, and into that for dw with the input's, because a scale
 of the dimension that is summed over cannot wait until after the product.
 
-*Delayed* scaling takes an input's step from the largest magnitudes of the last steps and not from the input itself
+*Delayed* scaling takes an input's scale from the largest magnitudes of the last steps and not from the input itself
 (arXiv 2605.26189): ``advance`` ends a step.
 """
 
@@ -40,7 +40,7 @@ from wanquant.quant.config import GRADIENTS, SCALINGS
 from wanquant.quant.linear import QuantLinear, quantize_weight, take_product
 from wanquant.quant.scale import AmaxTo, Ema, LeastError, PerBlock, Percentile, PowerOfTwo, quantize_matrix
 from wanquant.quant.scheme import Scheme
-from wanquant.quant.search import static_step
+from wanquant.quant.search import static_scale
 from wanquant.quant.statistics import Site
 
 #: What the largest magnitude of a gradient becomes: the zone of two mantissa bits (OSP-Next, MindSpeed).
@@ -76,7 +76,7 @@ class Training:
 def check_trainable(scheme: Scheme, how: Training) -> None:
     """``ValueError`` names what cannot be trained: a format with blocks, smoothing, delayed scales that have no use."""
     if isinstance(scheme.weight_granularity, PerBlock):
-        raise ValueError(f"{scheme.format.name} cannot be trained: its steps go into the operands")
+        raise ValueError(f"{scheme.format.name} cannot be trained: its scales go into the operands")
     if scheme.smoothing is not None:
         raise ValueError("quant.smoothing cannot be trained: its factors are found for the weights as they were")
     if scheme.product == "native":
@@ -113,8 +113,8 @@ class TrainableQuantLinear(nn.Linear):
     """Takes the place of an ``nn.Linear`` while it is trained.
 
     weight, bias  float32 [out, in], [out]: the master copies, to which an optimizer adds; BF16 if they are not trained
-    weight_step   float32 [out] or []: where the scales are learned, or were searched for and stay
-    weight_gain   float32, in its shape: learned scales are weight_step · exp(weight_gain)
+    initial_scale float32 [out] or []: where the scales are learned, or were searched for and stay
+    weight_gain   float32, in its shape: learned scales are initial_scale · exp(weight_gain)
     input_scale   float32 [], with static activations only
     input_gain    float32 []: as weight_gain
     history       float32 [window]: with delayed scaling the largest magnitudes of the last steps, the newest last
@@ -124,7 +124,7 @@ class TrainableQuantLinear(nn.Linear):
     quantizing    False for a warm-up in BF16
     """
 
-    weight_step: torch.Tensor | None
+    initial_scale: torch.Tensor | None
     weight_gain: nn.Parameter | None
     input_scale: torch.Tensor | None
     input_gain: nn.Parameter | None
@@ -150,17 +150,17 @@ class TrainableQuantLinear(nn.Linear):
         self.weight = nn.Parameter(linear.weight.detach().to(dtype), how.weights)
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach().to(dtype), how.weights)
-        step = None
+        base = None
         if how.learn_scales or isinstance(scheme.weight_rule, Percentile | Ema | LeastError):
-            step = quantize_weight(self.weight.detach().to(torch.bfloat16), scheme, seen, None)[1]
-        self.register_buffer("weight_step", step)
+            base = quantize_weight(self.weight.detach().to(torch.bfloat16), scheme, seen, None)[1]
+        self.register_buffer("initial_scale", base)
         scale = None
         if scheme.act_static:
             assert seen is not None, "a static scheme needs a calibrated input"
-            scale = static_step(scheme.act_rule, seen, scheme.format, scheme.overflow).to(device)
+            scale = static_scale(scheme.act_rule, seen, scheme.format, scheme.overflow).to(device)
         self.register_buffer("input_scale", scale)
         learned = [how.learn_scales, how.learn_scales and scale is not None]
-        for name, like, there in zip(("weight_gain", "input_gain"), (step, scale), learned, strict=True):
+        for name, like, there in zip(("weight_gain", "input_gain"), (base, scale), learned, strict=True):
             self.register_parameter(name, nn.Parameter(torch.zeros_like(like)) if there and like is not None else None)
         if how.scaling == "delayed":
             assert seen is not None
@@ -203,11 +203,11 @@ class TrainableQuantLinear(nn.Linear):
 
     def rounded_weight(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The same of a weight in BF16."""
-        if self.weight_step is None:
+        if self.initial_scale is None:
             return quantize_weight(source, self.scheme, None, None)
-        step = _gained(self.weight_step, self.weight_gain)
-        rounded, over = self.scheme.format.scaled_round(source, step, self.scheme.overflow)
-        return rounded, step, over
+        scale = _gained(self.initial_scale, self.weight_gain)
+        rounded, over = self.scheme.format.scaled_round(source, scale, self.scheme.overflow)
+        return rounded, scale, over
 
     @torch.no_grad()
     def _watch(self, x: torch.Tensor) -> None:
@@ -239,8 +239,8 @@ class TrainableQuantLinear(nn.Linear):
         return QuantLinear.assembled(self.scheme, rounded, scale, over, bias, static)
 
 
-def _gained(step: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
-    return step if gain is None else step * gain.detach().exp()
+def _gained(scale: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+    return scale if gain is None else scale * gain.detach().exp()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -312,12 +312,12 @@ def _product(grad: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, ctx:
 
 
 def _quantized_product(scaled: torch.Tensor, values: torch.Tensor, ctx: Any) -> torch.Tensor:
-    """With the gradient in HiF8, by one step for all of it."""
-    step = kernels.step(scaled.abs().amax().float(), GRADIENT_TARGET, False)
-    divided = scaled.float() / step
+    """With the gradient in HiF8, by one scale for all of it."""
+    scale = kernels.absmax_to_scale(scaled.abs().amax().float(), GRADIENT_TARGET, False)
+    divided = scaled.float() / scale
     rounded = hif8.round_stochastic(divided) if ctx.gradients == "stochastic" else hif8.round(divided)
     dtype = torch.float32 if ctx.exact else torch.bfloat16
-    return F.linear(rounded.to(dtype), values.T.to(dtype)).float() * step
+    return F.linear(rounded.to(dtype), values.T.to(dtype)).float() * scale
 
 
 def _missed(

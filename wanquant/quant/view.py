@@ -1,5 +1,5 @@
 """What passed through one place of a model, read from counts and sums: percentiles, moments, zones, and what rounding
-by a step would have cost.
+by a scale would have cost.
 
 Percentiles are read from the histogram of ``wanquant.kernels.statistics`` and are within 1/64 of the exact order
 statistic, relative. What lies beyond its end makes them NaN.
@@ -77,14 +77,14 @@ class View:
         found: np.ndarray = np.flatnonzero(self.channel_absmax > OUTLIER * np.median(self.channel_absmax))
         return found
 
-    def shares(self, step: float | None = None) -> np.ndarray:
-        """Share of the elements in each of ``ZONES`` over one step, from the histogram; without a step as counted
+    def shares(self, scale: float | None = None) -> np.ndarray:
+        """Share of the elements in each of ``ZONES`` over one scale, from the histogram; without a scale as counted
         under the first dynamic rule. NaN, infinity and what lies beyond the histogram are in none."""
         if not self.elements:
             return np.full(len(ZONES), np.nan)
-        if step is None:
+        if scale is None:
             return self.zones / self.elements
-        zone = np.searchsorted(np.array(ZONES), _POINTS / step, side="right") - 1
+        zone = np.searchsorted(np.array(ZONES), _POINTS / scale, side="right") - 1
         counted = np.zeros(len(ZONES))
         np.add.at(counted, zone, (self.counts[: len(_POINTS), None] / _POINTS.shape[1]).repeat(_POINTS.shape[1], 1))
         return counted / self.elements
@@ -94,20 +94,20 @@ class View:
         place = [known.name for known in DYNAMIC_RULES].index(rule)
         return _decibel(self.sums[1], self.sums[MOMENTS + place]) if not self.broken else math.nan
 
-    def noise(self, step: float, format_: Format, overflow: str) -> float:
-        """Sum of squared errors of rounding everything by one step, from the histogram; infinite after an overflow
+    def noise(self, scale: float, format_: Format, overflow: str) -> float:
+        """Sum of squared errors of rounding everything by one scale, from the histogram; infinite after an overflow
         that becomes infinite. For BF16 values a bin holds four, taken as equally frequent. NaN if something lay
         beyond the histogram."""
-        if self.broken or self.counts[len(_POINTS)] or not step > 0:
+        if self.broken or self.counts[len(_POINTS)] or not scale > 0:
             return math.nan
-        points = torch.from_numpy(_POINTS / step).float()
-        errors = (points.double() - format_.round(points, overflow).double()).square().mean(1).numpy() * step**2
+        points = torch.from_numpy(_POINTS / scale).float()
+        errors = (points.double() - format_.round(points, overflow).double()).square().mean(1).numpy() * scale**2
         counts = self.counts[: len(_POINTS)]
         return float(errors[counts > 0] @ counts[counts > 0])
 
-    def static_sqnr(self, step: float, format_: Format, overflow: str = "inf") -> float:
-        """Of rounding everything by one step, in dB; minus infinity after an overflow."""
-        return _decibel(self.sums[1], self.noise(step, format_, overflow))
+    def static_sqnr(self, scale: float, format_: Format, overflow: str = "inf") -> float:
+        """Of rounding everything by one scale, in dB; minus infinity after an overflow."""
+        return _decibel(self.sums[1], self.noise(scale, format_, overflow))
 
 
 def _decibel(signal: float, noise: float) -> float:
