@@ -12,7 +12,7 @@ BY_CPU := tests/kernels tests/formats tests/quant tests/wan/test_footprint.py te
 	tests/wan/test_experts.py::test_both_are_trained tests/qat/test_loop.py tests/qat/test_blockwise.py \
 	tests/qat/test_plan.py --ignore tests/kernels/test_cuda_compiles.py -k "not (killed or processes or interpreter)"
 
-.PHONY: ptq test test-avx2 lint clean
+.PHONY: ptq test test-avx2 lint docs clean
 
 ptq: .venv/installed
 	$(BIN)/python ptq.py protect=boundary
@@ -31,6 +31,10 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The pages of docs/ as a site in site/; a link that leads nowhere fails.
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build
+
 .venv/bin/python:
 	@echo "set-up 1: a virtual environment in .venv"
 	$(PYTHON) -m venv .venv
@@ -47,5 +51,9 @@ lint: .venv/installed-dev
 	$(PIP) --no-deps vbench==0.1.5 pyiqa==0.1.16
 	touch $@ .venv/installed
 
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
