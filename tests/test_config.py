@@ -20,7 +20,7 @@ from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
 from wanquant.evaluate.vbench import DIMENSIONS, check_dimensions
 from wanquant.ptq.config import PTQConfig
-from wanquant.qat.check import check_qat
+from wanquant.qat.check import resolve_train
 from wanquant.qat.config import TrainConfig
 from wanquant.quant import QuantConfig
 from wanquant.quant.scheme import parse, settle
@@ -68,7 +68,7 @@ def test_every_choice_composes_and_is_valid(group: str, name: str) -> None:
     if isinstance(config, TrainConfig) and group == "qat":
         static = name == "delayed" or config.qat.scaling == "delayed"
         quant = composed("quant=static_per_tensor").quant if static else config.quant
-        check_qat(dataclasses.replace(config, quant=quant))
+        resolve_train(dataclasses.replace(config, quant=quant))
 
 
 def test_evaluation_composes_and_vbenchs_list_is_whole() -> None:
@@ -101,7 +101,7 @@ def test_an_experiment_is_a_sweep_over_presets_with_pairs_enough(name: str) -> N
             assert not whole or len(pairs(config.prompts)) >= ENOUGH_PAIRS
             assert not whole or script == "train" or len(pairs(config.calib)) >= ENOUGH_PAIRS
             if isinstance(config, TrainConfig):
-                check_qat(config)
+                resolve_train(config)
     if name == "scale_rules":
         assert set(presets) == {
             choice

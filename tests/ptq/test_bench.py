@@ -23,7 +23,7 @@ from wanquant.ptq.bench import Bench
 from wanquant.ptq.choose import choose
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant import QuantConfig, QuantLinear
-from wanquant.quant.scheme import settle
+from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
 from wanquant.wan import tiny
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
@@ -49,7 +49,7 @@ def pipe() -> Pipeline:
 def bench_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None, batch: int = 2) -> Bench:
     model = ModelConfig(generation=SETTINGS, batch=batch)
     studio = Studio(pipe, model, "as shipped", torch.device("cpu"), Cache(folder))
-    return Bench(studio, settle(quant or QuantConfig()), PAIRS, bins=1)
+    return Bench(studio, parse(quant or QuantConfig()), PAIRS, bins=1)
 
 
 def test_a_stopped_measurement_goes_on_where_it_was(
@@ -117,7 +117,9 @@ def test_a_unit_costs_what_a_model_with_nothing_else_quantized_does(pipe: Pipeli
     """The cheap measure is the SQNR of one block's output, the expensive one that of the final latents."""
     bench = bench_of(pipe, tmp_path)
     found = bench.unit_errors(["block 5"])["block 5"]
-    with sensitivity.quantized(pipe.transformer, bench.quant, *sensitivity.all_but(pipe.transformer, "block 5")):
+    with sensitivity.quantized(
+        pipe.transformer, bench.scheme.config, *sensitivity.all_but(pipe.transformer, "block 5")
+    ):
         samples = generate(pipe, PAIRS, SETTINGS, decode=False, batch=2)
     for item, reference, sample in zip(found.items, bench.references, samples, strict=True):
         error = (sample.latents - reference).double().square().sum()
@@ -136,7 +138,7 @@ def test_a_kind_is_smoothed_alone(pipe: Pipeline, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     for kind in ("attn1.to_q", "ffn.net.2", "attn2.to_out.0"):
         only = sensitivity.all_but(pipe.transformer, f"kind {kind}")
-        with sensitivity.quantized(pipe.transformer, bench.quant, *only, bench.inputs()):
+        with sensitivity.quantized(pipe.transformer, bench.scheme.config, *only, bench.inputs()):
             linears = {name: m for name, m in pipe.transformer.named_modules() if isinstance(m, nn.Linear)}
             quantized = {name: m for name, m in linears.items() if isinstance(m, QuantLinear)}
             assert quantized.keys() == {f"blocks.{i}.{kind}" for i in range(8)}
@@ -155,7 +157,7 @@ def test_protected_modules_are_protected_where_blocks_are_compared_too(pipe: Pip
         f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")
     ]
     with sensitivity.quantized(
-        pipe.transformer, bench.quant, *sensitivity.all_but(pipe.transformer, "block 3", bench.modules)
+        pipe.transformer, bench.scheme.config, *sensitivity.all_but(pipe.transformer, "block 3", bench.modules)
     ):
         names = [name for name, m in pipe.transformer.named_modules() if isinstance(m, QuantLinear)]
     assert len(names) == 8
@@ -187,12 +189,12 @@ def test_greedy_looks_again_after_each_choice(pipe: Pipeline, tmp_path: Path) ->
     for name, decibels in (("3", 15.0), ("4", 14.0), ("6", 13.0), ("3 4", 15.5), ("3 6", 19.0)):
         put(f"protect {name}", decibels)
     config = ProtectConfig("greedy", by="greedy", budget=2, candidates=3)
-    choice = choose(config, bench)
+    choice = choose(config, None, bench)
     assert choice.blocks == [3, 6]
     assert [row["block"] for row in choice.evidence] == [3, 6]
     assert [{row["block"] for row in step["tried"]} for step in choice.evidence] == [{3, 4, 6}, {4, 6}]
     assert choice.evidence[1]["sqnr"] == 19.0
-    by_sensitivity = choose(ProtectConfig("auto", by="sensitivity", budget=2), bench)
+    by_sensitivity = choose(ProtectConfig("auto", by="sensitivity", budget=2), None, bench)
     assert by_sensitivity.blocks == [3, 4]
 
 
@@ -215,5 +217,5 @@ def test_sensitivity_finds_the_planted_blocks(tmp_path: Path) -> None:
     bench = bench_of(pipe, tmp_path, batch=4)
     bench.pairs = PAIRS + [(prompt, 1000) for prompt in prompts]
     bench.studio.model.generation = GenerationConfig(**read_generation(tiny.folder()))
-    assert choose(ProtectConfig("auto", by="sensitivity", budget=5), bench).blocks == list(planted)
-    assert choose(ProtectConfig("auto", by="absmax", budget=5), bench).blocks == list(planted)
+    assert choose(ProtectConfig("auto", by="sensitivity", budget=5), None, bench).blocks == list(planted)
+    assert choose(ProtectConfig("auto", by="absmax", budget=5), None, bench).blocks == list(planted)

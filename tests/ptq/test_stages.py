@@ -7,10 +7,9 @@ import torch
 
 from tests.models import wan_transformer
 from tests.test_config import CHOICES, composed
-from wanquant.ptq.check import settle_config
+from wanquant.ptq.plan import resolve
 from wanquant.ptq.stages import _quantizing
 from wanquant.ptq.work import make_plan, work_of
-from wanquant.quant.scheme import parse
 from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.footprint import Quantized
@@ -24,10 +23,10 @@ LINEARS = [name for name, child in wan_transformer(1).blocks[0].named_modules() 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "quant"])
 def test_every_preset_is_timed(name: str) -> None:
     """Also what needs statistics of the inputs, and attention in 8 bits."""
-    config = settle_config(composed(f"quant={name}"))
-    assert (_quantizing(make_plan(config, CPU, work_of(config))) > 0) == (name != "bf16")
+    plan = resolve(composed(f"quant={name}"))
+    assert (_quantizing(make_plan(plan, work_of(plan))) > 0) == (name != "bf16")
     small, settings = {**wan_transformer(1).config, **WIDTHS}, GenerationConfig(64, 64, 5, 1, 2.0, 3.0, 32)
-    scheme = parse(config.quant)
+    scheme = plan.scheme
     how = Quantized(LINEARS, scheme) if name != "bf16" else None
     observed = Layout(("",), 1, 4, 1, scheme.needs_statistics)
     assert small_pass(small, how, settings, 1, CPU) > 0

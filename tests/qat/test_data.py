@@ -56,7 +56,7 @@ def videos(studio: Studio, drop: float = 0.1) -> Videos:
 
 
 def test_a_part_of_the_rows_is_what_it_is_in_the_whole(studio: Studio) -> None:
-    for source in (videos(studio), make_source(studio, BOTH, 0)):
+    for source in (videos(studio), make_source(studio, BOTH, pairs(BOTH.prompts), 0)):
         whole = source.batch(2, 6, range(6))
         for rows in (range(3), range(3, 6), range(5, 6)):
             assert same(whole, source.batch(2, 6, rows), rows)
@@ -79,7 +79,7 @@ def test_noise_levels_are_those_of_the_flow_shift(studio: Studio) -> None:
 
 
 def test_a_recording_is_what_the_model_says_again(studio: Studio) -> None:
-    source = make_source(studio, BOTH, 0)
+    source = make_source(studio, BOTH, pairs(BOTH.prompts), 0)
     assert isinstance(source, Trajectories)
     assert len(source) == 2 * 2 * 2  # pairs, steps, branches
     batch = source.of(range(8))
@@ -143,9 +143,9 @@ def test_scenes_are_drawn_once(studio: Studio, monkeypatch: Any) -> None:
 
     few = [scene for scene in all_scenes() if not scene.held_out][:3]
     monkeypatch.setattr(data, "all_scenes", lambda: few)
-    source = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), 0)
+    source = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), (), 0)
     assert len(source) == 6
-    left = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), 0, [few[1].caption])
+    left = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), (), 0, [few[1].caption])
     assert len(left) == 4
     assert isinstance(left, Videos)
     assert few[1].caption not in left.captions

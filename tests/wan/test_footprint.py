@@ -182,7 +182,7 @@ def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:
     with torch.device("meta"):
         WanTransformer3DModel(**SHAPES["14b"]).save_config(tmp_path / "transformer")
     settings = GenerationConfig(480, 832, 81, 50)
-    how = (QuantConfig(), [0, 1, -3, -2, -1], (), settings, Work(1, 1, 2, 2), 1)
+    how = (parse(QuantConfig()), [0, 1, -3, -2, -1], (), settings, Work(1, 1, 2, 2), 1)
     card, host = (Plan(tmp_path, *how, torch.device(kind)) for kind in ("meta", "cpu"))
     assert card.parameters == pytest.approx(14.3e9, rel=0.01)
     assert card.packed / (2 * card.parameters) == pytest.approx(0.572, abs=0.005)
@@ -203,7 +203,7 @@ def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:
 )
 def test_the_shapes_of_the_hubs_models_come_along(name: str, parameters: float, blocks: int) -> None:
     """So that a plan needs no network."""
-    how = (QuantConfig(), [], (), GenerationConfig(), Work(1, 0, 1), 1, CPU)
+    how = (parse(QuantConfig()), [], (), GenerationConfig(), Work(1, 0, 1), 1, CPU)
     plan = Plan(find_folder(name, shapes_only=True), *how)
     assert plan.parameters == pytest.approx(parameters, rel=1e-3)
     assert plan.report.blocks == blocks
@@ -218,7 +218,7 @@ def test_the_sums_of_docs_ascend() -> None:
 
     def plan(packed: bool, beside: bool) -> Plan:
         how = (GenerationConfig(480, 832, 81, 50), Work(1, 1, 2, 2, beside), 1, torch.device("meta"))
-        return Plan(folder, QuantConfig(packed=packed), [0, 1, -3, -2, -1], (), *how)
+        return Plan(folder, parse(QuantConfig(packed=packed)), [0, 1, -3, -2, -1], (), *how)
 
     one, twins = plan(False, False), [plan(packed, True).added / 1e9 for packed in (True, False)]
     assert f"| {2 * one.parameters / 1e9:.1f}; {one.packed / 1e9:.1f} |" in text

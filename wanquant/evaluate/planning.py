@@ -9,6 +9,7 @@ import torch
 
 from wanquant.evaluate.evaluation import Side
 from wanquant.quant import QuantConfig
+from wanquant.quant.scheme import parse
 from wanquant.wan.checkpoint import config_of, quantization_of
 from wanquant.wan.load import shape_of, transformers_of
 from wanquant.wan.plan import Plan, Work
@@ -26,7 +27,7 @@ def plan_of(side: Side, videos: int, device: torch.device) -> Plan:
         first += len(shape_of(part).blocks)
     work = Work(0, videos, videos) if names else Work(videos, 0, videos)
     settings, rows = side.model.generation, min(side.model.batch, videos)
-    return Plan(side.source, quant, (), (), settings, work, rows, device, names or None)
+    return Plan(side.source, parse(quant), (), (), settings, work, rows, device, names or None)
 
 
 def needed_by(sides: Sequence[Side], videos: int, device: torch.device) -> dict[str, Any]:

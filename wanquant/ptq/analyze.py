@@ -22,8 +22,7 @@ from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, rank_correlation
 from wanquant.kernels.statistics import DYNAMIC_RULES
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.choose import choose
-from wanquant.ptq.config import AnalysisConfig
-from wanquant.ptq.protect import ProtectConfig
+from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.sensitivity import kinds
 from wanquant.quant.scale import parse_rule
 from wanquant.quant.search import static_scale
@@ -49,8 +48,9 @@ MEASURES = (
 )
 
 
-def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder: Path) -> dict[str, Any]:
+def analyze(plan: PTQPlan, bench: Bench, folder: Path) -> dict[str, Any]:
     """The analysis part of ``result.json``; its tables also as CSV in ``folder``/analysis, with the statistics."""
+    config, protect = plan.config.analysis, plan.config.protect
     statistics = bench.calibration(full=True).statistics
     inner = kinds(bench.studio.transformer, bench.modules)
     modules = [module_row(name, statistics, bench) for name in bench.calibration(full=True).flops]
@@ -64,7 +64,7 @@ def analyze(bench: Bench, config: AnalysisConfig, protect: ProtectConfig, folder
         for row in blocks:
             row |= _with_interval("sensitivity", errors[f"block {row['block']}"])
         kind_rows = [{"kind": kind, **_with_interval("sensitivity", errors[f"kind {kind}"])} for kind in inner]
-    choice = choose(protect, bench)
+    choice = choose(protect, plan.model.protected, bench)
     inputs = [[f"{name}:{INPUT}" for name in statistics.block_inputs(i)] for i in range(bench.blocks)]
     zones = [zone_shares(index, statistics) for index in range(bench.blocks)]
     maps = {

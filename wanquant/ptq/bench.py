@@ -19,8 +19,7 @@ from wanquant.evaluate.fidelity import EQUAL_DB
 from wanquant.evaluate.stats import Estimate, Item, estimate
 from wanquant.ptq import sensitivity
 from wanquant.ptq.calibrate import Calibration, calibrate, linear_flops
-from wanquant.quant import QuantConfig
-from wanquant.quant.scheme import Scheme, parse
+from wanquant.quant.scheme import Scheme
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import Site, merge
 from wanquant.quant.statistics_file import KIND, load_statistics, save_statistics
@@ -35,7 +34,7 @@ class Bench:
     in every block."""
 
     studio: Studio
-    quant: QuantConfig
+    scheme: Scheme
     pairs: list[Pair]
     bins: int = 4
     modules: tuple[str, ...] = ()
@@ -49,10 +48,6 @@ class Bench:
     def transformers(self) -> int:
         """Two of Wan2.2, each with as many of the blocks."""
         return len(transformers_in(self.studio.pipe))
-
-    @property
-    def scheme(self) -> Scheme:
-        return parse(self.quant)
 
     def calibration(self, full: bool | None = None) -> Calibration:
         """Statistics of one BF16 pass; ``full`` unless told otherwise where the quantization needs it."""
@@ -117,7 +112,7 @@ class Bench:
         def measure() -> list[list[dict[str, Any]]]:
             stats = self.inputs()
             with studio.progress("block errors", self.pairs) as tick:
-                how = (self.quant, self.modules, self.pairs, studio.generate, stats, tick)
+                how = (self.scheme.config, self.modules, self.pairs, studio.generate, stats, tick)
                 rows = sensitivity.block_errors(studio.pipe, *how)
             return [[vars(item) for item in row] for row in rows]
 
@@ -143,7 +138,7 @@ class Bench:
 
     def _counted(self) -> dict[str, Any]:
         """Of the quantization, what changes numbers."""
-        return {k: v for k, v in dataclasses.asdict(self.quant).items() if k not in ("name", "packed")}
+        return {k: v for k, v in dataclasses.asdict(self.scheme.config).items() if k not in ("name", "packed")}
 
     def what_is_quantized(self, blocks: Sequence[int]) -> dict[str, Any]:
         """What makes the latents of the model quantized but for these blocks others than those in BF16."""
@@ -181,5 +176,5 @@ class Bench:
         self, blocks: list[int], modules: list[str], stats: sensitivity.Stats, tick: Callable[[], None]
     ) -> list[Item]:
         studio = self.studio
-        with sensitivity.quantized(studio.transformer, self.quant, blocks, modules, stats):
+        with sensitivity.quantized(studio.transformer, self.scheme.config, blocks, modules, stats):
             return sensitivity.final_errors(studio.generate, self.pairs, self.references, tick)

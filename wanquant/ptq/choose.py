@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from wanquant.evaluate.stats import Estimate
 from wanquant.ptq.bench import Bench
-from wanquant.ptq.protect import GREEDY, ProtectConfig, by_rule, worst
+from wanquant.ptq.protect import GREEDY, ProtectConfig, worst
 from wanquant.quant.statistics import Site
 
 
@@ -28,12 +29,12 @@ class Choice:
         return {"by": self.by, "evidence": self.evidence}
 
 
-def choose(config: ProtectConfig, bench: Bench) -> Choice:
-    """Follows ``config.by`` with the calibration prompts of the bench."""
+def choose(config: ProtectConfig, by_rule: Sequence[int] | None, bench: Bench) -> Choice:
+    """The blocks that a rule without data has found, or by ``config.by`` with the calibration prompts of the bench."""
+    if by_rule is not None:
+        return Choice(config.by, list(by_rule), [])
     if config.by == GREEDY:
         return _greedy(config, bench)
-    if config.by not in SCORES:
-        return Choice(config.by, by_rule(config, bench.blocks, bench.transformers), [])
     rows = SCORES[config.by](bench)
     chosen = worst([row["score"] for row in rows], config.budget * bench.transformers)
     return Choice(config.by, chosen, [{"block": index, **row} for index, row in enumerate(rows)])

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from wanquant.kernels import check_native
-from wanquant.ptq.check import check_model, rule_blocks
 from wanquant.ptq.config import PTQConfig
+from wanquant.ptq.plan import SourceModel, resolve_model
 from wanquant.quant import ConversionReport, QuantLinear, plan_conversion
-from wanquant.quant.scheme import parse, settle
+from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import INPUT, Site
 from wanquant.quant.statistics_file import DESCRIPTION, load_statistics
@@ -39,7 +39,6 @@ from wanquant.runs.signature import provenance
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import TRANSFORMERS, read_json
 from wanquant.wan.device import forget_peak_memory, give_back_freed_memory, peak_memory
-from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.load import (
     Transformer,
     check_folder,
@@ -60,13 +59,16 @@ def run_convert(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, 
     """As ``run_ptq``."""
     with refused_leave_no_result(folder) if not config.dry_run else nullcontext():
         # One byte a weight in memory too: who converts from files to files has none to spare.
-        config = dataclasses.replace(config, quant=dataclasses.replace(settle(config.quant), packed=True))
+        scheme = parse(dataclasses.replace(config.quant, packed=True))
+        config = dataclasses.replace(config, quant=scheme.config)
+        model = resolve_model(config, scheme, find_folder(config.model.path, shapes_only=True))
         check_convert(config)
         torch.set_num_threads(config.threads)
-        model = find_folder(config.model.path, shapes_only=config.dry_run)
         if not config.dry_run:
-            check_whole(model)
-        conversion = Conversion(config, model, recipes_of(config, model))
+            folder_ = find_folder(config.model.path)
+            check_whole(folder_)
+            model = resolve_model(config, scheme, folder_)
+        conversion = Conversion(config, scheme, model.folder, recipes_of(config, scheme, model))
     print(f"{config.quant.name} on {config.model.name}, protect {config.protect.name}: from files to files", flush=True)
     if config.dry_run:
         print_convert_plan(conversion, config_yaml)
@@ -80,8 +82,7 @@ def run_convert(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, 
 
 
 def check_convert(config: PTQConfig) -> None:
-    """``ValueError`` for what cannot be known without the model, or makes no sense without generating."""
-    check_model(config)
+    """``ValueError`` for what makes no sense without generating."""
     if config.model.outliers.blocks or config.model.outliers.count:
         raise ValueError("mode=convert takes a model as its files have it: leave model.outliers out")
     if config.eval.dimensions:
@@ -100,18 +101,16 @@ def check_whole(model: Path) -> None:
         check_weights(model)
 
 
-def recipes_of(config: PTQConfig, model: Path) -> dict[str, Recipe]:
+def recipes_of(config: PTQConfig, scheme: Scheme, model: SourceModel) -> dict[str, Recipe]:
     """Of each transformer, by its own blocks."""
-    shape = shape_of_whole(model)
-    blocks = rule_blocks(config.protect, shape)
-    if blocks is None:
+    if model.protected is None:
         raise ValueError(
             f"mode=convert cannot know the blocks that protect.by={config.protect.by} would choose: let mode=analyze "
             f"choose them, and give protect.blocks=[...]"
         )
-    names, stats = list(transformers_of(model)), _statistics(config)
-    each = len(shape.blocks) // len(names)
-    chosen = resolve_blocks(blocks, len(shape.blocks))
+    names, stats = list(transformers_of(model.folder)), _statistics(config, scheme)
+    each = model.blocks // len(names)
+    chosen = resolve_blocks(model.protected, model.blocks)
     recipes = {}
     for number, name in enumerate(names):
         own = range(number * each, (number + 1) * each)
@@ -132,9 +131,8 @@ def _of_blocks(stats: Mapping[str, float | Site], own: range) -> dict[str, float
     return found
 
 
-def _statistics(config: PTQConfig) -> Mapping[str, float | Site] | None:
+def _statistics(config: PTQConfig, scheme: Scheme) -> Mapping[str, float | Site] | None:
     """Of the linears' inputs, from a run of ``mode=analyze``."""
-    scheme = parse(config.quant)
     if not config.convert.statistics:
         if scheme.needs_statistics or scheme.act_static:
             raise ValueError(
@@ -152,6 +150,7 @@ class Conversion:
     """What is to be done: to each transformer of the ``model`` what its recipe says."""
 
     config: PTQConfig
+    scheme: Scheme
     model: Path
     recipes: Mapping[str, Recipe]
 
@@ -213,7 +212,7 @@ def probed_seconds(conversion: Conversion) -> float:
     name, shape = next((name, child) for name, child in blocks.named_modules() if isinstance(child, torch.nn.Linear))
     assert isinstance(shape, torch.nn.Linear)
     linear = torch.nn.Linear(shape.in_features, shape.out_features, dtype=torch.bfloat16)
-    scheme, seen = parse(dataclasses.replace(recipe.config, packed=True)), (recipe.stats or {}).get(f"blocks.{name}")
+    scheme, seen = conversion.scheme, (recipe.stats or {}).get(f"blocks.{name}")
     quantizing, written = 0.0, linear.weight.detach().view(torch.uint8)
     if not scheme.format.keeps_all:
         QuantLinear.from_linear(linear, scheme, seen)  # for warmth

@@ -17,11 +17,10 @@ from torch import nn
 
 from wanquant.evaluate.compare import of_pair
 from wanquant.evaluate.perceptual import distance
-from wanquant.evaluate.prompts import pairs
-from wanquant.ptq.config import PTQConfig
-from wanquant.quant import QuantConfig, quantize_
+from wanquant.ptq.plan import PTQPlan
+from wanquant.quant import quantize_
 from wanquant.quant.observe import Observer
-from wanquant.quant.scheme import parse
+from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import INPUT, Layout, Site
 from wanquant.runs import pictures
 from wanquant.wan.footprint import once
@@ -38,18 +37,19 @@ PROBE = "blocks.0.probed"
 LOADED = 200_000_000
 
 
-def further_stages(plan: Plan, config: PTQConfig) -> dict[str, float]:
-    if config.mode != "quantize" or not plan.work.held:
+def further_stages(needs: Plan, plan: PTQPlan) -> dict[str, float]:
+    config = plan.config
+    if config.mode != "quantize" or not needs.work.held:
         return {}
-    measured, settings, floors = len(pairs(config.prompts)), plan.settings, config.eval.noise_floor
+    measured, settings, floors = len(plan.pairs), plan.settings, config.eval.noise_floor
     side = min(settings.height, settings.width, 64)
     frames = max(1, min(settings.num_frames, PIXELS // side**2))
     scale = settings.num_frames * settings.height * settings.width / (frames * side * side)
-    prompt = pairs(config.prompts)[0][0] if config.model.language == "scenes" else None
+    prompt = plan.pairs[0][0] if config.model.language == "scenes" else None
     comparing = _comparing(frames, side, prompt, config.eval.lpips, plan.device)
     return {
-        "load": _loading(plan.folder, plan.weights + plan.others, plan.device),
-        "quantize": _quantizing(plan),
+        "load": _loading(needs.folder, needs.weights + needs.others, needs.device),
+        "quantize": _quantizing(needs),
         "compare": measured * (3 if floors else 1) * comparing * scale,
         "write": measured * _writing(frames, side, settings.fps, 3 if floors else 2) * scale,
     }
@@ -86,12 +86,12 @@ def _writing(frames: int, side: int, fps: int, files: int) -> float:
 _begun = False
 
 
-def start_and_end(config: PTQConfig) -> dict[str, float]:
+def start_and_end(tracker: str) -> dict[str, float]:
     """Seconds since the start of the process, which are over; and of the tracker at its end, in ratio to its import."""
     global _begun
     found = {"start": 0.0 if _begun else time.time() - psutil.Process().create_time()}
     _begun = True
-    if config.tracker.name == "wandb":
+    if tracker == "wandb":
         found["tracker"] = TRACKER * _importing_tracker()
     return found
 
@@ -112,21 +112,21 @@ def _loading(folder: Path, size: int, device: torch.device) -> float:
     return _seconds(lambda: load_pipeline(folder, str(device)))
 
 
-def _quantizing(plan: Plan) -> float:
+def _quantizing(needs: Plan) -> float:
     """All linears, by the first of them or as much of it as is probed; in proportion to their weights."""
-    if not plan.converted:
+    if not needs.converted:
         return 0.0
-    linear = plan.shape.get_submodule(plan.converted[0])
+    linear = needs.shape.get_submodule(needs.converted[0])
     assert isinstance(linear, nn.Linear)
     rows = max(1, min(linear.out_features, WEIGHTS // linear.in_features))
-    each = _quantizing_one(linear.in_features, rows, plan.quant, plan.device)
+    each = _quantizing_one(linear.in_features, rows, needs.scheme, needs.device)
     small = linear.weight.numel() <= WEIGHTS
-    return each * (len(plan.converted) if small else plan.quantized_weights / (rows * linear.in_features))
+    return each * (len(needs.converted) if small else needs.quantized_weights / (rows * linear.in_features))
 
 
 @once
-def _quantizing_one(columns: int, rows: int, quant: QuantConfig, device: torch.device) -> float:
-    alone = replace(quant, attention="off")  # which needs three linears
+def _quantizing_one(columns: int, rows: int, scheme: Scheme, device: torch.device) -> float:
+    alone = replace(scheme.config, attention="off")  # which needs three linears
     seen: float | Site = 1.0
 
     def root() -> nn.Module:
@@ -135,7 +135,7 @@ def _quantizing_one(columns: int, rows: int, quant: QuantConfig, device: torch.d
         found.blocks = nn.ModuleList([block])
         return found
 
-    if parse(quant).needs_statistics:
+    if scheme.needs_statistics:
         given = root()
         with torch.no_grad(), Observer(given, Layout(("",), 1, 1, 1), lambda: (0, 0, 0)) as observer:
             given.get_submodule(PROBE)(torch.randn(16, columns, device=device).bfloat16())

@@ -1,21 +1,69 @@
-"""What of a training's config can be refused before anything is loaded, and what of it counts."""
+"""A training's config, resolved once, as ``wanquant.ptq.plan`` does it; and what of it counts."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+from dataclasses import dataclass
 from typing import Any
 
 from wanquant.choices import check_choices
 from wanquant.evaluate.prompts import pairs, settled
+from wanquant.ptq.plan import PTQPlan, SourceModel, check_captions, resolve
 from wanquant.qat.config import SET_ASIDE, LoraSize, LossConfig, QATConfig, TrainConfig, processes
 from wanquant.qat.data import captions_of, check_data, contents
 from wanquant.qat.loss import check_loss
 from wanquant.qat.scope import trains_weights
-from wanquant.quant.scheme import parse
+from wanquant.quant.config import QuantConfig
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import Training, check_trainable
-from wanquant.wan.experts import parts_of, shape_of_whole
-from wanquant.wan.load import find_folder
+from wanquant.wan.device import pick_device
+from wanquant.wan.studio import Pair
+
+
+@dataclass(frozen=True)
+class TrainPlan(PTQPlan):
+    """``learned`` are the pairs whose BF16 trajectories are learned from, if that is the source; ``training`` is how
+    each quantized linear is trained."""
+
+    config: TrainConfig
+    learned: tuple[Pair, ...]
+    training: Training
+
+    @property
+    def qat(self) -> QATConfig:
+        return self.config.qat
+
+    @property
+    def questions(self) -> int:
+        """That are recorded to be learned from."""
+        return len(self.learned) * self.settings.steps * self.settings.branches
+
+
+def resolve_train(config: TrainConfig) -> TrainPlan:
+    """``ValueError`` names the key at fault and what it may be. Without quantization the model stays BF16."""
+    check_choices(config)
+    data = dataclasses.replace(config.qat.data, prompts=settled(config.qat.data.prompts))
+    config = dataclasses.replace(
+        config,
+        quant=config.quant if config.qat.quantize else QuantConfig(name="bf16", format="bf16"),
+        model=dataclasses.replace(config.model, device=_own_card(config.model.device)),
+        qat=dataclasses.replace(config.qat, data=data),
+    )
+    plan = resolve(config)
+    recorded = data.source == "trajectories"
+    learned = pairs(data.prompts, "qat.data.prompts") if recorded else []
+    if config.model.language == "scenes":
+        check_captions(learned)
+    check_qat(config, plan)
+    fields_ = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return TrainPlan(**fields_, learned=tuple(learned), training=training_of(config.qat))
+
+
+def _own_card(device: str) -> str:
+    """Of several processes each has the card that its launcher gave it."""
+    kind = pick_device(device).type
+    return device if processes() == 1 or kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def training_of(qat: QATConfig) -> Training:
@@ -30,17 +78,16 @@ def training_of(qat: QATConfig) -> Training:
     )
 
 
-def check_qat(config: TrainConfig) -> None:
-    """``ValueError`` names the key at fault and what it may be."""
+def check_qat(config: TrainConfig, plan: PTQPlan) -> None:
     qat = config.qat
     if config.mode != "quantize":
         raise ValueError(f"mode={config.mode}: train.py has no other than quantize")
     _check_ranges(qat)
-    _check_scope(config)
+    _check_scope(qat, plan.model)
     check_data(qat.data, config.model.language)
     check_loss(qat.loss, qat.data.source)
-    _check_source(config)
-    scheme = parse(config.quant)
+    _check_source(config, plan)
+    scheme = plan.scheme
     if not qat.quantize:
         if qat.scope in ("scales", "lora", "blockwise"):
             raise ValueError(f"qat.scope={qat.scope} is for a quantized model: choose all, blocks or norms")
@@ -80,9 +127,8 @@ def _check_ranges(qat: QATConfig) -> None:
         )
 
 
-def _check_scope(config: TrainConfig) -> None:
+def _check_scope(qat: QATConfig, model: SourceModel) -> None:
     """What the scope has no use for, or cannot do without."""
-    qat = config.qat
     if qat.questions < 0 or (qat.questions and qat.scope != "blockwise"):
         raise ValueError(f"qat.questions={qat.questions}: at least 0, and for qat.scope=blockwise alone")
     if 0 < qat.questions < 2 * SET_ASIDE:
@@ -93,14 +139,13 @@ def _check_scope(config: TrainConfig) -> None:
         raise ValueError("qat.scope=all trains every block: choose qat.scope=blocks for some")
     if qat.scope == "blocks" and not qat.blocks:
         raise ValueError("qat.scope=blocks needs qat.blocks=[...]")
-    shape = shape_of_whole(find_folder(config.model.path, shapes_only=True))
-    resolve_blocks(qat.blocks, len(shape.blocks), "trained")
-    if processes() > 1 and len(parts_of(shape)) > 1 and qat.scope != "blockwise":
+    resolve_blocks(qat.blocks, model.blocks, "trained")
+    if processes() > 1 and model.transformers > 1 and qat.scope != "blockwise":
         # A step may pass by one of them, whose gradients the other processes would wait for.
         raise ValueError("several processes train two transformers with qat.scope=blockwise alone")
 
 
-def _check_source(config: TrainConfig) -> None:
+def _check_source(config: TrainConfig, plan: PTQPlan) -> None:
     qat = config.qat
     if qat.scope == "blockwise":
         if qat.data.source != "trajectories":
@@ -113,17 +158,11 @@ def _check_source(config: TrainConfig) -> None:
             raise ValueError("qat.scope=blockwise has all inputs of a block before it: qat.scaling=current")
     if qat.data.source == "scenes":  # which leaves them out
         return
-    measured = {text for text, _ in pairs(config.prompts)}
-    validated = {text for text, _ in pairs(config.calib, "calib")} if qat.check_every else set()
+    measured = {text for text, _ in plan.pairs}
+    validated = {text for text, _ in plan.calibration} if qat.check_every else set()
     twice = sorted(set(captions_of(qat.data)) & (measured | validated))
     if twice:
         raise ValueError(f"qat.data holds a prompt that is measured on: {twice[0]}")
-
-
-def settle_train(config: TrainConfig) -> TrainConfig:
-    """With the texts of the prompts that are trained on."""
-    data = dataclasses.replace(config.qat.data, prompts=settled(config.qat.data.prompts))
-    return dataclasses.replace(config, qat=dataclasses.replace(config.qat, data=data))
 
 
 #: What of the training changes no number.

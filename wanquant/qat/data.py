@@ -31,7 +31,7 @@ from wanquant.runs.progress import progress
 from wanquant.wan.encode import encode_video, encoded, read_latents
 from wanquant.wan.record import Recording
 from wanquant.wan.scenes import draw
-from wanquant.wan.studio import Studio
+from wanquant.wan.studio import Pair, Studio
 from wanquant.wan.tiny import all_scenes
 
 #: Columns that a list of videos may have them under.
@@ -127,10 +127,13 @@ class Videos:
         return Batch((1 - weight) * x + weight * e, 1000 * weight.flatten(), torch.stack(text), velocity=e - x)
 
 
-def make_source(studio: Studio, config: DataConfig, seed: int, measured: Collection[str] = ()) -> Source:
-    """From the cache, or made now with the model in BF16; without scenes whose captions are ``measured`` on."""
+def make_source(
+    studio: Studio, config: DataConfig, learned: Sequence[Pair], seed: int, measured: Collection[str] = ()
+) -> Source:
+    """From the cache, or made now with the model in BF16: trajectories of what is ``learned``, or videos, without
+    scenes whose captions are ``measured`` on."""
     if config.source == "trajectories":
-        return Trajectories(Recording(studio, pairs(config.prompts, "qat.data.prompts")), studio.embed, seed)
+        return Trajectories(Recording(studio, list(learned)), studio.embed, seed)
     settings = studio.model.generation
     if config.source == "scenes":
         captions, latents = _scenes(studio, config.videos_per_scene, measured)

@@ -28,20 +28,20 @@ from accelerate.utils import broadcast_object_list
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.perceptual import distance
-from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference, estimate
 from wanquant.ptq.bench import Bench
-from wanquant.ptq.check import check, identity, settle_config
 from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.job import Job, run_job
+from wanquant.ptq.plan import with_weights
+from wanquant.ptq.result import conversion
 from wanquant.ptq.sensitivity import quantized
 from wanquant.ptq.work import make_plan, work_of
-from wanquant.qat.check import check_qat, counted, settle_train
+from wanquant.qat.check import TrainPlan, counted, resolve_train
 from wanquant.qat.config import TrainConfig, processes
 from wanquant.qat.loop import make_accelerator
-from wanquant.qat.plan import plan_training, shrinks, training_seconds
+from wanquant.qat.plan import TrainingPlan, plan_training, shrinks, training_seconds
 from wanquant.qat.train import Trainer, settled_precision, training_libraries
-from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
+from wanquant.quant import ConversionReport, plan_conversion
 from wanquant.runs.progress import progress
 from wanquant.runs.signature import MEASURES, signature
 from wanquant.runs.tracking import live
@@ -49,7 +49,7 @@ from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_qua
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
-from wanquant.wan.load import find_folder, hush_libraries, read_transformer
+from wanquant.wan.load import hush_libraries, read_transformer
 from wanquant.wan.plan import Plan, Work, in_bytes, in_time, print_plan, tokens_of
 from wanquant.wan.record import Recording, answer_errors
 from wanquant.wan.studio import Studio
@@ -85,14 +85,12 @@ def assist(config: TrainConfig) -> None:
     broadcast_object_list(word)
     if word[0] is None:
         return
-    config = TrainJob.settle(config)
-    torch.set_num_threads(config.threads)
+    plan = with_weights(resolve_train(config))
+    torch.set_num_threads(plan.config.threads)
     hush_libraries()
-    measured = pairs(config.prompts), pairs(config.calib, "calib")
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-        job = TrainJob(config, pick_device(config.model.device), find_folder(config.model.path), *measured)
-        bench = job.load()
-        trainer = Trainer(bench, config, word[0], bench.inputs())
+        bench = TrainJob(plan).load()
+        trainer = Trainer(bench, plan, word[0], bench.inputs())
         trainer.prepare()
         trainer.train()
 
@@ -103,38 +101,26 @@ class TrainJob(Job):
     called: ClassVar[bool] = False
 
     @staticmethod
-    def settle(config: TrainConfig) -> TrainConfig:
-        quant = config.quant if config.qat.quantize else QuantConfig(name="bf16", format="bf16")
-        model = dataclasses.replace(config.model, device=_own_card(config.model.device))
-        settled = settle_config(dataclasses.replace(config, quant=quant, model=model))
-        assert isinstance(settled, TrainConfig)
-        return settle_train(settled)
+    def resolve(config: TrainConfig) -> TrainPlan:
+        return resolve_train(config)
 
     @staticmethod
-    def check(config: TrainConfig) -> None:
-        learned = pairs(config.qat.data.prompts, "qat.data.prompts") if config.qat.data.source == "trajectories" else []
-        check(config, pairs(config.prompts) + pairs(config.calib, "calib") + learned)
-        check_qat(config)
-
-    @staticmethod
-    def work(config: TrainConfig) -> Work:
+    def work(plan: TrainPlan) -> Work:
         """That of a quantization, twice where there is a twin; what is learned from is recorded in BF16, and what is
         measured too."""
-        work, measured = work_of(config), len(pairs(config.prompts))
-        recorded = config.qat.data.source == "trajectories"
-        learned = len(pairs(config.qat.data.prompts, "qat.data.prompts")) if recorded else 0
-        twins = 1 if config.qat.quantize else 0
+        work, qat, measured, calibrated = work_of(plan), plan.qat, len(plan.pairs), len(plan.calibration)
+        twins = 1 if qat.quantize else 0
         # Single steps are asked of both, with as many passes as a video has.
         quantized, looks = work.quantized + (2 * twins + 1) * measured, 0
-        if config.qat.check_every:
-            looks = (1 + config.qat.steps // config.qat.check_every) * len(pairs(config.calib, "calib"))
+        if qat.check_every:
+            looks = (1 + qat.steps // qat.check_every) * calibrated
         return dataclasses.replace(
             work,
-            recorded=learned,
+            recorded=len(plan.learned),
             twin=2 * twins * measured,
             looks=looks,
             renamed=(("generate_quantized", "generate_trained"),),
-            bf16=work.bf16 + learned + (len(pairs(config.calib, "calib")) if looks else 0),
+            bf16=work.bf16 + len(plan.learned) + (calibrated if looks else 0),
             quantized=quantized + looks,
             decoded=work.decoded + twins * measured,
             held=work.held + twins * measured,
@@ -142,29 +128,28 @@ class TrainJob(Job):
         )
 
     @classmethod
-    def plan(cls, config: TrainConfig, device: torch.device, config_yaml: str) -> None:
-        print_training_plan(config, make_plan(config, device, cls.work(config)), config_yaml)
+    def print_plan(cls, plan: TrainPlan, config_yaml: str) -> None:
+        print_training_plan(plan, make_plan(plan, cls.work(plan)), config_yaml)
 
-    def needed(self, plan: Plan) -> dict[str, Any]:
-        found, config, shape, on_host = super().needed(plan), self.config, plan.shape, plan.device.type == "cpu"
-        how, questions = training_how(config, plan), questions_of(config)
-        training = plan_training(shape, config, how[0], questions, how[2], processes())
-        while_trained = 2 * plan.parameters + plan.others + training.added(on_host) + (plan.videos if on_host else 0)
-        training_takes = training_seconds(shape, config, how[0], questions, *how[1:])
+    def needed(self, needs: Plan) -> dict[str, Any]:
+        found, on_host = super().needed(needs), needs.device.type == "cpu"
+        training = needs_of(self.plan, needs)
+        while_trained = 2 * needs.parameters + needs.others + training.added(on_host) + (needs.videos if on_host else 0)
+        takes = seconds_of(self.plan, needs)
         return {
             **found,
             "bytes": max(found["bytes"], while_trained),
-            "seconds": found["seconds"] + training_takes,
-            "stages": {**found["stages"], "train": found["stages"].get("train", 0.0) + training_takes},
+            "seconds": found["seconds"] + takes,
+            "stages": {**found["stages"], "train": found["stages"].get("train", 0.0) + takes},
         }
 
     @property
     def names(self) -> dict[str, Any]:
         return {**super().names, "qat": {"name": self.config.qat.name}}
 
-    def signed(self, protected: list[int] | None) -> str:
+    def signed(self, protected: tuple[int, ...] | None) -> str:
         found = {
-            **identity(self.config, self.blocks, protected),
+            **self.plan.counted(protected),
             "qat": counted(self.config.qat),
             "world": processes(),
             "libraries": training_libraries(),
@@ -178,19 +163,19 @@ class TrainJob(Job):
         with run.stage("calibrate"):
             calibration, stats = bench.calibration(), bench.inputs()
         with run.stage("choose"):
-            choice = choose(config.protect, bench)
-        trainer = Trainer(bench, config, choice.blocks, stats)
+            choice = choose(config.protect, self.plan.model.protected, bench)
+        trainer = Trainer(bench, self.plan, choice.blocks, stats)
         with run.stage("data"):
             trainer.prepare()
         with run.stage("generate_bf16"):
             asked = Recording(studio, self.pairs, "ask BF16")
-            reference = self._bf16(studio, "generate BF16", self.pairs)
+            baseline = self.bf16(studio, "generate BF16", self.pairs)
         floors: dict[str, list[tuple[Sample, Sample]]] = {}
         if config.eval.noise_floor:
             with run.stage("noise_floor"):
-                floors = self._floors(studio, reference)
+                floors = self.floors(studio, baseline)
         with run.stage("generate_twin"):
-            report, twin, answers = self._twin(bench, choice, stats, reference, asked)
+            report, twin, answers = self._twin(bench, choice, stats, baseline, asked)
         with run.stage("train"):
             signed, training = self._trained(trainer)
         with run.stage("generate_trained"):
@@ -199,17 +184,17 @@ class TrainJob(Job):
             samples = studio.videos(label, self.pairs, latents)
             answers |= self._answers(studio, asked, "", how)
         with run.stage("compare"):
-            beside = {"": list(zip(reference, samples, strict=True)), TWIN: list(zip(reference, twin, strict=True))}
+            beside = {"": list(zip(baseline, samples, strict=True)), TWIN: list(zip(baseline, twin, strict=True))}
             metrics, over = self._compare({**beside, **floors}, twin, answers)
-            gate_results = gates.check(samples, reference)
+            gate_results = gates.check(samples, baseline)
         with run.stage("write"):
-            self._write_videos(reference, samples, floors)
+            self.write_videos(baseline, samples, floors)
             self._save(studio, report)
-        tail = self._tail(bench, config.prompts)
+        tail = self.tail(bench, self.plan.pairs)
         tail["memory"]["peak_bytes"] = max(tail["memory"]["peak_bytes"], trainer.peak_before)
         return {
-            **self._head(bench, list(report.protected_blocks)),
-            **self._conversion(report, calibration, choice, overflows),
+            **self.head(tuple(report.protected_blocks)),
+            **conversion(self.plan, report, calibration, choice, overflows),
             "qat": dataclasses.asdict(config.qat),
             "block_sqnr": None,
             "metrics": metrics,
@@ -222,12 +207,12 @@ class TrainJob(Job):
         }
 
     def _twin(
-        self, bench: Bench, choice: Choice, stats: Mapping[str, Any], reference: list[Sample], asked: Recording
+        self, bench: Bench, choice: Choice, stats: Mapping[str, Any], baseline: list[Sample], asked: Recording
     ) -> tuple[ConversionReport, list[Sample], dict[str, list[Item]]]:
         """What PTQ makes of it, its videos and the errors of its answers; the model stays BF16."""
-        transformer, how = bench.studio.transformer, (bench.quant, choice.blocks, bench.modules)
+        transformer, how = bench.studio.transformer, (bench.scheme.config, choice.blocks, bench.modules)
         if not self.config.qat.quantize:
-            return plan_conversion(transformer, *how), reference, {}
+            return plan_conversion(transformer, *how), baseline, {}
         label, what = "generate twin", bench.what_is_quantized(choice.blocks)
         with quantized(transformer, *how, stats) as report:
             latents, _ = bench.studio.latents(label, self.pairs, what)
@@ -263,7 +248,7 @@ class TrainJob(Job):
                 told = trainer.train()
             for name, part in transformers_in(studio.pipe).items():
                 if quantized_linears(part):
-                    save_transformer(part, self.model_folder / name, folder / name, lambda: None)
+                    save_transformer(part, self.plan.model.folder / name, folder / name, lambda: None)
                 else:
                     part.save_pretrained(folder / name)
             (folder / CURVES).write_text(json.dumps(told) + "\n", encoding="utf-8")
@@ -314,46 +299,34 @@ class TrainJob(Job):
             partial.rename(target)
 
 
-def questions_of(config: TrainConfig) -> int:
-    """That are recorded to be learned from."""
-    if config.qat.data.source != "trajectories":
-        return 0
-    settings = config.model.generation
-    return len(pairs(config.qat.data.prompts, "qat.data.prompts")) * settings.steps * settings.branches
+def needs_of(plan: TrainPlan, needs: Plan) -> TrainingPlan:
+    """Memory of the training itself."""
+    tokens, precision = tokens_of(plan.settings, needs.shape), settled_precision(plan.qat.precision, plan.device)
+    return plan_training(needs.shape, plan.config, tokens, plan.questions, precision, processes())
 
 
-def training_how(config: TrainConfig, plan: Plan) -> tuple[int, torch.device, str]:
-    """Tokens of a video, the device, and the precision."""
-    return (
-        tokens_of(config.model.generation, plan.shape),
-        plan.device,
-        settled_precision(config.qat.precision, plan.device),
-    )
+def seconds_of(plan: TrainPlan, needs: Plan) -> float:
+    """Of the training itself, by a probe of one block."""
+    tokens, precision = tokens_of(plan.settings, needs.shape), settled_precision(plan.qat.precision, plan.device)
+    return training_seconds(needs.shape, plan.config, tokens, plan.questions, plan.device, precision)
 
 
-def print_training_plan(config: TrainConfig, whole: Plan, config_yaml: str) -> None:
+def print_training_plan(plan: TrainPlan, needs: Plan, config_yaml: str) -> None:
     """After that of the quantization: what the training needs."""
-    print_plan(whole, config_yaml)
-    questions, shape, (tokens, device, precision) = questions_of(config), whole.shape, training_how(config, whole)
-    plan = plan_training(shape, config, tokens, questions, precision, processes())
-    parts = {name: getattr(plan, name) for name in ("model", *ADDED)}
+    print_plan(needs, config_yaml)
+    training = needs_of(plan, needs)
+    parts = {name: getattr(training, name) for name in ("model", *ADDED)}
     told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
-    print(f"training    {in_bytes(plan.total)} on the device: {told}")
-    if plan.host:
-        passing = min(questions, config.qat.questions or questions)
-        print(f"            {in_bytes(plan.host)} beside it, for what passes between blocks ({passing} questions)")
-    if shrinks(config):
-        print(f"            less with {shrinks(config)}")
-    seconds = training_seconds(shape, config, tokens, questions, device, precision)
+    print(f"training    {in_bytes(training.total)} on the device: {told}")
+    if training.host:
+        passing = min(plan.questions, plan.qat.questions or plan.questions)
+        print(f"            {in_bytes(training.host)} beside it, for what passes between blocks ({passing} questions)")
+    if shrinks(plan.config):
+        print(f"            less with {shrinks(plan.config)}")
+    seconds = seconds_of(plan, needs)
     print(
-        f"            {in_time(seconds)}, by a probe of one block; with the videos {in_time(seconds + whole.seconds)}"
+        f"            {in_time(seconds)}, by a probe of one block; with the videos {in_time(seconds + needs.seconds)}"
     )
-
-
-def _own_card(device: str) -> str:
-    """Of several processes each has the card that its launcher gave it."""
-    kind = pick_device(device).type
-    return device if processes() == 1 or kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def verdict_of(paired: Estimate, few: bool) -> str:

@@ -17,12 +17,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.bench import Bench
 from wanquant.ptq.sensitivity import final_errors, quantized
 from wanquant.qat.blockwise import Blockwise, enter
-from wanquant.qat.check import counted, training_of
-from wanquant.qat.config import QATConfig, TrainConfig, processes
+from wanquant.qat.check import TrainPlan, counted
+from wanquant.qat.config import QATConfig, processes
 from wanquant.qat.data import Source, Trajectories, make_source, order
 from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator
 from wanquant.qat.loss import Objective, needs_teacher
@@ -60,7 +59,7 @@ class Trainer:
     """``protected`` are the blocks that stay BF16; ``stats`` what calibration saw."""
 
     bench: Bench
-    config: TrainConfig
+    plan: TrainPlan
     protected: Sequence[int]
     stats: Mapping[str, Any]
     source: Source | None = None
@@ -70,7 +69,7 @@ class Trainer:
 
     @property
     def qat(self) -> QATConfig:
-        return self.config.qat
+        return self.plan.qat
 
     @property
     def studio(self) -> Studio:
@@ -83,7 +82,7 @@ class Trainer:
     @property
     def measured(self) -> list[str]:
         """The prompts that are measured on."""
-        return sorted({text for text, _ in pairs(self.config.prompts)})
+        return sorted({text for text, _ in self.plan.pairs})
 
     @cached_property
     def signature(self) -> str:
@@ -109,7 +108,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Makes the data, or finds them in the cache; the model has to be in BF16."""
-        self.source = make_source(self.studio, self.qat.data, self.qat.seed, self.measured)
+        self.source = make_source(self.studio, self.qat.data, self.plan.learned, self.qat.seed, self.measured)
 
     def train(self) -> dict[str, Any]:
         """Leaves the trained transformer in the pipeline; returns its curves, and the memory it took."""
@@ -123,7 +122,7 @@ class Trainer:
             told = self._train(accelerator)
         except Exception as error:
             if out_of_memory(error):
-                error.add_note(f"the plan was {in_bytes(planned.total)}; to shrink it: {shrinks(self.config)}")
+                error.add_note(f"the plan was {in_bytes(planned.total)}; to shrink it: {shrinks(self.plan.config)}")
             raise
         memory = {"begun": begun, "peak": peak_memory(device), "planned": planned.added(device.type == "cpu")}
         return {**told, "memory": memory}
@@ -133,7 +132,7 @@ class Trainer:
         studio = self.studio
         questions = len(self.source) if self.source is not None else 0
         tokens = tokens_of(studio.model.generation, studio.transformer)
-        return plan_training(studio.transformer, self.config, tokens, questions, self.precision, processes())
+        return plan_training(studio.transformer, self.plan.config, tokens, questions, self.precision, processes())
 
     def _train(self, accelerator: Accelerator) -> dict[str, Any]:
         qat = self.qat
@@ -174,7 +173,7 @@ class Trainer:
         studio, qat, source = self.studio, self.qat, self.source
         transformer = studio.transformer
         assert isinstance(source, Trajectories)
-        plan = plan_conversion(transformer, self.bench.quant, self.protected, self.bench.modules)
+        plan = plan_conversion(transformer, self.bench.scheme.config, self.protected, self.bench.modules)
         touched = {row.block for row in plan.modules if row.status == "converted"}
 
         def make(index: int, block: nn.Module) -> nn.Module | None:
@@ -212,7 +211,7 @@ class Trainer:
             for name, seen in self.stats.items()
             if name.startswith(f"blocks.{index}.")
         }
-        make_trainable_(holder, self.bench.quant, (), self.bench.modules, own, training_of(self.qat))
+        make_trainable_(holder, self.bench.scheme.config, (), self.bench.modules, own, self.plan.training)
         found: nn.Module = holder.blocks[0]
         for parameter in found.parameters():
             parameter.data = parameter.data.float()
@@ -224,7 +223,7 @@ class Trainer:
         qat, assigned = self.qat, self.source
         assert assigned is not None
         if qat.quantize:
-            how = (self.bench.quant, self.protected, self.bench.modules, self.stats, training_of(qat))
+            how = (self.bench.scheme.config, self.protected, self.bench.modules, self.stats, self.plan.training)
             make_trainable_(student, *how)
         if self.precision == "fp32":
             student.float()
@@ -279,7 +278,7 @@ class Trainer:
         it is, and its twin's."""
         studio, bench = self.studio, self.bench
         references = bench.references
-        how = (bench.quant, self.protected, bench.modules, self.stats)
+        how = (bench.scheme.config, self.protected, bench.modules, self.stats)
 
         def measure(label: str) -> float:
             with studio.progress(label, bench.pairs) as tick:

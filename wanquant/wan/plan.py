@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanquant.quant import ConversionReport, QuantConfig, plan_conversion
-from wanquant.quant.scheme import parse
+from wanquant.quant import ConversionReport, plan_conversion
+from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import resident_memory
@@ -71,7 +71,7 @@ class Plan:
     """Of the pipeline in ``folder``, in which a quantization does this much ``work`` in batches of so many ``rows``."""
 
     folder: Path
-    quant: QuantConfig
+    scheme: Scheme
     protected: Sequence[int]
     modules: Sequence[str]
     settings: GenerationConfig
@@ -89,7 +89,7 @@ class Plan:
 
     @cached_property
     def report(self) -> ConversionReport:
-        return plan_conversion(self.shape, self.quant, self.protected, self.modules)
+        return plan_conversion(self.shape, self.scheme.config, self.protected, self.modules)
 
     @cached_property
     def parameters(self) -> int:
@@ -114,7 +114,7 @@ class Plan:
     @cached_property
     def packed(self) -> int:
         """Bytes of the transformers with codes for weights, as they are stored."""
-        granularity, scales = parse(self.quant).weight_granularity, 0
+        granularity, scales = self.scheme.weight_granularity, 0
         for name in self.converted:
             linear = self._linear(name)
             scales += math.prod(granularity.scale_shape(linear.out_features, linear.in_features))
@@ -123,7 +123,7 @@ class Plan:
     @property
     def weights(self) -> int:
         """Bytes of the transformers as they are loaded."""
-        return self.packed if self.names is not None and self.quant.packed else 2 * self.parameters
+        return self.packed if self.names is not None and self.scheme.packed else 2 * self.parameters
 
     @cached_property
     def activations(self) -> int:
@@ -143,7 +143,7 @@ class Plan:
         mapped while anything of them is used, so that what is quantized comes beside them, and so do the videos."""
         work, on_host = self.work, self.device.type == "cpu"
         new = work.beside or (on_host and work.quantized and self.names is None)
-        rounded = self.quantized_weights * (1 if self.quant.packed else 2) if new else 0
+        rounded = self.quantized_weights * (1 if self.scheme.packed else 2) if new else 0
         inside = sum(m.weight.numel() for m in self.shape.blocks.modules() if isinstance(m, nn.Linear))
         beside = max(rounded, inside if work.all_beside else 0)
         return self.weights + self.others + self.activations + beside + (self.videos if on_host else 0)
@@ -211,7 +211,7 @@ class Plan:
 
     def _calibrating(self, how: tuple[int, int]) -> float:
         encoding = encoding_seconds(self.folder / "text_encoder", self.settings.max_text_length, self.device)
-        layout = Layout(("",), 1, 4, 1, parse(self.quant).needs_statistics)
+        layout = Layout(("",), 1, 4, 1, self.scheme.needs_statistics)
         if self._is_small:
             each = small_pass(self._config, None, self.settings, 1, self.device, layout)
         else:
@@ -242,7 +242,7 @@ class Plan:
             _, index, own = name.split(".", 2)
             inside.setdefault(index, []).append(own)
         names = max(inside.values(), key=len, default=[])
-        return [None, Quantized(names, parse(self.quant))] if names and self.work.quantized else [None]
+        return [None, Quantized(names, self.scheme)] if names and self.work.quantized else [None]
 
     def _linear(self, name: str) -> nn.Linear:
         linear = self.shape.get_submodule(name)

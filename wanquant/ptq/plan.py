@@ -1,0 +1,189 @@
+"""A PTQ job's config, resolved once: behind it no string is parsed, no folder is looked for, no name is checked.
+
+Whatever can be refused by the config and the model's JSON files is refused here, before a weight is read or fetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from wanquant.choices import check_choices
+from wanquant.evaluate import perceptual, vbench
+from wanquant.evaluate.check import check_eval
+from wanquant.evaluate.config import EvalConfig
+from wanquant.evaluate.prompts import PromptsConfig, following, pairs, settled
+from wanquant.ptq.config import AnalysisConfig, ConvertConfig, PTQConfig
+from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check_protect
+from wanquant.quant import plan_conversion
+from wanquant.quant.scheme import Scheme, parse
+from wanquant.quant.select import resolve_blocks
+from wanquant.wan.checkpoint import quantization_of
+from wanquant.wan.config import GenerationConfig
+from wanquant.wan.device import pick_device
+from wanquant.wan.experts import parts_of, shape_of_whole
+from wanquant.wan.generate import check_guidance
+from wanquant.wan.load import Transformer, check_folder, check_shape, find_folder, transformers_of
+from wanquant.wan.outliers import chosen_blocks
+from wanquant.wan.studio import Pair
+from wanquant.wan.tiny import parse_caption
+
+P = TypeVar("P", bound="PTQPlan")
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """The model that is quantized, as its JSON files have it.
+
+    folder        where they are
+    shape         its transformer, or both of Wan2.2 as one, on the meta device
+    transformers  1, or 2
+    protected     the blocks that stay BF16, numbered through; None where the data will choose them
+    outliers      the blocks that outliers are planted in
+    """
+
+    folder: Path
+    shape: Transformer
+    transformers: int
+    protected: tuple[int, ...] | None
+    outliers: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        """Of all transformers."""
+        return len(self.shape.blocks)
+
+
+@dataclass(frozen=True)
+class PTQPlan:
+    """``config`` is what ``result.json``, the tracker and the signatures have of it: with the format's own choices, the
+    prompts' texts, and batches as they will be. ``pairs`` are measured, ``calibration`` is calibrated on."""
+
+    config: PTQConfig
+    scheme: Scheme
+    model: SourceModel
+    device: torch.device
+    pairs: tuple[Pair, ...]
+    calibration: tuple[Pair, ...]
+
+    @property
+    def settings(self) -> GenerationConfig:
+        return self.config.model.generation
+
+    @cached_property
+    def other_seeds(self) -> tuple[list[Pair], dict[int, int]]:
+        """Of the noise floor: the videos to generate besides, and with which other seed each seed is compared. A single
+        seed gets a further one."""
+        seeds = self.config.prompts.seeds
+        if len(seeds) > 1:
+            return [], following(seeds)
+        further = [(text, seeds[0] + 1) for text in dict.fromkeys(text for text, _ in self.pairs)]
+        return further, {seeds[0]: seeds[0] + 1}
+
+    def counted(self, protected: tuple[int, ...] | None) -> dict[str, Any]:
+        """The config with all that cannot change the numbers put to its default, to be signed.
+
+        ``protected`` are the blocks once they are known: how they were chosen changes nothing but which they are. Until
+        then, and in an analysis, the calibration videos count in their batches too.
+        """
+        config = self.config
+        batches = [min(config.model.batch, len(videos)) for videos in (self.pairs, self.calibration)]
+        if config.mode == "analyze":
+            config = dataclasses.replace(config, prompts=PromptsConfig(), eval=EvalConfig())
+            batches = batches[1:]
+        else:
+            config = dataclasses.replace(config, analysis=AnalysisConfig(bins=config.analysis.bins))
+        if protected is not None:
+            blocks = list(resolve_blocks(protected, self.model.blocks))
+            config = dataclasses.replace(config, protect=ProtectConfig(blocks=blocks, modules=config.protect.modules))
+            batches = batches[:1]
+        found = dataclasses.asdict(config)
+        found["model"]["batch"] = batches
+        return found
+
+
+def resolve(config: PTQConfig) -> PTQPlan:
+    """``ValueError`` names the key at fault and what it may be."""
+    check_choices(config)
+    scheme = parse(config.quant)
+    check_eval(config.eval)
+    config = _settled(config, scheme)
+    measured, calibration = pairs(config.prompts), pairs(config.calib, "calib")
+    device = pick_device(config.model.device)
+    _check(config, scheme, measured)
+    if config.model.language == "scenes":
+        check_captions([*measured, *calibration])
+    model = resolve_model(config, scheme, find_folder(config.model.path, shapes_only=True))
+    return PTQPlan(config, scheme, model, device, tuple(measured), tuple(calibration))
+
+
+def with_weights(plan: P) -> P:
+    """The same of the model with its weights, which are fetched if they are on the hub, and whole."""
+    folder = find_folder(plan.config.model.path)
+    check_folder(folder)
+    return dataclasses.replace(plan, model=resolve_model(plan.config, plan.scheme, folder))
+
+
+def _settled(config: PTQConfig, scheme: Scheme) -> PTQConfig:
+    """The config with the format's own choices, the prompts' texts, no more bins than denoising steps, and videos one
+    at a time where a batch would share a scale: the videos of a real run come alone."""
+    return dataclasses.replace(
+        config,
+        quant=scheme.config,
+        model=config.model if scheme.independent else dataclasses.replace(config.model, batch=1),
+        analysis=dataclasses.replace(config.analysis, bins=min(config.analysis.bins, config.model.generation.steps)),
+        eval=dataclasses.replace(config.eval, lpips=perceptual.settled(config.eval.lpips)),
+        prompts=settled(config.prompts),
+        calib=settled(config.calib),
+    )
+
+
+def _check(config: PTQConfig, scheme: Scheme, measured: list[Pair]) -> None:
+    if config.convert != ConvertConfig():
+        raise ValueError(f"convert is for mode=convert, not for mode={config.mode}")
+    if config.mode == "analyze":
+        if config.eval.dimensions:
+            raise ValueError("mode=analyze makes no videos to judge: leave eval.dimensions out")
+        if scheme.format.name != "hif8":
+            raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
+    size = config.model.generation
+    vbench.refuse_pointless(config.eval.dimensions, [text for text, _ in measured], min(size.height, size.width))
+    counts = {"analysis.bins": config.analysis.bins, "threads": config.threads, "model.batch": config.model.batch}
+    for key, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{key}={count}: must be at least 1")
+
+
+def check_captions(videos: list[Pair]) -> None:
+    """``ValueError`` for a prompt that tiny-wan's grammar does not have."""
+    for prompt, _ in videos:
+        parse_caption(prompt)
+
+
+def resolve_model(config: PTQConfig, scheme: Scheme, folder: Path) -> SourceModel:
+    """Refuses what a model of this shape cannot be quantized to."""
+    if config.mode != "convert" or (folder / "model_index.json").is_file():
+        check_shape(folder)
+    by_data = config.protect.by in (*MEASURES, GREEDY)
+    if by_data and scheme.format.keeps_all:
+        raise ValueError(f"protect.by={config.protect.by} measures a quantization, and {scheme.format.name} is none")
+    for part in transformers_of(folder).values():
+        if quantization_of(part) is not None:
+            raise ValueError(f"{folder} is quantized already: model.path must be the original model")
+    shape = shape_of_whole(folder)
+    if config.mode != "convert":  # which generates nothing
+        check_guidance(folder, config.model.generation)
+    blocks, transformers = len(shape.blocks), len(parts_of(shape))
+    check_protect(config.protect, blocks // transformers)
+    outliers = chosen_blocks(config.model.outliers, blocks)
+    protected = None if by_data else tuple(by_rule(config.protect, blocks, transformers))
+    kept = range(config.protect.budget) if protected is None else protected
+    plan = plan_conversion(shape, config.quant, list(kept), config.protect.modules)
+    if not plan.names("converted") and not scheme.format.keeps_all:
+        raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
+    return SourceModel(folder, shape, transformers, protected, outliers)
