@@ -31,7 +31,7 @@ SIZES = (48, 47, 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = {name: each for name, each in vars(cuda).items() if isinstance(each, JITFunction)}
 #: Not launched but called by others.
-INNER = {"_round_bits", "_widen", "_step", "_factored"}
+INNER = {"_round_bits", "_widen", "_scale_of", "_factored"}
 
 Launch = tuple[str, tuple[Any, ...]]
 
