@@ -354,6 +354,13 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     refused(monkeypatch, tmp_path, capsys, override, named)
 
 
+def test_no_batch_is_no_batch_where_videos_come_alone_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ptq(monkeypatch, "quant=osp_next", "model.batch=0", f"hydra.run.dir={tmp_path / 'run'}") == 1
+    assert capsys.readouterr().err == "error: model.batch=0: must be at least 1\n"
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [

@@ -1,4 +1,4 @@
-"""Smoothing and searched steps: nothing changes but rounding, and protected weights not at all."""
+"""Smoothing and searched scales: nothing changes but rounding, and protected weights not at all."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_protected_weights_stay_bit_identical_after_calibration(strength: float 
     assert (layer.input_factor is None) == (strength is None)  # to_v is protected, so nothing is folded into it
 
 
-def test_a_folded_linear_gets_the_step_of_its_smoothed_input() -> None:
+def test_a_folded_linear_gets_the_scale_of_its_smoothed_input() -> None:
     """Whether the input arrives divided or is divided in the layer, it is the same input."""
     layers = {}
     for how, folds in (("folded", FOLDS), ("kept", {})):
@@ -190,7 +190,7 @@ def test_a_percentile_of_a_weight_overlooks_nothing_broken() -> None:
 
 
 @pytest.mark.parametrize("rule", ["p99/15", "ema/15", "mse", "ofmr"])
-def test_static_steps_come_from_statistics(rule: str) -> None:
+def test_static_scales_come_from_statistics(rule: str) -> None:
     model = wan_transformer(2)
     config = QuantConfig(activations=ActivationConfig("per_tensor", rule, True), overflow="saturate")
     with pytest.raises(ValueError, match="full calibration statistics"):
@@ -208,8 +208,8 @@ def test_static_steps_come_from_statistics(rule: str) -> None:
     else:
         view = site.view()
         noise = [
-            view.noise(step, layer.scheme.format, "saturate")
-            for step in (float(layer.input_scale), site.largest() / 15)
+            view.noise(scale, layer.scheme.format, "saturate")
+            for scale in (float(layer.input_scale), site.largest() / 15)
         ]
         assert noise[0] <= noise[1] * (1 + 1e-6)
 

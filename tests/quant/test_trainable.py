@@ -59,9 +59,9 @@ def surrogate(trained: TrainableQuantLinear, x: torch.Tensor, masked: bool) -> t
     limit = trained.scheme.format.overflow
     leaves = [x.double().requires_grad_(), trained.weight.detach().double().requires_grad_()]
     parts = []
-    for leaf, rounded, step in zip(leaves, (rounded_x, rounded_w), (scale, w_scale), strict=True):
+    for leaf, rounded, own in zip(leaves, (rounded_x, rounded_w), (scale, w_scale), strict=True):
         inside = (leaf.detach().bfloat16().double() if leaf is leaves[1] else leaf.detach()).abs() / (
-            step[:, None] if step.ndim else step
+            own[:, None] if own.ndim else own
         ) < limit
         parts.append(torch.where(inside, leaf + (rounded - leaf).detach(), rounded) if masked
                      else leaf + (rounded - leaf).detach())  # fmt: skip
@@ -175,11 +175,11 @@ def test_learned_scales_have_the_gradient_of_the_surrogate(per: str) -> None:
             (trained.weight.double(), trained.initial_scale, leaves[0]),
             (x.double(), trained.input_scale, leaves[1]),
         ):
-            step = base.double() * gain.exp()
-            step = step[:, None] if step.ndim else step
-            v = values / step.detach()
+            scale = base.double() * gain.exp()
+            scale = scale[:, None] if scale.ndim else scale
+            v = values / scale.detach()
             rounded = trained.scheme.format.round(v.float(), "saturate").double()
-            parts.append(step * (values / step + (rounded - v)))  # straight through: the derivative of Q is 1
+            parts.append(scale * (values / scale + (rounded - v)))  # straight through: the derivative of Q is 1
         assert trained.bias is not None
         ((parts[1] @ parts[0].T) * upstream.double()).sum().backward()
         for ours, theirs in zip((trained.weight_gain, trained.input_gain), leaves, strict=True):

@@ -1,4 +1,4 @@
-"""The whole of ``python ptq.py`` as one dataclass. ``wanquant.ptq.check`` says what of it is refused."""
+"""The whole of ``python ptq.py`` as one dataclass. ``wanquant.ptq.plan`` resolves it."""
 
 from __future__ import annotations
 

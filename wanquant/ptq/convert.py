@@ -63,12 +63,12 @@ def run_convert(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, 
         config = dataclasses.replace(config, quant=scheme.config)
         model = resolve_model(config, scheme, find_folder(config.model.path, shapes_only=True))
         check_convert(config)
+        recipes = recipes_of(config, scheme, model)  # refused before anything is fetched
         torch.set_num_threads(config.threads)
+        source = model.folder if config.dry_run else find_folder(config.model.path)
         if not config.dry_run:
-            folder_ = find_folder(config.model.path)
-            check_whole(folder_)
-            model = resolve_model(config, scheme, folder_)
-        conversion = Conversion(config, scheme, model.folder, recipes_of(config, scheme, model))
+            check_whole(source)
+        conversion = Conversion(config, scheme, source, recipes)
     print(f"{config.quant.name} on {config.model.name}, protect {config.protect.name}: from files to files", flush=True)
     if config.dry_run:
         print_convert_plan(conversion, config_yaml)

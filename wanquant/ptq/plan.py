@@ -1,4 +1,4 @@
-"""A PTQ job's config, resolved once: behind it no string is parsed, no folder is looked for, no name is checked.
+"""A PTQ job's config, resolved once: the model's folder and shape, the scheme, the blocks, the pairs, the device.
 
 Whatever can be refused by the config and the model's JSON files is refused here, before a weight is read or fetched.
 """
@@ -111,10 +111,10 @@ def resolve(config: PTQConfig) -> PTQPlan:
     """``ValueError`` names the key at fault and what it may be."""
     check_choices(config)
     scheme = parse(config.quant)
-    check_eval(config.eval)
     config = _settled(config, scheme)
     measured, calibration = pairs(config.prompts), pairs(config.calib, "calib")
     device = pick_device(config.model.device)
+    check_eval(config.eval)
     _check(config, scheme, measured)
     if config.model.language == "scenes":
         check_captions([*measured, *calibration])
@@ -132,10 +132,11 @@ def with_weights(plan: P) -> P:
 def _settled(config: PTQConfig, scheme: Scheme) -> PTQConfig:
     """The config with the format's own choices, the prompts' texts, no more bins than denoising steps, and videos one
     at a time where a batch would share a scale: the videos of a real run come alone."""
+    alone = config.model.batch > 1 and not scheme.independent
     return dataclasses.replace(
         config,
         quant=scheme.config,
-        model=config.model if scheme.independent else dataclasses.replace(config.model, batch=1),
+        model=dataclasses.replace(config.model, batch=1) if alone else config.model,
         analysis=dataclasses.replace(config.analysis, bins=min(config.analysis.bins, config.model.generation.steps)),
         eval=dataclasses.replace(config.eval, lpips=perceptual.settled(config.eval.lpips)),
         prompts=settled(config.prompts),
@@ -181,7 +182,7 @@ def resolve_model(config: PTQConfig, scheme: Scheme, folder: Path) -> SourceMode
     blocks, transformers = len(shape.blocks), len(parts_of(shape))
     check_protect(config.protect, blocks // transformers)
     outliers = chosen_blocks(config.model.outliers, blocks)
-    protected = None if by_data else tuple(by_rule(config.protect, blocks, transformers))
+    protected = None if by_data else resolve_blocks(by_rule(config.protect, blocks, transformers), blocks)
     kept = range(config.protect.budget) if protected is None else protected
     plan = plan_conversion(shape, config.quant, list(kept), config.protect.modules)
     if not plan.names("converted") and not scheme.format.keeps_all:

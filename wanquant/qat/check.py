@@ -50,11 +50,11 @@ def resolve_train(config: TrainConfig) -> TrainPlan:
         model=dataclasses.replace(config.model, device=_own_card(config.model.device)),
         qat=dataclasses.replace(config.qat, data=data),
     )
-    plan = resolve(config)
     recorded = data.source == "trajectories"
     learned = pairs(data.prompts, "qat.data.prompts") if recorded else []
     if config.model.language == "scenes":
         check_captions(learned)
+    plan = resolve(config)
     check_qat(config, plan)
     fields_ = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     return TrainPlan(**fields_, learned=tuple(learned), training=training_of(config.qat))
@@ -99,7 +99,6 @@ def check_qat(config: TrainConfig, plan: PTQPlan) -> None:
 
 def _check_ranges(qat: QATConfig) -> None:
     """What can be said of each number and word by itself, and of the batch and the steps."""
-    check_choices(qat, "qat.")
     for name in ("steps", "batch", "accumulation", "save_every", "window"):
         if getattr(qat, name) < 1:
             raise ValueError(f"qat.{name}={getattr(qat, name)}: must be at least 1")

@@ -1,4 +1,4 @@
-"""The whole of ``python train.py`` as one dataclass. ``wanquant.qat.check`` says what of it is refused."""
+"""The whole of ``python train.py`` as one dataclass. ``wanquant.qat.check`` resolves it."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
+from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.perceptual import distance
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference, estimate
 from wanquant.ptq.bench import Bench
@@ -80,16 +81,16 @@ def run_train(config: TrainConfig, folder: Path, config_yaml: str) -> dict[str, 
 
 
 def assist(config: TrainConfig) -> None:
-    """Waits until the first process has all that can be made once, and trains with it."""
+    """Waits until the first process has all that can be made once, and trains with it; that one alone judges."""
+    plan = resolve_train(dataclasses.replace(config, eval=EvalConfig()))
     word: list[Any] = [None]
     broadcast_object_list(word)
     if word[0] is None:
         return
-    plan = with_weights(resolve_train(config))
     torch.set_num_threads(plan.config.threads)
     hush_libraries()
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-        bench = TrainJob(plan).load()
+        bench = TrainJob(with_weights(plan)).load()
         trainer = Trainer(bench, plan, word[0], bench.inputs())
         trainer.prepare()
         trainer.train()

@@ -1,12 +1,12 @@
 """Our checkpoints in the layouts of other engines, from files to files, a tensor at a time.
 
-``bf16``       what the codes mean, as a plain BF16 model in diffusers' layout, for engines without the format. Steps
+``bf16``       what the codes mean, as a plain BF16 model in diffusers' layout, for engines without the format. Scales
                that are no powers of two round each weight once more; activations are not rounded any more.
 ``mindie-sd``  ``quant_model_description_<type>.json`` and ``quant_model_weight_<type>.safetensors``, as msModelSlim
                writes them (its ``mindie_format.py``) and MindIE-SD reads them (its ``quantize.py`` and ``layer.py``):
 
-    W8A8_DYNAMIC   INT8, a step a row, dynamic activations      weight, weight_scale [out, 1], weight_offset, bias
-    W8A8           INT8, a step a row, static activations       weight, input_scale, input_offset, deq_scale, quant_bias
+    W8A8_DYNAMIC   INT8, a scale a row, dynamic activations     weight, weight_scale [out, 1], weight_offset, bias
+    W8A8           INT8, a scale a row, static activations      weight, input_scale, input_offset, deq_scale, quant_bias
     W8A8_MXFP8     MXFP8                                        weight, weight_scale (exponents + 127), bias
     W8A8_HIFLOAT8  HiF8, as W8A8_DYNAMIC, with codes in uint8   no engine that reads it is known
 
