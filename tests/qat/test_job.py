@@ -18,7 +18,7 @@ import wandb
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
-from tests.jobs import ROOT, short
+from tests.jobs import ROOT, ptq, short
 from tests.qat.short import overrides, result_of, train
 from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
@@ -124,6 +124,15 @@ def test_finished_is_not_trained_again(model: Path, cache: Path, tmp_path: Path,
     other = "prompts.texts=[a green square moving down on a gray background]"
     assert train(monkeypatch, *overrides(model, cache, *words[:2], other), f"hydra.run.dir={tmp_path / 'c'}") == 0
     assert "train" in result_of(tmp_path / "c")["provenance"]["from_cache"]
+
+
+def test_the_twin_is_what_ptq_makes_of_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose latents it takes from the cache, however the blocks are written."""
+    words = overrides(model, tmp_path / "cache", "qat.scope=norms")
+    alone = [word for word in words if not word.startswith("qat.")]
+    assert ptq(monkeypatch, *alone, "checkpoint=false", f"hydra.run.dir={tmp_path / 'ptq'}") == 0
+    assert train(monkeypatch, *words, "protect.blocks=[-1,0]", f"hydra.run.dir={tmp_path / 'run'}") == 0
+    assert "generate twin" in result_of(tmp_path / "run")["provenance"]["from_cache"]
 
 
 def test_bf16_is_fine_tuned_in_the_same_loop(
