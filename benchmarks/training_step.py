@@ -28,7 +28,7 @@ from wanquant.qat.plan import plan_training
 from wanquant.quant.convert import make_trainable_
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.device import forget_peak_memory, peak_memory
-from wanquant.wan.plan import in_bytes
+from wanquant.wan.estimate import in_bytes
 
 TIME_BAR, MEMORY_BAR = 1.4, 1.2
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ python ptq.py experiment=protection hydra.sweep.dir=outputs/ptq/protection
 python tools/write_table.py outputs/ptq/protection protection-tiny README.md
 
 The table is that of ``python -m wanquant.report``, of a sweep in which every job has finished. The directory of a run
-with ``mode=analyze`` gives the table of its blocks instead, and ``--twins`` that of trainings beside their PTQ twins.
+with ``mode=analyze`` gives the table of its blocks instead, and ``--trainings`` that of trainings beside PTQ.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ def table_of_sweep(sweep: Path, reference: str | None = None, further: bool = Fa
     return "\n\n".join([*further_markdown(summary), protocol(summary)])
 
 
-#: What trainings are compared with their twins by, and what it is called.
-TWINS = ((METRIC, "final latents"), ("answer_sqnr", "single steps"))
+#: What trainings are compared with their PTQ baselines by, and what it is called.
+COMPARED = ((METRIC, "final latents"), ("step_sqnr", "single steps"))
 
 
-def table_of_twins(sweep: Path) -> str:
-    """Markdown: every recipe of a training against its PTQ twins, in each setting and over all of them."""
+def table_of_trainings(sweep: Path) -> str:
+    """Markdown: every recipe of a training against its PTQ baselines, in each setting and over all of them."""
     table_of_sweep(sweep)  # refuses what is not whole, or not to be compared
     results = [read_result(folder) for folder in jobs_of(sweep)]
     settings = list(dict.fromkeys(_setting(result) for result in results))
     recipes = list(dict.fromkeys(result["qat"]["name"] for result in results))
-    tables = [_beside_twins(results, settings, recipes, *metric) for metric in TWINS]
-    pairs = len(over_twin(results[0], METRIC))
+    tables = [_beside_untrained(results, settings, recipes, *metric) for metric in COMPARED]
+    pairs = len(over_untrained(results[0], METRIC))
     told = (
-        f"Trained less its PTQ twin, in dB of SQNR: of the final latents, and of single steps along BF16's "
+        f"Trained less its PTQ baseline, in dB of SQNR: of the final latents, and of single steps along BF16's "
         f"trajectories. {pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings "
         f"the mean of each pair's differences, with intervals corrected for {len(recipes)} recipes. "
         f"{results[0]['model']['name']}, {_machine(results[0]['provenance'])}."
@@ -91,14 +91,14 @@ def table_of_twins(sweep: Path) -> str:
     return "\n\n".join([*tables, told])
 
 
-def _beside_twins(
+def _beside_untrained(
     results: list[dict[str, Any]], settings: list[tuple[str, str]], recipes: list[str], name: str, title: str
 ) -> str:
     heads = [f"{title}: qat", *(f"{quant}, protect {protect}" for quant, protect in settings), "over all"]
-    twins = {_setting(result): result["metrics"][f"twin.{name}"] for result in results}
-    rows = [["PTQ twin itself", *(estimate_text(twins[setting]) for setting in settings), ""]]
+    untrained = {_setting(result): result["metrics"][f"untrained.{name}"] for result in results}
+    rows = [["PTQ baseline itself", *(estimate_text(untrained[setting]) for setting in settings), ""]]
     for recipe in recipes:
-        own = {_setting(result): over_twin(result, name) for result in results if result["qat"]["name"] == recipe}
+        own = {_setting(result): over_untrained(result, name) for result in results if result["qat"]["name"] == recipe}
         if len(own) < len(settings):
             raise ValueError(f"qat={recipe} was not run in every setting")
         found = [*(compared(own[setting]) for setting in settings), compared(pooled(own.values()), len(recipes))]
@@ -110,10 +110,12 @@ def _setting(result: dict[str, Any]) -> tuple[str, str]:
     return result["quant"]["name"], result["protect"]["name"]
 
 
-def over_twin(result: dict[str, Any], name: str) -> list[Item]:
+def over_untrained(result: dict[str, Any], name: str) -> list[Item]:
     """Pair by pair."""
-    own, twin = ([Item(**item) for item in result["metrics"][key]["per_item"]] for key in (name, f"twin.{name}"))
-    return difference(own, twin)
+    own, untrained = (
+        [Item(**item) for item in result["metrics"][key]["per_item"]] for key in (name, f"untrained.{name}")
+    )
+    return difference(own, untrained)
 
 
 def pooled(parts: Iterable[list[Item]]) -> list[Item]:
@@ -125,10 +127,10 @@ def pooled(parts: Iterable[list[Item]]) -> list[Item]:
     return [Item(*pair, statistics.fmean(values)) for pair, values in found.items()]
 
 
-def write(directory: Path, reference: str | None = None, further: bool = False, twins: bool = False) -> str:
+def write(directory: Path, reference: str | None = None, further: bool = False, untrained: bool = False) -> str:
     """The table of a sweep, or of an analysis."""
-    if twins:
-        return table_of_twins(directory)
+    if untrained:
+        return table_of_trainings(directory)
     if not (directory / "result.json").is_file():
         return table_of_sweep(directory, reference, further)
     result = read_result(directory)
@@ -153,10 +155,12 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--reference", help="configuration the others are compared with (default: the first)")
     parser.add_argument("--further", action="store_true", help="how errors look, VBench, and rank correlations instead")
-    parser.add_argument("--twins", action="store_true", help="of trainings: each recipe against its PTQ twins instead")
+    parser.add_argument(
+        "--trainings", action="store_true", help="of trainings: each recipe against its PTQ baselines instead"
+    )
     args = parser.parse_args()
     try:
-        table = write(args.directory, args.reference, args.further, args.twins)
+        table = write(args.directory, args.reference, args.further, args.trainings)
         write_atomic(args.file, replace_table(args.file.read_text(), args.name, table))
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -433,4 +433,4 @@ def test_a_dry_run_says_what_would_be_done(
     assert evaluate(monkeypatch, f"model.path={made}", beside, "dry_run=true") == 0
     out = capsys.readouterr().out
     assert "0 videos denoised in BF16, 5 quantized, 5 decoded" in out
-    assert out.count("5 videos denoised in BF16, 0 quantized, 5 decoded") == 2  # as it is, and with its noise moved
+    assert out.count("5 videos denoised in BF16, 0 quantized, 5 decoded") == 2  # as it is, and with its noise perturbed

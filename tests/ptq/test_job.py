@@ -156,7 +156,7 @@ def test_dry_run_only_prints(
     printed = capsys.readouterr().out
     assert "PP" + "q" * 35 + "PPP" in printed
     assert "350 converted, 50 protected, 6 skipped" in printed
-    # Two for calibration; five each of BF16, noise moved, another seed, quantized.
+    # Two for calibration; five each of BF16, noise perturbed, another seed, quantized.
     assert "17 videos denoised in BF16, 5 quantized, 20 decoded" in printed
     assert re.search(r"^memory +[\d.]+ [MG]B: weights 28.\d MB, activations .*, the program itself", printed, re.M)
     assert re.search(r"^time +\d+ (s|min): ", printed, re.M)

@@ -7,9 +7,9 @@ import torch
 
 from tests.models import wan_transformer
 from tests.test_config import CHOICES, composed
+from wanquant.ptq.count import count_videos, estimate_resources
 from wanquant.ptq.plan import resolve
 from wanquant.ptq.stages import _quantizing
-from wanquant.ptq.work import make_plan, work_of
 from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.footprint import Quantized
@@ -24,7 +24,7 @@ LINEARS = [name for name, child in wan_transformer(1).blocks[0].named_modules() 
 def test_every_preset_is_timed(name: str) -> None:
     """Also what needs statistics of the inputs, and attention in 8 bits."""
     plan = resolve(composed(f"quant={name}"))
-    assert (_quantizing(make_plan(plan, work_of(plan))) > 0) == (name != "bf16")
+    assert (_quantizing(estimate_resources(plan, count_videos(plan))) > 0) == (name != "bf16")
     small, settings = {**wan_transformer(1).config, **WIDTHS}, GenerationConfig(64, 64, 5, 1, 2.0, 3.0, 32)
     scheme = plan.scheme
     how = Quantized(LINEARS, scheme) if name != "bf16" else None

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Asked:
-    """Random questions, four of each video."""
+    """Random samples, four of each video."""
 
     def __init__(self, count: int = 20) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -150,7 +150,7 @@ def test_losses_by_hand() -> None:
     student, teacher = wan_transformer(2), wan_transformer(2)
     asked = Asked(4)
     velocity = torch.randn(4, 16, 2, 4, 4)
-    batch = Batch(asked.noisy, asked.timestep, asked.text, velocity, answer=torch.zeros(4))
+    batch = Batch(asked.noisy, asked.timestep, asked.text, velocity, output=torch.zeros(4))
     found = Objective(LossConfig(1.0, 0.5, 0.25), None, 4, CPU, teacher).of(student, batch)  # type: ignore[arg-type]
     with torch.no_grad():
         ours, theirs = (m(asked.noisy, asked.timestep, asked.text, return_dict=False)[0] for m in (student, teacher))

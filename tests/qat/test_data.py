@@ -16,11 +16,11 @@ from wanquant.evaluate.prompts import PromptsConfig, pairs
 from wanquant.qat.config import DataConfig
 from wanquant.qat.data import Batch, Trajectories, Videos, contents, make_source, order
 from wanquant.runs.cache import Cache
+from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.encode import encode_video, encoded, fit, read_latents, read_video
 from wanquant.wan.generate import decode_video
 from wanquant.wan.scenes import draw
-from wanquant.wan.studio import Studio
 from wanquant.wan.tiny import all_scenes
 
 SETTINGS = GenerationConfig(64, 64, 17, 2, 2.0, 3.0, 64, 8)
@@ -30,10 +30,10 @@ BOTH = DataConfig(prompts=PromptsConfig(texts=[text for text, _ in PAIRS]))
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> CachedPipeline:
     pipe = load_pipeline("tiny", device="cpu")
     model = ModelConfig(generation=SETTINGS, batch=2)
-    return Studio(pipe, model, "tiny", torch.device("cpu"), Cache(tmp_path_factory.mktemp("cache")))
+    return CachedPipeline(pipe, model, "tiny", torch.device("cpu"), Cache(tmp_path_factory.mktemp("cache")))
 
 
 def test_everything_once_then_again_in_another_order() -> None:
@@ -45,27 +45,27 @@ def test_everything_once_then_again_in_another_order() -> None:
 
 
 def same(a: Batch, b: Batch, rows: range) -> bool:
-    parts = [(getattr(a, name), getattr(b, name)) for name in ("noisy", "timestep", "text", "velocity", "answer")]
+    parts = [(getattr(a, name), getattr(b, name)) for name in ("noisy", "timestep", "text", "velocity", "output")]
     return all(x is None or torch.equal(x[rows.start : rows.stop], y) for x, y in parts)
 
 
-def videos(studio: Studio, drop: float = 0.1) -> Videos:
+def videos(pipeline: CachedPipeline, drop: float = 0.1) -> Videos:
     latents = [torch.randn(16, 5, 8, 8) for _ in range(3)]
     captions = [PAIRS[0][0], PAIRS[1][0], PAIRS[0][0]]
-    return Videos(captions, latents.__getitem__, studio.embed, "", 0, 3.0, drop)
+    return Videos(captions, latents.__getitem__, pipeline.embed, "", 0, 3.0, drop)
 
 
-def test_a_part_of_the_rows_is_what_it_is_in_the_whole(studio: Studio) -> None:
-    for source in (videos(studio), make_source(studio, BOTH, pairs(BOTH.prompts), 0)):
+def test_a_part_of_the_rows_is_what_it_is_in_the_whole(pipeline: CachedPipeline) -> None:
+    for source in (videos(pipeline), make_source(pipeline, BOTH, pairs(BOTH.prompts), 0)):
         whole = source.batch(2, 6, range(6))
         for rows in (range(3), range(3, 6), range(5, 6)):
             assert same(whole, source.batch(2, 6, rows), rows)
         assert not torch.equal(source.batch(3, 6, range(6)).noisy, whole.noisy)
 
 
-def test_noise_levels_are_those_of_the_flow_shift(studio: Studio) -> None:
+def test_noise_levels_are_those_of_the_flow_shift(pipeline: CachedPipeline) -> None:
     """One in each part of the batch, x = (1 - sigma) clean + sigma noise, v = noise - clean."""
-    source = videos(studio, drop=0.5)
+    source = videos(pipeline, drop=0.5)
     batch = source.batch(0, 12, range(12))
     assert batch.velocity is not None
     sigma = batch.timestep / 1000
@@ -74,47 +74,47 @@ def test_noise_levels_are_those_of_the_flow_shift(studio: Studio) -> None:
     clean = batch.noisy - sigma.view(-1, 1, 1, 1, 1) * batch.velocity
     known = torch.stack([source.latents(i) for i in range(3)])
     assert all((known - row).flatten(1).norm(dim=1).min() < 1e-3 for row in clean)
-    dropped = sum(torch.equal(row, studio.embed("")) for row in batch.text)
+    dropped = sum(torch.equal(row, pipeline.embed("")) for row in batch.text)
     assert 1 <= dropped <= 11
 
 
-def test_a_recording_is_what_the_model_says_again(studio: Studio) -> None:
-    source = make_source(studio, BOTH, pairs(BOTH.prompts), 0)
+def test_a_recording_is_what_the_model_says_again(pipeline: CachedPipeline) -> None:
+    source = make_source(pipeline, BOTH, pairs(BOTH.prompts), 0)
     assert isinstance(source, Trajectories)
     assert len(source) == 2 * 2 * 2  # pairs, steps, branches
     batch = source.of(range(8))
-    assert torch.equal(batch.text[0], studio.embed(PAIRS[0][0]))
-    assert torch.equal(batch.text[1], studio.embed(""))
+    assert torch.equal(batch.text[0], pipeline.embed(PAIRS[0][0]))
+    assert torch.equal(batch.text[1], pipeline.embed(""))
     assert torch.equal(batch.noisy[0], batch.noisy[1])
-    assert batch.answer is not None
+    assert batch.output is not None
     with torch.no_grad():
-        again = studio.pipe.transformer(batch.noisy, batch.timestep, batch.text, return_dict=False)[0]
+        again = pipeline.pipe.transformer(batch.noisy, batch.timestep, batch.text, return_dict=False)[0]
     torch.testing.assert_close(
-        again.float(), batch.answer.float(), rtol=0.05, atol=0.05
+        again.float(), batch.output.float(), rtol=0.05, atol=0.05
     )  # other batches round otherwise
-    assert studio.pipe.transformer.training is False
+    assert pipeline.pipe.transformer.training is False
     # What it had made by the way, is not made again.
     recorded = pairs(BOTH.prompts)
     batches = [recorded[first : first + 2] for first in range(0, len(recorded), 2)]
-    assert all(studio.cache.has("latents", studio.signature("latents", pairs=batch)) for batch in batches)
-    kept, expected = studio.latents("known", recorded)[0], studio.generate(recorded, lambda: None, decode=False)
+    assert all(pipeline.cache.has("latents", pipeline.signature("latents", pairs=batch)) for batch in batches)
+    kept, expected = pipeline.latents("known", recorded)[0], pipeline.generate(recorded, lambda: None, decode=False)
     assert all(torch.equal(a, b.latents) for a, b in zip(kept, expected, strict=True))
 
 
-def test_a_video_is_encoded_as_the_pipeline_has_it(studio: Studio, tmp_path: Path) -> None:
+def test_a_video_is_encoded_as_the_pipeline_has_it(pipeline: CachedPipeline, tmp_path: Path) -> None:
     scene = all_scenes()[7]
     frames = torch.from_numpy(draw(scene, np.random.default_rng(0))).float() / 255
-    latents = encode_video(studio.pipe, frames)
+    latents = encode_video(pipeline.pipe, frames)
     assert latents.shape == (16, 5, 8, 8)
-    error = torch.from_numpy(decode_video(studio.pipe, latents)) - frames
+    error = torch.from_numpy(decode_video(pipeline.pipe, latents)) - frames
     assert -10 * error.square().mean().log10() > 25
     folder = make_videos(tmp_path / "films")
-    files = encoded(studio, [folder / "0.mp4", folder / "1.mp4"])
+    files = encoded(pipeline, [folder / "0.mp4", folder / "1.mp4"])
     read = read_latents(files[0])
-    assert torch.equal(read, encode_video(studio.pipe, read_video(folder / "0.mp4", SETTINGS)))
+    assert torch.equal(read, encode_video(pipeline.pipe, read_video(folder / "0.mp4", SETTINGS)))
     # The same video under another name is not encoded again.
     (folder / "copy.mp4").write_bytes((folder / "0.mp4").read_bytes())
-    assert encoded(studio, [folder / "copy.mp4"])[0] == files[0]
+    assert encoded(pipeline, [folder / "copy.mp4"])[0] == files[0]
 
 
 def test_a_video_is_brought_to_the_models_size_and_rate(tmp_path: Path) -> None:
@@ -138,14 +138,14 @@ def test_a_video_is_brought_to_the_models_size_and_rate(tmp_path: Path) -> None:
         read_video(tmp_path / "broken.mp4", SETTINGS)
 
 
-def test_scenes_are_drawn_once(studio: Studio, monkeypatch: Any) -> None:
+def test_scenes_are_drawn_once(pipeline: CachedPipeline, monkeypatch: Any) -> None:
     from wanquant.qat import data
 
     few = [scene for scene in all_scenes() if not scene.held_out][:3]
     monkeypatch.setattr(data, "all_scenes", lambda: few)
-    source = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), (), 0)
+    source = make_source(pipeline, DataConfig(source="scenes", videos_per_scene=2), (), 0)
     assert len(source) == 6
-    left = make_source(studio, DataConfig(source="scenes", videos_per_scene=2), (), 0, [few[1].caption])
+    left = make_source(pipeline, DataConfig(source="scenes", videos_per_scene=2), (), 0, [few[1].caption])
     assert len(left) == 4
     assert isinstance(left, Videos)
     assert few[1].caption not in left.captions
@@ -160,9 +160,9 @@ def test_data_are_known_by_what_they_are(tmp_path: Path) -> None:
     folder = make_videos(tmp_path / "films")
     config = DataConfig(source="folder", path=str(folder))
     first = contents(config)
-    (tmp_path / "films").rename(tmp_path / "moved")
-    assert contents(replace(config, path=str(tmp_path / "moved" / "metadata.csv"))) == first
-    (tmp_path / "moved" / "0.mp4").write_bytes(b"another")
-    assert contents(replace(config, path=str(tmp_path / "moved"))) != first
+    (tmp_path / "films").rename(tmp_path / "perturbed")
+    assert contents(replace(config, path=str(tmp_path / "perturbed" / "metadata.csv"))) == first
+    (tmp_path / "perturbed" / "0.mp4").write_bytes(b"another")
+    assert contents(replace(config, path=str(tmp_path / "perturbed"))) != first
     named = replace(BOTH, prompts=replace(BOTH.prompts, name="other", by_language={"english": ["x"]}))
     assert contents(named) == contents(BOTH)

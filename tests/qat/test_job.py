@@ -48,7 +48,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 #: Each with what of a block's tensors it may change.
 SCOPES: dict[str, tuple[list[str], str]] = {
-    "blockwise": (["qat.scope=blockwise", "qat.lr=1e-4", "qat.questions=16"], r"blocks\.[12]\..*"),
+    "blockwise": (["qat.scope=blockwise", "qat.lr=1e-4", "qat.samples=16"], r"blocks\.[12]\..*"),
     "all": (["qat.scope=all", "qat.gradients=stochastic", "qat.ema=0.9", "qat.bf16_steps=1"], r".*"),
     "blocks": (["qat.scope=blocks", "qat.blocks=[1]"], r"blocks\.1\..*"),
     "norms": (["qat.scope=norms", "qat.loss.blocks=0.5"], r"blocks\..*(norm.*|bias|scale_shift_table)"),
@@ -75,13 +75,13 @@ def test_what_is_trained_is_what_is_saved(
     words = overrides(model, cache, *words, f"hydra.run.dir={tmp_path / 'run'}")
     assert train(monkeypatch, *words) == 0
     said = capsys.readouterr().out
-    assert "QAT against PTQ twin: too few pairs" in said
+    assert "QAT against PTQ baseline: too few pairs" in said
     result = result_of(tmp_path / "run")
-    assert result["over_twin"]["latent_sqnr"]["n"] == 2
-    assert result["over_twin"]["latent_sqnr"]["mean"] == pytest.approx(
-        result["metrics"]["latent_sqnr"]["mean"] - result["metrics"]["twin.latent_sqnr"]["mean"]
+    assert result["over_untrained"]["latent_sqnr"]["n"] == 2
+    assert result["over_untrained"]["latent_sqnr"]["mean"] == pytest.approx(
+        result["metrics"]["latent_sqnr"]["mean"] - result["metrics"]["untrained.latent_sqnr"]["mean"]
     )
-    assert result["over_twin"]["latent_sqnr"]["mean"] != 0
+    assert result["over_untrained"]["latent_sqnr"]["mean"] != 0
     # The checkpoint makes the same videos.
     items = result["metrics"]["latent_sqnr"]["per_item"]
     pairs, settings = [(item["prompt"], item["seed"]) for item in items], GenerationConfig(**result["generation"])
@@ -111,7 +111,7 @@ def test_what_is_trained_is_what_is_saved(
             assert [None not in row for row in drift_table(rows[:1], 4)] == [False, True, True, False]
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Did training help?" in report
-    assert "PTQ twin" in report
+    assert "PTQ baseline" in report
 
 
 def test_finished_is_not_trained_again(model: Path, cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -126,13 +126,13 @@ def test_finished_is_not_trained_again(model: Path, cache: Path, tmp_path: Path,
     assert "train" in result_of(tmp_path / "c")["provenance"]["from_cache"]
 
 
-def test_the_twin_is_what_ptq_makes_of_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_untrained_baseline_is_ptqs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose latents it takes from the cache, however the blocks are written."""
     words = overrides(model, tmp_path / "cache", "qat.scope=norms")
     alone = [word for word in words if not word.startswith("qat.")]
     assert ptq(monkeypatch, *alone, "checkpoint=false", f"hydra.run.dir={tmp_path / 'ptq'}") == 0
     assert train(monkeypatch, *words, "protect.blocks=[-1,0]", f"hydra.run.dir={tmp_path / 'run'}") == 0
-    assert "generate twin" in result_of(tmp_path / "run")["provenance"]["from_cache"]
+    assert "generate untrained" in result_of(tmp_path / "run")["provenance"]["from_cache"]
 
 
 def test_bf16_is_fine_tuned_in_the_same_loop(
@@ -144,7 +144,7 @@ def test_bf16_is_fine_tuned_in_the_same_loop(
     assert "fine-tuned against BF16 as it was: too few pairs" in capsys.readouterr().out
     result = result_of(tmp_path / "run")
     assert result["conversion"]["converted"] == 0
-    assert result["metrics"]["twin.latent_sqnr"]["mean"] == 100
+    assert result["metrics"]["untrained.latent_sqnr"]["mean"] == 100
     assert result["training"]["rows"][0]["flow"] > 0
     tuned, plain = tensors(tmp_path / "run" / "checkpoint"), tensors(model)
     assert tuned.keys() == plain.keys()
@@ -183,7 +183,7 @@ def test_two_processes_train_as_one_does(scope: str, model: Path, cache: Path, t
         command = [sys.executable, *prefix, "train.py", *words, f"hydra.run.dir={tmp_path / name}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("QAT against PTQ twin") == 1
+        assert done.stdout.count("QAT against PTQ baseline") == 1
     results = [result_of(tmp_path / name) for name in ("one", "two")]
     assert [result["training"]["processes"] for result in results] == [1, 2]
     one, two = map(losses, results)
@@ -245,7 +245,7 @@ def test_killed_five_times_it_ends_the_same(scope: str, model: Path, tmp_path: P
         (["qat.data.source=tape"], "choose trajectories, scenes, folder"),
         (["qat.data.prompts.texts=[a blue square moving up on a white background]"], "measured on"),
         (["qat.scope=scales", "qat.bf16_steps=1"], "no use for qat.bf16_steps"),
-        (["qat.questions=3"], "at least 16"),
+        (["qat.samples=3"], "at least 16"),
         (["mode=analyze"], "no other than quantize"),
         (["qat.lrr=1"], "lrr"),
     ],
@@ -281,11 +281,11 @@ def test_the_tracker_gets_every_step_and_the_validation(
     assert train(monkeypatch, *overrides(model, cache, *more, f"hydra.run.dir={tmp_path / 'run'}")) == 0
     wandb.teardown()
     sent = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
-    for name in (b"grad_norms/blocks.1", b"drift/blocks.2", b"clipped", b"latent_sqnr", b"twin"):
+    for name in (b"grad_norms/blocks.1", b"drift/blocks.2", b"clipped", b"latent_sqnr", b"untrained"):
         assert name in sent
     checks = result_of(tmp_path / "run")["training"]["checks"]
     assert [row["step"] for row in checks] == [1, 2]
-    assert checks[0]["twin"] == checks[1]["twin"]
+    assert checks[0]["untrained"] == checks[1]["untrained"]
     assert checks[0]["latent_sqnr"] != checks[1]["latent_sqnr"]
     assert "Validation" in (tmp_path / "run" / "report.html").read_text()
 
@@ -293,7 +293,7 @@ def test_the_tracker_gets_every_step_and_the_validation(
 def test_out_of_memory_says_what_was_planned(
     model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """A real one: 4,096 questions at a time and 2 GB for them."""
+    """A real one: 4,096 samples at a time and 2 GB for them."""
     limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(
         resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + (1 << 31), -1)
@@ -326,19 +326,19 @@ def test_a_list_of_videos_is_checked(tmp_path: Path) -> None:
     assert read_list(tmp_path) == [(tmp_path / "a.mp4", "one")]
 
 
-def test_a_sweep_says_what_each_has_over_its_twin(
+def test_a_sweep_says_what_each_has_over_its_untrained(
     model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     words = [word for word in overrides(model, cache) if not word.startswith("qat.lr=")]
     sweep = tmp_path / "sweep"
     assert train(monkeypatch, "-m", "qat=norms,scales", "qat.lr=1e-3", *words, f"hydra.sweep.dir={sweep}") == 0
     said = capsys.readouterr().out
-    assert "minus its PTQ twin, dB" in said
+    assert "minus its PTQ baseline, dB" in said
     assert "norms lr=0.001" in said
     assert said.count("too few pairs") >= 4
     rows = summarize(sweep)["rows"]
     assert {row["name"].split()[0] for row in rows} == {"norms", "scales"}
-    assert all(row["over_twin"][name]["n"] == 2 for row in rows for name in ("latent_sqnr", "answer_sqnr"))
+    assert all(row["over_untrained"][name]["n"] == 2 for row in rows for name in ("latent_sqnr", "step_sqnr"))
 
 
 def test_lora_begins_the_same_whatever_was_drawn_before(

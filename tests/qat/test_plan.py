@@ -103,10 +103,10 @@ def test_a_plan_knows_what_each_choice_costs() -> None:
     assert plan_training(model, replace(config, qat=QATConfig()), 64, 100, "bf16").host > 0
 
 
-def test_fewer_questions_take_less_beside_the_device() -> None:
+def test_fewer_samples_take_less_beside_the_device() -> None:
     model = transformer(4)
     few, all_ = (
-        plan_training(model, TrainConfig(qat=QATConfig(questions=count)), 64, 1000, "bf16") for count in (100, 0)
+        plan_training(model, TrainConfig(qat=QATConfig(samples=count)), 64, 1000, "bf16") for count in (100, 0)
     )
     assert few.host * 10 == all_.host
     assert few.total == all_.total

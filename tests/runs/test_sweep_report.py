@@ -29,7 +29,7 @@ def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
     )
     heads, rows, floors = sweep_table.cells(summary)
     table = [dict(zip(heads, row, strict=True)) for row in rows + floors]
-    assert [row["protect"] for row in table] == ["ends", "none", "odd", "BF16, noise moved by 1 ulp"]
+    assert [row["protect"] for row in table] == ["ends", "none", "odd", "BF16, noise perturbed by 1 ulp"]
     assert table[0]["in BF16"] == "0, 39; ffn.net.2"
     assert table[0]["rank"] == "1"
     assert (table[1]["rank"], table[2]["rank"]) == ("2", "–")
@@ -42,7 +42,7 @@ def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
     assert "380 to 400 linears" in text
     lines = sweep_table.markdown(heads, rows, floors).splitlines()
     assert len(lines) == 6
-    assert lines[-1].startswith("|  | *BF16, noise moved by 1 ulp* |")
+    assert lines[-1].startswith("|  | *BF16, noise perturbed by 1 ulp* |")
     assert all(line.count("|") == len(heads) + 1 for line in lines)
 
 
@@ -75,14 +75,14 @@ def test_vbench_beside_bf16_and_the_reference(tmp_path: Path) -> None:
     assert by_name["y"][3:] == ["not measured"] * 3
     assert [row[:3] for row in floors] == [
         ["BF16", estimate_text(METRIC, 5), ""],
-        ["BF16, noise moved by 1 ulp", "", estimate_text(shifted(-19.9), 5)],
+        ["BF16, noise perturbed by 1 ulp", "", estimate_text(shifted(-19.9), 5)],
     ]
     assert not summary["cautions"]
     report.report(tmp_path)
     assert "3 videos of each configuration last 5.0 s or more" in (tmp_path / "report.html").read_text()
     text = (tmp_path / "table.md").read_text().split("imaging_quality")[1]
     assert "| y | " in text
-    assert "| *BF16, noise moved by 1 ulp* | " in text
+    assert "| *BF16, noise perturbed by 1 ulp* | " in text
     rung = next(rung for rung in summary["ladder"]["rungs"] if rung["name"] == "vbench.temporal_flickering")
     assert rung["correlations"]["latent_sqnr"] is None  # all three have the same
 
@@ -154,7 +154,7 @@ def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) 
     assert 'href="http' not in html.replace('xlink:href="http', "")
     assert len(html) < 20e6
     numbers = list(csv.DictReader(written["table.csv"].decode().splitlines()))
-    floors = ["BF16, noise moved by 1 ulp", "BF16, another seed"]
+    floors = ["BF16, noise perturbed by 1 ulp", "BF16, another seed"]
     assert [row["name"] for row in numbers] == ["x", "none", "y", "w", *floors]
     assert numbers[3]["verdict"] == "job failed"
     assert "w (job 3) |" in written["table.md"].decode()

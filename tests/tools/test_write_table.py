@@ -99,26 +99,26 @@ def test_a_file_without_markers_is_one_line(tmp_path: Path) -> None:
 
 
 def trained(folder: Path, recipe: str, protect: str, gain: float) -> None:
-    """A training whose latents are better than its twin's by so much, and single steps by half of it."""
+    """A training whose latents are better than its baseline's by so much, and single steps by half of it."""
     result = changed({"protect.name": protect, "qat": {"name": recipe, "quantize": True, "lr": 1e-3}})
-    for name, by in (("latent_sqnr", gain), ("answer_sqnr", gain / 2)):
-        result["metrics"] |= {name: shifted(by, 0.1), f"twin.{name}": METRIC}
+    for name, by in (("latent_sqnr", gain), ("step_sqnr", gain / 2)):
+        result["metrics"] |= {name: shifted(by, 0.1), f"untrained.{name}": METRIC}
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def test_recipes_of_training_stand_beside_their_twins(tmp_path: Path) -> None:
+def test_recipes_of_training_stand_beside_their_baselines(tmp_path: Path) -> None:
     gains = [("on", "none", 2.0), ("flow", "none", -1.0), ("on", "ends", 3.0), ("flow", "ends", -1.5)]
     for number, (recipe, protect, gain) in enumerate(gains):
         trained(tmp_path / "sweep" / str(number), recipe, protect, gain)
     readme = tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\n{END}\n")
-    done = run(tmp_path / "sweep", "T", readme, "--twins")
+    done = run(tmp_path / "sweep", "T", readme, "--trainings")
     assert done.returncode == 0, done.stderr
     lines = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert rows[0] == ["final latents: qat", "hif8_w8a8, protect none", "hif8_w8a8, protect ends", "over all"]
-    assert [row[0] for row in rows[2:5]] == ["PTQ twin itself", "on", "flow"]
+    assert [row[0] for row in rows[2:5]] == ["PTQ baseline itself", "on", "flow"]
     means = [[float(cell.split(" ")[0]) for cell in row[1:] if "[" in cell] for row in rows]
     assert means[3:5] == [[2.0, 3.0, 2.5], [-1.0, -1.5, -1.25]]
     assert rows[5][0] == "single steps: qat"
@@ -126,4 +126,4 @@ def test_recipes_of_training_stand_beside_their_twins(tmp_path: Path) -> None:
     low, high = (float(part) for part in rows[3][3].split("[")[1].rstrip("]").split(","))
     assert low < 2.5 < high
     (tmp_path / "sweep" / "3" / "result.json").unlink()
-    assert run(tmp_path / "sweep", "T", readme, "--twins").returncode == 2
+    assert run(tmp_path / "sweep", "T", readme, "--trainings").returncode == 2

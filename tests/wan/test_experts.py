@@ -185,7 +185,7 @@ def test_both_are_trained(scope: str, model: Path, cache: Path, tmp_path: Path, 
         assert [row["block"] for row in rows] == [1, 4]
         # In so few steps a block may learn nothing that is worth keeping: which ones do depends on the CPU.
         trained = {row["block"] for row in rows if row["kept"]}
-    assert (result["over_twin"]["latent_sqnr"]["mean"] != 0) == bool(trained)
+    assert (result["over_untrained"]["latent_sqnr"]["mean"] != 0) == bool(trained)
     plain = tmp_path / "plain"
     convert = ["mode=convert", "protect=ends", f"model.path={model}", "tracker=none", f"cache={cache}"]
     assert ptq(monkeypatch, *convert, f"convert.to={plain}", f"hydra.run.dir={tmp_path / 'converted'}") == 0

@@ -16,6 +16,7 @@ from wanquant.quant.config import PRODUCTS
 from wanquant.quant.scheme import parse
 from wanquant.wan import probe, tiny
 from wanquant.wan.config import GenerationConfig
+from wanquant.wan.estimate import ResourceEstimate, VideoCounts, in_time
 from wanquant.wan.footprint import (
     Alive,
     Quantized,
@@ -23,7 +24,6 @@ from wanquant.wan.footprint import (
     denoising_bytes,
 )
 from wanquant.wan.load import find_folder
-from wanquant.wan.plan import Plan, Work, in_time
 from wanquant.wan.probe import block_seconds, decoding_seconds, is_small, learning_seconds, small_pass
 
 CPU = torch.device("cpu")
@@ -182,8 +182,8 @@ def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:
     with torch.device("meta"):
         WanTransformer3DModel(**SHAPES["14b"]).save_config(tmp_path / "transformer")
     settings = GenerationConfig(480, 832, 81, 50)
-    how = (parse(QuantConfig()), [0, 1, -3, -2, -1], (), settings, Work(1, 1, 2, 2), 1)
-    card, host = (Plan(tmp_path, *how, torch.device(kind)) for kind in ("meta", "cpu"))
+    how = (parse(QuantConfig()), [0, 1, -3, -2, -1], (), settings, VideoCounts(1, 1, 2, 2), 1)
+    card, host = (ResourceEstimate(tmp_path, *how, torch.device(kind)) for kind in ("meta", "cpu"))
     assert card.parameters == pytest.approx(14.3e9, rel=0.01)
     assert card.packed / (2 * card.parameters) == pytest.approx(0.572, abs=0.005)
     assert 3.5e9 < card.activations < 4.5e9  # tiny-wan's VAE takes less
@@ -203,8 +203,8 @@ def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:
 )
 def test_the_shapes_of_the_hubs_models_come_along(name: str, parameters: float, blocks: int) -> None:
     """So that a plan needs no network."""
-    how = (parse(QuantConfig()), [], (), GenerationConfig(), Work(1, 0, 1), 1, CPU)
-    plan = Plan(find_folder(name, shapes_only=True), *how)
+    how = (parse(QuantConfig()), [], (), GenerationConfig(), VideoCounts(1, 0, 1), 1, CPU)
+    plan = ResourceEstimate(find_folder(name, shapes_only=True), *how)
     assert plan.parameters == pytest.approx(parameters, rel=1e-3)
     assert plan.report.blocks == blocks
     assert plan.others == pytest.approx(2 * 5.68e9 + 4 * 127e6, rel=0.01)
@@ -216,15 +216,15 @@ def test_the_sums_of_docs_ascend() -> None:
     text = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text(encoding="utf-8")
     folder = find_folder("Wan-AI/Wan2.1-T2V-14B-Diffusers", shapes_only=True)
 
-    def plan(packed: bool, beside: bool) -> Plan:
-        how = (GenerationConfig(480, 832, 81, 50), Work(1, 1, 2, 2, beside), 1, torch.device("meta"))
-        return Plan(folder, parse(QuantConfig(packed=packed)), [0, 1, -3, -2, -1], (), *how)
+    def plan(packed: bool, beside: bool) -> ResourceEstimate:
+        how = (GenerationConfig(480, 832, 81, 50), VideoCounts(1, 1, 2, 2, beside), 1, torch.device("meta"))
+        return ResourceEstimate(folder, parse(QuantConfig(packed=packed)), [0, 1, -3, -2, -1], (), *how)
 
-    one, twins = plan(False, False), [plan(packed, True).added / 1e9 for packed in (True, False)]
+    one, copies = plan(False, False), [plan(packed, True).added / 1e9 for packed in (True, False)]
     assert f"| {2 * one.parameters / 1e9:.1f}; {one.packed / 1e9:.1f} |" in text
     assert f"| {one.others / 1e9:.1f} |" in text
     assert f"| {one.added / 1e9:.0f} |" in text
-    assert f"| {twins[0]:.0f}; {twins[1]:.0f} |" in text
+    assert f"| {copies[0]:.0f}; {copies[1]:.0f} |" in text
     config = dict(one.shape.config)
     denoising = denoising_bytes(config, Quantized(ALL, parse(QuantConfig())), one.settings, 1, one.device)
     assert f"| {denoising / 1e9:.1f}; {decoding_bytes(folder / 'vae', one.settings) / 1e9:.1f} |" in text

@@ -15,7 +15,7 @@ LPIPS = ("auto", "on", "off")
 
 @dataclass
 class EvalConfig:
-    """``noise_floor``: also compare BF16 with itself, other seeds and initial noise moved by one unit
+    """``noise_floor``: also compare BF16 with itself, other seeds and initial noise perturbed by one unit
     in the last place; costs one more BF16 video a pair, and with a single seed two."""
 
     name: str = "fidelity"

@@ -1,5 +1,5 @@
 """What is measured on lists of (prompt, seed) pairs: of a judged model, of BF16 beside it where there is one, and of
-BF16 with its noise moved by one unit in the last place, the noise floor.
+BF16 with its noise perturbed by one unit in the last place, the noise floor.
 
 Videos that are there are taken as they are; the others are generated, decoded and written one by one. What was
 measured on a pair is kept in the cache, as every score of VBench's is, so that a killed evaluation goes on, and several
@@ -30,12 +30,12 @@ from wanquant.runs.cache import Cache, Cells
 from wanquant.runs.progress import progress
 from wanquant.runs.run import clean_json, digest
 from wanquant.runs.signature import provenance, signature
+from wanquant.wan.cached import CachedPipeline, Pair, load_latents
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample, decode_video
 from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, count_files, fingerprint, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
-from wanquant.wan.studio import Pair, Studio, load_latents
 
 #: Pairs of which a film of both sides is written for the report.
 FILMS = 8
@@ -67,17 +67,17 @@ class Side:
             raise ValueError(f"{self.source} is not the model this run was made with: give that as reference=<folder>")
         self.fingerprint = found
 
-    def studio(self, device: torch.device, cache: Cache) -> Studio:
+    def pipeline(self, device: torch.device, cache: Cache) -> CachedPipeline:
         with progress(f"load {self.name}", LOAD_PARTS, "part") as tick:
             pipe = load_pipeline(self.source, str(device), tick)
         plant_outliers_(whole_of(pipe), self.model.outliers)
-        return Studio(pipe, self.model, self.fingerprint, device, cache)
+        return CachedPipeline(pipe, self.model, self.fingerprint, device, cache)
 
 
 @dataclass
 class Evaluation:
     """``lists`` are the pairs as they are generated, in batches along each list; ``known`` what a run has measured of a
-    pair already. Of ``sides`` the first is judged, the second is BF16, the third BF16 with its noise moved."""
+    pair already. Of ``sides`` the first is judged, the second is BF16, the third BF16 with its noise perturbed."""
 
     name: str
     folder: Path
@@ -192,18 +192,18 @@ class Evaluation:
         """Generates these pairs on all sides, one transformer in memory at a time; the function decodes a pair, each
         side by its own VAE, and writes its files."""
         made: list[tuple[Pipeline, dict[Pair, tuple[Path, int]]]] = []
-        studio: Studio | None = None
+        pipeline: CachedPipeline | None = None
         for place, side in enumerate(self.sides):
             before = self.sides[place - 1]
-            if studio is None or (side.source, side.model) != (before.source, before.model):
-                _forget_all_but_vae(studio)
-                studio = side.studio(self.device, self.cache)
+            if pipeline is None or (side.source, side.model) != (before.source, before.model):
+                _forget_all_but_vae(pipeline)
+                pipeline = side.pipeline(self.device, self.cache)
             where: dict[Pair, tuple[Path, int]] = {}
             for pairs in self.lists:
-                for group, folder in studio.batches(f"generate {side.name}", pairs, side.how, only=todo):
+                for group, folder in pipeline.batches(f"generate {side.name}", pairs, side.how, only=todo):
                     where |= {pair: (folder, number) for number, pair in enumerate(group)}
-            made.append((studio.pipe, where))
-        _forget_all_but_vae(studio)
+            made.append((pipeline.pipe, where))
+        _forget_all_but_vae(pipeline)
 
         def decode(pair: Pair) -> list[Sample]:
             latents = [(pipe, load_latents(*where[pair])) for pipe, where in made]
@@ -243,9 +243,9 @@ def hash_of(pairs: Sequence[Pair]) -> str:
     return digest(sorted(pairs))
 
 
-def _forget_all_but_vae(studio: Studio | None) -> None:
-    if studio is not None:
-        studio.pipe.transformer = studio.pipe.transformer_2 = studio.pipe.text_encoder = None
+def _forget_all_but_vae(pipeline: CachedPipeline | None) -> None:
+    if pipeline is not None:
+        pipeline.pipe.transformer = pipeline.pipe.transformer_2 = pipeline.pipe.text_encoder = None
 
 
 def _by_metric(values: dict[Pair, Values]) -> dict[str, list[Item]]:

@@ -34,15 +34,15 @@ from wanquant.runs.report import write_report
 from wanquant.runs.run import Run, read_config, read_result, refused_leave_no_result, write_result
 from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror
+from wanquant.wan.cached import Pair
 from wanquant.wan.checkpoint import config_of, quantization_of
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
+from wanquant.wan.estimate import GUESS, in_time, print_needs
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import check_folder, find_folder, hush_libraries, transformers_of
 from wanquant.wan.outliers import chosen_blocks
-from wanquant.wan.plan import GUESS, in_time, print_needs
-from wanquant.wan.studio import Pair
 from wanquant.wan.tiny import parse_caption
 
 #: The prompts a run was made with, and the name of their evaluation.
@@ -190,7 +190,7 @@ def _of_run(
         Side("bf16", "bf16.", made_from, model, files["bf16"], fingerprint),
     ]
     if config.noise_floor and len(files["bf16_ulp"]) == len(ours):
-        sides.append(_moved(sides[1], files["bf16_ulp"]))
+        sides.append(_perturbed(sides[1], files["bf16_ulp"]))
     known = {pair: value for pair, value in _measured(result, own).items() if pair in set(ours)}
     there = result.get("evaluations", {}).get(name)
     key = name if there is None or there["prompt_hash"] == hash_of(asked) else f"{name}-{hash_of(asked)[:8]}"
@@ -199,8 +199,8 @@ def _of_run(
     return Evaluation(name, run / "evaluations" / key, sides, lists, config, device, cache, official, known)
 
 
-def _moved(side: Side, files: dict[Pair, Path]) -> Side:
-    return dataclasses.replace(side, name="bf16_ulp", prefix="floor_ulp.", files=files, how={"moved": "1 ulp"})
+def _perturbed(side: Side, files: dict[Pair, Path]) -> Side:
+    return dataclasses.replace(side, name="bf16_ulp", prefix="floor_ulp.", files=files, how={"perturbed": "1 ulp"})
 
 
 def _asked(prompts: PromptsConfig | None, own: Sequence[Pair], language: str) -> tuple[list[Pair], str]:
@@ -275,7 +275,7 @@ def _of_model(config: EvaluateConfig, folder: Path, config_yaml: str, device: to
         if config.reference is not None:
             model = dataclasses.replace(config.model, batch=sides[0].model.batch)
             sides.append(_side("bf16", "bf16.", model, config.reference))
-            sides += [_moved(sides[1], {})] if config.eval.noise_floor else []
+            sides += [_perturbed(sides[1], {})] if config.eval.noise_floor else []
     with one_card(device) as card, refused_leave_no_result(folder):
         for side in sides:
             side.identify()
@@ -381,7 +381,7 @@ def _planned(config: EvaluateConfig, runs: Sequence[Path]) -> list[dict[str, Any
         print(
             f"{config.model.path} beside {config.reference or 'nothing'}: {len(asked)} pairs of {name}, {videos} videos"
         )
-        sides += [_moved(sides[1], {})] if config.reference is not None and config.eval.noise_floor else []
+        sides += [_perturbed(sides[1], {})] if config.reference is not None and config.eval.noise_floor else []
         for side in sides:
             print_needs(plan_of(side, len(asked), pick_device(config.model.device)), side.name)
     lpips = perceptual.settled(config.eval.lpips)

@@ -15,7 +15,7 @@ from wanquant.evaluate.prompts import following, official_prompts
 from wanquant.evaluate.stats import Item, difference
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
-from wanquant.wan.studio import Pair
+from wanquant.wan.cached import Pair
 
 Scores = dict[str, list[Item]]
 
@@ -29,7 +29,7 @@ def judge(
     official: bool,
 ) -> tuple[Scores, dict[str, Any]]:
     """``files`` are the videos by prefix: of the judged model it is empty, of BF16 ``bf16.``, of BF16 with its noise
-    moved ``floor_ulp.``. ``sums`` are from ``vbench.prepare``."""
+    perturbed ``floor_ulp.``. ``sums`` are from ``vbench.prepare``."""
     if not config.dimensions:
         return {}, {}
     clips = _clips(files)
@@ -77,7 +77,7 @@ def _clips(files: Mapping[str, Mapping[Pair, Path]]) -> dict[str, dict[Pair, vbe
 
 
 def _with_floors(scores: Scores) -> Scores:
-    """The noise floors: what BF16 with its noise moved differs by from BF16, and how much another seed of it differs,
+    """The noise floors: by what BF16 with perturbed noise differs from BF16, and by how much another seed of it,
     whichever way: from seed to seed the ways cancel."""
     found = {name: items for name, items in scores.items() if not name.startswith("floor_")}
     for name, items in scores.items():

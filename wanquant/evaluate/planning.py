@@ -11,11 +11,11 @@ from wanquant.evaluate.evaluation import Side
 from wanquant.quant import QuantConfig
 from wanquant.quant.scheme import parse
 from wanquant.wan.checkpoint import config_of, quantization_of
+from wanquant.wan.estimate import ResourceEstimate, VideoCounts
 from wanquant.wan.load import shape_of, transformers_of
-from wanquant.wan.plan import Plan, Work
 
 
-def plan_of(side: Side, videos: int, device: torch.device) -> Plan:
+def plan_of(side: Side, videos: int, device: torch.device) -> ResourceEstimate:
     """Of generating so many, kept as files."""
     quant, names, first = QuantConfig(format="bf16"), list[str](), 0
     for part in transformers_of(side.source).values():
@@ -25,9 +25,9 @@ def plan_of(side: Side, videos: int, device: torch.device) -> Plan:
             for parts in (name.split(".") for name in described["modules"]):
                 names.append(".".join([parts[0], str(first + int(parts[1])), *parts[2:]]))
         first += len(shape_of(part).blocks)
-    work = Work(0, videos, videos) if names else Work(videos, 0, videos)
+    counts = VideoCounts(0, videos, videos) if names else VideoCounts(videos, 0, videos)
     settings, rows = side.model.generation, min(side.model.batch, videos)
-    return Plan(side.source, parse(quant), (), (), settings, work, rows, device, names or None)
+    return ResourceEstimate(side.source, parse(quant), (), (), settings, counts, rows, device, names or None)
 
 
 def needed_by(sides: Sequence[Side], videos: int, device: torch.device) -> dict[str, Any]:

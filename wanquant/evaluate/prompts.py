@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from wanquant.choices import mistaken
 
 if TYPE_CHECKING:
-    from wanquant.wan.studio import Pair
+    from wanquant.wan.cached import Pair
 
 #: Seeds of VBench's standard, and the most its standard mode looks for.
 STANDARD_SEEDS = 5

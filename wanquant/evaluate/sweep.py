@@ -192,17 +192,17 @@ def _row(job: int, name: str, result: dict[str, Any], runs: int) -> dict[str, An
         "metrics": {key: value for key, value in _metrics(result).items() if not key.startswith(("floor_", "bf16."))},
         "vbench": result.get("evaluations", {}).get("own", {}).get("vbench", {}),
         "seconds": result["timings"]["total"],
-        "over_twin": _over_twin(result, runs),
+        "over_untrained": _over_untrained(result, runs),
     }
 
 
-def _over_twin(result: dict[str, Any], runs: int) -> dict[str, Any] | None:
-    """Of a training: how far it is above its twin, with an interval for as many such comparisons as there are runs."""
-    if METRIC not in result.get("over_twin", {}):
+def _over_untrained(result: dict[str, Any], runs: int) -> dict[str, Any] | None:
+    """Of a training: its difference from its baseline, its interval for as many comparisons as there are runs."""
+    if METRIC not in result.get("over_untrained", {}):
         return None
     found = {
-        name: compared([_item(item) for item in result["over_twin"][name]["per_item"]], runs)
-        for name in (METRIC, "answer_sqnr")
+        name: compared([_item(item) for item in result["over_untrained"][name]["per_item"]], runs)
+        for name in (METRIC, "step_sqnr")
     }
     told = "too few pairs" if result["demonstration"] else verdict(found[METRIC], 0.0)
     return {name: _without_items(value.as_json()) for name, value in found.items()} | {"verdict": told}

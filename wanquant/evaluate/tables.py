@@ -7,7 +7,7 @@ from typing import Any
 
 from wanquant.evaluate.sweep import MARGIN, summarize
 from wanquant.runs.sweep_report import write_sweep
-from wanquant.runs.sweep_table import OVER_TWIN, SINGLE_STEPS, cells, vbench_cells
+from wanquant.runs.sweep_table import OVER_UNTRAINED, SINGLE_STEPS, cells, vbench_cells
 
 
 def report(sweep: Path, reference: str | None = None, margin: float = MARGIN) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def _shown(summary: dict[str, Any]) -> tuple[str, ...]:
         f"minus {summary['reference']}, dB",
         "verdict",
         "gates",
-        OVER_TWIN,
-        "against its twin",
+        OVER_UNTRAINED,
+        "against its baseline",
         SINGLE_STEPS,
     )
 

@@ -244,11 +244,11 @@ def _download(url: str, target: Path) -> None:
 def _at_hand(weight: Weight, target: Path) -> bool:
     """What another place on this disk holds is copied from there: DINO's weights, which are wanted twice, and CLIP's
     vocabulary, which comes with its package."""
-    twins = [other.path for other in WEIGHTS if other.url == weight.url and other != weight]
+    copies = [other.path for other in WEIGHTS if other.url == weight.url and other != weight]
     clip = importlib.util.find_spec("clip")
     if clip is not None and clip.origin:
-        twins.append(Path(clip.origin).parent / Path(weight.name).name)
-    there = next((twin for twin in twins if twin.is_file()), None)
+        copies.append(Path(clip.origin).parent / Path(weight.name).name)
+    there = next((copy for copy in copies if copy.is_file()), None)
     if there is not None:
         shutil.copyfile(there, target)
     return there is not None

@@ -20,7 +20,7 @@ import numpy as np
 
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, rank_correlation
 from wanquant.kernels.statistics import DYNAMIC_RULES
-from wanquant.ptq.bench import Bench
+from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.choose import choose
 from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.sensitivity import kinds
@@ -48,27 +48,27 @@ MEASURES = (
 )
 
 
-def analyze(plan: PTQPlan, bench: Bench, folder: Path) -> dict[str, Any]:
+def analyze(plan: PTQPlan, calibrator: Calibrator, folder: Path) -> dict[str, Any]:
     """The analysis part of ``result.json``; its tables also as CSV in ``folder``/analysis, with the statistics."""
     config, protect = plan.config.analysis, plan.config.protect
-    statistics = bench.calibration(full=True).statistics
-    inner = kinds(bench.studio.transformer, bench.modules)
-    modules = [module_row(name, statistics, bench) for name in bench.calibration(full=True).flops]
-    blocks = [block_row(index, statistics, modules) for index in range(bench.blocks)]
-    for row, found in zip(blocks, bench.block_errors(), strict=True):
+    statistics = calibrator.calibration(full=True).statistics
+    inner = kinds(calibrator.pipeline.transformer, calibrator.modules)
+    modules = [module_row(name, statistics, calibrator) for name in calibrator.calibration(full=True).flops]
+    blocks = [block_row(index, statistics, modules) for index in range(calibrator.blocks)]
+    for row, found in zip(blocks, calibrator.block_errors(), strict=True):
         row |= _with_interval("block_sqnr", found)
     kind_rows: list[dict[str, Any]] = []
     if config.sensitivity:
-        units = [f"block {i}" for i in range(bench.blocks)] + [f"kind {kind}" for kind in inner]
-        errors = bench.unit_errors(units)
+        units = [f"block {i}" for i in range(calibrator.blocks)] + [f"kind {kind}" for kind in inner]
+        errors = calibrator.unit_errors(units)
         for row in blocks:
             row |= _with_interval("sensitivity", errors[f"block {row['block']}"])
         kind_rows = [{"kind": kind, **_with_interval("sensitivity", errors[f"kind {kind}"])} for kind in inner]
-    choice = choose(protect, plan.model.protected, bench)
-    inputs = [[f"{name}:{INPUT}" for name in statistics.block_inputs(i)] for i in range(bench.blocks)]
-    zones = [zone_shares(index, statistics) for index in range(bench.blocks)]
+    choice = choose(protect, plan.model.protected, calibrator)
+    inputs = [[f"{name}:{INPUT}" for name in statistics.block_inputs(i)] for i in range(calibrator.blocks)]
+    zones = [zone_shares(index, statistics) for index in range(calibrator.blocks)]
     maps = {
-        "stream": heatmap(statistics, [[f"blocks.{i}:{RESIDUAL}"] for i in range(bench.blocks)], config.statistic),
+        "stream": heatmap(statistics, [[f"blocks.{i}:{RESIDUAL}"] for i in range(calibrator.blocks)], config.statistic),
         "inputs": heatmap(statistics, inputs, config.statistic),
     }
     tables = {"blocks": blocks, "modules": [_flat(row) for row in modules], "kinds": kind_rows}
@@ -79,13 +79,13 @@ def analyze(plan: PTQPlan, bench: Bench, folder: Path) -> dict[str, Any]:
     for name, table in tables.items():
         if table:
             write_atomic(folder / "analysis" / f"{name}.csv", to_csv(table))
-    for path in bench.statistics_files(full=True):
+    for path in calibrator.statistics_files(full=True):
         with replacing(folder / "analysis" / path.name) as temporary:
             shutil.copyfile(path, temporary)
     return {
-        "protect": {"name": protect.name, "blocks": list(resolve_blocks(choice.blocks, bench.blocks))},
-        "calibration": {"coverage": statistics.coverage(), "pairs": len(bench.pairs)},
-        "demonstration": len(bench.pairs) < ENOUGH_PAIRS,
+        "protect": {"name": protect.name, "blocks": list(resolve_blocks(choice.blocks, calibrator.blocks))},
+        "calibration": {"coverage": statistics.coverage(), "pairs": len(calibrator.pairs)},
+        "demonstration": len(calibrator.pairs) < ENOUGH_PAIRS,
         "analysis": {
             "statistic": config.statistic,
             "blocks": blocks,
@@ -110,7 +110,7 @@ def zone_shares(index: int, statistics: Statistics) -> list[float]:
     return [float(count) for count in counted / sum(view.elements for view in views)]
 
 
-def module_row(name: str, statistics: Statistics, bench: Bench) -> dict[str, Any]:
+def module_row(name: str, statistics: Statistics, calibrator: Calibrator) -> dict[str, Any]:
     """Figures of what enters a linear: over all steps and branches."""
     site = statistics.site(name, INPUT)
     view = site.view()
@@ -130,15 +130,15 @@ def module_row(name: str, statistics: Statistics, bench: Bench) -> dict[str, Any
         "outlier_channels": view.outliers().tolist(),
         "zones": view.shares().tolist(),
         "zones_direct": view.shares(1.0).tolist(),
-        "sqnr": {rule.name: view.sqnr(rule.name) for rule in DYNAMIC_RULES} | static_sqnrs(site, view, bench),
+        "sqnr": {rule.name: view.sqnr(rule.name) for rule in DYNAMIC_RULES} | static_sqnrs(site, view, calibrator),
         "output_absmax": statistics.site(name, "output").largest(),
         "output_kurtosis": statistics.site(name, "output").view().kurtosis,
     }
 
 
-def static_sqnrs(site: Site, view: View, bench: Bench) -> dict[str, float]:
+def static_sqnrs(site: Site, view: View, calibrator: Calibrator) -> dict[str, float]:
     """Of one scale for everything, by each rule."""
-    scheme = bench.scheme
+    scheme = calibrator.scheme
     found = {}
     for text in STATIC_RULES:
         rule = parse_rule(text, scheme.format)

@@ -10,11 +10,11 @@ from torch import nn
 from wanquant.quant import ConversionReport
 from wanquant.quant.observe import Observer
 from wanquant.quant.statistics import Layout, Statistics
+from wanquant.wan.cached import Pair
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Embed, Position, generate
 from wanquant.wan.load import Pipeline
-from wanquant.wan.studio import Pair
 
 
 @dataclass(frozen=True)

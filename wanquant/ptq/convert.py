@@ -39,6 +39,7 @@ from wanquant.runs.signature import provenance
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoint import TRANSFORMERS, read_json
 from wanquant.wan.device import forget_peak_memory, give_back_freed_memory, peak_memory
+from wanquant.wan.estimate import LEGEND, block_map, in_bytes
 from wanquant.wan.load import (
     Transformer,
     check_folder,
@@ -48,7 +49,6 @@ from wanquant.wan.load import (
     shape_of,
     transformers_of,
 )
-from wanquant.wan.plan import LEGEND, block_map, in_bytes
 from wanquant.wan.stream import Needs, Recipe, Streamed, convert_transformer, foresee
 from wanquant.wan.tensor_files import Source
 

@@ -24,14 +24,14 @@ from wanquant.evaluate.perceptual import distance
 from wanquant.evaluate.stats import ENOUGH_PAIRS, estimate
 from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze
-from wanquant.ptq.bench import Bench
+from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.convert import run_convert
+from wanquant.ptq.count import count_videos, estimate_resources
 from wanquant.ptq.plan import PTQPlan, resolve, with_weights
 from wanquant.ptq.result import conversion, head, write_videos
 from wanquant.ptq.stages import start_and_end
-from wanquant.ptq.work import make_plan, work_of
 from wanquant.quant import ConversionReport, plan_conversion, quantize_
 from wanquant.quant.statistics import Site
 from wanquant.runs.cache import Cache
@@ -41,15 +41,15 @@ from wanquant.runs.report import summary, write_report
 from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
 from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror
+from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.checkpoint import save_quantized
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
+from wanquant.wan.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_estimate
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import FOLDS, LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
-from wanquant.wan.plan import GUESS, Plan, Work, in_time, print_plan
 from wanquant.wan.products import multiplies_bf16
-from wanquant.wan.studio import Pair, Studio
 
 
 def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
@@ -74,7 +74,7 @@ def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) 
             plan = with_weights(plan)
     print(described(plan), flush=True)
     if config.dry_run:
-        kind.print_plan(plan, config_yaml)
+        kind.print_estimate(plan, config_yaml)
         return None
     hush_libraries()
     result, fresh = _finished(plan, folder, config_yaml, kind)
@@ -137,12 +137,12 @@ class Job:
         return resolve(config)
 
     @staticmethod
-    def work(plan: Any) -> Work:
-        return work_of(plan)
+    def counts(plan: Any) -> VideoCounts:
+        return count_videos(plan)
 
     @classmethod
-    def print_plan(cls, plan: Any, config_yaml: str) -> None:
-        print_plan(make_plan(plan, cls.work(plan)), config_yaml, start_and_end(plan.config.tracker.name))
+    def print_estimate(cls, plan: Any, config_yaml: str) -> None:
+        print_estimate(estimate_resources(plan, cls.counts(plan)), config_yaml, start_and_end(plan.config.tracker.name))
 
     def __post_init__(self) -> None:
         self.run_: Any = None
@@ -207,7 +207,7 @@ class Job:
         """What it would take from the beginning, with nothing in the cache: bytes beside those there were before, and
         seconds by stage. Probed once for each cache, the machine's other work apart."""
         begun, outside = time.perf_counter(), start_and_end(self.config.tracker.name)
-        needs = make_plan(self.plan, self.work(self.plan))
+        needs = estimate_resources(self.plan, self.counts(self.plan))
         cells = self.cache.cells("plans", digest([self.signed(None), self.plan.scheme.packed]))
         known = cells.get("stages")
         if known is not None and known["guess"]:
@@ -216,10 +216,10 @@ class Job:
         stages = {**outside, "plan": time.perf_counter() - begun, **found["stages"]}
         return {**found, "seconds": sum(stages.values()), "stages": stages}
 
-    def needed(self, needs: Plan) -> dict[str, Any]:
+    def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
         return {"bytes": needs.added, "seconds": needs.seconds, "stages": needs.stages, "guess": needs.guess}
 
-    def load(self) -> Bench:
+    def load(self) -> Calibrator:
         config = self.config
         if self.run_ is not None:
             with self.run_.stage("plan"):
@@ -234,39 +234,39 @@ class Job:
             with progress("load", LOAD_PARTS, "part") as tick:
                 pipe = load_pipeline(self.plan.model.folder, str(self.device), tick)
             plant_outliers_(whole_of(pipe), config.model.outliers)
-        studio = Studio(pipe, config.model, self.fingerprint, self.device, self.cache)
+        pipeline = CachedPipeline(pipe, config.model, self.fingerprint, self.device, self.cache)
         calibration, modules = list(self.plan.calibration), tuple(config.protect.modules)
-        return Bench(studio, self.plan.scheme, calibration, config.analysis.bins, modules)
+        return Calibrator(pipeline, self.plan.scheme, calibration, config.analysis.bins, modules)
 
     def analyze(self) -> dict[str, Any]:
-        bench = self.load()
+        calibrator = self.load()
         with self.run_.stage("calibrate"):
-            bench.calibration(full=True)
+            calibrator.calibration(full=True)
         with self.run_.stage("analyze"):
-            analysis = analyze(self.plan, bench, self.run_.folder)
-        return {**self.head(None), **analysis, **self.tail(bench, self.plan.calibration)}
+            analysis = analyze(self.plan, calibrator, self.run_.folder)
+        return {**self.head(None), **analysis, **self.tail(calibrator, self.plan.calibration)}
 
     def run(self) -> dict[str, Any]:
         config, run = self.config, self.run_
-        bench = self.load()
-        studio, pipe = bench.studio, bench.studio.pipe
+        calibrator = self.load()
+        pipeline, pipe = calibrator.pipeline, calibrator.pipeline.pipe
         with run.stage("calibrate"):
-            calibration, stats = bench.calibration(), bench.inputs()
+            calibration, stats = calibrator.calibration(), calibrator.inputs()
         with run.stage("choose"):
-            choice = choose(config.protect, self.plan.model.protected, bench)
-            block_sqnr = bench.block_sqnr(choice.blocks).as_json() if config.eval.block_sqnr else None
+            choice = choose(config.protect, self.plan.model.protected, calibrator)
+            block_sqnr = calibrator.block_sqnr(choice.blocks).as_json() if config.eval.block_sqnr else None
         with run.stage("generate_bf16"):
-            baseline = self.bf16(studio, "generate BF16", self.pairs)
+            baseline = self.bf16(pipeline, "generate BF16", self.pairs)
         floors: dict[str, list[tuple[Sample, Sample]]] = {}
         if config.eval.noise_floor:
             with run.stage("noise_floor"):
-                floors = self.floors(studio, baseline)
+                floors = self.floors(pipeline, baseline)
         with run.stage("quantize"):
-            report = self.quantize(bench, choice, stats)
+            report = self.quantize(calibrator, choice, stats)
         with run.stage("generate_quantized"):
-            label, how = f"generate {config.quant.format}", bench.what_is_quantized(report.protected_blocks)
-            latents, overflows = studio.latents(label, self.pairs, how, afresh=config.force)
-            samples = studio.videos(label, self.pairs, latents)
+            label, how = f"generate {config.quant.format}", calibrator.what_is_quantized(report.protected_blocks)
+            latents, overflows = pipeline.latents(label, self.pairs, how, afresh=config.force)
+            samples = pipeline.videos(label, self.pairs, latents)
         with run.stage("compare"):
             beside = {"": list(zip(baseline, samples, strict=True)), **floors}
             with progress("compare", sum(map(len, beside.values())), "pair") as tick:
@@ -286,39 +286,41 @@ class Job:
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
             "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
             "gates": {gate.name: gate.as_json() for gate in gate_results},
-            **self.tail(bench, self.plan.pairs),
+            **self.tail(calibrator, self.plan.pairs),
         }
 
-    def quantize(self, bench: Bench, choice: Choice, stats: Mapping[str, float | Site]) -> ConversionReport:
-        transformer, how = bench.studio.transformer, (self.config.quant, choice.blocks, bench.modules)
+    def quantize(self, calibrator: Calibrator, choice: Choice, stats: Mapping[str, float | Site]) -> ConversionReport:
+        transformer, how = calibrator.pipeline.transformer, (self.config.quant, choice.blocks, calibrator.modules)
         plan = plan_conversion(transformer, *how)
         with progress("quantize", len(plan.names("converted")), "linear") as tick:
             return quantize_(transformer, *how, stats, on_linear=tick, folds=FOLDS)
 
-    def bf16(self, studio: Studio, label: str, pairs: list[Pair], how: dict[str, str] | None = None) -> list[Sample]:
-        return studio.videos(label, pairs, studio.latents(label, pairs, how)[0])
+    def bf16(
+        self, pipeline: CachedPipeline, label: str, pairs: list[Pair], how: dict[str, str] | None = None
+    ) -> list[Sample]:
+        return pipeline.videos(label, pairs, pipeline.latents(label, pairs, how)[0])
 
-    def floors(self, studio: Studio, baseline: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
-        """BF16 beside itself: the initial noise moved by one unit in its last place, and another seed."""
-        moved = self.bf16(studio, "noise floor: 1 ulp", self.pairs, {"moved": "1 ulp"})
+    def floors(self, pipeline: CachedPipeline, baseline: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
+        """BF16 beside itself: the initial noise perturbed by one unit in its last place, and another seed."""
+        perturbed = self.bf16(pipeline, "noise floor: 1 ulp", self.pairs, {"perturbed": "1 ulp"})
         known = {(sample.prompt, sample.seed): sample for sample in baseline}
         further, partners = self.plan.other_seeds
         if further:
-            for sample in self.bf16(studio, "noise floor: seed", further):
+            for sample in self.bf16(pipeline, "noise floor: seed", further):
                 known[sample.prompt, sample.seed] = sample
         other = [(s, known[s.prompt, partners[s.seed]]) for s in baseline if s.seed in partners]
-        return {"floor_ulp.": list(zip(baseline, moved, strict=True)), "floor_seed.": other}
+        return {"floor_ulp.": list(zip(baseline, perturbed, strict=True)), "floor_seed.": other}
 
     def write_videos(
         self, baseline: list[Sample], samples: list[Sample], floors: Mapping[str, Sequence[tuple[Sample, Sample]]]
     ) -> None:
-        moved = [sample for _, sample in floors.get("floor_ulp.", ())]
-        write_videos(self.run_.folder, self.config.quant.format, self.plan.settings.fps, baseline, samples, moved)
+        perturbed = [sample for _, sample in floors.get("floor_ulp.", ())]
+        write_videos(self.run_.folder, self.config.quant.format, self.plan.settings.fps, baseline, samples, perturbed)
 
     def head(self, protected: tuple[int, ...] | None) -> dict[str, Any]:
         return {"signature": self.signed(protected), **head(self.plan, self.fingerprint)}
 
-    def tail(self, bench: Bench, pairs: Sequence[Pair]) -> dict[str, Any]:
+    def tail(self, calibrator: Calibrator, pairs: Sequence[Pair]) -> dict[str, Any]:
         texts, seeds = (list(dict.fromkeys(values)) for values in zip(*pairs, strict=True))
         return {
             "generation": dataclasses.asdict(self.plan.settings),
@@ -331,7 +333,7 @@ class Job:
             "provenance": {
                 **self.made,
                 "bf16_products": "native" if multiplies_bf16(self.device) else "float32, rounded once",
-                "from_cache": bench.studio.reused,
+                "from_cache": calibrator.pipeline.reused,
                 "seeds": seeds,
                 "prompts": texts,
                 "prompt_hash": digest(texts),

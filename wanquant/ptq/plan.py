@@ -23,6 +23,7 @@ from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check
 from wanquant.quant import plan_conversion
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
+from wanquant.wan.cached import Pair
 from wanquant.wan.checkpoint import quantization_of
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import pick_device
@@ -30,7 +31,6 @@ from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import Transformer, check_folder, check_shape, find_folder, transformers_of
 from wanquant.wan.outliers import chosen_blocks
-from wanquant.wan.studio import Pair
 from wanquant.wan.tiny import parse_caption
 
 P = TypeVar("P", bound="PTQPlan")

@@ -70,9 +70,14 @@ def conversion(
 
 
 def write_videos(
-    folder: Path, format_: str, fps: int, baseline: Sequence[Sample], samples: Sequence[Sample], moved: Sequence[Sample]
+    folder: Path,
+    format_: str,
+    fps: int,
+    baseline: Sequence[Sample],
+    samples: Sequence[Sample],
+    perturbed: Sequence[Sample],
 ) -> None:
-    """Of each pair BF16, quantized, both side by side, and BF16 with its noise ``moved``, if that was made; and the
+    """Of each pair BF16, quantized, both side by side, and BF16 with its noise ``perturbed``, if that was made; and the
     contact sheet."""
     rows = []
     with progress("write videos", len(samples), "pair") as tick:
@@ -80,8 +85,8 @@ def write_videos(
             frames = pictures.to_uint8(a.video), pictures.to_uint8(b.video)
             shown = {"bf16": frames[0], "quantized": frames[1]}
             shown["side_by_side"] = pictures.side_by_side(frames, ("BF16", format_))
-            if moved:
-                shown["bf16_ulp"] = pictures.to_uint8(moved[number].video)
+            if perturbed:
+                shown["bf16_ulp"] = pictures.to_uint8(perturbed[number].video)
             for side, video in shown.items():
                 pictures.write_mp4(folder / "videos" / side / f"{number:03d}-seed{a.seed}.mp4", video, fps)
             rows.append((f"{a.prompt}, seed {a.seed}", (("BF16", frames[0]), (format_, frames[1]))))

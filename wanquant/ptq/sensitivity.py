@@ -1,7 +1,7 @@
 """How much each block, and each kind of linear, costs when it alone is quantized.
 
-Two measures. The cheap one takes a single BF16 pass for all blocks: beside each block runs its quantized twin on the
-same input, and the SQNR of the twin's output is taken. The expensive one generates every video once for each block,
+Two measures. The cheap one takes a single BF16 pass for all blocks: beside each block a quantized copy of it runs on
+the same input, and the SQNR of the copy's output is taken. The expensive one generates every video once for each block,
 with nothing but that block quantized, and takes the SQNR of the final latents, which is what counts. Whether the
 cheap one ranks blocks as the expensive one does is reported as their rank correlation.
 """
@@ -22,10 +22,10 @@ from wanquant.evaluate.fidelity import EQUAL_DB, latent_sqnr
 from wanquant.evaluate.stats import Item
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
 from wanquant.quant.statistics import Site
+from wanquant.wan.cached import Pair
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Position, Sample
 from wanquant.wan.load import FOLDS, Pipeline
-from wanquant.wan.studio import Pair
 
 Stats = Mapping[str, float | Site]
 #: ``wanquant.wan.generate.generate`` with all but the pairs and what is asked of them decided.
@@ -100,14 +100,14 @@ def block_errors(
     transformer = whole_of(pipe)
     blocks = list(transformer.blocks)
     with quantized(transformer, replace(quant, packed=True), (), modules, stats):
-        twins = list(transformer.blocks)
+        copies = list(transformer.blocks)
     signal = torch.zeros(len(blocks), len(pairs), dtype=torch.float64)
     noise = torch.zeros_like(signal)
     position = Position()
 
     def beside(index: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            error = (twins[index](*args, **kwargs).float() - output.float()).flatten(1)
+            error = (copies[index](*args, **kwargs).float() - output.float()).flatten(1)
             first, count = position.video, len(output)
             signal[index, first : first + count] += output.float().flatten(1).square().sum(1).cpu().double()
             noise[index, first : first + count] += error.square().sum(1).cpu().double()

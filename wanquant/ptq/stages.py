@@ -23,10 +23,10 @@ from wanquant.quant.observe import Observer
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import INPUT, Layout, Site
 from wanquant.runs import pictures
+from wanquant.wan.estimate import ResourceEstimate
 from wanquant.wan.footprint import once
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import load_pipeline
-from wanquant.wan.plan import Plan
 
 #: Pixels of a video, and weights of a linear, that are run to be timed at most; larger ones in proportion.
 PIXELS, WEIGHTS = 1 << 18, 1 << 20
@@ -37,9 +37,9 @@ PROBE = "blocks.0.probed"
 LOADED = 200_000_000
 
 
-def further_stages(needs: Plan, plan: PTQPlan) -> dict[str, float]:
+def further_stages(needs: ResourceEstimate, plan: PTQPlan) -> dict[str, float]:
     config = plan.config
-    if config.mode != "quantize" or not needs.work.held:
+    if config.mode != "quantize" or not needs.counts.held:
         return {}
     measured, settings, floors = len(plan.pairs), plan.settings, config.eval.noise_floor
     side = min(settings.height, settings.width, 64)
@@ -63,7 +63,7 @@ def _video(frames: int, side: int) -> np.ndarray:
 def _comparing(frames: int, side: int, prompt: str | None, lpips: str, device: torch.device) -> float:
     """Of a pair of videos; with a ``prompt`` of tiny-wan's attributes are looked for too."""
     video, network = _video(frames, side), distance(lpips, device)
-    a, b = (Sample(prompt or "", 0, torch.zeros(1), moved) for moved in (video, 0.9 * video))
+    a, b = (Sample(prompt or "", 0, torch.zeros(1), changed) for changed in (video, 0.9 * video))
     return _seconds(lambda: of_pair(b, a, prompt is not None, network))
 
 
@@ -112,7 +112,7 @@ def _loading(folder: Path, size: int, device: torch.device) -> float:
     return _seconds(lambda: load_pipeline(folder, str(device)))
 
 
-def _quantizing(needs: Plan) -> float:
+def _quantizing(needs: ResourceEstimate) -> float:
     """All linears, by the first of them or as much of it as is probed; in proportion to their weights."""
     if not needs.converted:
         return 0.0

@@ -4,10 +4,10 @@ before it, what the BF16 block gives without any.
     minimize over the block's parameters   mean |b(x̂) - b'(x)|² / |b'(x)|²,     x̂ = what the trained blocks before gave
 
 Beside the BF16 model there are one block's float32 weights, gradients and optimizer state, and the activations of one
-batch inside it; what flows between blocks, three hidden states for each question, is on the host. That is what lets a
+batch inside it; what flows between blocks, three hidden states for each sample, is on the host. That is what lets a
 model be trained on a card that could not hold its gradients. Nothing but the blocks is trained.
 
-Some videos are set aside with all of their questions. A block whose error on them did not fall, as inference will run
+Some videos are set aside with all of their samples. A block whose error on them did not fall, as inference will run
 it, keeps its weights, so that training can hardly make it worse than plain quantization does.
 
 What is learned is kept block by block, so a killed run goes on in the block it was killed in, to the same numbers.
@@ -45,9 +45,9 @@ Optimizers = Callable[[Sequence[nn.Parameter]], list[torch.optim.Optimizer]]
 
 @dataclass
 class Stream:
-    """What enters a block, on the host: ``bf16`` and ``quantized`` [questions, tokens, width], and what they share.
+    """What enters a block, on the host: ``bf16`` and ``quantized`` [samples, tokens, width], and what they share.
     Those at ``aside`` are not learned from.
-    ``trained_in`` is the type that a block in training takes; ``at_once`` questions pass together, one where they
+    ``trained_in`` is the type that a block in training takes; ``at_once`` samples pass together, one where they
     would share their scales."""
 
     bf16: torch.Tensor
@@ -64,7 +64,7 @@ class Stream:
         return len(self.bf16)
 
     def learn(self, block: nn.Module, places: Sequence[int]) -> torch.Tensor:
-        """What a block in training gives for these questions."""
+        """What a block in training gives for these samples."""
         return self._call(block, self.quantized, torch.as_tensor(places), self.trained_in)
 
     def _call(
@@ -76,7 +76,7 @@ class Stream:
 
     @torch.no_grad()
     def through(self, block: nn.Module, hidden: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """What a block of inference gives for all questions, or for those at ``places``."""
+        """What a block of inference gives for all samples, or for those at ``places``."""
         places = torch.arange(len(self)) if places is None else places
         outputs = torch.empty_like(hidden[: len(places)])
         for first in range(0, len(places), self.at_once):
@@ -90,8 +90,8 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def enter(transformer: nn.Module, questions: Trajectories, places: Sequence[int], device: torch.device) -> Stream:
-    """What the first block is given for these questions."""
+def enter(transformer: nn.Module, samples: Trajectories, places: Sequence[int], device: torch.device) -> Stream:
+    """What the first block is given for these samples."""
     given: list[tuple[torch.Tensor, ...]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -101,19 +101,19 @@ def enter(transformer: nn.Module, questions: Trajectories, places: Sequence[int]
     handle = transformer.get_submodule("blocks.0").register_forward_pre_hook(stop)
     try:
         for first in range(0, len(places), AT_ONCE):
-            batch = questions.of(places[first : first + AT_ONCE])
+            batch = samples.of(places[first : first + AT_ONCE])
             asked = (batch.noisy.to(device), batch.timestep.to(device), batch.text.to(device))
             with suppress(_Reached):
                 transformer(*asked, return_dict=False)
     finally:
         handle.remove()
     hidden, text, modulation = (torch.cat([call[part] for call in given]) for part in range(3))
-    return Stream(hidden, hidden.clone(), text, modulation, given[0][3], device, set_aside(questions, places))
+    return Stream(hidden, hidden.clone(), text, modulation, given[0][3], device, set_aside(samples, places))
 
 
-def set_aside(questions: Trajectories, places: Sequence[int]) -> frozenset[int]:
-    """Which of the places are not learned from: all questions of every eighth video, and of one at least."""
-    videos = [questions.video_of(place) for place in places]
+def set_aside(samples: Trajectories, places: Sequence[int]) -> frozenset[int]:
+    """Which of the places are not learned from: all samples of every eighth video, and of one at least."""
+    videos = [samples.video_of(place) for place in places]
     kept = sorted(set(videos))[::SET_ASIDE]
     return frozenset(number for number, video in enumerate(videos) if video in kept)
 

@@ -17,8 +17,8 @@ from wanquant.qat.scope import trains_weights
 from wanquant.quant.config import QuantConfig
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import Training, check_trainable
+from wanquant.wan.cached import Pair
 from wanquant.wan.device import pick_device
-from wanquant.wan.studio import Pair
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TrainPlan(PTQPlan):
         return self.config.qat
 
     @property
-    def questions(self) -> int:
+    def samples(self) -> int:
         """That are recorded to be learned from."""
         return len(self.learned) * self.settings.steps * self.settings.branches
 
@@ -128,10 +128,10 @@ def _check_ranges(qat: QATConfig) -> None:
 
 def _check_scope(qat: QATConfig, model: SourceModel) -> None:
     """What the scope has no use for, or cannot do without."""
-    if qat.questions < 0 or (qat.questions and qat.scope != "blockwise"):
-        raise ValueError(f"qat.questions={qat.questions}: at least 0, and for qat.scope=blockwise alone")
-    if 0 < qat.questions < 2 * SET_ASIDE:
-        raise ValueError(f"qat.questions={qat.questions}: at least {2 * SET_ASIDE}, of which some are set aside")
+    if qat.samples < 0 or (qat.samples and qat.scope != "blockwise"):
+        raise ValueError(f"qat.samples={qat.samples}: at least 0, and for qat.scope=blockwise alone")
+    if 0 < qat.samples < 2 * SET_ASIDE:
+        raise ValueError(f"qat.samples={qat.samples}: at least {2 * SET_ASIDE}, of which some are set aside")
     if qat.scope == "scales" and qat.bf16_steps:
         raise ValueError("qat.scope=scales has no use for qat.bf16_steps: without rounding there are no scales")
     if qat.scope == "all" and qat.blocks:

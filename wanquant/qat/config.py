@@ -17,7 +17,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "bf16", "fp32")
 #: In blockwise training one in so many videos is set aside.
 SET_ASIDE = 8
-#: And questions pass through a block together, where nothing is trained.
+#: And samples pass through a block together, where nothing is trained.
 AT_ONCE = 32
 
 
@@ -80,9 +80,9 @@ class QATConfig:
     floor: float = 0.0
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    #: Of ``blockwise``: how many of the questions pass through the blocks, drawn by ``seed``; 0 for all. They are on
+    #: Of ``blockwise``: how many of the samples pass through the blocks, drawn by ``seed``; 0 for all. They are on
     #: the host, two hidden states each.
-    questions: int = 0
+    samples: int = 0
     #: Keep only what enters each block, and compute it again for the backward pass: slower, in less memory.
     recompute: bool = False
     #: Norm to which gradients are cut; 0 leaves them.

@@ -1,6 +1,6 @@
-"""What is trained on: questions to the model, a row each, drawn by (seed, step).
+"""What is trained on: samples, a row each, drawn by (seed, step).
 
-``trajectories``  the BF16 model's own, of prompts: what it was asked while it denoised, and what it answered
+``trajectories``  the BF16 model's own, of prompts: its inputs and outputs while it denoised
 ``scenes``        videos of tiny-wan's world, drawn here
 ``folder``        videos with captions, listed in a JSONL or CSV file
 
@@ -28,10 +28,10 @@ from wanquant.evaluate.prompts import pairs
 from wanquant.qat.config import DataConfig
 from wanquant.runs.files import sum_of_file
 from wanquant.runs.progress import progress
+from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.encode import encode_video, encoded, read_latents
 from wanquant.wan.record import Recording
 from wanquant.wan.scenes import draw
-from wanquant.wan.studio import Pair, Studio
 from wanquant.wan.tiny import all_scenes
 
 #: Columns that a list of videos may have them under.
@@ -41,13 +41,13 @@ FILE_KEYS, CAPTION_KEYS = ("file", "video", "path", "file_name"), ("caption", "t
 @dataclass(frozen=True)
 class Batch:
     """``noisy`` [rows, channels, frames', h, w], ``timestep`` [rows], ``text`` [rows, length, width]; of videos the
-    ``velocity`` is known, of trajectories BF16's ``answer``."""
+    ``velocity`` is known, of trajectories BF16's ``output``."""
 
     noisy: torch.Tensor
     timestep: torch.Tensor
     text: torch.Tensor
     velocity: torch.Tensor | None = None
-    answer: torch.Tensor | None = None
+    output: torch.Tensor | None = None
 
 
 class Source(Protocol):
@@ -83,16 +83,16 @@ class Trajectories:
         return self.of(taken)
 
     def video_of(self, place: int) -> int:
-        """Which of the recorded videos a question belongs to."""
+        """Which of the recorded videos a sample belongs to."""
         return place // (self.recording.steps * self.recording.branches)
 
     def of(self, places: Sequence[int]) -> Batch:
         asked = [self.recording[place] for place in places]
         return Batch(
-            torch.stack([question.noisy for question in asked]),
-            torch.stack([question.timestep for question in asked]),
-            torch.stack([self.embed(question.prompt) for question in asked]),
-            answer=torch.stack([question.answer for question in asked]),
+            torch.stack([sample.noisy for sample in asked]),
+            torch.stack([sample.timestep for sample in asked]),
+            torch.stack([self.embed(sample.prompt) for sample in asked]),
+            output=torch.stack([sample.output for sample in asked]),
         )
 
 
@@ -128,23 +128,25 @@ class Videos:
 
 
 def make_source(
-    studio: Studio, config: DataConfig, learned: Sequence[Pair], seed: int, measured: Collection[str] = ()
+    pipeline: CachedPipeline, config: DataConfig, learned: Sequence[Pair], seed: int, measured: Collection[str] = ()
 ) -> Source:
     """From the cache, or made now with the model in BF16: trajectories of what is ``learned``, or videos, without
     scenes whose captions are ``measured`` on."""
     if config.source == "trajectories":
-        return Trajectories(Recording(studio, list(learned)), studio.embed, seed)
-    settings = studio.model.generation
+        return Trajectories(Recording(pipeline, list(learned)), pipeline.embed, seed)
+    settings = pipeline.model.generation
     if config.source == "scenes":
-        captions, latents = _scenes(studio, config.videos_per_scene, measured)
+        captions, latents = _scenes(pipeline, config.videos_per_scene, measured)
     else:
         listed = read_list(Path(config.path))
-        files = encoded(studio, [path for path, _ in listed])
+        files = encoded(pipeline, [path for path, _ in listed])
         captions, latents = [caption for _, caption in listed], lambda place: read_latents(files[place])
-    return Videos(captions, latents, studio.embed, settings.negative_prompt, seed, settings.flow_shift, config.drop)
+    return Videos(captions, latents, pipeline.embed, settings.negative_prompt, seed, settings.flow_shift, config.drop)
 
 
-def _scenes(studio: Studio, each: int, measured: Collection[str]) -> tuple[list[str], Callable[[int], torch.Tensor]]:
+def _scenes(
+    pipeline: CachedPipeline, each: int, measured: Collection[str]
+) -> tuple[list[str], Callable[[int], torch.Tensor]]:
     """So many videos of each combination that tiny-wan was trained on, but for those that are measured on."""
     scenes = [scene for scene in all_scenes() if not scene.held_out]
 
@@ -154,12 +156,12 @@ def _scenes(studio: Studio, each: int, measured: Collection[str]) -> tuple[list[
             for number, scene in enumerate(scenes):
                 rng = np.random.default_rng((7, number))
                 for _ in range(each):
-                    frames = draw(scene, rng, studio.model.generation.num_frames)
-                    made.append(encode_video(studio.pipe, torch.from_numpy(frames).float() / 255))
+                    frames = draw(scene, rng, pipeline.model.generation.num_frames)
+                    made.append(encode_video(pipeline.pipe, torch.from_numpy(frames).float() / 255))
                     tick()
         save_file({"latents": torch.stack(made)}, folder / "scenes.safetensors")
 
-    folder = studio.artefact("scenes", "scenes", studio.signature("scenes", each=each), make)
+    folder = pipeline.artefact("scenes", "scenes", pipeline.signature("scenes", each=each), make)
     latents = read_latents(folder / "scenes.safetensors")
     captions = [scene.caption for scene in scenes for _ in range(each)]
     left = [place for place, caption in enumerate(captions) if caption not in measured]

@@ -1,13 +1,13 @@
 """The training job: does quantization-aware training beat plain quantization here?
 
 Data flows as in ``wanquant.ptq.job``, with the training between: load, calibrate, generate in BF16, generate with the
-*twin*, which is what PTQ makes of the same model with the same protection, scales and seeds; train from there; generate
-again from the same noise, compare all three, save, report.
+*untrained baseline*, which is what PTQ makes of the same model with the same protection, scales and seeds; train from
+there; generate again from the same noise, compare all three, save, report.
 
-    over_twin.latent_sqnr   trained less twin, pair by pair: the verdict is whether its interval holds 0
-    over_twin.answer_sqnr   the same of single steps, along BF16's own trajectories
+    over_untrained.latent_sqnr   trained less untrained, pair by pair: the verdict is whether its interval holds 0
+    over_untrained.step_sqnr   the same of single steps, along BF16's own trajectories
 
-Without quantization (``qat=off``) the same loop fine-tunes the BF16 model, and the twin is the model as it was.
+Without quantization (``qat=off``) the same loop fine-tunes the BF16 model, and the baseline is the model as it was.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from wanquant.evaluate.compare import measure
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.perceptual import distance
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference, estimate
-from wanquant.ptq.bench import Bench
+from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.choose import Choice, choose
+from wanquant.ptq.count import count_videos, estimate_resources
 from wanquant.ptq.job import Job, run_job
 from wanquant.ptq.plan import with_weights
 from wanquant.ptq.result import conversion
 from wanquant.ptq.sensitivity import quantized
-from wanquant.ptq.work import make_plan, work_of
 from wanquant.qat.check import TrainPlan, counted, resolve_train
 from wanquant.qat.config import TrainConfig, processes
 from wanquant.qat.loop import make_accelerator
@@ -46,19 +46,19 @@ from wanquant.quant import ConversionReport, plan_conversion
 from wanquant.runs.progress import progress
 from wanquant.runs.signature import MEASURES, signature
 from wanquant.runs.tracking import live
+from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
 from wanquant.wan.device import pick_device
+from wanquant.wan.estimate import ResourceEstimate, VideoCounts, in_bytes, in_time, print_estimate, tokens_of
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import hush_libraries, read_transformer
-from wanquant.wan.plan import Plan, Work, in_bytes, in_time, print_plan, tokens_of
-from wanquant.wan.record import Recording, answer_errors
-from wanquant.wan.studio import Studio
+from wanquant.wan.record import Recording, step_errors
 
-#: Measured against the twin, pair by pair. The first decides.
-ANSWERS = "answer_sqnr"
-COMPARED = ("latent_sqnr", ANSWERS, "psnr", "ssim", "lpips", "attributes")
-TWIN, OVER = "twin.", "over_twin."
+#: Measured against the untrained baseline, pair by pair. The first decides.
+STEP_SQNR = "step_sqnr"
+COMPARED = ("latent_sqnr", STEP_SQNR, "psnr", "ssim", "lpips", "attributes")
+UNTRAINED, OVER = "untrained.", "over_untrained."
 CURVES = "training.json"
 #: What training adds on the device, in the plan.
 ADDED = ("weights", "gradients", "optimizer", "average", "activations")
@@ -90,8 +90,8 @@ def assist(config: TrainConfig) -> None:
     torch.set_num_threads(plan.config.threads)
     hush_libraries()
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-        bench = TrainJob(with_weights(plan)).load()
-        trainer = Trainer(bench, plan, word[0], bench.inputs())
+        calibrator = TrainJob(with_weights(plan)).load()
+        trainer = Trainer(calibrator, plan, word[0], calibrator.inputs())
         trainer.prepare()
         trainer.train()
 
@@ -106,33 +106,33 @@ class TrainJob(Job):
         return resolve_train(config)
 
     @staticmethod
-    def work(plan: TrainPlan) -> Work:
-        """That of a quantization, twice where there is a twin; what is learned from is recorded in BF16, and what is
-        measured too."""
-        work, qat, measured, calibrated = work_of(plan), plan.qat, len(plan.pairs), len(plan.calibration)
-        twins = 1 if qat.quantize else 0
+    def counts(plan: TrainPlan) -> VideoCounts:
+        """As for a quantization, with the videos of the untrained baseline; what is learned from is recorded in BF16,
+        and what is measured too."""
+        counts, qat, measured, calibrated = count_videos(plan), plan.qat, len(plan.pairs), len(plan.calibration)
+        baselines = 1 if qat.quantize else 0
         # Single steps are asked of both, with as many passes as a video has.
-        quantized, looks = work.quantized + (2 * twins + 1) * measured, 0
+        quantized, looks = counts.quantized + (2 * baselines + 1) * measured, 0
         if qat.check_every:
             looks = (1 + qat.steps // qat.check_every) * calibrated
         return dataclasses.replace(
-            work,
+            counts,
             recorded=len(plan.learned),
-            twin=2 * twins * measured,
+            untrained=2 * baselines * measured,
             looks=looks,
             renamed=(("generate_quantized", "generate_trained"),),
-            bf16=work.bf16 + len(plan.learned) + (calibrated if looks else 0),
+            bf16=counts.bf16 + len(plan.learned) + (calibrated if looks else 0),
             quantized=quantized + looks,
-            decoded=work.decoded + twins * measured,
-            held=work.held + twins * measured,
-            beside=work.beside or bool(twins),
+            decoded=counts.decoded + baselines * measured,
+            held=counts.held + baselines * measured,
+            beside=counts.beside or bool(baselines),
         )
 
     @classmethod
-    def print_plan(cls, plan: TrainPlan, config_yaml: str) -> None:
-        print_training_plan(plan, make_plan(plan, cls.work(plan)), config_yaml)
+    def print_estimate(cls, plan: TrainPlan, config_yaml: str) -> None:
+        print_training_plan(plan, estimate_resources(plan, cls.counts(plan)), config_yaml)
 
-    def needed(self, needs: Plan) -> dict[str, Any]:
+    def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
         found, on_host = super().needed(needs), needs.device.type == "cpu"
         training = needs_of(self.plan, needs)
         while_trained = 2 * needs.parameters + needs.others + training.added(on_host) + (needs.videos if on_host else 0)
@@ -159,39 +159,42 @@ class TrainJob(Job):
 
     def run(self) -> dict[str, Any]:
         config, run = self.config, self.run_
-        bench = self.load()
-        studio = bench.studio
+        calibrator = self.load()
+        pipeline = calibrator.pipeline
         with run.stage("calibrate"):
-            calibration, stats = bench.calibration(), bench.inputs()
+            calibration, stats = calibrator.calibration(), calibrator.inputs()
         with run.stage("choose"):
-            choice = choose(config.protect, self.plan.model.protected, bench)
-        trainer = Trainer(bench, self.plan, choice.blocks, stats)
+            choice = choose(config.protect, self.plan.model.protected, calibrator)
+        trainer = Trainer(calibrator, self.plan, choice.blocks, stats)
         with run.stage("data"):
             trainer.prepare()
         with run.stage("generate_bf16"):
-            asked = Recording(studio, self.pairs, "ask BF16")
-            baseline = self.bf16(studio, "generate BF16", self.pairs)
+            asked = Recording(pipeline, self.pairs, "ask BF16")
+            baseline = self.bf16(pipeline, "generate BF16", self.pairs)
         floors: dict[str, list[tuple[Sample, Sample]]] = {}
         if config.eval.noise_floor:
             with run.stage("noise_floor"):
-                floors = self.floors(studio, baseline)
-        with run.stage("generate_twin"):
-            report, twin, answers = self._twin(bench, choice, stats, baseline, asked)
+                floors = self.floors(pipeline, baseline)
+        with run.stage("generate_untrained"):
+            report, untrained, single_steps = self._untrained(calibrator, choice, stats, baseline, asked)
         with run.stage("train"):
             signed, training = self._trained(trainer)
         with run.stage("generate_trained"):
-            label, how = "generate trained", {**bench.what_is_quantized(choice.blocks), "trained": signed}
-            latents, overflows = studio.latents(label, self.pairs, how, afresh=config.force)
-            samples = studio.videos(label, self.pairs, latents)
-            answers |= self._answers(studio, asked, "", how)
+            label, how = "generate trained", {**calibrator.what_is_quantized(choice.blocks), "trained": signed}
+            latents, overflows = pipeline.latents(label, self.pairs, how, afresh=config.force)
+            samples = pipeline.videos(label, self.pairs, latents)
+            single_steps |= self._single_steps(pipeline, asked, "", how)
         with run.stage("compare"):
-            beside = {"": list(zip(baseline, samples, strict=True)), TWIN: list(zip(baseline, twin, strict=True))}
-            metrics, over = self._compare({**beside, **floors}, twin, answers)
+            beside = {
+                "": list(zip(baseline, samples, strict=True)),
+                UNTRAINED: list(zip(baseline, untrained, strict=True)),
+            }
+            metrics, over = self._compare({**beside, **floors}, untrained, single_steps)
             gate_results = gates.check(samples, baseline)
         with run.stage("write"):
             self.write_videos(baseline, samples, floors)
-            self._save(studio, report)
-        tail = self.tail(bench, self.plan.pairs)
+            self._save(pipeline, report)
+        tail = self.tail(calibrator, self.plan.pairs)
         tail["memory"]["peak_bytes"] = max(tail["memory"]["peak_bytes"], trainer.peak_before)
         return {
             **self.head(tuple(report.protected_blocks)),
@@ -199,7 +202,7 @@ class TrainJob(Job):
             "qat": dataclasses.asdict(config.qat),
             "block_sqnr": None,
             "metrics": metrics,
-            "over_twin": over,
+            "over_untrained": over,
             "training": {**training, "processes": processes(), "precision": trainer.precision},
             "demonstration": len(self.pairs) < ENOUGH_PAIRS,
             "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
@@ -207,38 +210,43 @@ class TrainJob(Job):
             **tail,
         }
 
-    def _twin(
-        self, bench: Bench, choice: Choice, stats: Mapping[str, Any], baseline: list[Sample], asked: Recording
+    def _untrained(
+        self, calibrator: Calibrator, choice: Choice, stats: Mapping[str, Any], baseline: list[Sample], asked: Recording
     ) -> tuple[ConversionReport, list[Sample], dict[str, list[Item]]]:
-        """What PTQ makes of it, its videos and the errors of its answers; the model stays BF16."""
-        transformer, how = bench.studio.transformer, (bench.scheme.config, choice.blocks, bench.modules)
+        """What PTQ makes of it, its videos and the errors of its single steps; the model stays BF16."""
+        transformer, how = (
+            calibrator.pipeline.transformer,
+            (calibrator.scheme.config, choice.blocks, calibrator.modules),
+        )
         if not self.config.qat.quantize:
             return plan_conversion(transformer, *how), baseline, {}
-        label, what = "generate twin", bench.what_is_quantized(choice.blocks)
+        label, what = "generate untrained", calibrator.what_is_quantized(choice.blocks)
         with quantized(transformer, *how, stats) as report:
-            latents, _ = bench.studio.latents(label, self.pairs, what)
-            answers = self._answers(bench.studio, asked, TWIN, what)
-        return report, bench.studio.videos(label, self.pairs, latents), answers
+            latents, _ = calibrator.pipeline.latents(label, self.pairs, what)
+            single_steps = self._single_steps(calibrator.pipeline, asked, UNTRAINED, what)
+        return report, calibrator.pipeline.videos(label, self.pairs, latents), single_steps
 
-    def _answers(self, studio: Studio, asked: Recording, prefix: str, how: Mapping[str, Any]) -> dict[str, list[Item]]:
+    def _single_steps(
+        self, pipeline: CachedPipeline, asked: Recording, prefix: str, how: Mapping[str, Any]
+    ) -> dict[str, list[Item]]:
         """The errors of single steps, under their name in ``metrics``."""
 
         def measure() -> list[float]:
-            with progress("answer", len(self.pairs), "pair") as tick:
-                return answer_errors(studio, asked, tick)
+            with progress("single steps", len(self.pairs), "pair") as tick:
+                return step_errors(pipeline, asked, tick)
 
-        cells = studio.cache.cells(
-            "answers", studio.signature("answers", pairs=self.pairs, batch=studio.model.batch, **how)
+        cells = pipeline.cache.cells(
+            "single_steps", pipeline.signature("single_steps", pairs=self.pairs, batch=pipeline.model.batch, **how)
         )
         found = measure() if self.config.force else cells.measured("pairs", measure)
         values = (math.nan if value is None else value for value in found)
-        return {f"{prefix}{ANSWERS}": [Item(*pair, value) for pair, value in zip(self.pairs, values, strict=True)]}
+        return {f"{prefix}{STEP_SQNR}": [Item(*pair, value) for pair, value in zip(self.pairs, values, strict=True)]}
 
     def _trained(self, trainer: Trainer) -> tuple[str, dict[str, Any]]:
         """Puts the trained transformer into the pipeline: from the cache, or trained now."""
-        studio, signed = trainer.studio, trainer.signature
+        pipeline, signed = trainer.pipeline, trainer.signature
         if self.config.force:
-            studio.cache.forget("trained", signed)
+            pipeline.cache.forget("trained", signed)
             shutil.rmtree(trainer.states, ignore_errors=True)
 
         def make(folder: Path) -> None:
@@ -247,81 +255,83 @@ class TrainJob(Job):
                 broadcast_object_list([list(trainer.protected)])
             with live(self.config.tracker, self.run_.folder, dataclasses.asdict(self.config)) as trainer.show:
                 told = trainer.train()
-            for name, part in transformers_in(studio.pipe).items():
+            for name, part in transformers_in(pipeline.pipe).items():
                 if quantized_linears(part):
                     save_transformer(part, self.plan.model.folder / name, folder / name, lambda: None)
                 else:
                     part.save_pretrained(folder / name)
             (folder / CURVES).write_text(json.dumps(told) + "\n", encoding="utf-8")
 
-        folder = studio.artefact("train", "trained", signed, make)
+        folder = pipeline.artefact("train", "trained", signed, make)
         shutil.rmtree(trainer.states, ignore_errors=True)
         packed = self.config.quant.packed if self.config.qat.quantize else None
-        for name in transformers_in(studio.pipe):
-            getattr(studio.pipe, name).to("meta")  # there is no room for both
+        for name in transformers_in(pipeline.pipe):
+            getattr(pipeline.pipe, name).to("meta")  # there is no room for both
             how = packed if quantization_of(folder / name) is not None else None
-            setattr(studio.pipe, name, read_transformer(folder / name, how).to(studio.device))
+            setattr(pipeline.pipe, name, read_transformer(folder / name, how).to(pipeline.device))
         told: dict[str, Any] = json.loads((folder / CURVES).read_text(encoding="utf-8"))
         return signed, told
 
     def _compare(
         self,
         beside: Mapping[str, list[tuple[Sample, Sample]]],
-        twin: list[Sample],
-        answers: dict[str, list[Item]],
+        untrained: list[Sample],
+        single_steps: dict[str, list[Item]],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Every metric, and what of it differs from the twin's."""
+        """Every metric, and what of it differs from the untrained model's."""
         config = self.config
         with progress("compare", sum(map(len, beside.values())), "pair") as tick:
             lpips = distance(config.eval.lpips, self.device)
             found = measure(beside, config.model.language == "scenes", tick, lpips)
             if config.model.language == "scenes":
-                asked = measure({"": [(sample, sample) for sample in twin]}, True)
-                found |= {TWIN + name: asked[name] for name in asked if "." not in name and TWIN + name not in found}
-        found |= answers
+                asked = measure({"": [(sample, sample) for sample in untrained]}, True)
+                found |= {
+                    UNTRAINED + name: asked[name] for name in asked if "." not in name and UNTRAINED + name not in found
+                }
+        found |= single_steps
         over = {}
         # A model that is fine-tuned is meant to move away from what it was.
         for name in COMPARED if config.qat.quantize else ("attributes",):
-            if name in found and TWIN + name in found:
-                paired = compared(difference(found[name], found[TWIN + name]))
+            if name in found and UNTRAINED + name in found:
+                paired = compared(difference(found[name], found[UNTRAINED + name]))
                 over[name] = {**paired.as_json(), "verdict": verdict_of(paired, len(self.pairs) < ENOUGH_PAIRS)}
         return {name: estimate(items).as_json() for name, items in found.items()}, over
 
-    def _save(self, studio: Studio, report: ConversionReport) -> None:
+    def _save(self, pipeline: CachedPipeline, report: ConversionReport) -> None:
         if not self.config.checkpoint:
             return
         target = self.run_.folder / "checkpoint"
         if report.names("converted"):
             with progress("save", len(report.names("converted")), "linear") as tick:
-                save_quantized(studio.pipe, target, tick)
+                save_quantized(pipeline.pipe, target, tick)
         else:
             partial = target.with_name("checkpoint.partial")
-            studio.pipe.save_pretrained(partial)
+            pipeline.pipe.save_pretrained(partial)
             partial.rename(target)
 
 
-def needs_of(plan: TrainPlan, needs: Plan) -> TrainingPlan:
+def needs_of(plan: TrainPlan, needs: ResourceEstimate) -> TrainingPlan:
     """Memory of the training itself."""
     tokens, precision = tokens_of(plan.settings, needs.shape), settled_precision(plan.qat.precision, plan.device)
-    return plan_training(needs.shape, plan.config, tokens, plan.questions, precision, processes())
+    return plan_training(needs.shape, plan.config, tokens, plan.samples, precision, processes())
 
 
-def seconds_of(plan: TrainPlan, needs: Plan) -> float:
+def seconds_of(plan: TrainPlan, needs: ResourceEstimate) -> float:
     """Of the training itself, by a probe of one block."""
     tokens, precision = tokens_of(plan.settings, needs.shape), settled_precision(plan.qat.precision, plan.device)
-    return training_seconds(needs.shape, plan.config, tokens, plan.questions, plan.device, precision)
+    return training_seconds(needs.shape, plan.config, tokens, plan.samples, plan.device, precision)
 
 
-def print_training_plan(plan: TrainPlan, needs: Plan, config_yaml: str) -> None:
+def print_training_plan(plan: TrainPlan, needs: ResourceEstimate, config_yaml: str) -> None:
     """After that of the quantization: what the training needs."""
-    print_plan(needs, config_yaml)
+    print_estimate(needs, config_yaml)
     training = needs_of(plan, needs)
     parts = {name: getattr(training, name) for name in ("model", *ADDED)}
     told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     print(f"training    {in_bytes(training.total)} on the device: {told}")
     if training.host:
-        passing = min(plan.questions, plan.qat.questions or plan.questions)
-        print(f"            {in_bytes(training.host)} beside it, for what passes between blocks ({passing} questions)")
+        passing = min(plan.samples, plan.qat.samples or plan.samples)
+        print(f"            {in_bytes(training.host)} beside it, for what passes between blocks ({passing} samples)")
     if shrinks(plan.config):
         print(f"            less with {shrinks(plan.config)}")
     seconds = seconds_of(plan, needs)
@@ -331,7 +341,7 @@ def print_training_plan(plan: TrainPlan, needs: Plan, config_yaml: str) -> None:
 
 
 def verdict_of(paired: Estimate, few: bool) -> str:
-    """Of trained less twin."""
+    """Of trained less untrained."""
     if few:
         return "too few pairs"
     if math.isnan(paired.low):

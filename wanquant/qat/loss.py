@@ -1,7 +1,7 @@
 """What is asked of the trained model. Errors are relative, so that no noise level and no block drowns the others:
 
     flow     |v - (e - x_0)|² / |e - x_0|²        on videos
-    output   |v - v'|² / |v'|²                    v' what BF16 answers
+    output   |v - v'|² / |v'|²                    v' BF16's output
     blocks   the mean over blocks of |h - h'|² / |h'|²
 
 each a mean over the rows of the batch, and the loss their weighted sum.
@@ -32,7 +32,7 @@ def check_loss(config: LossConfig, source: str) -> None:
 
 
 def needs_teacher(config: LossConfig, source: str) -> bool:
-    """Whether BF16 has to be asked in every step: what it answered along its own trajectories is known."""
+    """Whether BF16 has to run in every step: its outputs along its own trajectories are known."""
     return bool(config.blocks) or (bool(config.output) and source != "trajectories")
 
 
@@ -62,18 +62,18 @@ class Objective:
         )
         hidden: list[torch.Tensor] = []
         with _outputs(model if config.blocks else None, hidden):
-            velocity = ask(model, noisy, timestep, text)
-        answer, theirs = batch.answer, list[torch.Tensor]()
+            velocity = predict_velocity(model, noisy, timestep, text)
+        output, theirs = batch.output, list[torch.Tensor]()
         if self.teacher is not None:
             with torch.no_grad(), _outputs(self.teacher if config.blocks else None, theirs):
-                answer = ask(self.teacher, noisy, timestep, text)
+                output = predict_velocity(self.teacher, noisy, timestep, text)
         parts: dict[str, torch.Tensor] = {}
         if config.flow:
             assert batch.velocity is not None
             parts["flow"] = relative_error(velocity, batch.velocity.to(self.device)).mean()
         if config.output:
-            assert answer is not None
-            parts["output"] = relative_error(velocity, answer.to(self.device)).mean()
+            assert output is not None
+            parts["output"] = relative_error(velocity, output.to(self.device)).mean()
         if config.blocks:
             errors = [relative_error(ours, wanted) for ours, wanted in zip(hidden, theirs, strict=True)]
             parts["blocks"] = torch.stack(errors).mean()
@@ -81,7 +81,7 @@ class Objective:
         return {"loss": total, **parts}
 
 
-def ask(model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def predict_velocity(model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """A Wan transformer's velocity, of what is rounded to BF16 as the pipeline does, in the model's own type."""
     bare: Any = getattr(model, "module", model)
     kind = bare.patch_embedding.weight.dtype

@@ -50,9 +50,9 @@ class TrainingPlan:
 
 
 def plan_training(
-    transformer: Transformer, config: TrainConfig, tokens: int, questions: int, precision: str, world: int = 1
+    transformer: Transformer, config: TrainConfig, tokens: int, samples: int, precision: str, world: int = 1
 ) -> TrainingPlan:
-    """``transformer`` may be on meta. ``tokens`` are those of one video, ``questions`` those of blockwise training."""
+    """``transformer`` may be on meta. ``tokens`` are those of one video, ``samples`` those of blockwise training."""
     qat, shape = config.qat, transformer.config
     kept = _kept(dict(shape), *_rounding(config), precision)
     heads, text = shape.num_attention_heads, config.model.generation.max_text_length
@@ -62,7 +62,7 @@ def plan_training(
     copies = 2 if precision == "bf16" or qat.quantize else 0  # of the weights, as they are multiplied
     if qat.scope == "blockwise":
         # The model, the block that learns, and the stream: what enters twice, what leaves, and the text.
-        host = 2 * min(questions, qat.questions or questions) * (3 * tokens + text) * width
+        host = 2 * min(samples, qat.samples or samples) * (3 * tokens + text) * width
         average = 4 * block if qat.ema else 0
         one = ((4 + copies) * block, 4 * block, 8 * block, average, activations)
         return TrainingPlan(2 * every, *one, host, (1 if config.quant.packed else 2) * (shape.num_layers - 1) * block)
@@ -77,7 +77,7 @@ def plan_training(
 
 
 def training_seconds(
-    transformer: Transformer, config: TrainConfig, tokens: int, questions: int, device: torch.device, precision: str
+    transformer: Transformer, config: TrainConfig, tokens: int, samples: int, device: torch.device, precision: str
 ) -> float:
     """By a probe of one block."""
     qat, shape, text = config.qat, dict(transformer.config), config.model.generation.max_text_length
@@ -87,8 +87,8 @@ def training_seconds(
     if qat.scope != "blockwise":
         return qat.steps * blocks / parts * each * (4 / 3 if qat.recompute else 1)
     trained = len(resolve_blocks(qat.blocks, blocks)) if qat.blocks else blocks
-    asked = min(questions, qat.questions or questions)
-    # Every question passes through the block in BF16 and quantized, and an eighth twice more, for what is kept.
+    asked = min(samples, qat.samples or samples)
+    # Every sample passes through the block in BF16 and quantized, and an eighth twice more, for what is kept.
     passes = asked * (2 + 2 / SET_ASIDE) / AT_ONCE
     plain = block_seconds(shape, None, tokens, text, AT_ONCE, device)
     return trained * qat.steps * each + blocks / parts * passes * plain
@@ -149,7 +149,7 @@ def shrinks(config: TrainConfig) -> str:
     if qat.batch // qat.accumulation > 1:
         options.append(f"qat.accumulation={2 * qat.accumulation}")
     if qat.scope == "blockwise":
-        options += ["qat.questions=96 (beside the device)"] if not 0 < qat.questions <= 96 else []
+        options += ["qat.samples=96 (beside the device)"] if not 0 < qat.samples <= 96 else []
     else:
         options += [] if qat.recompute else ["qat.recompute=true"]
         options += ["qat.ema=0"] if qat.ema else []

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from wanquant.ptq.bench import Bench
+from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.sensitivity import final_errors, quantized
 from wanquant.qat.blockwise import Blockwise, enter
 from wanquant.qat.check import TrainPlan, counted
@@ -33,11 +33,11 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 from wanquant.runs.signature import GENERATES, installed, signature
 from wanquant.wan.activations import mixed_norms
+from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
+from wanquant.wan.estimate import in_bytes, tokens_of
 from wanquant.wan.experts import Experts, parts_of
-from wanquant.wan.plan import in_bytes, tokens_of
 from wanquant.wan.products import multiplies_bf16, quick_products
-from wanquant.wan.studio import Studio
 
 #: Steps between two looks at how far the scales have moved.
 DRIFT_EVERY = 10
@@ -58,7 +58,7 @@ def training_libraries() -> dict[str, str | None]:
 class Trainer:
     """``protected`` are the blocks that stay BF16; ``stats`` what calibration saw."""
 
-    bench: Bench
+    calibrator: Calibrator
     plan: TrainPlan
     protected: Sequence[int]
     stats: Mapping[str, Any]
@@ -72,12 +72,12 @@ class Trainer:
         return self.plan.qat
 
     @property
-    def studio(self) -> Studio:
-        return self.bench.studio
+    def pipeline(self) -> CachedPipeline:
+        return self.calibrator.pipeline
 
     @property
     def precision(self) -> str:
-        return settled_precision(self.qat.precision, self.studio.device)
+        return settled_precision(self.qat.precision, self.pipeline.device)
 
     @property
     def measured(self) -> list[str]:
@@ -87,32 +87,32 @@ class Trainer:
     @cached_property
     def signature(self) -> str:
         """Of all that can change what is learned."""
-        studio = self.studio
+        pipeline = self.pipeline
         settings = {
-            **self.bench.what_is_quantized(self.protected),
+            **self.calibrator.what_is_quantized(self.protected),
             "qat": counted(self.qat),
-            "fps": studio.model.generation.fps if self.qat.data.source == "folder" else None,
+            "fps": pipeline.model.generation.fps if self.qat.data.source == "folder" else None,
             "left_out": self.measured if self.qat.data.source == "scenes" else [],
             "libraries": training_libraries(),
             "precision": self.precision,
             "world": processes(),
-            "model": {"generation": dataclasses.asdict(studio.model.generation)},  # where the volatile is left out
-            "outliers": dataclasses.asdict(studio.model.outliers),
-            "batch": studio.model.batch,
+            "model": {"generation": dataclasses.asdict(pipeline.model.generation)},  # where the volatile is left out
+            "outliers": dataclasses.asdict(pipeline.model.outliers),
+            "batch": pipeline.model.batch,
         }
-        return signature(settings, studio.fingerprint, studio.device, (*GENERATES, "qat"))
+        return signature(settings, pipeline.fingerprint, pipeline.device, (*GENERATES, "qat"))
 
     @property
     def states(self) -> Path:
-        return self.studio.cache.root / "training" / self.signature
+        return self.pipeline.cache.root / "training" / self.signature
 
     def prepare(self) -> None:
         """Makes the data, or finds them in the cache; the model has to be in BF16."""
-        self.source = make_source(self.studio, self.qat.data, self.plan.learned, self.qat.seed, self.measured)
+        self.source = make_source(self.pipeline, self.qat.data, self.plan.learned, self.qat.seed, self.measured)
 
     def train(self) -> dict[str, Any]:
         """Leaves the trained transformer in the pipeline; returns its curves, and the memory it took."""
-        qat, device = self.qat, self.studio.device
+        qat, device = self.qat, self.pipeline.device
         accelerator = make_accelerator(device, self.precision, qat.accumulation)
         planned = self.planned  # of the model as it is now
         self.peak_before = peak_memory(device)
@@ -129,17 +129,17 @@ class Trainer:
 
     @cached_property
     def planned(self) -> TrainingPlan:
-        studio = self.studio
-        questions = len(self.source) if self.source is not None else 0
-        tokens = tokens_of(studio.model.generation, studio.transformer)
-        return plan_training(studio.transformer, self.plan.config, tokens, questions, self.precision, processes())
+        pipeline = self.pipeline
+        samples = len(self.source) if self.source is not None else 0
+        tokens = tokens_of(pipeline.model.generation, pipeline.transformer)
+        return plan_training(pipeline.transformer, self.plan.config, tokens, samples, self.precision, processes())
 
     def _train(self, accelerator: Accelerator) -> dict[str, Any]:
         qat = self.qat
-        with quick_products(self.studio.device), mixed_norms():
+        with quick_products(self.pipeline.device), mixed_norms():
             if qat.scope == "blockwise":
                 return {"blocks": self._blockwise(accelerator)}
-            original = self.studio.transformer
+            original = self.pipeline.transformer
             student = copy.deepcopy(original)
             told = self._whole(accelerator, student, original)
             merge_lora_(student)
@@ -170,10 +170,10 @@ class Trainer:
         return make_rate(qat.schedule, qat.steps, qat.warmup, qat.floor, qat.bf16_steps)
 
     def _blockwise(self, accelerator: Accelerator) -> list[Row]:
-        studio, qat, source = self.studio, self.qat, self.source
-        transformer = studio.transformer
+        pipeline, qat, source = self.pipeline, self.qat, self.source
+        transformer = pipeline.transformer
         assert isinstance(source, Trajectories)
-        plan = plan_conversion(transformer, self.bench.scheme.config, self.protected, self.bench.modules)
+        plan = plan_conversion(transformer, self.calibrator.scheme.config, self.protected, self.calibrator.modules)
         touched = {row.block for row in plan.modules if row.status == "converted"}
 
         def make(index: int, block: nn.Module) -> nn.Module | None:
@@ -183,7 +183,7 @@ class Trainer:
         chosen = [index for index in asked if index in touched]
         if not chosen:
             raise ValueError("qat.scope=blockwise: of qat.blocks none is quantized, so nothing would be trained")
-        places = sorted(order(len(source), qat.seed, 0, min(qat.questions or len(source), len(source))))
+        places = sorted(order(len(source), qat.seed, 0, min(qat.samples or len(source), len(source))))
         how = (self._optimizers, self._rate(), self._course(), self.states, self.signature, self.show)
         rows, first = list[Row](), 0
         parts, shares = parts_of(transformer), shared_out(transformer, source, places)
@@ -194,8 +194,8 @@ class Trainer:
         del transformer  # two as one would keep the blocks that are replaced
         for part, asked_of_it in zip(parts, shares, strict=True):
             past = first + len(part.get_submodule("blocks"))  # type: ignore[arg-type]
-            stream = enter(part, source, asked_of_it, studio.device)
-            stream.at_once = stream.at_once if self.bench.scheme.independent else 1
+            stream = enter(part, source, asked_of_it, pipeline.device)
+            stream.at_once = stream.at_once if self.calibrator.scheme.independent else 1
             stream.trained_in = torch.float32 if self.precision == "fp32" else torch.bfloat16
             own = [index for index in chosen if first <= index < past]
             rows += Blockwise(accelerator, part, stream, make, own, *how, first).run()
@@ -211,7 +211,7 @@ class Trainer:
             for name, seen in self.stats.items()
             if name.startswith(f"blocks.{index}.")
         }
-        make_trainable_(holder, self.bench.scheme.config, (), self.bench.modules, own, self.plan.training)
+        make_trainable_(holder, self.calibrator.scheme.config, (), self.calibrator.modules, own, self.plan.training)
         found: nn.Module = holder.blocks[0]
         for parameter in found.parameters():
             parameter.data = parameter.data.float()
@@ -223,7 +223,13 @@ class Trainer:
         qat, assigned = self.qat, self.source
         assert assigned is not None
         if qat.quantize:
-            how = (self.bench.scheme.config, self.protected, self.bench.modules, self.stats, self.plan.training)
+            how = (
+                self.calibrator.scheme.config,
+                self.protected,
+                self.calibrator.modules,
+                self.stats,
+                self.plan.training,
+            )
             make_trainable_(student, *how)
         if self.precision == "fp32":
             student.float()
@@ -232,7 +238,7 @@ class Trainer:
             model: Any = student
             model.enable_gradient_checkpointing()
         teacher = original if needs_teacher(qat.loss, qat.data.source) else None
-        objective = Objective(qat.loss, assigned, qat.batch, self.studio.device, teacher)
+        objective = Objective(qat.loss, assigned, qat.batch, self.pipeline.device, teacher)
         linears = trainable_linears(student)
         # Before a state is taken up, whose weights have moved already.
         adapted = qat.scope == "lora"  # whose weights stay, so that nothing could be said of their scales
@@ -275,18 +281,18 @@ class Trainer:
 
     def _validation(self, accelerator: Accelerator, student: nn.Module, original: nn.Module) -> Callable[[int], Row]:
         """SQNR of the final latents of the calibration prompts, which are neither learned nor measured: the model's as
-        it is, and its twin's."""
-        studio, bench = self.studio, self.bench
-        references = bench.references
-        how = (bench.scheme.config, self.protected, bench.modules, self.stats)
+        it is, and the untrained baseline's."""
+        pipeline, calibrator = self.pipeline, self.calibrator
+        references = calibrator.references
+        how = (calibrator.scheme.config, self.protected, calibrator.modules, self.stats)
 
         def measure(label: str) -> float:
-            with studio.progress(label, bench.pairs) as tick:
-                errors = final_errors(studio.generate, bench.pairs, references, tick)
+            with pipeline.progress(label, calibrator.pairs) as tick:
+                errors = final_errors(pipeline.generate, calibrator.pairs, references, tick)
             return statistics.fmean(item.value for item in errors)
 
         with quantized(original, *how) if self.qat.quantize else nullcontext():
-            twin = measure("validate twin")
+            untrained = measure("validate untrained")
 
         def check(step: int) -> Row:
             if not accelerator.is_main_process:
@@ -294,11 +300,11 @@ class Trainer:
             now, target = copy.deepcopy(student), copy.deepcopy(original)
             merge_lora_(now)
             freeze_into_(target, now)
-            studio.transformer = target
+            pipeline.transformer = target
             try:
-                return {"latent_sqnr": measure("validate"), "twin": twin}
+                return {"latent_sqnr": measure("validate"), "untrained": untrained}
             finally:
-                studio.transformer = original
+                pipeline.transformer = original
 
         return check
 
@@ -339,7 +345,7 @@ class Trainer:
 
 
 def shared_out(transformer: nn.Module, source: Trajectories, places: Sequence[int]) -> list[list[int]]:
-    """The questions that each part of it answers."""
+    """The samples that each part of it is given."""
     if not isinstance(transformer, Experts):
         return [list(places)]
     parts = transformer.part_of(torch.tensor([source.recording.timestep(place) for place in places]))

@@ -14,7 +14,7 @@ from wanquant.kernels import check_native
 from wanquant.quant.attention import QuantAttention, TrainableQuantAttention, check_processor
 from wanquant.quant.config import QuantConfig
 from wanquant.quant.linear import QuantLinear
-from wanquant.quant.scheme import Scheme, parse
+from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.select import match_names, resolve_blocks
 from wanquant.quant.smooth import Smoothing, smooth_
 from wanquant.quant.statistics import Site
@@ -63,7 +63,7 @@ def _count(rows: Sequence[ModuleReport]) -> dict[str, int]:
 
 def quantize_(
     module: nn.Module,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Scheme | None = None,
     protected_blocks: Sequence[int] = (),
     protected_modules: Sequence[str] = (),
     stats: Mapping[str, float | Site] | None = None,
@@ -86,8 +86,8 @@ def quantize_(
     ``to_q``, ``to_k`` and ``to_v`` are. Everything is checked before anything is changed:
     ``ValueError`` names a wrong index, a pattern that matches nothing, a linear that cannot be quantized so.
     """
-    scheme = parse(config or QuantConfig())
-    plan = plan_conversion(module, config, protected_blocks, protected_modules, blocks)
+    scheme = scheme_of(config)
+    plan = plan_conversion(module, scheme, protected_blocks, protected_modules, blocks)
     todo = plan.names("converted")
     for name in todo:
         weight = module.get_submodule(name).get_parameter("weight")
@@ -113,7 +113,7 @@ def quantize_(
 
 def make_trainable_(
     module: nn.Module,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Scheme | None = None,
     protected_blocks: Sequence[int] = (),
     protected_modules: Sequence[str] = (),
     stats: Mapping[str, float | Site] | None = None,
@@ -122,9 +122,9 @@ def make_trainable_(
 ) -> ConversionReport:
     """As ``quantize_`` with the same arguments, but what it converts is to be trained, in the way ``how`` says. What it
     does not convert is left as it is."""
-    scheme, how, known = parse(config or QuantConfig()), how or Training(), dict(stats or {})
+    scheme, how, known = scheme_of(config), how or Training(), dict(stats or {})
     check_trainable(scheme, how)
-    plan = plan_conversion(module, config, protected_blocks, protected_modules, blocks)
+    plan = plan_conversion(module, scheme, protected_blocks, protected_modules, blocks)
     todo, last = plan.names("converted"), LastInput()
     _check_statistics(scheme, todo, known)
     for name in todo:
@@ -172,13 +172,13 @@ def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, 
 
 def plan_conversion(
     module: nn.Module,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Scheme | None = None,
     protected_blocks: Sequence[int] = (),
     protected_modules: Sequence[str] = (),
     blocks: str = "blocks",
 ) -> ConversionReport:
     """What ``quantize_`` would do, without doing it, and with its refusals; works on meta tensors."""
-    scheme = parse(config or QuantConfig())
+    scheme = scheme_of(config)
     try:
         block_list = module.get_submodule(blocks)
     except AttributeError:

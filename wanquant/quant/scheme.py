@@ -54,6 +54,11 @@ class Scheme:
         return by_output or searched or self.smoothing is not None
 
 
+def scheme_of(config: QuantConfig | Scheme | None) -> Scheme:
+    """What a public function was given, parsed unless the caller has done so; the default for None."""
+    return config if isinstance(config, Scheme) else parse(config or QuantConfig())
+
+
 def settle(config: QuantConfig) -> QuantConfig:
     """The config with the format's own choices where it says ``default``."""
     format_ = get_format(config.format)

@@ -16,7 +16,7 @@ FURTHER = (
 )
 FLOORS = (
     ("", "quantized"),
-    ("floor_ulp.", "BF16, noise moved by 1 ulp"),
+    ("floor_ulp.", "BF16, noise perturbed by 1 ulp"),
     ("floor_seed.", "BF16, another seed"),
 )
 ATTRIBUTES = ("color", "shape", "direction", "background", "attributes")
@@ -26,8 +26,8 @@ NOTICE_COLLAPSE = ("imaging_quality", "dynamic_degree", "overall_consistency")
 
 
 def rows_of(result: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Prefixes and labels of the rows of a run's table. Only a training has a twin."""
-    if "over_twin" not in result:
+    """Prefixes and labels of the rows of a run's table. Only a training has an untrained baseline."""
+    if "over_untrained" not in result:
         return FLOORS
     labels = ("trained", "not trained") if result["qat"]["quantize"] else ("fine-tuned", "BF16 as it was")
-    return (("", labels[0]), ("twin.", labels[1]), *FLOORS[1:])
+    return (("", labels[0]), ("untrained.", labels[1]), *FLOORS[1:])

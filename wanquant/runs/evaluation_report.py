@@ -11,7 +11,7 @@ from wanquant.runs.run import digest
 
 #: Means of the columns, by prefix.
 SIDES = (("bf16.", "BF16"), ("", "quantized"), ("difference.", "difference"))
-FLOORS = (("floor_ulp.", "floor: noise moved by 1 ulp"), ("floor_seed.", "floor: |another seed|"))
+FLOORS = (("floor_ulp.", "floor: noise perturbed by 1 ulp"), ("floor_seed.", "floor: |another seed|"))
 
 
 def vbench_table(entry: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -68,7 +68,7 @@ def evaluation_summary(key: str, entry: dict[str, Any], folder: Path) -> str:
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         lines += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (heads, *rows)]
     for title, metric, floor in fidelity_rows(entry["metrics"]):
-        beside = f"   (noise moved by 1 ulp: {estimate_text(floor)})" if floor else ""
+        beside = f"   (noise perturbed by 1 ulp: {estimate_text(floor)})" if floor else ""
         lines.append(f"{title:<28}{estimate_text(metric)}{beside}")
     for name in (name for name in ATTRIBUTES if name in entry["metrics"]):
         lines.append(f"{'prompts followed: ' + name:<28}{estimate_text(entry['metrics'][name])}")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-BAR = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
+BAR = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} {unit}s, {elapsed} elapsed, {remaining} left{postfix}"
 #: Seconds between two lines where nobody watches.
 QUIET = 15.0
 
@@ -52,8 +52,8 @@ class _Lines:
 
     def show(self) -> None:
         self.shown = time.monotonic()
-        gone = self.shown - self.begun
-        left = tqdm.format_interval(gone / max(self.done - self.earlier, 1) * (self.total - self.done))
+        elapsed = self.shown - self.begun
+        left = tqdm.format_interval(elapsed / max(self.done - self.earlier, 1) * (self.total - self.done))
         share = f"{100 * self.done // max(self.total, 1):3d} % {self.done}/{self.total} {self.unit}s"
-        line = f"{self.label:<20} {share}, {tqdm.format_interval(gone)} gone, {left} left"
+        line = f"{self.label:<20} {share}, {tqdm.format_interval(elapsed)} elapsed, {left} left"
         print(f"{line}, {self.note}" if self.note else line, file=sys.stderr, flush=True)

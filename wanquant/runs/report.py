@@ -63,7 +63,7 @@ def write_report(folder: Path, result: dict[str, Any]) -> Path:
         further_rows=further,
         further_columns=[(title, unit) for _, title, unit in _further(metrics)],
         evaluations=evaluations,
-        training=training_section(result) if "over_twin" in result else None,
+        training=training_section(result) if "over_untrained" in result else None,
         attributes=[name for name in ATTRIBUTES if name in metrics],
         failed=failed_gates(result),
         cautions=cautions(result),
@@ -130,7 +130,7 @@ def summary(result: dict[str, Any], folder: Path) -> str:
             values = (estimate_text(metrics[prefix + name]) for prefix in ("bf16.", "", "difference."))
             label = "mean of the four" if name == "attributes" else name
             lines.append(f"{label:<28}" + "".join(f"{value:<26}" for value in values))
-    if "over_twin" in result:
+    if "over_untrained" in result:
         lines += training_lines(result)
     failed = failed_gates(result)
     overflow = result["overflow"]

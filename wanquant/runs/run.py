@@ -22,7 +22,7 @@ import yaml
 from wanquant.runs.files import write_atomic
 
 #: Of ``result.json``, and of what its numbers mean: part of every signature.
-SCHEMA = 3
+SCHEMA = 4
 #: First line of a run's ``config.yaml``, by which a directory is known to be one.
 HEADER = "# A wanquant run: the resolved config.\n"
 #: Config keys that cannot change a number, and are left out of the signature; ``*`` is any group.

@@ -24,12 +24,16 @@ MEASURES = (*GENERATES, "evaluate", "ptq")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "numba", "torch_npu")
 
 
+#: Of the package.
+ROOT = Path(wanquant.__file__).parent
+
+
 @cache
 def code_hash(rooms: tuple[str, ...]) -> str:
     """SHA-256 of what the package's code in these rooms does."""
     digest_ = hashlib.sha256()
-    for path in sorted(p for room in rooms for p in (Path(wanquant.__file__).parent / room).glob("*.py")):
-        digest_.update(f"{path.parent.name}/{path.name} {what_it_does(path.read_text(encoding='utf-8'))}".encode())
+    for path in sorted(p for room in rooms for p in (ROOT / room).rglob("*.py")):
+        digest_.update(f"{path.relative_to(ROOT).as_posix()} {what_it_does(path.read_text(encoding='utf-8'))}".encode())
     return digest_.hexdigest()
 
 

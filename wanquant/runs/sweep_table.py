@@ -14,7 +14,7 @@ from wanquant.runs.estimates import estimate_text
 Row = dict[str, Any]
 Cells = tuple[list[str], list[list[str]], list[list[str]]]
 #: What training has added to what PTQ alone makes of the same.
-OVER_TWIN, SINGLE_STEPS = "minus its PTQ twin, dB", "the same of single steps, dB"
+OVER_UNTRAINED, SINGLE_STEPS = "minus its PTQ baseline, dB", "the same of single steps, dB"
 #: Beyond so many pairs it is not said how many it would take.
 MANY_PAIRS = 100_000
 
@@ -53,11 +53,11 @@ def _columns(summary: dict[str, Any]) -> list[tuple[str, Callable[[Row], str]]]:
         ("gates", _gates),
         ("pairs to tell", _needed),
     ]
-    if all(row["over_twin"] for row in summary["rows"]):
+    if all(row["over_untrained"] for row in summary["rows"]):
         columns += [
-            (OVER_TWIN, lambda row: estimate_text(row["over_twin"][metric[0]])),
-            ("against its twin", lambda row: row["over_twin"]["verdict"]),
-            (SINGLE_STEPS, lambda row: estimate_text(row["over_twin"]["answer_sqnr"])),
+            (OVER_UNTRAINED, lambda row: estimate_text(row["over_untrained"][metric[0]])),
+            ("against its baseline", lambda row: row["over_untrained"]["verdict"]),
+            (SINGLE_STEPS, lambda row: estimate_text(row["over_untrained"]["step_sqnr"])),
         ]
     columns += [(_head(column), _metric(column[0])) for column in further]
     if attributes:

@@ -1,4 +1,4 @@
-"""What a training did, in words and pictures: the verdict against its twin, and its curves."""
+"""What a training did, in words and pictures: the verdict against its untrained baseline, and its curves."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from wanquant.runs.figures import before_after, curves, heatmap
 #: Of a block's losses, in the figure.
 PARTS = 10
 TITLES = {name: (title, unit) for name, title, unit in (*FIDELITY, *FURTHER)}
-TITLES["answer_sqnr"] = ("single steps, SQNR", "dB")
+TITLES["step_sqnr"] = ("single steps, SQNR", "dB")
 TITLES |= dict.fromkeys(ATTRIBUTES, ("prompts followed", "share"))
 
 
 def who(result: dict[str, Any]) -> tuple[str, str]:
-    """What the trained model and its twin are called."""
-    return ("QAT", "PTQ twin") if result["qat"]["quantize"] else ("fine-tuned", "BF16 as it was")
+    """What the trained model and its baseline are called."""
+    return ("QAT", "PTQ baseline") if result["qat"]["quantize"] else ("fine-tuned", "BF16 as it was")
 
 
 def headline(result: dict[str, Any]) -> str:
-    """``QAT better than its PTQ twin by 1.7 dB [0.3, 3.1] of latent SQNR``."""
-    if not result["over_twin"]:
+    """``QAT better than its PTQ baseline by 1.7 dB [0.3, 3.1] of latent SQNR``."""
+    if not result["over_untrained"]:
         return "fine-tuned; whether for the better is for python eval.py to say"
-    name, metric = next(iter(result["over_twin"].items()))
+    name, metric = next(iter(result["over_untrained"].items()))
     title, unit = TITLES[name]
-    ours, twin = who(result)
+    ours, untrained = who(result)
     if metric["mean"] is None:
-        return f"{ours} against {twin}: {metric['verdict']} (a {title} is not finite)"
+        return f"{ours} against {untrained}: {metric['verdict']} (a {title} is not finite)"
     said = f"{metric['mean']:+.2f} {unit} {_interval(metric)} of {title}, over {metric['n']} pairs".replace("  ", " ")
-    return f"{ours} against {twin}: {metric['verdict']} ({said})"
+    return f"{ours} against {untrained}: {metric['verdict']} ({said})"
 
 
 def _interval(metric: dict[str, Any]) -> str:
@@ -40,29 +40,29 @@ def _interval(metric: dict[str, Any]) -> str:
     return "" if low is None else f"[{low:.2f}, {high:.2f}]"
 
 
-def twin_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Title, twin, trained, difference, verdict of every metric that both have."""
+def untrained_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Title, untrained, trained, difference, verdict of every metric that both have."""
     metrics, rows = result["metrics"], []
-    for name, metric in result["over_twin"].items():
+    for name, metric in result["over_untrained"].items():
         title, unit = TITLES[name]
-        sides = (estimate_text(metrics[key]) if key in metrics else "–" for key in (f"twin.{name}", name))
+        sides = (estimate_text(metrics[key]) if key in metrics else "–" for key in (f"untrained.{name}", name))
         rows.append((f"{title}, {unit}" if unit else title, *sides, estimate_text(metric), metric["verdict"]))
     return rows
 
 
 def training_lines(result: dict[str, Any]) -> list[str]:
     """For the terminal."""
-    ours, twin = who(result)
-    lines = [f"{'':<24}{twin:<26}{ours:<26}{'difference, paired':<26}verdict"]
-    lines += [f"{title:<24}{a:<26}{b:<26}{d:<26}{word}" for title, a, b, d, word in twin_rows(result)]
+    ours, untrained = who(result)
+    lines = [f"{'':<24}{untrained:<26}{ours:<26}{'difference, paired':<26}verdict"]
+    lines += [f"{title:<24}{a:<26}{b:<26}{d:<26}{word}" for title, a, b, d, word in untrained_rows(result)]
     return ["", *lines, "", headline(result)]
 
 
 def training_section(result: dict[str, Any]) -> dict[str, Any]:
     """For the report."""
-    ours, twin = who(result)
+    ours, untrained = who(result)
     training, names = result["training"], ("before", "after")
-    section: dict[str, Any] = {"headline": headline(result), "rows": twin_rows(result), "names": (twin, ours)}
+    section: dict[str, Any] = {"headline": headline(result), "rows": untrained_rows(result), "names": (untrained, ours)}
     section["memory"] = {name: size / 1e9 for name, size in training["memory"].items()}
     if "blocks" in training:
         rows = training["blocks"]
@@ -73,7 +73,7 @@ def training_section(result: dict[str, Any]) -> dict[str, Any]:
         for row in rows:
             learned[row["block"]] = _thinned(row["losses"])
         section["figures"] = [
-            ("Error of each block's output on questions set aside", before_after(pairs, "relative squared error")),
+            ("Error of each block's output on samples set aside", before_after(pairs, "relative squared error")),
             (
                 "Loss of every block, its steps from left to right",
                 heatmap(learned, "share of the steps, tenths", "loss", True),
@@ -108,7 +108,7 @@ def training_section(result: dict[str, Any]) -> dict[str, Any]:
         )
     checks = training["checks"]
     if checks:
-        over = {"trained": [row["latent_sqnr"] for row in checks], "twin": [row["twin"] for row in checks]}
+        over = {"trained": [row["latent_sqnr"] for row in checks], "untrained": [row["untrained"] for row in checks]}
         section["figures"].append(
             ("Validation", curves([row["step"] for row in checks], over, "latent SQNR, dB", False))
         )

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.runs.files import sum_of_file
 from wanquant.runs.progress import progress
+from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.load import Pipeline
-from wanquant.wan.studio import Studio
 
 KIND, FILE = "encoded", "latents.safetensors"
 
@@ -72,9 +72,9 @@ def fit(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return scaled.clamp(0, 1).permute(0, 2, 3, 1)
 
 
-def encoded(studio: Studio, files: Sequence[Path], label: str = "encode videos") -> list[Path]:
+def encoded(pipeline: CachedPipeline, files: Sequence[Path], label: str = "encode videos") -> list[Path]:
     """For each video the file of its latents, which ``read_latents`` takes; made once, whatever the video is called."""
-    settings = studio.model.generation
+    settings = pipeline.model.generation
     found = []
     with progress(label, len(files), "video") as tick:
         for path in files:
@@ -85,11 +85,11 @@ def encoded(studio: Studio, files: Sequence[Path], label: str = "encode videos")
 
             def make(folder: Path, path: Path = path) -> None:
                 save_file(
-                    {"latents": encode_video(studio.pipe, read_video(path, settings)).contiguous()}, folder / FILE
+                    {"latents": encode_video(pipeline.pipe, read_video(path, settings)).contiguous()}, folder / FILE
                 )
 
             found.append(
-                studio.cache.folder(KIND, studio.signature(KIND, video=content, fps=settings.fps), make) / FILE
+                pipeline.cache.folder(KIND, pipeline.signature(KIND, video=content, fps=settings.fps), make) / FILE
             )
             tick()
     return found

@@ -78,9 +78,9 @@ class Experts(nn.Module):
             rows = (chosen == number).nonzero().flatten()
             if len(rows):
                 given = (hidden_states[rows], timestep[rows], text[rows], *further)
-                answer = part(*given, **kwargs, return_dict=False)[0]
-                found = found if len(found) else answer.new_zeros((len(chosen), *answer.shape[1:]))
-                found = found.index_copy(0, rows, answer)
+                output = part(*given, **kwargs, return_dict=False)[0]
+                found = found if len(found) else output.new_zeros((len(chosen), *output.shape[1:]))
+                found = found.index_copy(0, rows, output)
         return Transformer2DModelOutput(sample=found) if return_dict else (found,)
 
 

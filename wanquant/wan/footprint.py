@@ -60,10 +60,10 @@ class Alive(TorchDispatchMode):
                     self._sizes[storage._cdata] = storage.nbytes()
                     self._now += storage.nbytes()
                     self.most = max(self.most, self._now)
-                    weakref.finalize(storage, self._gone, storage._cdata)
+                    weakref.finalize(storage, self._released, storage._cdata)
         return output
 
-    def _gone(self, key: int) -> None:
+    def _released(self, key: int) -> None:
         self._now -= self._sizes.pop(key, 0)
 
 

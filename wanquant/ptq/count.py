@@ -8,21 +8,21 @@ from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import GREEDY
 from wanquant.ptq.sensitivity import kinds
 from wanquant.ptq.stages import further_stages
-from wanquant.wan.plan import Plan, Work
+from wanquant.wan.estimate import ResourceEstimate, VideoCounts
 
 
-def make_plan(plan: PTQPlan, work: Work) -> Plan:
+def estimate_resources(plan: PTQPlan, counts: VideoCounts) -> ResourceEstimate:
     """From the shapes alone. Blocks that the data will choose are taken to be the first."""
     model, config = plan.model, plan.config
     blocks = model.protected
     if blocks is None:
         blocks = tuple(range(config.protect.budget * model.transformers))
     rows = min(config.model.batch, len(plan.pairs))
-    how = (plan.scheme, blocks, config.protect.modules, plan.settings, work, rows, plan.device)
-    return Plan(model.folder, *how, further=lambda needs: further_stages(needs, plan))
+    how = (plan.scheme, blocks, config.protect.modules, plan.settings, counts, rows, plan.device)
+    return ResourceEstimate(model.folder, *how, further=lambda needs: further_stages(needs, plan))
 
 
-def work_of(plan: PTQPlan) -> Work:
+def count_videos(plan: PTQPlan) -> VideoCounts:
     """Of a quantization, or of an analysis."""
     config, measured, calibrated = plan.config, len(plan.pairs), len(plan.calibration)
     plain, quantized = _choosing(plan)
@@ -33,10 +33,10 @@ def work_of(plan: PTQPlan) -> Work:
     parts: dict[str, Any] = {"calibrated": calibrated, "choosing": (plain, quantized), "prompts": texts}
     if config.mode == "analyze":
         renamed = (("choose", "analyze"),)
-        return Work(calibrated + plain, quantized, beside=beside, all_beside=True, renamed=renamed, **parts)
+        return VideoCounts(calibrated + plain, quantized, beside=beside, all_beside=True, renamed=renamed, **parts)
     floors = measured + len(plan.other_seeds[0]) if config.eval.noise_floor else 0
     made = 2 * measured + floors
-    return Work(
+    return VideoCounts(
         calibrated + plain + measured + floors, quantized + measured, made, made, beside, errors, floors=floors, **parts
     )
 

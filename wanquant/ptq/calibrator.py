@@ -24,16 +24,16 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import Site, merge
 from wanquant.quant.statistics_file import KIND, load_statistics, save_statistics
 from wanquant.runs.progress import progress
+from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.experts import transformers_in
-from wanquant.wan.studio import Pair, Studio
 
 
 @dataclass
-class Bench:
+class Calibrator:
     """``pairs`` are the calibration prompts; ``bins`` those of denoising steps; ``modules`` patterns of what stays BF16
     in every block."""
 
-    studio: Studio
+    pipeline: CachedPipeline
     scheme: Scheme
     pairs: list[Pair]
     bins: int = 4
@@ -42,21 +42,21 @@ class Bench:
 
     @property
     def blocks(self) -> int:
-        return len(self.studio.transformer.blocks)
+        return len(self.pipeline.transformer.blocks)
 
     @property
     def transformers(self) -> int:
         """Two of Wan2.2, each with as many of the blocks."""
-        return len(transformers_in(self.studio.pipe))
+        return len(transformers_in(self.pipeline.pipe))
 
     def calibration(self, full: bool | None = None) -> Calibration:
         """Statistics of one BF16 pass; ``full`` unless told otherwise where the quantization needs it."""
         full = self.scheme.needs_statistics if full is None else full
         # The full ones hold all that the light ones do.
-        full = full or self.studio.cache.has("statistics", self._statistics_signature(full=True))
+        full = full or self.pipeline.cache.has("statistics", self._statistics_signature(full=True))
         if full not in self._calibrations:
             statistics = load_statistics(self._statistics_folder(full))
-            self._calibrations[full] = Calibration(statistics, linear_flops(self.studio.pipe, statistics.rows()))
+            self._calibrations[full] = Calibration(statistics, linear_flops(self.pipeline.pipe, statistics.rows()))
         return self._calibrations[full]
 
     def statistics_files(self, full: bool) -> list[Path]:
@@ -64,27 +64,27 @@ class Bench:
 
     def _statistics_folder(self, full: bool) -> Path:
         """Made video by video, so a killed calibration goes on: parts merge to what one pass finds, bit for bit."""
-        studio, signed = self.studio, self._statistics_signature(full)
+        pipeline, signed = self.pipeline, self._statistics_signature(full)
         names = [f"{signed}-{place:03d}" for place in range(len(self.pairs))]
 
         def make(folder: Path) -> None:
-            missing = sum(not studio.cache.has("statistics", name) for name in names)
-            with progress("calibrate", missing * studio.model.generation.steps) as tick:
+            missing = sum(not pipeline.cache.has("statistics", name) for name in names)
+            with progress("calibrate", missing * pipeline.model.generation.steps) as tick:
                 parts = [
-                    studio.cache.folder("statistics", name, self._part(pair, full, tick))
+                    pipeline.cache.folder("statistics", name, self._part(pair, full, tick))
                     for name, pair in zip(names, self.pairs, strict=True)
                 ]
-            about = {"model": studio.model.name, "fingerprint": studio.fingerprint}
+            about = {"model": pipeline.model.name, "fingerprint": pipeline.fingerprint}
             save_statistics(merge([load_statistics(part) for part in parts]), folder, about)
 
-        folder = studio.artefact("calibrate", "statistics", signed, make)
-        studio.cache.forget_parts("statistics", signed)
+        folder = pipeline.artefact("calibrate", "statistics", signed, make)
+        pipeline.cache.forget_parts("statistics", signed)
         return folder
 
     def _part(self, pair: Pair, full: bool, tick: Callable[[], None]) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
-            settings = self.studio.model.generation
-            made = calibrate(self.studio.pipe, [pair], settings, tick, self.bins, full, self.studio.embed)
+            settings = self.pipeline.model.generation
+            made = calibrate(self.pipeline.pipe, [pair], settings, tick, self.bins, full, self.pipeline.embed)
             save_statistics(made.statistics, folder)
 
         return make
@@ -103,17 +103,17 @@ class Bench:
     @cached_property
     def references(self) -> list[torch.Tensor]:
         """Final BF16 latents of the calibration pairs."""
-        return self.studio.latents("reference BF16", self.pairs)[0]
+        return self.pipeline.latents("reference BF16", self.pairs)[0]
 
     def block_errors(self) -> list[Estimate]:
         """SQNR of each block's own output, quantized alone; the cheap measure."""
-        studio, cells = self.studio, self.studio.cache.cells("block_errors", self._quantized("block_errors"))
+        pipeline, cells = self.pipeline, self.pipeline.cache.cells("block_errors", self._quantized("block_errors"))
 
         def measure() -> list[list[dict[str, Any]]]:
             stats = self.inputs()
-            with studio.progress("block errors", self.pairs) as tick:
-                how = (self.scheme.config, self.modules, self.pairs, studio.generate, stats, tick)
-                rows = sensitivity.block_errors(studio.pipe, *how)
+            with pipeline.progress("block errors", self.pairs) as tick:
+                how = (self.scheme.config, self.modules, self.pairs, pipeline.generate, stats, tick)
+                rows = sensitivity.block_errors(pipeline.pipe, *how)
             return [[vars(item) for item in row] for row in rows]
 
         return [estimate([Item(**item) for item in row]) for row in cells.measured("blocks", measure)]
@@ -130,10 +130,10 @@ class Bench:
         return estimate(items)
 
     def _signature(self, kind: str, **more: Any) -> str:
-        return self.studio.signature(kind, pairs=self.pairs, **more)
+        return self.pipeline.signature(kind, pairs=self.pairs, **more)
 
     def _quantized(self, kind: str) -> str:
-        together = min(self.studio.model.batch, len(self.pairs))
+        together = min(self.pipeline.model.batch, len(self.pairs))
         return self._signature(kind, quant=self._counted(), batch=together, modules=self.modules)
 
     def _counted(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Bench:
 
     def unit_errors(self, units: Sequence[str]) -> dict[str, Estimate]:
         """SQNR of the final latents with nothing quantized but the unit; the expensive measure, cell by cell."""
-        transformer = self.studio.transformer
+        transformer = self.pipeline.transformer
         return self._cells({unit: sensitivity.all_but(transformer, unit, self.modules) for unit in units})
 
     def protected_errors(self, sets: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Estimate]:
@@ -157,13 +157,13 @@ class Bench:
         return {names[name]: value for name, value in found.items()}
 
     def _cells(self, todo: dict[str, tuple[list[int], list[str]]]) -> dict[str, Estimate]:
-        cells = self.studio.cache.cells("sensitivity", self._quantized("sensitivity"))
+        cells = self.pipeline.cache.cells("sensitivity", self._quantized("sensitivity"))
         missing = [name for name in todo if cells.get(name) is None]
         stats = self.inputs() if missing else {}
         if missing:
             self.references  # noqa: B018  made before the progress of the cells begins
         found = {}
-        with self.studio.progress("sensitivity", self.pairs, len(missing)) as tick:
+        with self.pipeline.progress("sensitivity", self.pairs, len(missing)) as tick:
             for name, protected in todo.items():
 
                 def measure(protected: tuple[list[int], list[str]] = protected) -> list[dict[str, Any]]:
@@ -175,6 +175,6 @@ class Bench:
     def _final_errors(
         self, blocks: list[int], modules: list[str], stats: sensitivity.Stats, tick: Callable[[], None]
     ) -> list[Item]:
-        studio = self.studio
-        with sensitivity.quantized(studio.transformer, self.scheme.config, blocks, modules, stats):
-            return sensitivity.final_errors(studio.generate, self.pairs, self.references, tick)
+        pipeline = self.pipeline
+        with sensitivity.quantized(pipeline.transformer, self.scheme.config, blocks, modules, stats):
+            return sensitivity.final_errors(pipeline.generate, self.pairs, self.references, tick)

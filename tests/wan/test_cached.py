@@ -1,4 +1,4 @@
-"""What a studio has made it does not make again, and a cut generation goes on at the batch it was cut in."""
+"""What a pipeline has made it does not make again, and a cut generation goes on at the batch it was cut in."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from wanquant import load_pipeline, quantize_
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig
 from wanquant.runs.cache import Cache
-from wanquant.wan import studio as studio_module
+from wanquant.wan import pipeline as studio_module
+from wanquant.wan.cached import LATENTS, CachedPipeline
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.generate import embed_prompt, generate
 from wanquant.wan.load import Pipeline
-from wanquant.wan.studio import LATENTS, Studio
 
 SETTINGS = GenerationConfig(height=64, width=64, num_frames=17, steps=1, guidance_scale=2.0, max_text_length=64)
 PAIRS = [("a cyan square moving left on a black background", seed) for seed in (1, 2, 3)]
@@ -29,8 +29,8 @@ def pipe() -> Pipeline:
     return load_pipeline(short(4), "cpu")
 
 
-def studio_of(pipe: Pipeline, folder: Path, batch: int = 1) -> Studio:
-    return Studio(pipe, ModelConfig(generation=SETTINGS, batch=batch), "f", torch.device("cpu"), Cache(folder))
+def studio_of(pipe: Pipeline, folder: Path, batch: int = 1) -> CachedPipeline:
+    return CachedPipeline(pipe, ModelConfig(generation=SETTINGS, batch=batch), "f", torch.device("cpu"), Cache(folder))
 
 
 def test_latents_are_those_of_a_generation_and_are_kept(pipe: Pipeline, tmp_path: Path) -> None:
@@ -42,7 +42,9 @@ def test_latents_are_those_of_a_generation_and_are_kept(pipe: Pipeline, tmp_path
     assert all(torch.equal(a, b) for a, b in zip(again.latents("x", PAIRS)[0], made, strict=True))
     assert again.reused == ["x"]
     # A further pair costs its own batch only; another model, noise or batch is another thing.
-    signatures = {again.signature("latents", pairs=PAIRS[:2], **how) for how in ({}, {"moved": "1 ulp"}, {"quant": {}})}
+    signatures = {
+        again.signature("latents", pairs=PAIRS[:2], **how) for how in ({}, {"perturbed": "1 ulp"}, {"quant": {}})
+    }
     assert len(signatures) == 3
     assert len([path for path in (tmp_path / "latents").iterdir() if path.is_dir()]) == 2
 

@@ -17,20 +17,20 @@ from tests.jobs import short
 from wanquant import load_pipeline
 from wanquant.config import CONF
 from wanquant.evaluate.stats import Item
-from wanquant.ptq import bench as bench_module
+from wanquant.ptq import calibrator as bench_module
 from wanquant.ptq import sensitivity
-from wanquant.ptq.bench import Bench
+from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.choose import choose
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
 from wanquant.wan import tiny
+from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
 from wanquant.wan.generate import generate
 from wanquant.wan.load import Pipeline, read_generation
 from wanquant.wan.outliers import plant_outliers_
-from wanquant.wan.studio import Studio
 
 SETTINGS = GenerationConfig(height=64, width=64, num_frames=17, steps=1, guidance_scale=2.0, max_text_length=64)
 PAIRS = [
@@ -46,10 +46,10 @@ def pipe() -> Pipeline:
     return load_pipeline(short(), "cpu")
 
 
-def bench_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None, batch: int = 2) -> Bench:
+def bench_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None, batch: int = 2) -> Calibrator:
     model = ModelConfig(generation=SETTINGS, batch=batch)
-    studio = Studio(pipe, model, "as shipped", torch.device("cpu"), Cache(folder))
-    return Bench(studio, parse(quant or QuantConfig()), PAIRS, bins=1)
+    pipeline = CachedPipeline(pipe, model, "as shipped", torch.device("cpu"), Cache(folder))
+    return Calibrator(pipeline, parse(quant or QuantConfig()), PAIRS, bins=1)
 
 
 def test_a_stopped_measurement_goes_on_where_it_was(
@@ -115,17 +115,17 @@ def test_a_stopped_calibration_goes_on_at_its_video(
 
 def test_a_unit_costs_what_a_model_with_nothing_else_quantized_does(pipe: Pipeline, tmp_path: Path) -> None:
     """The cheap measure is the SQNR of one block's output, the expensive one that of the final latents."""
-    bench = bench_of(pipe, tmp_path)
-    found = bench.unit_errors(["block 5"])["block 5"]
+    calibrator = bench_of(pipe, tmp_path)
+    found = calibrator.unit_errors(["block 5"])["block 5"]
     with sensitivity.quantized(
-        pipe.transformer, bench.scheme.config, *sensitivity.all_but(pipe.transformer, "block 5")
+        pipe.transformer, calibrator.scheme.config, *sensitivity.all_but(pipe.transformer, "block 5")
     ):
         samples = generate(pipe, PAIRS, SETTINGS, decode=False, batch=2)
-    for item, reference, sample in zip(found.items, bench.references, samples, strict=True):
+    for item, reference, sample in zip(found.items, calibrator.references, samples, strict=True):
         error = (sample.latents - reference).double().square().sum()
         assert item.value == pytest.approx(10 * math.log10(reference.double().square().sum() / error), abs=1e-4)
         assert math.isfinite(item.value)
-    cheap = bench.block_errors()
+    cheap = calibrator.block_errors()
     assert len(cheap) == 8
     assert all(10 < estimate.mean < 80 for estimate in cheap)
     # Once measured, for all runs.
@@ -134,30 +134,32 @@ def test_a_unit_costs_what_a_model_with_nothing_else_quantized_does(pipe: Pipeli
 
 def test_a_kind_is_smoothed_alone(pipe: Pipeline, tmp_path: Path) -> None:
     """No divisor is folded into a linear that stays BF16, bit for bit."""
-    bench = bench_of(pipe, tmp_path, QuantConfig(smoothing=0.5))
+    calibrator = bench_of(pipe, tmp_path, QuantConfig(smoothing=0.5))
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     for kind in ("attn1.to_q", "ffn.net.2", "attn2.to_out.0"):
         only = sensitivity.all_but(pipe.transformer, f"kind {kind}")
-        with sensitivity.quantized(pipe.transformer, bench.scheme.config, *only, bench.inputs()):
+        with sensitivity.quantized(pipe.transformer, calibrator.scheme.config, *only, calibrator.inputs()):
             linears = {name: m for name, m in pipe.transformer.named_modules() if isinstance(m, nn.Linear)}
             quantized = {name: m for name, m in linears.items() if isinstance(m, QuantLinear)}
             assert quantized.keys() == {f"blocks.{i}.{kind}" for i in range(8)}
             assert any(layer.input_factor is not None for layer in quantized.values())
             for name in linears.keys() - quantized.keys():
                 assert torch.equal(linears[name].weight, before[f"{name}.weight"]), name
-    errors = bench.unit_errors(["kind ffn.net.2"])["kind ffn.net.2"]
+    errors = calibrator.unit_errors(["kind ffn.net.2"])["kind ffn.net.2"]
     assert all(item.value > 10 for item in errors.items)
 
 
 def test_protected_modules_are_protected_where_blocks_are_compared_too(pipe: Pipeline, tmp_path: Path) -> None:
-    plain, bench = bench_of(pipe, tmp_path), bench_of(pipe, tmp_path)
-    bench.modules = ("ffn.*",)
-    assert plain._quantized("sensitivity") != bench._quantized("sensitivity")
-    assert sensitivity.kinds(pipe.transformer, bench.modules) == [
+    plain, calibrator = bench_of(pipe, tmp_path), bench_of(pipe, tmp_path)
+    calibrator.modules = ("ffn.*",)
+    assert plain._quantized("sensitivity") != calibrator._quantized("sensitivity")
+    assert sensitivity.kinds(pipe.transformer, calibrator.modules) == [
         f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")
     ]
     with sensitivity.quantized(
-        pipe.transformer, bench.scheme.config, *sensitivity.all_but(pipe.transformer, "block 3", bench.modules)
+        pipe.transformer,
+        calibrator.scheme.config,
+        *sensitivity.all_but(pipe.transformer, "block 3", calibrator.modules),
     ):
         names = [name for name, m in pipe.transformer.named_modules() if isinstance(m, QuantLinear)]
     assert len(names) == 8
@@ -178,8 +180,8 @@ def test_full_statistics_serve_where_light_ones_would_do(pipe: Pipeline, tmp_pat
 def test_greedy_looks_again_after_each_choice(pipe: Pipeline, tmp_path: Path) -> None:
     """Cells written as a measurement would: blocks 3 and 4 are the worst alone, but one of them helps only where the
     other is not protected, and 6 beside it helps more."""
-    bench = bench_of(pipe, tmp_path)
-    cells = bench.studio.cache.cells("sensitivity", bench._quantized("sensitivity"))
+    calibrator = bench_of(pipe, tmp_path)
+    cells = calibrator.pipeline.cache.cells("sensitivity", calibrator._quantized("sensitivity"))
 
     def put(name: str, decibels: float) -> None:
         cells.put(name, [vars(Item(*pair, decibels)) for pair in PAIRS])
@@ -189,12 +191,12 @@ def test_greedy_looks_again_after_each_choice(pipe: Pipeline, tmp_path: Path) ->
     for name, decibels in (("3", 15.0), ("4", 14.0), ("6", 13.0), ("3 4", 15.5), ("3 6", 19.0)):
         put(f"protect {name}", decibels)
     config = ProtectConfig("greedy", by="greedy", budget=2, candidates=3)
-    choice = choose(config, None, bench)
+    choice = choose(config, None, calibrator)
     assert choice.blocks == [3, 6]
     assert [row["block"] for row in choice.evidence] == [3, 6]
     assert [{row["block"] for row in step["tried"]} for step in choice.evidence] == [{3, 4, 6}, {4, 6}]
     assert choice.evidence[1]["sqnr"] == 19.0
-    by_sensitivity = choose(ProtectConfig("auto", by="sensitivity", budget=2), None, bench)
+    by_sensitivity = choose(ProtectConfig("auto", by="sensitivity", budget=2), None, calibrator)
     assert by_sensitivity.blocks == [3, 4]
 
 
@@ -214,8 +216,8 @@ def test_sensitivity_finds_the_planted_blocks(tmp_path: Path) -> None:
     pipe = load_pipeline("tiny", "cpu")
     planted = plant_outliers_(pipe.transformer, PLANTED)
     prompts = ["a green circle moving right on a gray background", "a yellow square moving down on a white background"]
-    bench = bench_of(pipe, tmp_path, batch=4)
-    bench.pairs = PAIRS + [(prompt, 1000) for prompt in prompts]
-    bench.studio.model.generation = GenerationConfig(**read_generation(tiny.folder()))
-    assert choose(ProtectConfig("auto", by="sensitivity", budget=5), None, bench).blocks == list(planted)
-    assert choose(ProtectConfig("auto", by="absmax", budget=5), None, bench).blocks == list(planted)
+    calibrator = bench_of(pipe, tmp_path, batch=4)
+    calibrator.pairs = PAIRS + [(prompt, 1000) for prompt in prompts]
+    calibrator.pipeline.model.generation = GenerationConfig(**read_generation(tiny.folder()))
+    assert choose(ProtectConfig("auto", by="sensitivity", budget=5), None, calibrator).blocks == list(planted)
+    assert choose(ProtectConfig("auto", by="absmax", budget=5), None, calibrator).blocks == list(planted)

@@ -37,7 +37,7 @@ LATENTS, OVERFLOWS, TEXT = "latents.safetensors", "overflows.json", "text.safete
 
 
 @dataclass
-class Studio:
+class CachedPipeline:
     pipe: Pipeline
     model: ModelConfig
     fingerprint: str
@@ -126,8 +126,8 @@ class Studio:
         """The batches of these pairs, each with the folder of the cache that holds its latents; all, or those in which
         a pair of ``only`` is.
 
-        ``how`` says what the transformer is, or what is done to the noise (``{"moved": "1 ulp"}``), where that is not
-        plain BF16: all that the caller has done to it. ``afresh`` makes them again.
+        ``how`` says what the transformer is, or what is done to the noise (``{"perturbed": "1 ulp"}``), where that is
+        not plain BF16: all that the caller has done to it. ``afresh`` makes them again.
         """
         how, batch = how or {}, self.model.batch
         groups = [pairs[first : first + batch] for first in range(0, len(pairs), batch)]
@@ -149,7 +149,7 @@ class Studio:
         return list(zip(groups, folders, strict=True))
 
     def _maker(self, group: list[Pair], how: dict[str, Any], tick: Callable[[], None]) -> Callable[[Path], None]:
-        perturb = one_ulp_up if how.get("moved") == "1 ulp" else None
+        perturb = one_ulp_up if how.get("perturbed") == "1 ulp" else None
 
         def overflowed() -> dict[str, int]:
             return {name: int(layer.overflowed) for name, layer in quantized_linears(self.transformer).items()}

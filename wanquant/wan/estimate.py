@@ -44,11 +44,11 @@ GUESS = "; a guess: the machine is busy"
 
 
 @dataclass(frozen=True)
-class Work:
+class VideoCounts:
     """Videos that are denoised in BF16 and quantized, those that are decoded, and those in memory at the end; whether
     quantized blocks stand ``beside`` those of BF16 meanwhile, and whether all of them do, packed. Then which of them
     are for what: calibration, noise floors, choosing blocks (in BF16, and quantized); in training what is learned from,
-    the PTQ twin, and validation. ``renamed`` are stages that the job has other names for."""
+    the PTQ baseline, and validation. ``renamed`` are stages that the job has other names for."""
 
     bf16: int
     quantized: int
@@ -61,27 +61,27 @@ class Work:
     choosing: tuple[int, int] = (0, 0)
     prompts: int = 0
     recorded: int = 0
-    twin: int = 0
+    untrained: int = 0
     looks: int = 0
     renamed: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Of the pipeline in ``folder``, in which a quantization does this much ``work`` in batches of so many ``rows``."""
+class ResourceEstimate:
+    """Memory and time for the pipeline in ``folder``, which makes ``counts`` videos in batches of ``rows``."""
 
     folder: Path
     scheme: Scheme
     protected: Sequence[int]
     modules: Sequence[str]
     settings: GenerationConfig
-    work: Work
+    counts: VideoCounts
     rows: int
     device: torch.device
     #: Of a model that is quantized already: its linears that are.
     names: Sequence[str] | None = None
     #: Seconds of the job's further stages, by name.
-    further: Callable[[Plan], dict[str, float]] = field(default=lambda plan: {}, compare=False)
+    further: Callable[[ResourceEstimate], dict[str, float]] = field(default=lambda plan: {}, compare=False)
 
     @cached_property
     def shape(self) -> Transformer:
@@ -129,23 +129,23 @@ class Plan:
     def activations(self) -> int:
         """Bytes, of the largest there are: denoising, quantized or not, or decoding."""
         found = [denoising_bytes(self._config, how, self.settings, self.rows, self.device) for how in self._blocks]
-        return max(*found, decoding_bytes(self.folder / "vae", self.settings) if self.work.decoded else 0)
+        return max(*found, decoding_bytes(self.folder / "vae", self.settings) if self.counts.decoded else 0)
 
     @property
     def videos(self) -> int:
         """Bytes of what was decoded, which the host keeps until all is compared."""
         settings = self.settings
-        return 12 * self.work.held * settings.num_frames * settings.height * settings.width
+        return 12 * self.counts.held * settings.num_frames * settings.height * settings.width
 
     @property
     def added(self) -> int:
         """Bytes on the device beside what was there before. Where that is the host, the files of the weights stay
         mapped while anything of them is used, so that what is quantized comes beside them, and so do the videos."""
-        work, on_host = self.work, self.device.type == "cpu"
-        new = work.beside or (on_host and work.quantized and self.names is None)
+        counts, on_host = self.counts, self.device.type == "cpu"
+        new = counts.beside or (on_host and counts.quantized and self.names is None)
         rounded = self.quantized_weights * (1 if self.scheme.packed else 2) if new else 0
         inside = sum(m.weight.numel() for m in self.shape.blocks.modules() if isinstance(m, nn.Linear))
-        beside = max(rounded, inside if work.all_beside else 0)
+        beside = max(rounded, inside if counts.all_beside else 0)
         return self.weights + self.others + self.activations + beside + (self.videos if on_host else 0)
 
     @cached_property
@@ -169,23 +169,23 @@ class Plan:
         return self._stages(), is_busy()
 
     def _stages(self) -> dict[str, float]:
-        work, how = self.work, (tokens_of(self.settings, self.shape), self.settings.max_text_length)
+        counts, how = self.counts, (tokens_of(self.settings, self.shape), self.settings.max_text_length)
         plain, mixed = self._denoising(how)
-        decoding = decoding_seconds(self.folder / "vae", self.settings, self.device) if work.decoded else 0.0
-        found = {"calibrate": self._calibrating(how)} if work.calibrated else {}
-        chosen, tried = work.choosing
+        decoding = decoding_seconds(self.folder / "vae", self.settings, self.device) if counts.decoded else 0.0
+        found = {"calibrate": self._calibrating(how)} if counts.calibrated else {}
+        chosen, tried = counts.choosing
         found["choose"] = chosen * plain + tried * mixed
-        made = work.bf16 - work.calibrated - work.floors - work.recorded - chosen
-        quantized = work.quantized - work.twin - work.looks - tried
-        decoded = max(0, work.decoded - work.floors)
-        share = decoded / max(1, made + quantized + work.twin)
-        found["data"] = work.recorded * plain
+        made = counts.bf16 - counts.calibrated - counts.floors - counts.recorded - chosen
+        quantized = counts.quantized - counts.untrained - counts.looks - tried
+        decoded = max(0, counts.decoded - counts.floors)
+        share = decoded / max(1, made + quantized + counts.untrained)
+        found["data"] = counts.recorded * plain
         found["generate_bf16"] = made * (plain + share * decoding)
-        found["noise_floor"] = work.floors * (plain + decoding)
-        found["generate_twin"] = work.twin * (mixed + share * decoding)
-        found["train"] = work.looks * mixed
+        found["noise_floor"] = counts.floors * (plain + decoding)
+        found["generate_untrained"] = counts.untrained * (mixed + share * decoding)
+        found["train"] = counts.looks * mixed
         found["generate_quantized"] = quantized * (mixed + share * decoding)
-        names = dict(work.renamed)
+        names = dict(counts.renamed)
         return {names.get(name, name): seconds for name, seconds in {**found, **self.further(self)}.items() if seconds}
 
     @cached_property
@@ -217,7 +217,7 @@ class Plan:
         else:
             block = block_seconds(self._config, None, *how, 1, self.device, layout)
             each = self._each * block + around_seconds(self._config, self.settings, 1, self.device)
-        return self.work.calibrated * self._passes * each + self.work.prompts * encoding
+        return self.counts.calibrated * self._passes * each + self.counts.prompts * encoding
 
     @property
     def _passes(self) -> int:
@@ -242,7 +242,7 @@ class Plan:
             _, index, own = name.split(".", 2)
             inside.setdefault(index, []).append(own)
         names = max(inside.values(), key=len, default=[])
-        return [None, Quantized(names, self.scheme)] if names and self.work.quantized else [None]
+        return [None, Quantized(names, self.scheme)] if names and self.counts.quantized else [None]
 
     def _linear(self, name: str) -> nn.Linear:
         linear = self.shape.get_submodule(name)
@@ -250,7 +250,7 @@ class Plan:
         return linear
 
 
-def print_plan(plan: Plan, config_yaml: str, outside: Mapping[str, float] | None = None) -> None:
+def print_estimate(plan: ResourceEstimate, config_yaml: str, outside: Mapping[str, float] | None = None) -> None:
     """``outside`` are seconds of stages that are none of the plan's."""
     counts = plan.report.counts()
     print(config_yaml)
@@ -261,9 +261,9 @@ def print_plan(plan: Plan, config_yaml: str, outside: Mapping[str, float] | None
     print_needs(plan, outside=outside)
 
 
-def print_needs(plan: Plan, what: str = "", outside: Mapping[str, float] | None = None) -> None:
+def print_needs(plan: ResourceEstimate, what: str = "", outside: Mapping[str, float] | None = None) -> None:
     """Memory and time, of ``what`` where there are several."""
-    work, on_host = plan.work, plan.device.type == "cpu"
+    counts, on_host = plan.counts, plan.device.type == "cpu"
     parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
     parts["quantized beside them, and videos" if on_host else "quantized beside them"] = plan.added - sum(
         parts.values()
@@ -275,7 +275,7 @@ def print_needs(plan: Plan, what: str = "", outside: Mapping[str, float] | None 
     print(f"memory      {in_bytes(own + plan.added)}: {told}, the program itself {in_bytes(own)}")
     if not on_host and plan.videos:
         print(f"            {in_bytes(plan.videos)} on the host, for the videos until they are compared")
-    done = f"{work.bf16} videos denoised in BF16, {work.quantized} quantized, {work.decoded} decoded"
+    done = f"{counts.bf16} videos denoised in BF16, {counts.quantized} quantized, {counts.decoded} decoded"
     stages = {**(outside or {}), **plan.stages}
     told = f"{in_time(sum(stages.values()))}: {done}, by a probe of the device; what the cache holds takes none"
     print(f"time        {told}{GUESS if plan.guess else ''}")
