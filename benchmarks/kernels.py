@@ -4,7 +4,7 @@
     python -m benchmarks.kernels --write         and writes it to benchmarks/results/
 
 Every time is a ratio to something timed in turn with it, but for a process's first call, which has a bar in seconds.
-``pip install -e '.[calibrator]'`` brings what is compared with.
+``pip install -e '.[bench]'`` brings what is compared with.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Runs a command as a CPU with AVX2 and nothing newer sees it, most laptops among them.
 
-    python tools/as_avx2.py <command> [arguments]
+    python tools/as_avx2.py [--if-other] <command> [arguments]
 
-torch, oneDNN and numba are told to leave AVX-512 and AMX alone. On a CPU that has neither, nothing is changed.
+torch, oneDNN and numba are told to leave AVX-512 and AMX alone. On a CPU that has neither, nothing is changed, and with
+``--if-other`` nothing is run.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    found = environment()
+    found, words = environment(), [word for word in sys.argv[1:] if word != "--if-other"]
+    if not found and len(words) < len(sys.argv) - 1:
+        print("this CPU has no AVX-512 or AMX: what was run on it was run as AVX2 sees it", flush=True)
+        return
     told = "as AVX2: " + " ".join(f"{key}={value}" for key, value in found.items() if key != "NUMBA_CPU_FEATURES")
     print(told if found else "this CPU has no AVX-512 or AMX: nothing is changed", flush=True)
     os.environ.update(found)
-    os.execvp(sys.argv[1], sys.argv[1:])
+    os.execvp(words[0], words)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ key, the nearest word and all there are. It imports nothing, so that a mistake i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from typing import Any
 ALIKE = 0.6
 
 
-def choice(default: str, known: Sequence[str]) -> Any:
-    """A dataclass field that takes one of the ``known`` words."""
-    return field(default=default, metadata={"choices": tuple(known)})
+def choice(default: str, known: Collection[str]) -> Any:
+    """A dataclass field that takes one of the ``known`` words, also of those that ``known`` comes to hold later."""
+    return field(default=default, metadata={"choices": known})
 
 
 def check_choices(config: Any, path: str = "") -> None:

@@ -34,6 +34,7 @@ from wanquant.choices import check_choices, did_you_mean
 from wanquant.cli import announce
 from wanquant.evaluate.config import EvaluateConfig
 from wanquant.mistakes import USER_ERRORS, complain, one_line, ran_out_of_memory
+from wanquant.plugins import load_plugins
 from wanquant.ptq.config import PTQConfig
 from wanquant.qat.config import TrainConfig
 from wanquant.runs.files import write_atomic
@@ -149,6 +150,7 @@ def carry_out(raw: DictConfig, program: str) -> Exception | None:
     _announce(program, which, folder, raw.dry_run, several)
     try:
         with contextlib.nullcontext() if raw.dry_run else refused_leave_no_result(folder):
+            load_plugins()
             name_after_overrides(raw, list(hydra_config.overrides.task))
             config: Any = OmegaConf.to_object(raw)
             refuse_unknown_keys(raw, config)

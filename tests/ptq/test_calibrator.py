@@ -17,11 +17,10 @@ from tests.jobs import short
 from wanquant import load_pipeline
 from wanquant.config import CONF
 from wanquant.evaluate.stats import Item
-from wanquant.ptq import calibrator as bench_module
+from wanquant.ptq import calibrator as calibrator_module
 from wanquant.ptq import sensitivity
 from wanquant.ptq.calibrator import Calibrator
-from wanquant.ptq.choose import choose
-from wanquant.ptq.protect import ProtectConfig
+from wanquant.ptq.protect import ProtectConfig, choose
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
@@ -46,7 +45,7 @@ def pipe() -> Pipeline:
     return load_pipeline(short(), "cpu")
 
 
-def bench_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None, batch: int = 2) -> Calibrator:
+def calibrator_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None, batch: int = 2) -> Calibrator:
     model = ModelConfig(generation=SETTINGS, batch=batch)
     pipeline = CachedPipeline(pipe, model, "as shipped", torch.device("cpu"), Cache(folder))
     return Calibrator(pipeline, parse(quant or QuantConfig()), PAIRS, bins=1)
@@ -56,7 +55,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = ["block 3", "block 5", "kind ffn.net.2"]
-    whole = bench_of(pipe, tmp_path / "whole").unit_errors(units)
+    whole = calibrator_of(pipe, tmp_path / "whole").unit_errors(units)
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     real = sensitivity.final_errors
     measured: list[Any] = []
@@ -69,7 +68,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(
 
     monkeypatch.setattr(sensitivity, "final_errors", interrupted_in_the_second)
     with pytest.raises(KeyboardInterrupt):
-        bench_of(pipe, tmp_path / "cut").unit_errors(units)
+        calibrator_of(pipe, tmp_path / "cut").unit_errors(units)
     after = pipe.transformer.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -79,32 +78,32 @@ def test_a_stopped_measurement_goes_on_where_it_was(
         return real(*args)
 
     monkeypatch.setattr(sensitivity, "final_errors", counted)
-    assert bench_of(pipe, tmp_path / "cut").unit_errors(units) == whole
+    assert calibrator_of(pipe, tmp_path / "cut").unit_errors(units) == whole
     assert len(measured) == 3
     # A damaged cell is measured again, and nothing else.
     cell = next((tmp_path / "cut" / "sensitivity").rglob("block 3.json"))
     cell.write_text(cell.read_text()[:-5])
-    assert bench_of(pipe, tmp_path / "cut").unit_errors(units) == whole
+    assert calibrator_of(pipe, tmp_path / "cut").unit_errors(units) == whole
     assert len(measured) == 4
 
 
 def test_a_stopped_calibration_goes_on_at_its_video(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = bench_of(pipe, tmp_path / "whole").calibration(full=True).statistics
-    real, seen = bench_module.calibrate, []
+    whole = calibrator_of(pipe, tmp_path / "whole").calibration(full=True).statistics
+    real, seen = calibrator_module.generate, []
 
-    def cut_in_the_second(pipe_: Any, pairs: Any, *args: Any) -> Any:
+    def cut_in_the_second(pipe_: Any, pairs: Any, *args: Any, **how: Any) -> Any:
         if len(seen) == 1:
             seen.append("cut")
             raise KeyboardInterrupt
         seen.append(pairs)
-        return real(pipe_, pairs, *args)
+        return real(pipe_, pairs, *args, **how)
 
-    monkeypatch.setattr(bench_module, "calibrate", cut_in_the_second)
+    monkeypatch.setattr(calibrator_module, "generate", cut_in_the_second)
     with pytest.raises(KeyboardInterrupt):
-        bench_of(pipe, tmp_path / "cut").calibration(full=True)
-    found = bench_of(pipe, tmp_path / "cut").calibration(full=True).statistics
+        calibrator_of(pipe, tmp_path / "cut").calibration(full=True)
+    found = calibrator_of(pipe, tmp_path / "cut").calibration(full=True).statistics
     assert seen == [[PAIRS[0]], "cut", [PAIRS[1]]]
     assert found.layout == whole.layout
     for name, site in whole.sites.items():
@@ -115,7 +114,7 @@ def test_a_stopped_calibration_goes_on_at_its_video(
 
 def test_a_unit_costs_what_a_model_with_nothing_else_quantized_does(pipe: Pipeline, tmp_path: Path) -> None:
     """The cheap measure is the SQNR of one block's output, the expensive one that of the final latents."""
-    calibrator = bench_of(pipe, tmp_path)
+    calibrator = calibrator_of(pipe, tmp_path)
     found = calibrator.unit_errors(["block 5"])["block 5"]
     with sensitivity.quantized(
         pipe.transformer, calibrator.scheme.config, *sensitivity.all_but(pipe.transformer, "block 5")
@@ -129,12 +128,12 @@ def test_a_unit_costs_what_a_model_with_nothing_else_quantized_does(pipe: Pipeli
     assert len(cheap) == 8
     assert all(10 < estimate.mean < 80 for estimate in cheap)
     # Once measured, for all runs.
-    assert bench_of(pipe, tmp_path).block_errors() == cheap
+    assert calibrator_of(pipe, tmp_path).block_errors() == cheap
 
 
 def test_a_kind_is_smoothed_alone(pipe: Pipeline, tmp_path: Path) -> None:
     """No divisor is folded into a linear that stays BF16, bit for bit."""
-    calibrator = bench_of(pipe, tmp_path, QuantConfig(smoothing=0.5))
+    calibrator = calibrator_of(pipe, tmp_path, QuantConfig(smoothing=0.5))
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     for kind in ("attn1.to_q", "ffn.net.2", "attn2.to_out.0"):
         only = sensitivity.all_but(pipe.transformer, f"kind {kind}")
@@ -150,7 +149,7 @@ def test_a_kind_is_smoothed_alone(pipe: Pipeline, tmp_path: Path) -> None:
 
 
 def test_protected_modules_are_protected_where_blocks_are_compared_too(pipe: Pipeline, tmp_path: Path) -> None:
-    plain, calibrator = bench_of(pipe, tmp_path), bench_of(pipe, tmp_path)
+    plain, calibrator = calibrator_of(pipe, tmp_path), calibrator_of(pipe, tmp_path)
     calibrator.modules = ("ffn.*",)
     assert plain._quantized("sensitivity") != calibrator._quantized("sensitivity")
     assert sensitivity.kinds(pipe.transformer, calibrator.modules) == [
@@ -167,10 +166,10 @@ def test_protected_modules_are_protected_where_blocks_are_compared_too(pipe: Pip
 
 
 def test_full_statistics_serve_where_light_ones_would_do(pipe: Pipeline, tmp_path: Path) -> None:
-    light = bench_of(pipe, tmp_path / "light").calibration()
+    light = calibrator_of(pipe, tmp_path / "light").calibration()
     assert not light.statistics.layout.full
-    bench_of(pipe, tmp_path / "full").calibration(full=True)
-    full = bench_of(pipe, tmp_path / "full").calibration()
+    calibrator_of(pipe, tmp_path / "full").calibration(full=True)
+    full = calibrator_of(pipe, tmp_path / "full").calibration()
     assert full.statistics.layout.full
     assert full.statistics.input_absmax() == light.statistics.input_absmax()
     assert full.flops == light.flops
@@ -180,7 +179,7 @@ def test_full_statistics_serve_where_light_ones_would_do(pipe: Pipeline, tmp_pat
 def test_greedy_looks_again_after_each_choice(pipe: Pipeline, tmp_path: Path) -> None:
     """Cells written as a measurement would: blocks 3 and 4 are the worst alone, but one of them helps only where the
     other is not protected, and 6 beside it helps more."""
-    calibrator = bench_of(pipe, tmp_path)
+    calibrator = calibrator_of(pipe, tmp_path)
     cells = calibrator.pipeline.cache.cells("sensitivity", calibrator._quantized("sensitivity"))
 
     def put(name: str, decibels: float) -> None:
@@ -203,8 +202,8 @@ def test_greedy_looks_again_after_each_choice(pipe: Pipeline, tmp_path: Path) ->
 def test_protecting_the_planted_blocks_restores_the_model_bit_for_bit(tmp_path: Path) -> None:
     pipe, planted_pipe = (load_pipeline(short(16), "cpu") for _ in range(2))
     planted = plant_outliers_(planted_pipe.transformer, PLANTED)
-    ours = bench_of(planted_pipe, tmp_path / "planted").protected_errors([planted, ()])
-    theirs = bench_of(pipe, tmp_path / "plain").protected_errors([planted, ()])
+    ours = calibrator_of(planted_pipe, tmp_path / "planted").protected_errors([planted, ()])
+    theirs = calibrator_of(pipe, tmp_path / "plain").protected_errors([planted, ()])
     assert ours[planted] == theirs[planted]
     assert ours[()].mean < theirs[()].mean
 
@@ -216,7 +215,7 @@ def test_sensitivity_finds_the_planted_blocks(tmp_path: Path) -> None:
     pipe = load_pipeline("tiny", "cpu")
     planted = plant_outliers_(pipe.transformer, PLANTED)
     prompts = ["a green circle moving right on a gray background", "a yellow square moving down on a white background"]
-    calibrator = bench_of(pipe, tmp_path, batch=4)
+    calibrator = calibrator_of(pipe, tmp_path, batch=4)
     calibrator.pairs = PAIRS + [(prompt, 1000) for prompt in prompts]
     calibrator.pipeline.model.generation = GenerationConfig(**read_generation(tiny.folder()))
     assert choose(ProtectConfig("auto", by="sensitivity", budget=5), None, calibrator).blocks == list(planted)

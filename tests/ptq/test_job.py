@@ -171,7 +171,9 @@ def test_every_long_stage_is_predicted(finished: Path) -> None:
     long = {name for name, taken in result["timings"].items() if taken > 0.5} - {"plan", "total"}
     assert {"calibrate", "noise_floor"} & long
     for name in long:
-        assert result["timings"][name] / 3 < stages[name] < 3 * result["timings"][name], name
+        # Of a busy machine nothing is known but that the stage was thought of.
+        factor = 30 if result["planned"]["guess"] else 3
+        assert result["timings"][name] / factor < stages[name] < factor * result["timings"][name], name
 
 
 def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, rank_correlation
 from wanquant.kernels.statistics import DYNAMIC_RULES
 from wanquant.ptq.calibrator import Calibrator
-from wanquant.ptq.choose import choose
 from wanquant.ptq.plan import PTQPlan
+from wanquant.ptq.protect import choose
 from wanquant.ptq.sensitivity import kinds
 from wanquant.quant.scale import parse_rule
 from wanquant.quant.search import static_scale
@@ -51,34 +51,29 @@ MEASURES = (
 def analyze(plan: PTQPlan, calibrator: Calibrator, folder: Path) -> dict[str, Any]:
     """The analysis part of ``result.json``; its tables also as CSV in ``folder``/analysis, with the statistics."""
     config, protect = plan.config.analysis, plan.config.protect
-    statistics = calibrator.calibration(full=True).statistics
-    inner = kinds(calibrator.pipeline.transformer, calibrator.modules)
-    modules = [module_row(name, statistics, calibrator) for name in calibrator.calibration(full=True).flops]
-    blocks = [block_row(index, statistics, modules) for index in range(calibrator.blocks)]
+    calibration, every = calibrator.calibration(full=True), range(calibrator.blocks)
+    statistics = calibration.statistics
+    modules = [module_row(name, statistics, calibrator) for name in calibration.flops]
+    blocks = [block_row(index, statistics, modules) for index in every]
     for row, found in zip(blocks, calibrator.block_errors(), strict=True):
         row |= _with_interval("block_sqnr", found)
-    kind_rows: list[dict[str, Any]] = []
-    if config.sensitivity:
-        units = [f"block {i}" for i in range(calibrator.blocks)] + [f"kind {kind}" for kind in inner]
-        errors = calibrator.unit_errors(units)
-        for row in blocks:
-            row |= _with_interval("sensitivity", errors[f"block {row['block']}"])
-        kind_rows = [{"kind": kind, **_with_interval("sensitivity", errors[f"kind {kind}"])} for kind in inner]
+    kind_rows = _sensitivities(calibrator, blocks) if config.sensitivity else []
     choice = choose(protect, plan.model.protected, calibrator)
-    inputs = [[f"{name}:{INPUT}" for name in statistics.block_inputs(i)] for i in range(calibrator.blocks)]
-    zones = [zone_shares(index, statistics) for index in range(calibrator.blocks)]
-    maps = {
-        "stream": heatmap(statistics, [[f"blocks.{i}:{RESIDUAL}"] for i in range(calibrator.blocks)], config.statistic),
-        "inputs": heatmap(statistics, inputs, config.statistic),
+    inputs = [[f"{name}:{INPUT}" for name in statistics.block_inputs(i)] for i in every]
+    analysis = {
+        "statistic": config.statistic,
+        "blocks": blocks,
+        "modules": modules,
+        "kinds": kind_rows,
+        "heatmaps": {
+            "stream": heatmap(statistics, [[f"blocks.{i}:{RESIDUAL}"] for i in every], config.statistic),
+            "inputs": heatmap(statistics, inputs, config.statistic),
+        },
+        "zones": [zone_shares(index, statistics) for index in every],
+        "stand_out": stand_out(blocks),
+        "correlation": correlations(blocks) if config.sensitivity else [],
     }
-    tables = {"blocks": blocks, "modules": [_flat(row) for row in modules], "kinds": kind_rows}
-    tables["zones"] = [{"block": i, **{f"zone {z}": v for z, v in enumerate(row)}} for i, row in enumerate(zones)]
-    for name, rows in maps.items():
-        steps = range(len(rows[0]))
-        tables[f"heatmap_{name}"] = [{"block": i, **{f"step {s}": rows[i][s] for s in steps}} for i in range(len(rows))]
-    for name, table in tables.items():
-        if table:
-            write_atomic(folder / "analysis" / f"{name}.csv", to_csv(table))
+    _write_tables(analysis, folder / "analysis")
     for path in calibrator.statistics_files(full=True):
         with replacing(folder / "analysis" / path.name) as temporary:
             shutil.copyfile(path, temporary)
@@ -86,17 +81,33 @@ def analyze(plan: PTQPlan, calibrator: Calibrator, folder: Path) -> dict[str, An
         "protect": {"name": protect.name, "blocks": list(resolve_blocks(choice.blocks, calibrator.blocks))},
         "calibration": {"coverage": statistics.coverage(), "pairs": len(calibrator.pairs)},
         "demonstration": len(calibrator.pairs) < ENOUGH_PAIRS,
-        "analysis": {
-            "statistic": config.statistic,
-            "blocks": blocks,
-            "modules": modules,
-            "kinds": kind_rows,
-            "heatmaps": maps,
-            "zones": zones,
-            "stand_out": stand_out(blocks),
-            "correlation": correlations(blocks) if config.sensitivity else [],
-        },
+        "analysis": analysis,
     }
+
+
+def _sensitivities(calibrator: Calibrator, blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds each block's sensitivity to its row; rows of the kinds of linears."""
+    inner = kinds(calibrator.pipeline.transformer, calibrator.modules)
+    units = [f"block {row['block']}" for row in blocks] + [f"kind {kind}" for kind in inner]
+    errors = calibrator.unit_errors(units)
+    for row in blocks:
+        row |= _with_interval("sensitivity", errors[f"block {row['block']}"])
+    return [{"kind": kind, **_with_interval("sensitivity", errors[f"kind {kind}"])} for kind in inner]
+
+
+def _write_tables(analysis: dict[str, Any], folder: Path) -> None:
+    """As CSV."""
+    tables = {"blocks": analysis["blocks"], "kinds": analysis["kinds"], "zones": _numbered("zone", analysis["zones"])}
+    tables["modules"] = [_flat(row) for row in analysis["modules"]]
+    tables |= {f"heatmap_{name}": _numbered("step", rows) for name, rows in analysis["heatmaps"].items()}
+    for name, table in tables.items():
+        if table:
+            write_atomic(folder / f"{name}.csv", to_csv(table))
+
+
+def _numbered(column: str, rows: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """A row a block, its values in numbered columns."""
+    return [{"block": i, **{f"{column} {n}": value for n, value in enumerate(row)}} for i, row in enumerate(rows)]
 
 
 def _with_interval(name: str, found: Estimate) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A loaded model and what has been measured on it, each measurement made once and shared by signature.
+"""Calibration and what is measured with its prompts on a loaded BF16 model, each measurement made once and kept in the
+cache by its signature.
 
 Everything here is BF16 or leaves the model as it was: the transformer is quantized for good by the job alone.
 """
@@ -14,18 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from wanquant.evaluate.fidelity import EQUAL_DB
 from wanquant.evaluate.stats import Estimate, Item, estimate
 from wanquant.ptq import sensitivity
-from wanquant.ptq.calibrate import Calibration, calibrate, linear_flops
+from wanquant.quant import ConversionReport
+from wanquant.quant.observe import Observer
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.select import resolve_blocks
-from wanquant.quant.statistics import Site, merge
+from wanquant.quant.statistics import Layout, Site, Statistics, merge
 from wanquant.quant.statistics_file import KIND, load_statistics, save_statistics
 from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair
-from wanquant.wan.experts import transformers_in
+from wanquant.wan.experts import transformers_in, whole_of
+from wanquant.wan.generate import Position, generate
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration statistics, and the multiply-adds of each linear over the calibration tokens."""
+
+    statistics: Statistics
+    flops: dict[str, int]
+
+    def fraction_of_flops(self, report: ConversionReport) -> float:
+        """Share of the multiply-adds of all linears that the converted ones do."""
+        return sum(self.flops[name] for name in report.names("converted")) / sum(self.flops.values())
 
 
 @dataclass
@@ -56,8 +72,17 @@ class Calibrator:
         full = full or self.pipeline.cache.has("statistics", self._statistics_signature(full=True))
         if full not in self._calibrations:
             statistics = load_statistics(self._statistics_folder(full))
-            self._calibrations[full] = Calibration(statistics, linear_flops(self.pipeline.pipe, statistics.rows()))
+            self._calibrations[full] = Calibration(statistics, self._flops(statistics.rows()))
         return self._calibrations[full]
+
+    def _flops(self, rows: dict[str, int]) -> dict[str, int]:
+        """Multiplications and additions of each linear for the rows it was given."""
+        flops, transformer = {}, self.pipeline.transformer
+        for name, count in rows.items():
+            linear = transformer.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            flops[name] = 2 * count * linear.in_features * linear.out_features
+        return flops
 
     def statistics_files(self, full: bool) -> list[Path]:
         return sorted(self._statistics_folder(full).iterdir())
@@ -71,7 +96,7 @@ class Calibrator:
             missing = sum(not pipeline.cache.has("statistics", name) for name in names)
             with progress("calibrate", missing * pipeline.model.generation.steps) as tick:
                 parts = [
-                    pipeline.cache.folder("statistics", name, self._part(pair, full, tick))
+                    pipeline.cache.folder("statistics", name, self._observer(pair, full, tick))
                     for name, pair in zip(names, self.pairs, strict=True)
                 ]
             about = {"model": pipeline.model.name, "fingerprint": pipeline.fingerprint}
@@ -81,11 +106,17 @@ class Calibrator:
         pipeline.cache.forget_parts("statistics", signed)
         return folder
 
-    def _part(self, pair: Pair, full: bool, tick: Callable[[], None]) -> Callable[[Path], None]:
+    def _observer(self, pair: Pair, full: bool, tick: Callable[[], None]) -> Callable[[Path], None]:
+        """Denoises one calibration video in BF16 with observers on. Both guidance branches and all steps are seen; the
+        VAE is not run."""
+
         def make(folder: Path) -> None:
-            settings = self.pipeline.model.generation
-            made = calibrate(self.pipeline.pipe, [pair], settings, tick, self.bins, full, self.pipeline.embed)
-            save_statistics(made.statistics, folder)
+            pipe, settings, position = self.pipeline.pipe, self.pipeline.model.generation, Position()
+            video = f"{pair[1]} {pair[0]}"
+            layout = Layout((video,), settings.steps, self.bins, settings.branches, full)
+            with Observer(whole_of(pipe), layout, position.where) as observer:
+                generate(pipe, [pair], settings, tick, decode=False, position=position, embed=self.pipeline.embed)
+            save_statistics(observer.statistics, folder)
 
         return make
 
@@ -97,8 +128,7 @@ class Calibrator:
         calibration = self.calibration()
         if not calibration.statistics.layout.full:
             return dict(calibration.statistics.input_absmax())
-        names = calibration.flops
-        return {name: calibration.statistics.site(name, "input") for name in names}
+        return {name: calibration.statistics.site(name, "input") for name in calibration.flops}
 
     @cached_property
     def references(self) -> list[torch.Tensor]:
@@ -112,14 +142,14 @@ class Calibrator:
         def measure() -> list[list[dict[str, Any]]]:
             stats = self.inputs()
             with pipeline.progress("block errors", self.pairs) as tick:
-                how = (self.scheme.config, self.modules, self.pairs, pipeline.generate, stats, tick)
+                how = (self.scheme, self.modules, self.pairs, pipeline.generate, stats, tick)
                 rows = sensitivity.block_errors(pipeline.pipe, *how)
             return [[vars(item) for item in row] for row in rows]
 
         return [estimate([Item(**item) for item in row]) for row in cells.measured("blocks", measure)]
 
     def block_sqnr(self, protected: Sequence[int]) -> Estimate:
-        """The cheapest word on a protection: the noise that the unprotected blocks add to their own outputs, each
+        """The cheapest measure of a protection: the noise that the unprotected blocks add to their own outputs, each
         quantized alone, against these outputs, summed over blocks, in dB."""
         kept = resolve_blocks(protected, self.blocks)
         rows = [row.items for index, row in enumerate(self.block_errors()) if index not in kept]
@@ -148,33 +178,29 @@ class Calibrator:
     def unit_errors(self, units: Sequence[str]) -> dict[str, Estimate]:
         """SQNR of the final latents with nothing quantized but the unit; the expensive measure, cell by cell."""
         transformer = self.pipeline.transformer
-        return self._cells({unit: sensitivity.all_but(transformer, unit, self.modules) for unit in units})
+        return self._final_errors({unit: sensitivity.all_but(transformer, unit, self.modules) for unit in units})
 
     def protected_errors(self, sets: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Estimate]:
         """SQNR of the final latents with everything quantized but the blocks of each set."""
         names = {"protect " + (" ".join(map(str, blocks)) or "none"): blocks for blocks in sets}
-        found = self._cells({name: (list(blocks), list(self.modules)) for name, blocks in names.items()})
+        found = self._final_errors({name: (list(blocks), list(self.modules)) for name, blocks in names.items()})
         return {names[name]: value for name, value in found.items()}
 
-    def _cells(self, todo: dict[str, tuple[list[int], list[str]]]) -> dict[str, Estimate]:
-        cells = self.pipeline.cache.cells("sensitivity", self._quantized("sensitivity"))
-        missing = [name for name in todo if cells.get(name) is None]
+    def _final_errors(self, protections: dict[str, tuple[list[int], list[str]]]) -> dict[str, Estimate]:
+        """By name of a protection (blocks, patterns of modules), from the cache as far as they are there."""
+        pipeline = self.pipeline
+        cells = pipeline.cache.cells("sensitivity", self._quantized("sensitivity"))
+        missing = [name for name in protections if cells.get(name) is None]
         stats = self.inputs() if missing else {}
-        if missing:
-            self.references  # noqa: B018  made before the progress of the cells begins
+        references = self.references if missing else []  # before the progress of the cells begins
         found = {}
-        with self.pipeline.progress("sensitivity", self.pairs, len(missing)) as tick:
-            for name, protected in todo.items():
+        with pipeline.progress("sensitivity", self.pairs, len(missing)) as tick:
+            for name, (blocks, modules) in protections.items():
 
-                def measure(protected: tuple[list[int], list[str]] = protected) -> list[dict[str, Any]]:
-                    return [vars(item) for item in self._final_errors(*protected, stats, tick)]
+                def measure(blocks: list[int] = blocks, modules: list[str] = modules) -> list[dict[str, Any]]:
+                    with sensitivity.quantized(pipeline.transformer, self.scheme, blocks, modules, stats):
+                        errors = sensitivity.final_errors(pipeline.generate, self.pairs, references, tick)
+                    return [vars(item) for item in errors]
 
                 found[name] = estimate([Item(**item) for item in cells.measured(name, measure)])
         return found
-
-    def _final_errors(
-        self, blocks: list[int], modules: list[str], stats: sensitivity.Stats, tick: Callable[[], None]
-    ) -> list[Item]:
-        pipeline = self.pipeline
-        with sensitivity.quantized(pipeline.transformer, self.scheme.config, blocks, modules, stats):
-            return sensitivity.final_errors(pipeline.generate, self.pairs, self.references, tick)

@@ -8,7 +8,6 @@ compare, write → ``result.json`` → report. Everything that can be refused is
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,17 +20,15 @@ from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.job import evaluate_run, note_not_judged
 from wanquant.evaluate.perceptual import distance
-from wanquant.evaluate.stats import ENOUGH_PAIRS, estimate
 from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze
 from wanquant.ptq.calibrator import Calibrator
-from wanquant.ptq.choose import Choice, choose
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.convert import run_convert
-from wanquant.ptq.count import count_videos, estimate_resources
+from wanquant.ptq.estimate import count_videos, estimate_resources, predicted, start_and_end
 from wanquant.ptq.plan import PTQPlan, resolve, with_weights
-from wanquant.ptq.result import conversion, head, write_videos
-from wanquant.ptq.stages import start_and_end
+from wanquant.ptq.protect import Choice, choose
+from wanquant.ptq.result import conversion, evaluations_in, head, names_of, tail, verdict, write_videos
 from wanquant.quant import ConversionReport, plan_conversion, quantize_
 from wanquant.quant.statistics import Site
 from wanquant.runs.cache import Cache
@@ -49,7 +46,9 @@ from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import FOLDS, LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
-from wanquant.wan.products import multiplies_bf16
+
+#: Videos (reference, sample) that are compared, by the prefix of their metrics.
+Couples = Mapping[str, Sequence[tuple[Sample, Sample]]]
 
 
 def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
@@ -72,7 +71,7 @@ def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) 
             if plan.scheme.product == "native":
                 check_native(plan.device)
             plan = with_weights(plan)
-    print(described(plan), flush=True)
+    print(plan, flush=True)
     if config.dry_run:
         kind.print_estimate(plan, config_yaml)
         return None
@@ -83,17 +82,6 @@ def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) 
     if fresh:
         mirror(config.tracker, folder, dataclasses.asdict(plan.config), result)
     return result
-
-
-def described(plan: PTQPlan) -> str:
-    config, settings = plan.config, plan.settings
-    shown = plan.calibration if config.mode == "analyze" else plan.pairs
-    return (
-        f"{config.quant.name} on {config.model.name} ({plan.device.type}, {config.threads} "
-        f"thread{'s' if config.threads > 1 else ''}), protect {config.protect.name}: {len(shown)} (prompt, seed) pairs "
-        f"of {settings.num_frames} frames {settings.height}x{settings.width}, {settings.steps} steps, in batches of "
-        f"{config.model.batch}"
-    )
 
 
 def _finished(plan: PTQPlan, folder: Path, config_yaml: str, kind: type[Job]) -> tuple[dict[str, Any], bool]:
@@ -109,7 +97,7 @@ def _finished(plan: PTQPlan, folder: Path, config_yaml: str, kind: type[Job]) ->
                 print(f"finished already: {folder}{by(result)}; force=true runs it again", flush=True)
                 return result, False
             known = None  # under other names: most of it is in the cache
-        kept = job.evaluations(folder)
+        kept = evaluations_in(folder, job.asked)
         run = Run(folder, job.name, config_yaml, job.names, keep=("evaluations",) if kept else ())
         return job.carry_out(run, known, kept), True
 
@@ -142,13 +130,15 @@ class Job:
 
     @classmethod
     def print_estimate(cls, plan: Any, config_yaml: str) -> None:
-        print_estimate(estimate_resources(plan, cls.counts(plan)), config_yaml, start_and_end(plan.config.tracker.name))
+        outside = start_and_end(plan.config.tracker.name)
+        print_estimate(estimate_resources(plan, cls.counts(plan)), config_yaml, outside)
 
     def __post_init__(self) -> None:
         self.run_: Any = None
         self.planned_: dict[str, Any] = {}
         self.begun = 0
         self.config, self.device, self.pairs = self.plan.config, self.plan.device, list[Pair](self.plan.pairs)
+        self.with_checkpoint = self.config.checkpoint and self.config.mode == "quantize"
         self.cache = Cache(Path(self.config.cache))
         folder = self.plan.model.folder
         with progress("read", count_files(folder), "file") as tick:
@@ -156,8 +146,7 @@ class Job:
 
     @property
     def names(self) -> dict[str, Any]:
-        """Of what was asked for, in the form of the result."""
-        return {group: {"name": getattr(self.config, group).name} for group in ("model", "quant", "protect")}
+        return names_of(self.config)
 
     def signed(self, protected: tuple[int, ...] | None) -> str:
         return signature(self.plan.counted(protected), self.fingerprint, self.device)
@@ -172,19 +161,6 @@ class Job:
         if self.with_checkpoint:
             wanted["packed"] = self.plan.scheme.packed
         return find_finished(self.cache, self.asked, folder, wanted)
-
-    @property
-    def with_checkpoint(self) -> bool:
-        return bool(self.config.checkpoint) and self.config.mode == "quantize"
-
-    def evaluations(self, folder: Path) -> dict[str, Any]:
-        """Of an earlier result in the folder that answers the same signature: what ``eval.py`` has joined to it."""
-        try:
-            result = read_result(folder)
-        except (ValueError, OSError):
-            return {}
-        found: dict[str, Any] = result.get("evaluations", {}) if result.get("asked") == self.asked else {}
-        return found
 
     def carry_out(self, run: Run, known: Path | None, kept: dict[str, Any]) -> dict[str, Any]:
         """Runs, or takes over what another folder holds; ``kept`` are evaluations of the same videos."""
@@ -203,24 +179,47 @@ class Job:
         print(summary(full, run.folder))
         return full
 
-    def predicted(self) -> dict[str, Any]:
-        """What it would take from the beginning, with nothing in the cache: bytes beside those there were before, and
-        seconds by stage. Probed once for each cache, the machine's other work apart."""
-        begun, outside = time.perf_counter(), start_and_end(self.config.tracker.name)
-        needs = estimate_resources(self.plan, self.counts(self.plan))
-        cells = self.cache.cells("plans", digest([self.signed(None), self.plan.scheme.packed]))
-        known = cells.get("stages")
-        if known is not None and known["guess"]:
-            cells.put("stages", self.needed(needs))
-        found: dict[str, Any] = cells.measured("stages", lambda: self.needed(needs))
-        stages = {**outside, "plan": time.perf_counter() - begun, **found["stages"]}
-        return {**found, "seconds": sum(stages.values()), "stages": stages}
+    def run(self) -> dict[str, Any]:
+        config, stage, pairs = self.config, self.run_.stage, self.pairs
+        calibrator = self.load()
+        pipeline = calibrator.pipeline
+        with stage("calibrate"):
+            calibration, stats = calibrator.calibration(), calibrator.inputs()
+        with stage("choose"):
+            choice = choose(config.protect, self.plan.model.protected, calibrator)
+            block_sqnr = calibrator.block_sqnr(choice.blocks).as_json() if config.eval.block_sqnr else None
+        with stage("generate_bf16"):
+            baseline = self.bf16(pipeline, "generate BF16", pairs)
+        floors = self.noise_floors(pipeline, baseline)
+        with stage("quantize"):
+            report = self.quantize(calibrator, choice, stats)
+        with stage("generate_quantized"):
+            label, how = f"generate {config.quant.format}", calibrator.what_is_quantized(report.protected_blocks)
+            latents, overflows = pipeline.latents(label, pairs, how, afresh=config.force)
+            samples = pipeline.videos(label, pairs, latents)
+        with stage("compare"):
+            metrics = self.compare({"": list(zip(baseline, samples, strict=True)), **floors})
+            gate_results = gates.check(samples, baseline)
+        with stage("write"):
+            self.write_videos(baseline, samples, floors)
+            self.save(pipeline, report)
+        return {
+            **self.head(tuple(report.protected_blocks)),
+            **conversion(self.plan, report, calibration, choice, overflows),
+            "block_sqnr": block_sqnr,
+            **verdict(metrics, gate_results, len(pairs)),
+            **self.tail(calibrator, self.plan.pairs),
+        }
 
-    def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
-        return {"bytes": needs.added, "seconds": needs.seconds, "stages": needs.stages, "guess": needs.guess}
+    def analyze(self) -> dict[str, Any]:
+        calibrator = self.load()
+        with self.run_.stage("calibrate"):
+            calibrator.calibration(full=True)
+        with self.run_.stage("analyze"):
+            analysis = analyze(self.plan, calibrator, self.run_.folder)
+        return {**self.head(None), **analysis, **self.tail(calibrator, self.plan.calibration)}
 
     def load(self) -> Calibrator:
-        config = self.config
         if self.run_ is not None:
             with self.run_.stage("plan"):
                 self.planned_ = self.predicted()
@@ -233,72 +232,32 @@ class Job:
             self.made = provenance(self.device)
             with progress("load", LOAD_PARTS, "part") as tick:
                 pipe = load_pipeline(self.plan.model.folder, str(self.device), tick)
-            plant_outliers_(whole_of(pipe), config.model.outliers)
-        pipeline = CachedPipeline(pipe, config.model, self.fingerprint, self.device, self.cache)
-        calibration, modules = list(self.plan.calibration), tuple(config.protect.modules)
-        return Calibrator(pipeline, self.plan.scheme, calibration, config.analysis.bins, modules)
+            plant_outliers_(whole_of(pipe), self.config.model.outliers)
+        pipeline = CachedPipeline(pipe, self.config.model, self.fingerprint, self.device, self.cache)
+        modules, bins = tuple(self.config.protect.modules), self.config.analysis.bins
+        return Calibrator(pipeline, self.plan.scheme, list(self.plan.calibration), bins, modules)
 
-    def analyze(self) -> dict[str, Any]:
-        calibrator = self.load()
-        with self.run_.stage("calibrate"):
-            calibrator.calibration(full=True)
-        with self.run_.stage("analyze"):
-            analysis = analyze(self.plan, calibrator, self.run_.folder)
-        return {**self.head(None), **analysis, **self.tail(calibrator, self.plan.calibration)}
+    def predicted(self) -> dict[str, Any]:
+        """What it would take from the beginning, with nothing in the cache."""
+        cells = self.cache.cells("plans", digest([self.signed(None), self.plan.scheme.packed]))
+        return predicted(
+            estimate_resources(self.plan, self.counts(self.plan)), cells, self.config.tracker.name, self.needed
+        )
 
-    def run(self) -> dict[str, Any]:
-        config, run = self.config, self.run_
-        calibrator = self.load()
-        pipeline, pipe = calibrator.pipeline, calibrator.pipeline.pipe
-        with run.stage("calibrate"):
-            calibration, stats = calibrator.calibration(), calibrator.inputs()
-        with run.stage("choose"):
-            choice = choose(config.protect, self.plan.model.protected, calibrator)
-            block_sqnr = calibrator.block_sqnr(choice.blocks).as_json() if config.eval.block_sqnr else None
-        with run.stage("generate_bf16"):
-            baseline = self.bf16(pipeline, "generate BF16", self.pairs)
-        floors: dict[str, list[tuple[Sample, Sample]]] = {}
-        if config.eval.noise_floor:
-            with run.stage("noise_floor"):
-                floors = self.floors(pipeline, baseline)
-        with run.stage("quantize"):
-            report = self.quantize(calibrator, choice, stats)
-        with run.stage("generate_quantized"):
-            label, how = f"generate {config.quant.format}", calibrator.what_is_quantized(report.protected_blocks)
-            latents, overflows = pipeline.latents(label, self.pairs, how, afresh=config.force)
-            samples = pipeline.videos(label, self.pairs, latents)
-        with run.stage("compare"):
-            beside = {"": list(zip(baseline, samples, strict=True)), **floors}
-            with progress("compare", sum(map(len, beside.values())), "pair") as tick:
-                lpips = distance(config.eval.lpips, self.device)
-                metrics = measure(beside, config.model.language == "scenes", tick, lpips)
-            gate_results = gates.check(samples, baseline)
-        with run.stage("write"):
-            self.write_videos(baseline, samples, floors)
-            if config.checkpoint and report.names("converted"):
-                with progress("save", len(report.names("converted")), "linear") as tick:
-                    save_quantized(pipe, run.folder / "checkpoint", tick)
-        return {
-            **self.head(tuple(report.protected_blocks)),
-            **conversion(self.plan, report, calibration, choice, overflows),
-            "block_sqnr": block_sqnr,
-            "metrics": {name: estimate(items).as_json() for name, items in metrics.items()},
-            "demonstration": len(self.pairs) < ENOUGH_PAIRS,
-            "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
-            "gates": {gate.name: gate.as_json() for gate in gate_results},
-            **self.tail(calibrator, self.plan.pairs),
-        }
-
-    def quantize(self, calibrator: Calibrator, choice: Choice, stats: Mapping[str, float | Site]) -> ConversionReport:
-        transformer, how = calibrator.pipeline.transformer, (self.config.quant, choice.blocks, calibrator.modules)
-        plan = plan_conversion(transformer, *how)
-        with progress("quantize", len(plan.names("converted")), "linear") as tick:
-            return quantize_(transformer, *how, stats, on_linear=tick, folds=FOLDS)
+    def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
+        return {"bytes": needs.added, "seconds": needs.seconds, "stages": needs.stages, "guess": needs.guess}
 
     def bf16(
         self, pipeline: CachedPipeline, label: str, pairs: list[Pair], how: dict[str, str] | None = None
     ) -> list[Sample]:
         return pipeline.videos(label, pairs, pipeline.latents(label, pairs, how)[0])
+
+    def noise_floors(self, pipeline: CachedPipeline, baseline: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
+        """The stage, where the config asks for it."""
+        if not self.config.eval.noise_floor:
+            return {}
+        with self.run_.stage("noise_floor"):
+            return self.floors(pipeline, baseline)
 
     def floors(self, pipeline: CachedPipeline, baseline: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
         """BF16 beside itself: the initial noise perturbed by one unit in its last place, and another seed."""
@@ -311,31 +270,33 @@ class Job:
         other = [(s, known[s.prompt, partners[s.seed]]) for s in baseline if s.seed in partners]
         return {"floor_ulp.": list(zip(baseline, perturbed, strict=True)), "floor_seed.": other}
 
-    def write_videos(
-        self, baseline: list[Sample], samples: list[Sample], floors: Mapping[str, Sequence[tuple[Sample, Sample]]]
-    ) -> None:
+    def quantize(self, calibrator: Calibrator, choice: Choice, stats: Mapping[str, float | Site]) -> ConversionReport:
+        """The pipeline's transformer, for good."""
+        transformer, how = calibrator.pipeline.transformer, (self.plan.scheme, choice.blocks, calibrator.modules)
+        plan = plan_conversion(transformer, *how)
+        with progress("quantize", len(plan.names("converted")), "linear") as tick:
+            return quantize_(transformer, *how, stats, on_linear=tick, folds=FOLDS)
+
+    def compare(self, couples: Couples) -> dict[str, Any]:
+        """Every metric of every pair, by name."""
+        with progress("compare", sum(map(len, couples.values())), "pair") as tick:
+            lpips = distance(self.config.eval.lpips, self.device)
+            return measure(couples, self.config.model.language == "scenes", tick, lpips)
+
+    def write_videos(self, baseline: list[Sample], samples: list[Sample], floors: Couples) -> None:
         perturbed = [sample for _, sample in floors.get("floor_ulp.", ())]
         write_videos(self.run_.folder, self.config.quant.format, self.plan.settings.fps, baseline, samples, perturbed)
+
+    def save(self, pipeline: CachedPipeline, report: ConversionReport) -> None:
+        """The checkpoint, if it is asked for and anything is quantized."""
+        if self.config.checkpoint and report.names("converted"):
+            with progress("save", len(report.names("converted")), "linear") as tick:
+                save_quantized(pipeline.pipe, self.run_.folder / "checkpoint", tick)
 
     def head(self, protected: tuple[int, ...] | None) -> dict[str, Any]:
         return {"signature": self.signed(protected), **head(self.plan, self.fingerprint)}
 
     def tail(self, calibrator: Calibrator, pairs: Sequence[Pair]) -> dict[str, Any]:
-        texts, seeds = (list(dict.fromkeys(values)) for values in zip(*pairs, strict=True))
-        return {
-            "generation": dataclasses.asdict(self.plan.settings),
-            "memory": {
-                "peak_bytes": peak_memory(self.device),
-                "begun_bytes": self.begun,
-                "planned_bytes": self.begun + self.planned_["bytes"],
-            },
-            "planned": {name: self.planned_[name] for name in ("seconds", "stages", "guess")},
-            "provenance": {
-                **self.made,
-                "bf16_products": "native" if multiplies_bf16(self.device) else "float32, rounded once",
-                "from_cache": calibrator.pipeline.reused,
-                "seeds": seeds,
-                "prompts": texts,
-                "prompt_hash": digest(texts),
-            },
-        }
+        """How it was made, and what of memory it took beside what was predicted."""
+        made = {**self.made, "from_cache": calibrator.pipeline.reused}
+        return tail(self.plan, pairs, (self.begun, peak_memory(self.device)), self.planned_, made)

@@ -19,7 +19,7 @@ from wanquant.evaluate.check import check_eval
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.prompts import PromptsConfig, following, pairs, settled
 from wanquant.ptq.config import AnalysisConfig, ConvertConfig, PTQConfig
-from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check_protect
+from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect
 from wanquant.quant import plan_conversion
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
@@ -74,6 +74,16 @@ class PTQPlan:
     @property
     def settings(self) -> GenerationConfig:
         return self.config.model.generation
+
+    def __str__(self) -> str:
+        config, settings, threads = self.config, self.settings, self.config.threads
+        shown = self.calibration if config.mode == "analyze" else self.pairs
+        return (
+            f"{config.quant.name} on {config.model.name} ({self.device.type}, {threads} "
+            f"thread{'s' if threads > 1 else ''}), protect {config.protect.name}: {len(shown)} (prompt, seed) pairs "
+            f"of {settings.num_frames} frames {settings.height}x{settings.width}, {settings.steps} steps, in batches "
+            f"of {config.model.batch}"
+        )
 
     @cached_property
     def other_seeds(self) -> tuple[list[Pair], dict[int, int]]:
@@ -170,7 +180,7 @@ def resolve_model(config: PTQConfig, scheme: Scheme, folder: Path) -> SourceMode
     """Refuses what a model of this shape cannot be quantized to."""
     if config.mode != "convert" or (folder / "model_index.json").is_file():
         check_shape(folder)
-    by_data = config.protect.by in (*MEASURES, GREEDY)
+    by_data = config.protect.needs_data
     if by_data and scheme.format.keeps_all:
         raise ValueError(f"protect.by={config.protect.by} measures a quantization, and {scheme.format.name} is none")
     for part in transformers_of(folder).values():
@@ -184,7 +194,7 @@ def resolve_model(config: PTQConfig, scheme: Scheme, folder: Path) -> SourceMode
     outliers = chosen_blocks(config.model.outliers, blocks)
     protected = None if by_data else resolve_blocks(by_rule(config.protect, blocks, transformers), blocks)
     kept = range(config.protect.budget) if protected is None else protected
-    plan = plan_conversion(shape, config.quant, list(kept), config.protect.modules)
+    plan = plan_conversion(shape, scheme, list(kept), config.protect.modules)
     if not plan.names("converted") and not scheme.format.keeps_all:
         raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
     return SourceModel(folder, shape, transformers, protected, outliers)

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wanquant.ptq.calibrate import Calibration
-from wanquant.ptq.choose import Choice
+from wanquant.evaluate.gates import GateResult
+from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, estimate
+from wanquant.ptq.calibrator import Calibration
+from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.plan import PTQPlan
+from wanquant.ptq.protect import Choice
 from wanquant.quant import ConversionReport
 from wanquant.quant.statistics import RESIDUAL
 from wanquant.runs import pictures
 from wanquant.runs.progress import progress
+from wanquant.runs.run import digest, read_result
+from wanquant.wan.cached import Pair
 from wanquant.wan.generate import Sample
+from wanquant.wan.products import multiplies_bf16
 
 #: Videos on the contact sheet at most.
 SHEET_ROWS = 12
+
+
+def names_of(config: PTQConfig) -> dict[str, dict[str, Any]]:
+    """Of the model, the quantization and the protection, in the form of the result."""
+    return {group: {"name": getattr(config, group).name} for group in ("model", "quant", "protect")}
 
 
 def head(plan: PTQPlan, fingerprint: str) -> dict[str, Any]:
@@ -66,6 +77,47 @@ def conversion(
             "block_absmax": [statistics.site(f"blocks.{i}", RESIDUAL).largest() for i in range(report.blocks)],
             "input_absmax": statistics.input_absmax(),
         },
+    }
+
+
+def tail(
+    plan: PTQPlan, pairs: Sequence[Pair], memory: tuple[int, int], planned: Mapping[str, Any], made: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How it was made, by ``pairs``. ``memory``: bytes before the model was loaded, and at most; ``planned``: bytes and
+    seconds that were predicted."""
+    texts, seeds = (list(dict.fromkeys(values)) for values in zip(*pairs, strict=True))
+    begun, peak = memory
+    return {
+        "generation": dataclasses.asdict(plan.settings),
+        "memory": {"peak_bytes": peak, "begun_bytes": begun, "planned_bytes": begun + planned["bytes"]},
+        "planned": {name: planned[name] for name in ("seconds", "stages", "guess")},
+        "provenance": {
+            **made,
+            "bf16_products": "native" if multiplies_bf16(plan.device) else "float32, rounded once",
+            "seeds": seeds,
+            "prompts": texts,
+            "prompt_hash": digest(texts),
+        },
+    }
+
+
+def evaluations_in(folder: Path, asked: str) -> dict[str, Any]:
+    """Of an earlier result in the folder that has the same signature: what ``eval.py`` has joined to it."""
+    try:
+        result = read_result(folder)
+    except (ValueError, OSError):
+        return {}
+    found: dict[str, Any] = result.get("evaluations", {}) if result.get("asked") == asked else {}
+    return found
+
+
+def verdict(metrics: Mapping[str, Sequence[Item]], gate_results: Sequence[GateResult], pairs: int) -> dict[str, Any]:
+    """The metrics with their intervals, the gates, and whether all of these are passed."""
+    return {
+        "metrics": {name: estimate(items).as_json() for name, items in metrics.items()},
+        "demonstration": pairs < ENOUGH_PAIRS,
+        "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
+        "gates": {gate.name: gate.as_json() for gate in gate_results},
     }
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from wanquant.evaluate.fidelity import EQUAL_DB, latent_sqnr
 from wanquant.evaluate.stats import Item
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
+from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.statistics import Site
 from wanquant.wan.cached import Pair
 from wanquant.wan.experts import whole_of
@@ -35,23 +36,23 @@ Make = Callable[..., list[Sample]]
 @contextmanager
 def quantized(
     transformer: nn.Module,
-    quant: QuantConfig,
+    quant: QuantConfig | Scheme,
     protected_blocks: Sequence[int],
     protected_modules: Sequence[str] = (),
     stats: Stats | None = None,
 ) -> Iterator[ConversionReport]:
     """The transformer quantized while entered, and afterwards what it was: quantized are copies of its blocks, whose
     weights are the same tensors unless smoothing would change them."""
-    blocks = transformer.get_submodule("blocks")
+    scheme, blocks = scheme_of(quant), transformer.get_submodule("blocks")
     assert isinstance(blocks, nn.ModuleList)
-    plan = plan_conversion(transformer, quant, protected_blocks, protected_modules)
+    plan = plan_conversion(transformer, scheme, protected_blocks, protected_modules)
     changed = sorted({row.block for row in plan.modules if row.status == "converted" and row.block is not None})
     originals = {index: blocks[index] for index in changed}
     try:
         for index, block in originals.items():
-            tensors = [] if quant.smoothing is not None else [*block.parameters(), *block.buffers()]
+            tensors = [] if scheme.smoothing is not None else [*block.parameters(), *block.buffers()]
             blocks[index] = copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
-        yield quantize_(transformer, quant, protected_blocks, protected_modules, stats, folds=FOLDS)
+        yield quantize_(transformer, scheme, protected_blocks, protected_modules, stats, folds=FOLDS)
     finally:
         for index, block in originals.items():
             blocks[index] = block
@@ -88,7 +89,7 @@ def final_errors(
 @torch.no_grad()
 def block_errors(
     pipe: Pipeline,
-    quant: QuantConfig,
+    scheme: Scheme,
     modules: Sequence[str],
     pairs: Sequence[Pair],
     make: Make,
@@ -99,7 +100,7 @@ def block_errors(
     BF16 pass; at most ``EQUAL_DB``."""
     transformer = whole_of(pipe)
     blocks = list(transformer.blocks)
-    with quantized(transformer, replace(quant, packed=True), (), modules, stats):
+    with quantized(transformer, replace(scheme, packed=True), (), modules, stats):
         copies = list(transformer.blocks)
     signal = torch.zeros(len(blocks), len(pairs), dtype=torch.float64)
     noise = torch.zeros_like(signal)

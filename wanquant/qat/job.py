@@ -31,10 +31,10 @@ from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.perceptual import distance
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference, estimate
 from wanquant.ptq.calibrator import Calibrator
-from wanquant.ptq.choose import Choice, choose
-from wanquant.ptq.count import count_videos, estimate_resources
+from wanquant.ptq.estimate import count_videos, estimate_resources
 from wanquant.ptq.job import Job, run_job
 from wanquant.ptq.plan import with_weights
+from wanquant.ptq.protect import Choice, choose
 from wanquant.ptq.result import conversion
 from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.check import TrainPlan, counted, resolve_train

@@ -1,4 +1,5 @@
-"""Seconds of the stages of a quantization that are no denoising: quantizing, comparing, writing."""
+"""What a job needs of memory and time: how many videos it denoises, and the seconds of its stages that are no
+denoising: loading, quantizing, comparing, writing."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,12 +20,15 @@ from torch import nn
 from wanquant.evaluate.compare import of_pair
 from wanquant.evaluate.perceptual import distance
 from wanquant.ptq.plan import PTQPlan
+from wanquant.ptq.protect import GREEDY
+from wanquant.ptq.sensitivity import kinds
 from wanquant.quant import quantize_
 from wanquant.quant.observe import Observer
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import INPUT, Layout, Site
 from wanquant.runs import pictures
-from wanquant.wan.estimate import ResourceEstimate
+from wanquant.runs.cache import Cells
+from wanquant.wan.estimate import ResourceEstimate, VideoCounts
 from wanquant.wan.footprint import once
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import load_pipeline
@@ -35,6 +40,67 @@ TRACKER = 2.0
 PROBE = "blocks.0.probed"
 #: Bytes of a pipeline that is loaded to be timed, at most.
 LOADED = 200_000_000
+
+
+def estimate_resources(plan: PTQPlan, counts: VideoCounts) -> ResourceEstimate:
+    """From the shapes alone. Blocks that the data will choose are taken to be the first."""
+    model, config = plan.model, plan.config
+    blocks = model.protected
+    if blocks is None:
+        blocks = tuple(range(config.protect.budget * model.transformers))
+    rows = min(config.model.batch, len(plan.pairs))
+    how = (plan.scheme, blocks, config.protect.modules, plan.settings, counts, rows, plan.device)
+    return ResourceEstimate(model.folder, *how, further=lambda needs: further_stages(needs, plan))
+
+
+def predicted(
+    needs: ResourceEstimate, cells: Cells, tracker: str, needed: Callable[[ResourceEstimate], dict[str, Any]]
+) -> dict[str, Any]:
+    """``bytes`` beside those there were before, and ``seconds`` by stage, as ``needed`` reads them off the estimate.
+    Probed once for each cache (``cells``), and again if other work disturbed the probe."""
+    begun, outside = time.perf_counter(), start_and_end(tracker)
+    known = cells.get("stages")
+    if known is not None and known["guess"]:
+        cells.put("stages", needed(needs))
+    found: dict[str, Any] = cells.measured("stages", lambda: needed(needs))
+    stages = {**outside, "plan": time.perf_counter() - begun, **found["stages"]}
+    return {**found, "seconds": sum(stages.values()), "stages": stages}
+
+
+def count_videos(plan: PTQPlan) -> VideoCounts:
+    """Of a quantization, or of an analysis."""
+    config, measured, calibrated = plan.config, len(plan.pairs), len(plan.calibration)
+    plain, quantized = _choosing(plan)
+    by = config.protect.by
+    beside = by in ("sensitivity", GREEDY) or (config.mode == "analyze" and config.analysis.sensitivity)
+    errors = config.mode == "analyze" or by == "block_sqnr" or config.eval.block_sqnr
+    texts = len({text for text, _ in (*plan.pairs, *plan.calibration)}) + 1  # the negative one
+    parts: dict[str, Any] = {"calibrated": calibrated, "choosing": (plain, quantized), "prompts": texts}
+    if config.mode == "analyze":
+        renamed = (("choose", "analyze"),)
+        return VideoCounts(calibrated + plain, quantized, beside=beside, all_beside=True, renamed=renamed, **parts)
+    floors = measured + len(plan.other_seeds[0]) if config.eval.noise_floor else 0
+    made = 2 * measured + floors
+    return VideoCounts(
+        calibrated + plain + measured + floors, quantized + measured, made, made, beside, errors, floors=floors, **parts
+    )
+
+
+def _choosing(plan: PTQPlan) -> tuple[int, int]:
+    """Videos that are denoised to choose blocks by data, mostly in BF16 and mostly quantized."""
+    config, model = plan.config, plan.model
+    protect = config.protect
+    everything = config.mode == "analyze" and config.analysis.sensitivity
+    ranked = everything or protect.by == "sensitivity" or (protect.by == GREEDY and protect.candidates > 0)
+    plain = model.blocks if ranked else 0
+    quantized = len(kinds(model.shape, protect.modules)) if everything else 0
+    errors = config.mode == "analyze" or protect.by == "block_sqnr" or config.eval.block_sqnr
+    plain, quantized = plain + errors, quantized + errors
+    if protect.by == GREEDY:
+        tried = min(protect.candidates * model.transformers or model.blocks, model.blocks)
+        quantized += sum(tried - done for done in range(protect.budget * model.transformers))
+    reference = 1 if ranked or protect.by == GREEDY else 0
+    return (plain + reference) * len(plan.calibration), quantized * len(plan.calibration)
 
 
 def further_stages(needs: ResourceEstimate, plan: PTQPlan) -> dict[str, float]:

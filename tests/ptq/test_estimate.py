@@ -7,9 +7,8 @@ import torch
 
 from tests.models import wan_transformer
 from tests.test_config import CHOICES, composed
-from wanquant.ptq.count import count_videos, estimate_resources
+from wanquant.ptq.estimate import _quantizing, count_videos, estimate_resources
 from wanquant.ptq.plan import resolve
-from wanquant.ptq.stages import _quantizing
 from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.footprint import Quantized

@@ -1,0 +1,199 @@
+"""``mode=convert``, resolved: which transformer is quantized how, and what that needs of memory, disk and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wanquant.kernels import check_native
+from wanquant.ptq.config import PTQConfig
+from wanquant.ptq.plan import resolve_model
+from wanquant.quant import ConversionReport, QuantLinear, plan_conversion
+from wanquant.quant.scheme import Scheme, parse
+from wanquant.quant.select import resolve_blocks
+from wanquant.quant.statistics import INPUT, Site
+from wanquant.quant.statistics_file import DESCRIPTION, load_statistics
+from wanquant.runs.run import digest
+from wanquant.wan.estimate import LEGEND, block_map, in_bytes
+from wanquant.wan.load import Transformer, check_folder, check_weights, find_folder, shape_of, transformers_of
+from wanquant.wan.stream import Needs, Recipe, foresee
+from wanquant.wan.tensor_files import Source
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One transformer of the pipeline: its folder, and how it is quantized."""
+
+    folder: Path
+    recipe: Recipe
+
+    @cached_property
+    def shape(self) -> Transformer:
+        return shape_of(self.folder)
+
+    @cached_property
+    def report(self) -> ConversionReport:
+        recipe = self.recipe
+        return plan_conversion(self.shape, recipe.config, recipe.protected_blocks, recipe.protected_modules)
+
+    @cached_property
+    def needs(self) -> Needs:
+        return foresee(self.folder, self.recipe)
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """``parts`` by their names in the pipeline; under an empty name a transformer that is no part of one."""
+
+    config: PTQConfig
+    scheme: Scheme
+    folder: Path
+    parts: Mapping[str, Part]
+
+    @cached_property
+    def signature(self) -> str:
+        """By the names, sizes and times of the files: to read them for it would be to read them twice."""
+        files = {name: Source.of(part.folder).identity() for name, part in self.parts.items()}
+        asked = {name: _signed(part.recipe) for name, part in self.parts.items()}
+        return digest({"folder": str(self.folder.resolve()), "files": files, "asked": asked})
+
+    @property
+    def working(self) -> Path:
+        """Where unfinished conversions, and notes of the finished ones, are kept."""
+        return Path(self.config.cache) / "converting"
+
+    @property
+    def needs(self) -> list[Needs]:
+        return [part.needs for part in self.parts.values()]
+
+
+def resolve_convert(config: PTQConfig) -> ConvertPlan:
+    """From the JSON files of the model. ``ValueError`` names the key at fault and what it may be."""
+    # One byte a weight in memory too: who converts from files to files has none to spare.
+    scheme = parse(dataclasses.replace(config.quant, packed=True))
+    config = dataclasses.replace(config, quant=scheme.config)
+    model = resolve_model(config, scheme, find_folder(config.model.path, shapes_only=True))
+    _check(config)
+    if model.protected is None:
+        raise ValueError(
+            f"mode=convert cannot know the blocks that protect.by={config.protect.by} would choose: let mode=analyze "
+            f"choose them, and give protect.blocks=[...]"
+        )
+    folders, stats = transformers_of(model.folder), _statistics(config, scheme)
+    each = model.blocks // len(folders)
+    chosen = resolve_blocks(model.protected, model.blocks)
+    parts = {}
+    for number, (name, folder) in enumerate(folders.items()):
+        own = range(number * each, (number + 1) * each)
+        kept = [index - own.start for index in chosen if index in own]
+        # Of a transformer that is protected as a whole no attention is left to quantize, and that is no mistake.
+        quant = dataclasses.replace(config.quant, attention="off") if len(kept) == each else config.quant
+        recipe = Recipe(quant, kept, config.protect.modules, stats and _of_blocks(stats, own))
+        parts[name] = Part(folder, recipe)
+    return ConvertPlan(config, scheme, model.folder, parts)
+
+
+def _check(config: PTQConfig) -> None:
+    """``ValueError`` for what makes no sense without generating."""
+    if config.model.outliers.blocks or config.model.outliers.count:
+        raise ValueError("mode=convert takes a model as its files have it: leave model.outliers out")
+    if config.eval.dimensions:
+        raise ValueError("mode=convert makes no videos to judge: leave eval.dimensions out")
+    if config.quant.product == "native":
+        check_native(CPU)
+    if not config.checkpoint:
+        raise ValueError("mode=convert makes a checkpoint and nothing else: leave checkpoint=true")
+
+
+def with_files(plan: ConvertPlan) -> ConvertPlan:
+    """The same of the files with the weights, which are fetched if they are on the hub, and whole."""
+    folder = find_folder(plan.config.model.path)
+    if (folder / "model_index.json").is_file():
+        check_folder(folder)
+    else:
+        check_weights(folder)
+    folders = transformers_of(folder)
+    parts = {name: Part(folders[name], part.recipe) for name, part in plan.parts.items()}
+    return dataclasses.replace(plan, folder=folder, parts=parts)
+
+
+def _of_blocks(stats: Mapping[str, float | Site], own: range) -> dict[str, float | Site]:
+    """Those of one transformer, its blocks numbered from 0."""
+    found = {}
+    for name, seen in stats.items():
+        parts = name.split(".")
+        if parts[0] == "blocks" and int(parts[1]) in own:
+            found[".".join(["blocks", str(int(parts[1]) - own.start), *parts[2:]])] = seen
+    return found
+
+
+def _statistics(config: PTQConfig, scheme: Scheme) -> Mapping[str, float | Site] | None:
+    """Of the linears' inputs, from a run of ``mode=analyze``."""
+    if not config.convert.statistics:
+        if scheme.needs_statistics or scheme.act_static:
+            raise ValueError(
+                f"{config.quant.name} needs calibration statistics: run mode=analyze, and give its directory as "
+                f"convert.statistics"
+            )
+        return None
+    folder = Path(config.convert.statistics)
+    found = load_statistics(folder if (folder / DESCRIPTION).is_file() else folder / "analysis")
+    return {name.removesuffix(f":{INPUT}"): site for name, site in found.sites.items() if name.endswith(f":{INPUT}")}
+
+
+def _signed(recipe: Recipe) -> dict[str, Any]:
+    """All of it that changes what is written."""
+    told = dataclasses.asdict(dataclasses.replace(recipe, stats=None))
+    told["config"].pop("name")
+    told["stats"] = recipe.stats and {
+        name: seen if isinstance(seen, float) else [seen.largest(), seen.mean_square().tolist()]
+        for name, seen in recipe.stats.items()
+    }
+    return told
+
+
+def print_convert_plan(plan: ConvertPlan, config_yaml: str) -> None:
+    print(config_yaml)
+    for name, part in plan.parts.items():
+        print(f"{name or 'blocks':<14}{block_map(part.report)}   ({LEGEND})")
+    for name, part in plan.parts.items():
+        needs = part.needs
+        told = f"{in_bytes(needs.written)} written to {needs.files} files, {needs.written / needs.read:.3f} of it"
+        print(f"{name:<14}{in_bytes(needs.read)} read, {told}")
+    print(f"memory        {in_bytes(max(needs.memory for needs in plan.needs))} beside the program's own")
+    print(f"time          {probed_seconds(plan):,.0f} s, by a probe of CPU and disk")
+
+
+def probed_seconds(plan: ConvertPlan) -> float:
+    """For quantizing, by one linear of random weights; for reading and writing, by as much to the disk of the cache."""
+    part, disk = next(iter(plan.parts.values())), Path(plan.config.cache)
+    blocks = part.shape.get_submodule("blocks")
+    name, shape = next((name, child) for name, child in blocks.named_modules() if isinstance(child, nn.Linear))
+    linear = nn.Linear(shape.in_features, shape.out_features, dtype=torch.bfloat16)
+    scheme, seen = plan.scheme, (part.recipe.stats or {}).get(f"blocks.{name}")
+    quantizing, written = 0.0, linear.weight.detach().view(torch.uint8)
+    if not scheme.format.keeps_all:
+        QuantLinear.from_linear(linear, scheme, seen)  # for warmth
+        begun = time.perf_counter()
+        written = QuantLinear.from_linear(linear, scheme, seen).codes()
+        quantizing = (time.perf_counter() - begun) / linear.weight.numel()
+    disk.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=disk) as file:
+        begun = time.perf_counter()
+        file.write(written.numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        writing = (time.perf_counter() - begun) / written.nbytes
+    return sum(quantizing * needs.quantized + writing * (needs.read + needs.written) for needs in plan.needs)
