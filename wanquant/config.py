@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from wanquant import interrupt
-from wanquant.choices import check_choices, did_you_mean
+from wanquant.choices import did_you_mean
 from wanquant.cli import announce
 from wanquant.evaluate.config import EvaluateConfig
 from wanquant.mistakes import USER_ERRORS, complain, one_line, ran_out_of_memory
@@ -154,7 +154,7 @@ def carry_out(raw: DictConfig, program: str) -> Exception | None:
             name_after_overrides(raw, list(hydra_config.overrides.task))
             config: Any = OmegaConf.to_object(raw)
             refuse_unknown_keys(raw, config)
-            check_choices(config)
+            config.check()
             config.cache = str(home / config.cache)
         load_job(program)(config, folder, OmegaConf.to_yaml(raw, resolve=True))
     except Exception as error:

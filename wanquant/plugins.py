@@ -9,7 +9,8 @@ between), before a config's values are checked.
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -19,9 +20,9 @@ GROUP, VARIABLE = "wanquant", "WANQUANT_PLUGINS"
 @cache
 def load_plugins() -> tuple[str, ...]:
     """The modules that were imported. ``ValueError`` names one that cannot be."""
-    wanted = {entry.value: entry.load for entry in entry_points(group=GROUP)}
+    wanted: dict[str, Callable[[], object]] = {entry.value: entry.load for entry in entry_points(group=GROUP)}
     for name in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
-        wanted[name] = lambda name=name: import_module(name)
+        wanted[name] = partial(import_module, name)
     for name, load in wanted.items():
         try:
             load()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from wanquant.choices import choice
+from wanquant.choices import check_choices, choice
 from wanquant.evaluate.prompts import PromptsConfig
 from wanquant.runs.tracking import TrackerConfig
 from wanquant.wan.config import ModelConfig
@@ -44,3 +44,6 @@ class EvaluateConfig:
     dry_run: bool = False
     cache: str = "outputs/cache"
     threads: int = 1
+
+    def check(self) -> None:
+        check_choices(self)

@@ -1,16 +1,19 @@
-"""The whole of ``python ptq.py`` as one dataclass. ``wanquant.ptq.plan`` resolves it."""
+"""The whole of ``python ptq.py`` as one dataclass. ``check`` refuses what can be refused without torch, so at once;
+``wanquant.ptq.plan`` resolves the rest."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from wanquant.choices import choice
+from wanquant.choices import check_choices, choice
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.prompts import PromptsConfig
+from wanquant.evaluate.prompts import PromptsConfig, pairs
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant.config import QuantConfig
 from wanquant.runs.tracking import TrackerConfig
 from wanquant.wan.config import ModelConfig
+from wanquant.wan.tiny import parse_caption
 
 MODES = ("quantize", "analyze", "convert")
 #: What a heatmap can show of a view, besides ``absmax``, which is known for every single step.
@@ -62,3 +65,28 @@ class PTQConfig:
     threads: int = 1
     #: Run what is finished already.
     force: bool = False
+
+    def check(self) -> None:
+        """``ValueError`` names the key at fault and what it may be."""
+        check_choices(self)
+        counts = {"analysis.bins": self.analysis.bins, "threads": self.threads, "model.batch": self.model.batch}
+        for key, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{key}={count}: must be at least 1")
+        if self.mode == "convert":
+            return
+        if self.convert != ConvertConfig():
+            raise ValueError(f"convert is for mode=convert, not for mode={self.mode}")
+        if self.mode == "analyze" and self.eval.dimensions:
+            raise ValueError("mode=analyze makes no videos to judge: leave eval.dimensions out")
+        if self.mode == "analyze" and self.quant.format != "hif8":
+            raise ValueError(f"mode=analyze looks at HiF8, not at {self.quant.format}: leave quant.format as it is")
+        videos = [*pairs(self.prompts), *pairs(self.calib, "calib")]
+        if self.model.language == "scenes":
+            check_captions(text for text, _ in videos)
+
+
+def check_captions(texts: Iterable[str]) -> None:
+    """``ValueError`` for a prompt that tiny-wan's grammar does not have."""
+    for text in texts:
+        parse_caption(text)

@@ -81,6 +81,7 @@ class ConvertPlan:
 
 def resolve_convert(config: PTQConfig) -> ConvertPlan:
     """From the JSON files of the model. ``ValueError`` names the key at fault and what it may be."""
+    config.check()
     # One byte a weight in memory too: who converts from files to files has none to spare.
     scheme = parse(dataclasses.replace(config.quant, packed=True))
     config = dataclasses.replace(config, quant=scheme.config)

@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from wanquant.choices import check_choices
 from wanquant.evaluate import perceptual, vbench
 from wanquant.evaluate.check import check_eval
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.prompts import PromptsConfig, following, pairs, settled
-from wanquant.ptq.config import AnalysisConfig, ConvertConfig, PTQConfig
+from wanquant.ptq.config import AnalysisConfig, PTQConfig
 from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect
 from wanquant.quant import plan_conversion
 from wanquant.quant.scheme import Scheme, parse
@@ -31,7 +30,6 @@ from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import Transformer, check_folder, check_shape, find_folder, transformers_of
 from wanquant.wan.outliers import chosen_blocks
-from wanquant.wan.tiny import parse_caption
 
 P = TypeVar("P", bound="PTQPlan")
 
@@ -119,15 +117,14 @@ class PTQPlan:
 
 def resolve(config: PTQConfig) -> PTQPlan:
     """``ValueError`` names the key at fault and what it may be."""
-    check_choices(config)
+    config.check()
     scheme = parse(config.quant)
     config = _settled(config, scheme)
     measured, calibration = pairs(config.prompts), pairs(config.calib, "calib")
     device = pick_device(config.model.device)
     check_eval(config.eval)
-    _check(config, scheme, measured)
-    if config.model.language == "scenes":
-        check_captions([*measured, *calibration])
+    side = min(config.model.generation.height, config.model.generation.width)
+    vbench.refuse_pointless(config.eval.dimensions, [text for text, _ in measured], side)
     model = resolve_model(config, scheme, find_folder(config.model.path, shapes_only=True))
     return PTQPlan(config, scheme, model, device, tuple(measured), tuple(calibration))
 
@@ -152,28 +149,6 @@ def _settled(config: PTQConfig, scheme: Scheme) -> PTQConfig:
         prompts=settled(config.prompts),
         calib=settled(config.calib),
     )
-
-
-def _check(config: PTQConfig, scheme: Scheme, measured: list[Pair]) -> None:
-    if config.convert != ConvertConfig():
-        raise ValueError(f"convert is for mode=convert, not for mode={config.mode}")
-    if config.mode == "analyze":
-        if config.eval.dimensions:
-            raise ValueError("mode=analyze makes no videos to judge: leave eval.dimensions out")
-        if scheme.format.name != "hif8":
-            raise ValueError(f"mode=analyze looks at HiF8, not at {scheme.format.name}: leave quant.format as it is")
-    size = config.model.generation
-    vbench.refuse_pointless(config.eval.dimensions, [text for text, _ in measured], min(size.height, size.width))
-    counts = {"analysis.bins": config.analysis.bins, "threads": config.threads, "model.batch": config.model.batch}
-    for key, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{key}={count}: must be at least 1")
-
-
-def check_captions(videos: list[Pair]) -> None:
-    """``ValueError`` for a prompt that tiny-wan's grammar does not have."""
-    for prompt, _ in videos:
-        parse_caption(prompt)
 
 
 def resolve_model(config: PTQConfig, scheme: Scheme, folder: Path) -> SourceModel:

@@ -9,7 +9,8 @@ from typing import Any
 
 from wanquant.choices import check_choices
 from wanquant.evaluate.prompts import pairs, settled
-from wanquant.ptq.plan import PTQPlan, SourceModel, check_captions, resolve
+from wanquant.ptq.config import check_captions
+from wanquant.ptq.plan import PTQPlan, SourceModel, resolve
 from wanquant.qat.config import SET_ASIDE, LoraSize, LossConfig, QATConfig, TrainConfig, processes
 from wanquant.qat.data import captions_of, check_data, contents
 from wanquant.qat.loss import check_loss
@@ -53,7 +54,7 @@ def resolve_train(config: TrainConfig) -> TrainPlan:
     recorded = data.source == "trajectories"
     learned = pairs(data.prompts, "qat.data.prompts") if recorded else []
     if config.model.language == "scenes":
-        check_captions(learned)
+        check_captions(text for text, _ in learned)
     plan = resolve(config)
     check_qat(config, plan)
     fields_ = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
