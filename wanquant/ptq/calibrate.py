@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from wanquant.quant import ConversionReport
-from wanquant.quant.observe import Observer
-from wanquant.quant.statistics import Layout, Statistics
+from wanquant.quant.statistics import Layout, Observer, Statistics
 from wanquant.wan.cached import Pair
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import whole_of

@@ -21,8 +21,7 @@ from wanquant.ptq import sensitivity
 from wanquant.ptq.calibrate import Calibration, calibrate, linear_flops
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.select import resolve_blocks
-from wanquant.quant.statistics import Site, merge
-from wanquant.quant.statistics_file import KIND, load_statistics, save_statistics
+from wanquant.quant.statistics import KIND, Site, load_statistics, merge, save_statistics
 from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.experts import transformers_in

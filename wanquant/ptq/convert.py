@@ -27,8 +27,7 @@ from wanquant.ptq.plan import SourceModel, resolve_model
 from wanquant.quant import ConversionReport, QuantLinear, plan_conversion
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
-from wanquant.quant.statistics import INPUT, Site
-from wanquant.quant.statistics_file import DESCRIPTION, load_statistics
+from wanquant.quant.statistics import DESCRIPTION, INPUT, Site, load_statistics
 from wanquant.runs.cache import locked
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.finished import in_use

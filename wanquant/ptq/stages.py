@@ -19,9 +19,8 @@ from wanquant.evaluate.compare import of_pair
 from wanquant.evaluate.perceptual import distance
 from wanquant.ptq.plan import PTQPlan
 from wanquant.quant import quantize_
-from wanquant.quant.observe import Observer
 from wanquant.quant.scheme import Scheme
-from wanquant.quant.statistics import INPUT, Layout, Site
+from wanquant.quant.statistics import INPUT, Layout, Observer, Site
 from wanquant.runs import pictures
 from wanquant.wan.estimate import ResourceEstimate
 from wanquant.wan.footprint import once

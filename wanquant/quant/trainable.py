@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,43 +33,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from wanquant import kernels
-from wanquant.choices import check_choices, choice
 from wanquant.formats import hif8
-from wanquant.quant.config import GRADIENTS, SCALINGS
-from wanquant.quant.linear import QuantLinear, quantize_weight, take_product
-from wanquant.quant.scale import AmaxTo, Ema, LeastError, PerBlock, Percentile, PowerOfTwo, quantize_matrix
-from wanquant.quant.scheme import Scheme
-from wanquant.quant.search import static_scale
-from wanquant.quant.statistics import Site
+from wanquant.quant.config import Training as Training
+from wanquant.quant.linear import QuantLinear, take_product
+from wanquant.quant.scale import Direct, PerBlock, SearchedRule, SharedExponent
+from wanquant.quant.scheme import Rounded, Scheme
+from wanquant.quant.site import Site
 
 #: What the largest magnitude of a gradient becomes: the zone of two mantissa bits (OSP-Next, MindSpeed).
 GRADIENT_TARGET = 224.0
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a quantized linear is trained.
-
-    weights        whether the weight and bias are trained; if not, they stay BF16 and have no gradient
-    clip_mask      whether what falls beyond the range has no gradient
-    learn_scales   the weight's scales are trained too, and the input's where it is static
-    gradients      ``none``: BF16; ``hif8``: rounded to nearest; ``stochastic``: to either neighbour
-    scaling        of static inputs: ``current``, as calibrated; ``delayed``, by the last ``window`` steps
-    """
-
-    weights: bool = True
-    clip_mask: bool = True
-    learn_scales: bool = False
-    gradients: str = choice("none", GRADIENTS)
-    scaling: str = choice("current", SCALINGS)
-    window: int = 64
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        if self.window < 1:
-            raise ValueError(f"window={self.window}: must be at least 1")
-        if self.learn_scales and self.scaling == "delayed":
-            raise ValueError("scaling=delayed takes scales from what passes, so they cannot be learned")
 
 
 def check_trainable(scheme: Scheme, how: Training) -> None:
@@ -86,12 +57,9 @@ def check_trainable(scheme: Scheme, how: Training) -> None:
     if how.scaling == "delayed":
         if not scheme.act_static:
             raise ValueError("scaling=delayed makes static scales: set quant.activations.static=true")
-        if not isinstance(scheme.act_rule, AmaxTo | PowerOfTwo):
-            raise ValueError(f"scaling=delayed needs quant.activations.rule=amax or pow2, not {_rule(scheme)}")
-
-
-def _rule(scheme: Scheme) -> str:
-    return scheme.config.activations.rule
+        if isinstance(scheme.act_rule, SearchedRule | Direct | SharedExponent):  # no history, or a fixed range
+            rule = scheme.config.activations.rule
+            raise ValueError(f"scaling=delayed needs quant.activations.rule=amax or pow2, not {rule}")
 
 
 class LastInput:
@@ -150,18 +118,13 @@ class TrainableQuantLinear(nn.Linear):
         self.weight = nn.Parameter(linear.weight.detach().to(dtype), how.weights)
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach().to(dtype), how.weights)
-        base = None
-        if how.learn_scales or isinstance(scheme.weight_rule, Percentile | Ema | LeastError):
-            base = quantize_weight(self.weight.detach().to(torch.bfloat16), scheme, seen, None)[1]
-        self.register_buffer("initial_scale", base)
-        scale = None
-        if scheme.act_static:
-            assert seen is not None, "a static scheme needs a calibrated input"
-            scale = static_scale(scheme.act_rule, seen, scheme.format, scheme.overflow).to(device)
-        self.register_buffer("input_scale", scale)
-        learned = [how.learn_scales, how.learn_scales and scale is not None]
-        for name, like, there in zip(("weight_gain", "input_gain"), (base, scale), learned, strict=True):
-            self.register_parameter(name, nn.Parameter(torch.zeros_like(like)) if there and like is not None else None)
+        base, scale = None, scheme.input_scale(seen, device)
+        if how.learn_scales or isinstance(scheme.weight_rule, SearchedRule):
+            base = scheme.quantize_weight(self.weight.detach().to(torch.bfloat16), seen)[1]
+        for name, gain, found in (("initial_scale", "weight_gain", base), ("input_scale", "input_gain", scale)):
+            self.register_buffer(name, found)
+            learned = how.learn_scales and found is not None
+            self.register_parameter(gain, nn.Parameter(torch.zeros_like(found)) if learned else None)
         if how.scaling == "delayed":
             assert seen is not None
             largest = seen.largest() if isinstance(seen, Site) else float(seen)
@@ -180,31 +143,19 @@ class TrainableQuantLinear(nn.Linear):
             self._watch(x)
         if not self.quantizing:
             return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        rows = x.detach().reshape(-1, self.in_features)
-        rounded = (
-            self._last.rounded(x, lambda: self.rounded_input(rows))
-            if self.input_scale is None
-            else self.rounded_input(rows)
-        )
-        y: torch.Tensor = _StraightThrough.apply(
-            x.reshape(-1, self.in_features), weight, self.bias, self.weight_gain, self.input_gain, rounded, self
-        )
+        rows = x.reshape(-1, self.in_features)
+        if self.input_scale is None:
+            rounded = self._last.rounded(x, lambda: self.scheme.quantize_input(rows.detach(), None))
+        else:
+            rounded = self.scheme.quantize_input(rows.detach(), _gained(self.input_scale, self.input_gain))
+        gains = self.weight_gain, self.input_gain
+        y: torch.Tensor = _StraightThrough.apply(rows, weight, self.bias, *gains, rounded, self)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def rounded_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """BF16 values on the grid, their scale, and how many overflowed (None: none could)."""
-        scheme = self.scheme
-        if self.input_scale is not None:
-            scale = _gained(self.input_scale, self.input_gain)
-            operand, over = scheme.format.scaled_round(rows, scale, scheme.overflow)
-            return operand, scale, over
-        assert not isinstance(scheme.act_rule, Percentile | Ema | LeastError), "parse lets none be dynamic"
-        return quantize_matrix(rows, scheme.act_granularity, scheme.act_rule, scheme.format, scheme.overflow)
-
-    def rounded_weight(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The same of a weight in BF16."""
+    def rounded_weight(self, source: torch.Tensor) -> Rounded:
+        """Of a weight in BF16, by the scales of its own as it is now, or by those kept."""
         if self.initial_scale is None:
-            return quantize_weight(source, self.scheme, None, None)
+            return self.scheme.quantize_weight(source)
         scale = _gained(self.initial_scale, self.weight_gain)
         rounded, over = self.scheme.format.scaled_round(source, scale, self.scheme.overflow)
         return rounded, scale, over
@@ -224,23 +175,26 @@ class TrainableQuantLinear(nn.Linear):
         """Ends a step of delayed scaling: ``largest`` (``seen``, over all processes) joins the history, whose maximum
         is the next step's scale. One that is not finite makes the scale NaN, so that a broken input is not repaired."""
         assert self.input_scale is not None
-        assert isinstance(self.scheme.act_rule, AmaxTo | PowerOfTwo)
+        assert not isinstance(self.scheme.act_rule, SearchedRule)
         self.history.copy_(torch.cat([self.history[1:], largest.view(1)]))
         self.input_scale.copy_(self.scheme.act_rule(self.history.amax()))
         self._seen = None
 
     @torch.no_grad()
-    def frozen(self, weight: torch.Tensor | None = None) -> QuantLinear:
-        """What inference runs, computing what this computes; ``weight`` as in ``of``."""
-        source = (self.weight if weight is None else weight).detach().to(torch.bfloat16)
-        rounded, scale, over = self.rounded_weight(source)
+    def frozen(self) -> QuantLinear:
+        """What inference runs, computing what this computes."""
+        source = self.weight.detach().to(torch.bfloat16)
         static = None if self.input_scale is None else _gained(self.input_scale, self.input_gain).clone()
-        bias = None if self.bias is None else self.bias.detach()
-        return QuantLinear.assembled(self.scheme, rounded, scale, over, bias, static)
+        return QuantLinear.assembled(self.scheme, self.rounded_weight(source), self.bias, static)
 
 
 def _gained(scale: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
     return scale if gain is None else scale * gain.detach().exp()
+
+
+def _over_rows(scale: torch.Tensor) -> torch.Tensor:
+    """[rows] as a column, to divide a matrix by; [] as it is."""
+    return scale[:, None] if scale.ndim else scale
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -252,7 +206,7 @@ class _StraightThrough(torch.autograd.Function):
         bias: torch.Tensor | None,
         weight_gain: torch.Tensor | None,
         input_gain: torch.Tensor | None,
-        rounded: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        rounded: Rounded,
         layer: TrainableQuantLinear,
     ) -> torch.Tensor:
         scheme, how = layer.scheme, layer.how
@@ -262,8 +216,9 @@ class _StraightThrough(torch.autograd.Function):
         if layer.counting:
             layer.clipped_weights = torch.zeros_like(layer.clipped) if w_over is None else w_over
             layer.clipped = layer.clipped if x_over is None else layer.clipped + x_over
+        limit = scheme.format.overflow
         ctx.masks = [
-            _in_range(values, scale, scheme.format.overflow) if how.clip_mask and over is not None else None
+            (values.float() / _over_rows(scale)).abs() < limit if how.clip_mask and over is not None else None
             for values, scale, over in ((rows, x_scale, x_over), (source, w_scale, w_over))
         ]
         # What was rounded is needed again only where the scale is learned.
@@ -306,7 +261,7 @@ def _product(grad: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, ctx:
         return F.linear(grad.float() * scale, values.T.float())
     if values.numel() < grad.numel():
         scaled = torch.empty_like(values)
-        torch.mul(values, scale[:, None] if scale.ndim else scale, out=scaled)
+        torch.mul(values, _over_rows(scale), out=scaled)
         return F.linear(grad.to(torch.bfloat16), scaled.T)
     return F.linear((grad * scale).to(torch.bfloat16), values.T)
 
@@ -324,12 +279,8 @@ def _missed(
     rounded: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Q(v) - v, or Q(v) alone where the mask says that Q is constant."""
-    passed = values.float() / (scale[:, None] if scale.ndim else scale)
+    passed = values.float() / _over_rows(scale)
     return rounded.float() - (passed if mask is None else torch.where(mask, passed, 0.0))
-
-
-def _in_range(values: torch.Tensor, scale: torch.Tensor, overflow: float) -> torch.Tensor:
-    return (values.float() / (scale[:, None] if scale.ndim else scale)).abs() < overflow
 
 
 def trainable_linears(module: nn.Module) -> dict[str, TrainableQuantLinear]:
