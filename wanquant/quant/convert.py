@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wanquant.kernels import check_native
-from wanquant.quant.attention import QuantAttention, TrainableQuantAttention, check_processor
+from wanquant.quant.attention import QuantAttention, check_processor
 from wanquant.quant.config import QuantConfig, Training
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.scheme import Scheme, scheme_of
@@ -96,7 +96,7 @@ def quantize_(
         layer = QuantLinear.from_linear(_linear(module, name), scheme, known.get(name), smoothed.get(name))
         module.set_submodule(name, layer)
         on_linear()
-    _set_attention(module, plan.converted_attentions(), QuantAttention, scheme)
+    _set_attention(module, plan.converted_attentions(), scheme)
     return plan
 
 
@@ -119,7 +119,7 @@ def make_trainable_(
     for name in todo:
         layer = TrainableQuantLinear(_linear(module, name), scheme, known.get(name), how, last)
         module.set_submodule(name, layer)
-    _set_attention(module, plan.converted_attentions(), TrainableQuantAttention, scheme)
+    _set_attention(module, plan.converted_attentions(), scheme)
     return plan
 
 
@@ -136,8 +136,8 @@ def freeze_into_(target: nn.Module, trained: nn.Module) -> None:
         target.set_submodule(name, layer.frozen())
     for name, child in trained.named_modules():
         processor = getattr(child, "processor", None)
-        if isinstance(processor, TrainableQuantAttention):
-            _set_attention(target, [name], QuantAttention, processor.scheme)
+        if isinstance(processor, QuantAttention):
+            _set_attention(target, [name], processor.scheme)
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
@@ -147,10 +147,10 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def _set_attention(module: nn.Module, names: Sequence[str], kind: type[QuantAttention], scheme: Scheme) -> None:
+def _set_attention(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
     for name in names:
         attention: Any = module.get_submodule(name)
-        attention.set_processor(kind(scheme))
+        attention.set_processor(QuantAttention(scheme))
 
 
 def _check_weights(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
@@ -276,4 +276,4 @@ def empty_like_quantized_(
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
         module.set_submodule(name, QuantLinear(*shape, scheme, name in factored))
     if scheme.attention != "off":
-        _set_attention(module, _attentions(names), QuantAttention, scheme)
+        _set_attention(module, _attentions(names), scheme)

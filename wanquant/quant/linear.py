@@ -26,6 +26,8 @@ from wanquant.quant.scheme import Rounded, Scheme
 from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing
 
+#: BF16 values on the grid, and their scales in float32.
+Scaled = tuple[torch.Tensor, torch.Tensor]
 #: Weights that ``product=exact`` keeps in float32 at a time, 8 MB of them.
 WIDENED_AT_ONCE = 1 << 21
 
@@ -63,11 +65,7 @@ class QuantLinear(nn.Linear):
     @classmethod
     @torch.no_grad()
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        scheme: Scheme,
-        seen: float | Site | None = None,
-        smoothing: Smoothing | None = None,
+        cls, linear: nn.Linear, scheme: Scheme, seen: float | Site | None = None, smoothing: Smoothing | None = None
     ) -> QuantLinear:
         """Quantizes the weights, from BF16: a source in float32 is cast first, so both give the same.
 
@@ -143,7 +141,7 @@ class QuantLinear(nn.Linear):
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return linear
 
-    def quantize_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_input(self, rows: torch.Tensor) -> Scaled:
         """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens], [] or [tokens, in / block]."""
         operand, scale, over = self.scheme.quantize_input(rows, self.input_scale, self.input_factor)
         if over is not None:
@@ -163,7 +161,7 @@ class QuantLinear(nn.Linear):
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
         else:
             weight = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
-            y = take_product(operand, scale, weight, self.weight_scale, self.bias, self.scheme, x.dtype)
+            y = take_product((operand, scale), (weight, self.weight_scale), self.bias, self.scheme, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
@@ -184,20 +182,13 @@ class QuantLinear(nn.Linear):
 
 
 def take_product(
-    operand: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
+    x: Scaled, weight: Scaled, bias: torch.Tensor | None, scheme: Scheme, dtype: torch.dtype
 ) -> torch.Tensor:
-    """[rows, out] of BF16 values [rows, in] and [out, in], with the scales behind it."""
+    """[rows, out] of BF16 values [rows, in] and [out, in], the scales applied after it."""
     if isinstance(scheme.weight_granularity, PerBlock):
-        operand, scale = _into_operand(operand, scale)
-        weight, weight_scale = _into_operand(weight, weight_scale)
-    product = _exact_product(operand, weight) if scheme.product == "exact" else F.linear(operand, weight)
-    return descale(product, scale, weight_scale, bias, dtype)
+        x, weight = _into_operand(*x), _into_operand(*weight)
+    product = _exact_product(x[0], weight[0]) if scheme.product == "exact" else F.linear(x[0], weight[0])
+    return descale(product, x[1], weight[1], bias, dtype)
 
 
 def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -213,7 +204,7 @@ def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return product
 
 
-def _into_operand(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _into_operand(values: torch.Tensor, scale: torch.Tensor) -> Scaled:
     """Scales of blocks cannot wait until after the product; they are powers of two, so the operand stays exact."""
     blocks = values.view(*scale.shape, -1) * scale[..., None].to(torch.bfloat16)
     return blocks.view(values.shape), scale.new_ones(())

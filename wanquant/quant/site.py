@@ -48,9 +48,6 @@ class Layout:
     def bin_of(self, step: int) -> int:
         return step * self.bins // self.steps
 
-    def steps_of(self, bin_: int) -> list[int]:
-        return [step for step in range(self.steps) if self.bin_of(step) == bin_]
-
 
 @dataclass
 class Site:

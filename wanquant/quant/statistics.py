@@ -68,13 +68,14 @@ class Statistics:
 
     def own_inputs(self, block: int) -> dict[str, Site]:
         """Of those, what is not the same in every block: the text that cross-attention reads says nothing of one."""
-        first, other = (
-            {name.removeprefix(f"blocks.{index}."): site.absmax for name, site in self.block_inputs(index).items()}
-            for index in (0, 1)
-        )
-        shared = {name for name in first.keys() & other.keys() if np.array_equal(first[name], other[name], True)}
-        inputs = self.block_inputs(block)
-        return {name: site for name, site in inputs.items() if name.removeprefix(f"blocks.{block}.") not in shared}
+        first, other = self.block_inputs(0), self.block_inputs(1)
+
+        def is_shared(inside: str) -> bool:
+            one, two = first.get(f"blocks.0.{inside}"), other.get(f"blocks.1.{inside}")
+            return one is not None and two is not None and np.array_equal(one.absmax, two.absmax, equal_nan=True)
+
+        inputs, start = self.block_inputs(block), f"blocks.{block}."
+        return {name: site for name, site in inputs.items() if not is_shared(name.removeprefix(start))}
 
     def coverage(self) -> list[str]:
         """What stands behind the figures, in a line, and a warning for each bin or branch in which nothing passed."""
@@ -83,17 +84,18 @@ class Statistics:
         calls = sum(site.calls for site in self.sites.values()) if self.sites else np.zeros((1, 1, 1))
         seen = np.asarray(calls) > 0
         branches = [name for place, name in enumerate(BRANCHES[: layout.branches]) if seen[:, :, place].any()]
-        lines = [
+        bins = np.array([layout.bin_of(step) for step in range(layout.steps)])
+        return [
             f"{int(seen.any((1, 2)).sum())} of {len(layout.videos)} videos, {int(seen.any((0, 2)).sum())} of "
             f"{layout.steps} steps in {layout.bins} bins, branches {' and '.join(branches) or 'none'}, "
-            f"{tokens:,} tokens, {len(self.sites)} sites"
+            f"{tokens:,} tokens, {len(self.sites)} sites",
+            *(
+                f"warning: nothing seen in step bin {bin_}, branch {BRANCHES[branch]}"
+                for bin_ in range(layout.bins)
+                for branch in range(layout.branches)
+                if not seen[:, bins == bin_, branch].any()
+            ),
         ]
-        for bin_ in range(layout.bins):
-            steps = layout.steps_of(bin_)
-            for branch in range(layout.branches):
-                if not seen[:, steps, branch].any():
-                    lines.append(f"warning: nothing seen in step bin {bin_}, branch {BRANCHES[branch]}")
-        return lines
 
     def merged(self, other: Statistics) -> Statistics:
         """Of the videos of both, ours first. ``ValueError`` unless all else is the same and no video is in both."""

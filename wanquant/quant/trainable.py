@@ -57,14 +57,14 @@ def check_trainable(scheme: Scheme, how: Training) -> None:
     if how.scaling == "delayed":
         if not scheme.act_static:
             raise ValueError("scaling=delayed makes static scales: set quant.activations.static=true")
-        if isinstance(scheme.act_rule, SearchedRule | Direct | SharedExponent):  # no history, or a fixed range
+        if isinstance(scheme.act_rule, SearchedRule | Direct | SharedExponent):  # no target for the history's maximum
             rule = scheme.config.activations.rule
             raise ValueError(f"scaling=delayed needs quant.activations.rule=amax or pow2, not {rule}")
 
 
 class LastInput:
-    """What became of the input that was rounded last, for the layers that get the same one: ``to_q``, ``to_k`` and
-    ``to_v`` do. Rounding it once saves time, and two copies of it kept for the backward pass."""
+    """The input that was rounded last and its rounding, shared by the layers that get the same one: ``to_q``, ``to_k``
+    and ``to_v`` do. Rounding it once saves time, and two copies of it kept for the backward pass."""
 
     def __init__(self) -> None:
         self._of: weakref.ref[torch.Tensor] | None = None
@@ -153,7 +153,7 @@ class TrainableQuantLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def rounded_weight(self, source: torch.Tensor) -> Rounded:
-        """Of a weight in BF16, by the scales of its own as it is now, or by those kept."""
+        """Of a weight in BF16, by scales taken from it now, or by the initial ones times their gain."""
         if self.initial_scale is None:
             return self.scheme.quantize_weight(source)
         scale = _gained(self.initial_scale, self.weight_gain)
@@ -227,7 +227,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.exact, ctx.has_bias, ctx.gradients = scheme.product == "exact", bias is not None, how.gradients
         bias16 = None if bias is None else bias.to(torch.bfloat16)
         with torch.autocast(rows.device.type, enabled=False):  # it would take the exact product in 16 bits
-            return take_product(x, x_scale, w, w_scale, bias16, scheme, rows.dtype)
+            return take_product((x, x_scale), (w, w_scale), bias16, scheme, rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -237,19 +237,31 @@ class _StraightThrough(torch.autograd.Function):
         grad_x = grad_w = grad_b = grad_wg = grad_xg = None
         with torch.autocast(grad.device.type, enabled=False):
             if wants_x or wants_input_gain:
-                grad_x = _product(grad, w_scale, w, ctx).to(grad.dtype)
-                if wants_input_gain:
-                    grad_xg = x_scale * (grad_x.float() * _missed(x, rows, x_scale, ctx.masks[0])).sum()
-                grad_x = grad_x if ctx.masks[0] is None else grad_x * ctx.masks[0]
+                product = _product(grad, w_scale, w, ctx).to(grad.dtype)
+                grad_x, grad_xg = _through_rounding(product, x, rows, x_scale, ctx.masks[0])
             if wants_w or wants_weight_gain:
-                grad_w = _product(grad.T, x_scale, x, ctx).float()
-                if wants_weight_gain:
-                    missed = grad_w * _missed(w, source, w_scale, ctx.masks[1])
-                    grad_wg = w_scale * (missed.sum(1) if w_scale.ndim else missed.sum())
-                grad_w = grad_w if ctx.masks[1] is None else grad_w * ctx.masks[1]
+                product = _product(grad.T, x_scale, x, ctx).float()
+                grad_w, grad_wg = _through_rounding(product, w, source, w_scale, ctx.masks[1])
             if ctx.has_bias and wants_b:
                 grad_b = grad.float().sum(0)
         return grad_x, grad_w if wants_w else None, grad_b, grad_wg, grad_xg, None, None
+
+
+def _through_rounding(
+    grad: torch.Tensor,
+    rounded: torch.Tensor,
+    source: torch.Tensor | None,
+    scale: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """From the gradient of an operand's s Q(v) that of the operand and, if ``source`` = s v is given, of its gain.
+    Where ``mask`` is false, Q is constant."""
+    of_gain = None
+    if source is not None:
+        v = source.float() / _over_rows(scale)
+        part = grad.float() * (rounded.float() - (v if mask is None else torch.where(mask, v, 0.0)))
+        of_gain = scale * (part.sum(1) if scale.ndim else part.sum())
+    return grad if mask is None else grad * mask, of_gain
 
 
 def _product(grad: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, ctx: Any) -> torch.Tensor:
@@ -273,14 +285,6 @@ def _quantized_product(scaled: torch.Tensor, values: torch.Tensor, ctx: Any) -> 
     rounded = hif8.round_stochastic(divided) if ctx.gradients == "stochastic" else hif8.round(divided)
     dtype = torch.float32 if ctx.exact else torch.bfloat16
     return F.linear(rounded.to(dtype), values.T.to(dtype)).float() * scale
-
-
-def _missed(
-    rounded: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Q(v) - v, or Q(v) alone where the mask says that Q is constant."""
-    passed = values.float() / _over_rows(scale)
-    return rounded.float() - (passed if mask is None else torch.where(mask, passed, 0.0))
 
 
 def trainable_linears(module: nn.Module) -> dict[str, TrainableQuantLinear]:
