@@ -163,15 +163,15 @@ def _check_weights(module: nn.Module, names: Sequence[str], scheme: Scheme) -> N
 
 
 def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, float | Site]) -> None:
-    def is_full(seen: float | Site | None) -> bool:
-        return isinstance(seen, Site) and seen.channel_square.size > 0
-
+    known = set(stats)
     if scheme.needs_statistics:
-        what, missing = "smoothing and this scale rule need full", [n for n in names if not is_full(stats.get(n))]
+        what = "smoothing and this scale rule need full"
+        known = {name for name, seen in stats.items() if isinstance(seen, Site) and seen.channel_square.size > 0}
     elif scheme.act_static:
-        what, missing = "static activations need", [name for name in names if name not in stats]
+        what = "static activations need"
     else:
         return
+    missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(f"{what} calibration statistics of {missing[0]} ({len(missing)} missing)")
 

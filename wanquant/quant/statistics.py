@@ -9,7 +9,7 @@ Statistics merged from parts are equal, bit for bit, to those of one pass.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial, reduce
@@ -125,7 +125,7 @@ class Observer:
         self.statistics = Statistics(layout)
         self._module, self._blocks, self._where = module, blocks, where
         self._hooks = ExitStack()
-        self._measured: Any = WeakTensorKeyDictionary()
+        self._measured: MutableMapping[torch.Tensor, tuple[int, Observed]] = WeakTensorKeyDictionary()
 
     def __enter__(self) -> Observer:
         enter = self._hooks.enter_context
@@ -161,11 +161,10 @@ class Observer:
     def _measure(self, tensor: torch.Tensor, rows: torch.Tensor) -> Observed:
         """What is rounded are the inputs, so the rules are tried on them. Several linears share one (Q, K and V; K
         and V of all blocks the text): it is measured once."""
-        version, seen = self._measured.get(tensor, (None, None))
-        if version != tensor._version:
-            seen = observe_rows(rows)
-            self._measured[tensor] = tensor._version, seen
-        return seen
+        known = self._measured.get(tensor)
+        if known is None or known[0] != tensor._version:
+            known = self._measured[tensor] = tensor._version, observe_rows(rows)
+        return known[1]
 
 
 def save_statistics(statistics: Statistics, folder: Path, about: dict[str, Any] | None = None) -> None:

@@ -123,8 +123,8 @@ class TrainableQuantLinear(nn.Linear):
             base = scheme.quantize_weight(self.weight.detach().to(torch.bfloat16), seen)[1]
         for name, gain, found in (("initial_scale", "weight_gain", base), ("input_scale", "input_gain", scale)):
             self.register_buffer(name, found)
-            learned = how.learn_scales and found is not None
-            self.register_parameter(gain, nn.Parameter(torch.zeros_like(found)) if learned else None)
+            learned = nn.Parameter(torch.zeros_like(found)) if how.learn_scales and found is not None else None
+            self.register_parameter(gain, learned)
         if how.scaling == "delayed":
             assert seen is not None
             largest = seen.largest() if isinstance(seen, Site) else float(seen)
