@@ -1,4 +1,4 @@
-"""``quantize_``: the one verb. Linears of unprotected blocks become ``QuantLinear``, in place."""
+"""Quantizes a model in place: ``quantize_`` for inference, ``make_trainable_`` for training; with a report of it."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def _block_list(module: nn.Module, blocks: str) -> nn.ModuleList | nn.Sequential
 
 
 def _fate(name: str, linear: nn.Linear, block: int, scheme: Scheme) -> tuple[str, str]:
-    """Status and reason of a linear that nothing protects."""
+    """Status and reason of a linear that no selector protects."""
     if scheme.format.keeps_all:
         return "skipped", f"{scheme.format.name} is no quantization"
     try:

@@ -141,7 +141,7 @@ class Site:
 
 @dataclass(frozen=True)
 class View:
-    """Figures of a part of a site, or of all of it. Whatever is NaN had a NaN or an infinity pass."""
+    """Figures of a part of a site, or of all of it; NaN where a NaN or an infinity passed."""
 
     counts: np.ndarray
     zones: np.ndarray

@@ -20,8 +20,8 @@ from wanquant.quant.site import Site
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What was done for a linear: its ``divisors``, float32 [in], powers of two; and whether they are ``folded``, so
-    that its input arrives divided and its weight has been multiplied."""
+    """Of one linear: the ``divisors`` of its input's channels, float32 [in], powers of two; and whether they are
+    ``folded`` into what comes before, so that its input arrives divided and its weight has been multiplied."""
 
     divisors: torch.Tensor
     folded: bool
@@ -53,7 +53,7 @@ def smooth_(
     strength: float,
     folds: Mapping[str, str],
 ) -> dict[str, Smoothing]:
-    """Folds what can be folded, in place, and returns what was done for every linear of ``names``.
+    """Folds what can be folded, in place, and returns the smoothing of every linear of ``names``.
 
     ``blocks`` is the block of each linear, by name; ``folds`` has, by name inside a block, the module whose output
     channels a linear reads, if nothing else does. A linear that is not to be quantized itself is not changed, so

@@ -51,11 +51,11 @@ class Statistics:
         return self.sites[f"{name}:{kind}"]
 
     def inputs(self) -> dict[str, Site]:
-        """By linear."""
+        """The sites of linears' inputs, by the linear's full name."""
         return {name.removesuffix(f":{INPUT}"): site for name, site in self.sites.items() if name.endswith(f":{INPUT}")}
 
     def input_absmax(self) -> dict[str, float]:
-        """By linear, of its input."""
+        """Largest magnitude of each linear's input; NaN if a NaN passed."""
         return {name: site.largest() for name, site in self.inputs().items()}
 
     def rows(self) -> dict[str, int]:
@@ -63,7 +63,7 @@ class Statistics:
         return {name: int(site.rows.sum()) for name, site in self.inputs().items()}
 
     def block_inputs(self, block: int) -> dict[str, Site]:
-        """Of the linears inside one block, by their full names."""
+        """Those inputs of the linears inside one block."""
         return {name: site for name, site in self.inputs().items() if name.startswith(f"blocks.{block}.")}
 
     def own_inputs(self, block: int) -> dict[str, Site]:
@@ -78,7 +78,8 @@ class Statistics:
         return {name: site for name, site in inputs.items() if not is_shared(name.removeprefix(start))}
 
     def coverage(self) -> list[str]:
-        """What stands behind the figures, in a line, and a warning for each bin or branch in which nothing passed."""
+        """How many videos, steps, branches, tokens and sites were seen, in a line; and a warning for each bin and
+        branch in which nothing passed."""
         layout = self.layout
         tokens = max((int(site.rows.sum()) for site in self.sites.values()), default=0)
         calls = sum(site.calls for site in self.sites.values()) if self.sites else np.zeros((1, 1, 1))
@@ -159,8 +160,8 @@ class Observer:
         sites[name].add(place, layout.bin_of(place[1]), seen, len(rows))
 
     def _measure(self, tensor: torch.Tensor, rows: torch.Tensor) -> Observed:
-        """What is rounded are the inputs, so the rules are tried on them. Several linears share one (Q, K and V; K
-        and V of all blocks the text): it is measured once."""
+        """Inputs are what is rounded, so the dynamic rules are tried on them. Several linears share one (Q, K and V of
+        a block; K and V of all blocks the text), and it is measured once."""
         known = self._measured.get(tensor)
         if known is None or known[0] != tensor._version:
             known = self._measured[tensor] = tensor._version, observe_rows(rows)

@@ -86,6 +86,7 @@ class TrainableQuantLinear(nn.Linear):
     input_scale   float32 [], with static activations only
     input_gain    float32 []: as weight_gain
     history       float32 [window]: with delayed scaling the largest magnitudes of the last steps, the newest last
+    seen          float32 []: with delayed scaling the largest magnitude of the inputs since the last ``advance``
     clipped       int64 []: elements of all inputs so far that fell beyond the range; clipped_weights: of the weight, in
                   the last forward pass
     counting      False where a forward pass is taken again
@@ -113,7 +114,6 @@ class TrainableQuantLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.scheme, self.how, self.quantizing = scheme, how, True
         self._last = last or LastInput()
-        self._seen: torch.Tensor | None = None
         device, dtype = linear.weight.device, torch.float32 if how.weights else torch.bfloat16
         self.weight = nn.Parameter(linear.weight.detach().to(dtype), how.weights)
         if linear.bias is not None:
@@ -130,6 +130,7 @@ class TrainableQuantLinear(nn.Linear):
             largest = seen.largest() if isinstance(seen, Site) else float(seen)
             self.register_buffer("history", torch.zeros(how.window, device=device))
             self.history[-1] = largest
+            self.seen = torch.zeros((), device=device)
         # No buffers: of those several processes would all have the first one's.
         self.clipped = self.clipped_weights = torch.zeros((), dtype=torch.int64, device=device)
         self.counting = True
@@ -140,7 +141,7 @@ class TrainableQuantLinear(nn.Linear):
     def of(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Forward with another weight than its own: with what an adapter adds to it."""
         if self.how.scaling == "delayed":
-            self._watch(x)
+            self.seen = torch.maximum(self.seen.to(x.device), x.detach().abs().amax().float())
         if not self.quantizing:
             return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         rows = x.reshape(-1, self.in_features)
@@ -161,16 +162,6 @@ class TrainableQuantLinear(nn.Linear):
         return rounded, scale, over
 
     @torch.no_grad()
-    def _watch(self, x: torch.Tensor) -> None:
-        now = x.detach().abs().amax().float()
-        self._seen = now if self._seen is None else torch.maximum(self._seen, now)
-
-    @property
-    def seen(self) -> torch.Tensor:
-        """The largest magnitude of the inputs since the last ``advance``; 0 if there were none."""
-        return torch.zeros_like(self.history[0]) if self._seen is None else self._seen
-
-    @torch.no_grad()
     def advance(self, largest: torch.Tensor) -> None:
         """Ends a step of delayed scaling: ``largest`` (``seen``, over all processes) joins the history, whose maximum
         is the next step's scale. One that is not finite makes the scale NaN, so that a broken input is not repaired."""
@@ -178,7 +169,7 @@ class TrainableQuantLinear(nn.Linear):
         assert not isinstance(self.scheme.act_rule, SearchedRule)
         self.history.copy_(torch.cat([self.history[1:], largest.view(1)]))
         self.input_scale.copy_(self.scheme.act_rule(self.history.amax()))
-        self._seen = None
+        self.seen = torch.zeros_like(self.history[0])
 
     @torch.no_grad()
     def frozen(self) -> QuantLinear:
