@@ -113,20 +113,17 @@ class QuantLinear(nn.Linear):
         """The weights as uint8 codes [out, in], packed or not; exact."""
         return self.weight.data if self.is_packed else self.scheme.format.encode(self.weight.data, self.scheme.overflow)
 
-    @torch.no_grad()
     def pack_(self) -> QuantLinear:
         """Keeps the weights as codes, half the memory; they are decoded in every forward."""
         self.weight = nn.Parameter(self.codes(), requires_grad=False)
         return self
 
-    @torch.no_grad()
     def unpack_(self) -> QuantLinear:
         """Keeps the weights as BF16 values. Nothing is lost either way."""
         if self.is_packed:
             self.weight = nn.Parameter(self.scheme.format.decode(self.weight.data), requires_grad=False)
         return self
 
-    @torch.no_grad()
     def dequantized(self) -> nn.Linear:
         """A plain linear of what the codes mean, in BF16: rounded once more unless the scales are powers of two."""
         values = self.scheme.format.decode(self.codes(), torch.float32)
