@@ -21,8 +21,7 @@ from wanquant.ptq.analyze import stand_out
 from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect, worst
 from wanquant.ptq.sensitivity import all_but, quantized
 from wanquant.quant import QuantConfig, QuantLinear
-from wanquant.quant.statistics import Site, merge
-from wanquant.quant.statistics_file import load_statistics
+from wanquant.quant.statistics import Site, load_statistics, merge
 from wanquant.runs.run import read_result
 
 #: Two steps; and one calibration video.

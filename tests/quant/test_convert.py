@@ -6,9 +6,8 @@ from torch import nn
 
 from tests.models import wan_inputs, wan_transformer
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, plan_conversion, quantize_
-from wanquant.quant.observe import Observer
 from wanquant.quant.select import match_names, resolve_blocks
-from wanquant.quant.statistics import Layout
+from wanquant.quant.statistics import Layout, Observer
 
 BOUNDARY = (0, 1, -3, -2, -1)
 

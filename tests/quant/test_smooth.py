@@ -11,10 +11,9 @@ from tests.models import wan_inputs, wan_transformer
 from wanquant.kernels import eager, quantize_rows_hif8, scaled_round_hif8
 from wanquant.kernels.statistics import observe_rows
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, quantize_
-from wanquant.quant.observe import Observer
 from wanquant.quant.scheme import parse
 from wanquant.quant.smooth import divisors, smooth_
-from wanquant.quant.statistics import Layout, Site
+from wanquant.quant.statistics import Layout, Observer, Site
 from wanquant.wan.config import OutliersConfig
 from wanquant.wan.load import FOLDS
 from wanquant.wan.outliers import plant_outliers_

@@ -15,10 +15,8 @@ from wanquant.formats.registry import get_format
 from wanquant.kernels import statistics as kernel
 from wanquant.kernels.observe_loop import PER_OCTAVE
 from wanquant.kernels.statistics import DYNAMIC_RULES, observe_rows
-from wanquant.quant.observe import Observer
 from wanquant.quant.scale import PerRow, PerTensor, parse_rule, quantize_matrix
-from wanquant.quant.statistics import Layout, Site, Statistics, merge
-from wanquant.quant.statistics_file import load_statistics, save_statistics
+from wanquant.quant.statistics import Layout, Observer, Site, Statistics, load_statistics, merge, save_statistics
 
 HIF8 = get_format("hif8")
 

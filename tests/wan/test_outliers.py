@@ -7,8 +7,7 @@ import torch
 
 from tests.models import wan_inputs, wan_transformer
 from wanquant import load_pipeline
-from wanquant.quant.observe import Observer
-from wanquant.quant.statistics import Layout
+from wanquant.quant.statistics import Layout, Observer
 from wanquant.wan import tiny
 from wanquant.wan.config import GenerationConfig, OutliersConfig
 from wanquant.wan.generate import generate

@@ -22,8 +22,7 @@ from tests import jobs
 from wanquant import load_pipeline, quantize_, save_quantized
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig
-from wanquant.quant.observe import Observer
-from wanquant.quant.statistics import Layout
+from wanquant.quant.statistics import Layout, Observer
 from wanquant.registered import register
 from wanquant.wan.checkpoint import WEIGHTS, quantized_linears
 from wanquant.wan.load import FOLDS

@@ -15,8 +15,7 @@ from tests.wan.test_names import original_names
 from wanquant import load_pipeline, quantize_
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig, WeightConfig
-from wanquant.quant.observe import Observer
-from wanquant.quant.statistics import Layout
+from wanquant.quant.statistics import Layout, Observer
 from wanquant.wan import stream
 from wanquant.wan.checkpoint import (
     INDEX,

@@ -24,11 +24,10 @@ from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import choose
 from wanquant.ptq.sensitivity import kinds
-from wanquant.quant.scale import parse_rule
-from wanquant.quant.search import static_scale
+from wanquant.quant.scale import parse_rule, static_scale
 from wanquant.quant.select import resolve_blocks
+from wanquant.quant.site import View
 from wanquant.quant.statistics import INPUT, RESIDUAL, Site, Statistics
-from wanquant.quant.view import View
 from wanquant.runs.files import replacing, write_atomic
 
 #: One scale for all that passes, chosen in calibration: their SQNR is worked out from the histogram.

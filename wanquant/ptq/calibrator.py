@@ -21,11 +21,9 @@ from wanquant.evaluate.fidelity import EQUAL_DB
 from wanquant.evaluate.stats import Estimate, Item, estimate
 from wanquant.ptq import sensitivity
 from wanquant.quant import ConversionReport
-from wanquant.quant.observe import Observer
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.select import resolve_blocks
-from wanquant.quant.statistics import Layout, Site, Statistics, merge
-from wanquant.quant.statistics_file import KIND, load_statistics, save_statistics
+from wanquant.quant.statistics import KIND, Layout, Observer, Site, Statistics, load_statistics, merge, save_statistics
 from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.experts import transformers_in, whole_of

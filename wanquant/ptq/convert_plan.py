@@ -21,8 +21,7 @@ from wanquant.ptq.plan import resolve_model
 from wanquant.quant import ConversionReport, QuantLinear, plan_conversion
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
-from wanquant.quant.statistics import INPUT, Site
-from wanquant.quant.statistics_file import DESCRIPTION, load_statistics
+from wanquant.quant.statistics import DESCRIPTION, INPUT, Site, load_statistics
 from wanquant.runs.run import digest
 from wanquant.wan.estimate import LEGEND, block_map, in_bytes
 from wanquant.wan.load import Transformer, check_folder, check_weights, find_folder, shape_of, transformers_of

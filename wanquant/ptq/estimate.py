@@ -23,9 +23,8 @@ from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import GREEDY
 from wanquant.ptq.sensitivity import kinds
 from wanquant.quant import quantize_
-from wanquant.quant.observe import Observer
 from wanquant.quant.scheme import Scheme
-from wanquant.quant.statistics import INPUT, Layout, Site
+from wanquant.quant.statistics import INPUT, Layout, Observer, Site
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cells
 from wanquant.wan.estimate import ResourceEstimate, VideoCounts

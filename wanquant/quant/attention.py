@@ -13,7 +13,8 @@ The logits are float32 sums of exact products, as they are in hardware. ``produc
 BF16, ``product=exact`` in float32.
 
 Differs from rounding the outputs of ``to_q``, ``to_k`` and ``to_v`` in that norm and rotary embedding come first, as
-in the challenge and in OSP-Next (arXiv 2605.28691): what is rounded is what is multiplied.
+in the challenge and in OSP-Next (arXiv 2605.28691): what is rounded is what is multiplied. In training the gradient is
+passed straight through the rounding.
 """
 
 from __future__ import annotations
@@ -88,11 +89,7 @@ class QuantAttention:
     def _round_rows(self, rows: torch.Tensor) -> torch.Tensor:
         scheme = self.scheme
         values, scales = scheme.format.quantize_rows(rows.detach(), scheme.format.target, True, scheme.overflow)
-        return self.pass_on(rows, values * scales[:, None].to(torch.bfloat16))
-
-    def pass_on(self, values: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """What takes the place of ``values``, or of values / scale."""
-        return rounded
+        return straight_through(rows, values * scales[:, None].to(torch.bfloat16))
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -109,7 +106,7 @@ class QuantAttention:
             scores = query[:, :, first : first + chunk].float() @ key.float().mT / math.sqrt(channels)
             numerators = (scores - scores.amax(-1, keepdim=True)).exp()
             rounded, _ = scheme.format.scaled_round(numerators.detach().flatten(0, 2), scale, scheme.overflow)
-            weights = self.pass_on(numerators, rounded.view(numerators.shape), scale)
+            weights = straight_through(numerators, rounded.view(numerators.shape), scale)
             if scheme.product == "exact":
                 product = weights.float() @ value.float() * scale
             else:
@@ -118,12 +115,13 @@ class QuantAttention:
         return torch.cat(parts, dim=2)
 
 
-class TrainableQuantAttention(QuantAttention):
-    """The same while what is around it is trained: forward to the bit, backward as if nothing were rounded."""
-
-    def pass_on(self, values: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        passed: torch.Tensor = _PassThrough.apply(values if scale is None else values / scale, rounded)
-        return passed
+def straight_through(values: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """``rounded``, in place of ``values`` or of values / scale; in training with their gradient, as if nothing were
+    rounded."""
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return rounded
+    passed: torch.Tensor = _PassThrough.apply(values if scale is None else values / scale, rounded)
+    return passed
 
 
 class _PassThrough(torch.autograd.Function):

@@ -1,10 +1,10 @@
-"""What to quantize to, as a config holds it: strings. ``wanquant.quant.scheme`` parses them."""
+"""What to quantize to, as a config holds it: strings, which ``wanquant.quant.scheme`` parses; and how to train that."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from wanquant.choices import choice
+from wanquant.choices import check_choices, choice
 
 PRODUCTS = ("fast", "exact", "native")
 ATTENTION = ("off", "qkv", "qkvp")
@@ -50,3 +50,29 @@ class QuantConfig:
     #: SmoothQuant (arXiv 2211.10438): how much of the activations' spread over channels goes into the weights, 0 to
     #: 1 (its paper takes 0.5); null for none. Its divisors are powers of two here.
     smoothing: float | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a quantized linear is trained.
+
+    weights        whether the weight and bias are trained; if not, they stay BF16 and have no gradient
+    clip_mask      whether what falls beyond the range has no gradient
+    learn_scales   the weight's scales are trained too, and the input's where it is static
+    gradients      ``none``: BF16; ``hif8``: rounded to nearest; ``stochastic``: to either neighbour
+    scaling        of static inputs: ``current``, as calibrated; ``delayed``, by the last ``window`` steps
+    """
+
+    weights: bool = True
+    clip_mask: bool = True
+    learn_scales: bool = False
+    gradients: str = choice("none", GRADIENTS)
+    scaling: str = choice("current", SCALINGS)
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.window < 1:
+            raise ValueError(f"window={self.window}: must be at least 1")
+        if self.learn_scales and self.scaling == "delayed":
+            raise ValueError("scaling=delayed takes scales from what passes, so they cannot be learned")

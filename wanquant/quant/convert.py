@@ -1,9 +1,9 @@
-"""``quantize_``: the one verb. Linears of unprotected blocks become ``QuantLinear``, in place."""
+"""Quantizes a model in place: ``quantize_`` for inference, ``make_trainable_`` for training; with a report of it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,20 +11,14 @@ import torch
 from torch import nn
 
 from wanquant.kernels import check_native
-from wanquant.quant.attention import QuantAttention, TrainableQuantAttention, check_processor
-from wanquant.quant.config import QuantConfig
+from wanquant.quant.attention import QuantAttention, check_processor
+from wanquant.quant.config import QuantConfig, Training
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.select import match_names, resolve_blocks
+from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing, smooth_
-from wanquant.quant.statistics import Site
-from wanquant.quant.trainable import (
-    LastInput,
-    TrainableQuantLinear,
-    Training,
-    check_trainable,
-    trainable_linears,
-)
+from wanquant.quant.trainable import LastInput, TrainableQuantLinear, check_trainable, trainable_linears
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,9 @@ class ConversionReport:
 
     def names(self, status: str) -> list[str]:
         return [module.name for module in self.modules if module.status == status]
+
+    def converted_attentions(self) -> list[str]:
+        return [attention.name for attention in self.attentions if attention.status == "converted"]
 
     def counts(self) -> dict[str, int]:
         return _count(self.modules)
@@ -86,28 +83,20 @@ def quantize_(
     ``to_q``, ``to_k`` and ``to_v`` are. Everything is checked before anything is changed:
     ``ValueError`` names a wrong index, a pattern that matches nothing, a linear that cannot be quantized so.
     """
-    scheme = scheme_of(config)
+    scheme, known = scheme_of(config), dict(stats or {})
     plan = plan_conversion(module, scheme, protected_blocks, protected_modules, blocks)
     todo = plan.names("converted")
-    for name in todo:
-        weight = module.get_submodule(name).get_parameter("weight")
-        if scheme.product == "native":
-            check_native(weight.device)
-        if not scheme.format.codes_all and not weight.isfinite().all():
-            raise ValueError(f"{name} has weights that are not finite, for which {scheme.format.name} has no code")
-    known = dict(stats or {})
+    _check_weights(module, todo, scheme)
     _check_statistics(scheme, todo, known)
     smoothed: dict[str, Smoothing] = {}
     if scheme.smoothing is not None:
         homes = {row.name: f"{blocks}.{row.block}" for row in plan.modules}
         smoothed = smooth_(module, todo, homes, known, scheme.smoothing, folds or {})
     for name in todo:
-        linear = module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        layer = QuantLinear.from_linear(linear, scheme, known.get(name), smoothed.get(name))
+        layer = QuantLinear.from_linear(_linear(module, name), scheme, known.get(name), smoothed.get(name))
         module.set_submodule(name, layer)
         on_linear()
-    _set_attention(module, [row.name for row in plan.attentions if row.status == "converted"], scheme)
+    _set_attention(module, plan.converted_attentions(), scheme)
     return plan
 
 
@@ -128,13 +117,9 @@ def make_trainable_(
     todo, last = plan.names("converted"), LastInput()
     _check_statistics(scheme, todo, known)
     for name in todo:
-        linear = module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        module.set_submodule(name, TrainableQuantLinear(linear, scheme, known.get(name), how, last))
-    for row in plan.attentions:
-        if row.status == "converted":
-            attention: Any = module.get_submodule(row.name)
-            attention.set_processor(TrainableQuantAttention(scheme))
+        layer = TrainableQuantLinear(_linear(module, name), scheme, known.get(name), how, last)
+        module.set_submodule(name, layer)
+    _set_attention(module, plan.converted_attentions(), scheme)
     return plan
 
 
@@ -151,21 +136,42 @@ def freeze_into_(target: nn.Module, trained: nn.Module) -> None:
         target.set_submodule(name, layer.frozen())
     for name, child in trained.named_modules():
         processor = getattr(child, "processor", None)
-        if isinstance(processor, TrainableQuantAttention):
-            attention: Any = target.get_submodule(name)
-            attention.set_processor(QuantAttention(processor.scheme))
+        if isinstance(processor, QuantAttention):
+            _set_attention(target, [name], processor.scheme)
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    linear = module.get_submodule(name)
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"{name} is a {type(linear).__name__}, not a linear")
+    return linear
+
+
+def _set_attention(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
+    for name in names:
+        attention: Any = module.get_submodule(name)
+        attention.set_processor(QuantAttention(scheme))
+
+
+def _check_weights(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
+    for name in names:
+        weight = _linear(module, name).weight
+        if scheme.product == "native":
+            check_native(weight.device)
+        if not scheme.format.codes_all and not weight.isfinite().all():
+            raise ValueError(f"{name} has weights that are not finite, for which {scheme.format.name} has no code")
 
 
 def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, float | Site]) -> None:
-    def is_full(seen: float | Site | None) -> bool:
-        return isinstance(seen, Site) and seen.channel_square.size > 0
-
+    known = set(stats)
     if scheme.needs_statistics:
-        what, missing = "smoothing and this scale rule need full", [n for n in names if not is_full(stats.get(n))]
+        what = "smoothing and this scale rule need full"
+        known = {name for name, seen in stats.items() if isinstance(seen, Site) and seen.channel_square.size > 0}
     elif scheme.act_static:
-        what, missing = "static activations need", [name for name in names if name not in stats]
+        what = "static activations need"
     else:
         return
+    missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(f"{what} calibration statistics of {missing[0]} ({len(missing)} missing)")
 
@@ -178,80 +184,86 @@ def plan_conversion(
     blocks: str = "blocks",
 ) -> ConversionReport:
     """What ``quantize_`` would do, without doing it, and with its refusals; works on meta tensors."""
-    scheme = scheme_of(config)
-    try:
-        block_list = module.get_submodule(blocks)
-    except AttributeError:
-        raise ValueError(f"{type(module).__name__} has no list of blocks named {blocks!r}") from None
-    if not isinstance(block_list, nn.ModuleList | nn.Sequential) or len(block_list) == 0:
-        raise ValueError(f"{blocks!r} of {type(module).__name__} is not a list of blocks")
+    scheme, block_list = scheme_of(config), _block_list(module, blocks)
     protected = resolve_blocks(protected_blocks, len(block_list))
-    inside: dict[str, tuple[int, str]] = {}
-    for index, block in enumerate(block_list):
-        for name, child in block.named_modules():
-            if isinstance(child, nn.Linear):
-                inside[f"{blocks}.{index}.{name}".rstrip(".")] = (index, name)
-    names: dict[int, str] = {}
-    for name, child in module.named_modules(remove_duplicate=False):
-        if isinstance(child, nn.Linear) and names.setdefault(id(child), name) != name:
-            raise ValueError(f"{name} is the same linear as {names[id(child)]}: shared linears cannot be quantized")
+    inside = {
+        f"{blocks}.{index}.{name}".rstrip("."): (index, name)
+        for index, block in enumerate(block_list)
+        for name, child in block.named_modules()
+        if isinstance(child, nn.Linear)
+    }
+    _refuse_shared(module)
     kept = match_names(protected_modules, (name for _, name in inside.values()))
     rows = []
     for name, child in module.named_modules():
-        if not isinstance(child, nn.Linear):
-            continue
         if isinstance(child, QuantLinear):
             raise ValueError(f"{name} is quantized already: load the original model to quantize it in another way")
-        if name not in inside:
-            rows.append(ModuleReport(name, "skipped", f"outside {blocks}", None))
+        if not isinstance(child, nn.Linear):
             continue
-        index, name_inside = inside[name]
-        if type(child) is not nn.Linear:
+        index, name_inside = inside.get(name, (None, ""))
+        if index is None:
+            found = "skipped", f"outside {blocks}"
+        elif type(child) is not nn.Linear:
             # A subclass may use its weight otherwise than nn.Linear does, as attention's out_proj.
             found = "skipped", f"a {type(child).__name__}, not a plain linear"
         elif index in protected:
             found = "protected", f"block {index}"
         elif name_inside in kept:
             found = "protected", "module pattern"
-        elif scheme.format.keeps_all:
-            found = "skipped", f"{scheme.format.name} is no quantization"
         else:
-            try:
-                scheme.weight_granularity.scale_shape(child.out_features, child.in_features)
-            except ValueError as error:
-                raise ValueError(f"{name} cannot be quantized to {scheme.format.name}: {error}") from None
-            found = "converted", f"block {index}"
+            found = _fate(name, child, index, scheme)
         rows.append(ModuleReport(name, *found, index))
-    attentions = _plan_attention(rows) if scheme.attention != "off" else []
-    if scheme.attention != "off" and all(row.status != "converted" for row in attentions):
-        raise ValueError(f"quant.attention={scheme.attention}: no attention has its to_q, to_k and to_v quantized")
-    for row in attentions:
-        if row.status == "converted":
-            check_processor(getattr(module.get_submodule(row.name), "processor", None))
-    return ConversionReport(tuple(rows), len(block_list), protected, tuple(attentions))
+    return ConversionReport(tuple(rows), len(block_list), protected, _plan_attention(module, rows, scheme))
 
 
-def _attentions(converted: Iterable[str]) -> list[str]:
+def _block_list(module: nn.Module, blocks: str) -> nn.ModuleList | nn.Sequential:
+    try:
+        block_list = module.get_submodule(blocks)
+    except AttributeError:
+        raise ValueError(f"{type(module).__name__} has no list of blocks named {blocks!r}") from None
+    if not isinstance(block_list, nn.ModuleList | nn.Sequential) or len(block_list) == 0:
+        raise ValueError(f"{blocks!r} of {type(module).__name__} is not a list of blocks")
+    return block_list
+
+
+def _fate(name: str, linear: nn.Linear, block: int, scheme: Scheme) -> tuple[str, str]:
+    """Status and reason of a linear that no selector protects."""
+    if scheme.format.keeps_all:
+        return "skipped", f"{scheme.format.name} is no quantization"
+    try:
+        scheme.weight_granularity.scale_shape(linear.out_features, linear.in_features)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be quantized to {scheme.format.name}: {error}") from None
+    return "converted", f"block {block}"
+
+
+def _refuse_shared(module: nn.Module) -> None:
+    names: dict[int, str] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, nn.Linear) and names.setdefault(id(child), name) != name:
+            raise ValueError(f"{name} is the same linear as {names[id(child)]}: shared linears cannot be quantized")
+
+
+def _attentions(names: Collection[str]) -> list[str]:
     """The modules whose ``to_q``, ``to_k`` and ``to_v`` are all among the names: their attention is quantized."""
-    names = list(converted)
     owners = [name.removesuffix(".to_q") for name in names if name.endswith(".to_q")]
     return [owner for owner in owners if {f"{owner}.to_k", f"{owner}.to_v"} <= set(names)]
 
 
-def _plan_attention(linears: Sequence[ModuleReport]) -> list[ModuleReport]:
+def _plan_attention(module: nn.Module, linears: Sequence[ModuleReport], scheme: Scheme) -> tuple[ModuleReport, ...]:
     """Every attention with the fate of its projections; of one that is not quantized, what kept the first of them."""
+    if scheme.attention == "off":
+        return ()
     known, rows = {row.name: row for row in linears}, []
     for owner in _attentions(known):
         three = [known[f"{owner}.{part}"] for part in ("to_q", "to_k", "to_v")]
         decisive = next((row for row in three if row.status != "converted"), three[0])
         rows.append(replace(decisive, name=owner))
-    return rows
-
-
-def _set_attention(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
-    for name in names:
-        attention: Any = module.get_submodule(name)
-        attention.set_processor(QuantAttention(scheme))
+        if decisive.status == "converted":
+            check_processor(getattr(module.get_submodule(owner), "processor", None))
+    if all(row.status != "converted" for row in rows):
+        raise ValueError(f"quant.attention={scheme.attention}: no attention has its to_q, to_k and to_v quantized")
+    return tuple(rows)
 
 
 def empty_like_quantized_(
@@ -260,11 +272,8 @@ def empty_like_quantized_(
     """Puts empty ``QuantLinear`` layers (on meta) at ``names``, for a checkpoint to fill; ``factored`` of them keep a
     factor for each input channel."""
     for name in names:
-        linear = module.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{name} is a {type(linear).__name__}, not a linear")
+        linear = _linear(module, name)
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
-        layer = QuantLinear(*shape, scheme, name in factored)
-        module.set_submodule(name, layer)
+        module.set_submodule(name, QuantLinear(*shape, scheme, name in factored))
     if scheme.attention != "off":
         _set_attention(module, _attentions(names), scheme)

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from wanquant.kernels import descale, native_product
-from wanquant.quant.scale import Ema, LeastError, PerBlock, Percentile, quantize_matrix
-from wanquant.quant.scheme import Scheme
-from wanquant.quant.search import static_scale, weight_scales
+from wanquant.quant.scale import PerBlock
+from wanquant.quant.scheme import Rounded, Scheme
+from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing
-from wanquant.quant.statistics import Site
 
+#: BF16 values on the grid, and their scales in float32.
+Scaled = tuple[torch.Tensor, torch.Tensor]
 #: Weights that ``product=exact`` keeps in float32 at a time, 8 MB of them.
 WIDENED_AT_ONCE = 1 << 21
 
@@ -64,54 +65,43 @@ class QuantLinear(nn.Linear):
     @classmethod
     @torch.no_grad()
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        scheme: Scheme,
-        seen: float | Site | None = None,
-        smoothing: Smoothing | None = None,
+        cls, linear: nn.Linear, scheme: Scheme, seen: float | Site | None = None, smoothing: Smoothing | None = None
     ) -> QuantLinear:
         """Quantizes the weights, from BF16: a source in float32 is cast first, so both give the same.
 
         ``seen`` is the input's largest magnitude or all that calibration recorded of it; static schemes and some
         rules need it. ``smoothing`` says by what its channels are divided, and whether they have been already.
         """
-        divisors = None if smoothing is None else smoothing.divisors
-        factored = smoothing is not None and not smoothing.folded
         scheme.weight_granularity.scale_shape(linear.out_features, linear.in_features)  # refuses what does not divide
-        source = linear.weight.detach().to(torch.bfloat16)
-        factor = input_scale = None
-        if divisors is not None and factored:
-            source, factor = source * divisors.to(torch.bfloat16), 1 / divisors
-        rounded, weight_scale, over = quantize_weight(source, scheme, seen, divisors)
-        if scheme.act_static:
-            assert seen is not None, "a static scheme needs a calibrated input"
-            if divisors is not None:
-                assert isinstance(seen, Site), "smoothing needs what each channel did"
-                seen = float((torch.from_numpy(seen.view().channel_absmax) / divisors.cpu()).amax())
-            input_scale = static_scale(scheme.act_rule, seen, scheme.format, scheme.overflow).to(source.device)
-        bias = None if linear.bias is None else linear.bias.detach()
-        self = cls.assembled(scheme, rounded, weight_scale, over, bias, input_scale, factor)
-        self.train(linear.training)
-        return self
+        source, divisors, factor = linear.weight.detach().to(torch.bfloat16), None, None
+        if smoothing is not None:
+            divisors = smoothing.divisors
+            if not smoothing.folded:
+                source, factor = source * divisors.to(torch.bfloat16), 1 / divisors
+        rounded = scheme.quantize_weight(source, seen, divisors)
+        if scheme.act_static and divisors is not None:
+            assert isinstance(seen, Site), "smoothing needs what each channel did"
+            seen = float((torch.from_numpy(seen.view().channel_absmax) / divisors.cpu()).amax())
+        self = cls.assembled(scheme, rounded, linear.bias, scheme.input_scale(seen, source.device), factor)
+        return self.train(linear.training)
 
     @classmethod
     def assembled(
         cls,
         scheme: Scheme,
-        rounded: torch.Tensor,
-        weight_scale: torch.Tensor,
-        overflowed: torch.Tensor | None,
+        weight: Rounded,
         bias: torch.Tensor | None,
         input_scale: torch.Tensor | None,
         input_factor: torch.Tensor | None = None,
     ) -> QuantLinear:
-        """Of BF16 values on the grid [out, in], their scale, and how many overflowed (None: none could)."""
+        """Of a weight [out, in] as ``Scheme.quantize_weight`` gives it."""
+        rounded, weight_scale, overflowed = weight
         self = cls(rounded.shape[1], rounded.shape[0], bias is not None, scheme, input_factor is not None)
         self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.packed else rounded, False)
         self.weight_scale = weight_scale
         self.overflowed = torch.zeros_like(weight_scale, dtype=torch.int64).sum() if overflowed is None else overflowed
         if bias is not None:
-            self.bias = nn.Parameter(bias.to(torch.bfloat16), requires_grad=False)
+            self.bias = nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
         self.input_scale, self.input_factor = input_scale, input_factor
         return self
 
@@ -123,20 +113,17 @@ class QuantLinear(nn.Linear):
         """The weights as uint8 codes [out, in], packed or not; exact."""
         return self.weight.data if self.is_packed else self.scheme.format.encode(self.weight.data, self.scheme.overflow)
 
-    @torch.no_grad()
     def pack_(self) -> QuantLinear:
         """Keeps the weights as codes, half the memory; they are decoded in every forward."""
         self.weight = nn.Parameter(self.codes(), requires_grad=False)
         return self
 
-    @torch.no_grad()
     def unpack_(self) -> QuantLinear:
         """Keeps the weights as BF16 values. Nothing is lost either way."""
         if self.is_packed:
             self.weight = nn.Parameter(self.scheme.format.decode(self.weight.data), requires_grad=False)
         return self
 
-    @torch.no_grad()
     def dequantized(self) -> nn.Linear:
         """A plain linear of what the codes mean, in BF16: rounded once more unless the scales are powers of two."""
         values = self.scheme.format.decode(self.codes(), torch.float32)
@@ -151,17 +138,9 @@ class QuantLinear(nn.Linear):
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return linear
 
-    def quantize_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_input(self, rows: torch.Tensor) -> Scaled:
         """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens], [] or [tokens, in / block]."""
-        scheme, over = self.scheme, None
-        scale: torch.Tensor
-        if self.input_scale is not None:
-            scale = self.input_scale
-            operand, over = scheme.format.scaled_round(rows, scale, scheme.overflow, self.input_factor)
-        else:
-            assert not isinstance(scheme.act_rule, Percentile | Ema | LeastError), "parse lets none be dynamic"
-            how = (scheme.act_granularity, scheme.act_rule, scheme.format, scheme.overflow)
-            operand, scale, over = quantize_matrix(rows, *how, self.input_factor)
+        operand, scale, over = self.scheme.quantize_input(rows, self.input_scale, self.input_factor)
         if over is not None:
             self.overflowed += over
         return operand, scale
@@ -177,11 +156,9 @@ class QuantLinear(nn.Linear):
         operand, scale = self.quantize_input(x.reshape(-1, self.in_features))
         if self.scheme.product == "native":
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
-            return y.view(*x.shape[:-1], self.out_features)
-        weight: torch.Tensor = self.weight
-        if weight.dtype == torch.uint8:
-            weight = self.scheme.format.decode(weight)
-        y = take_product(operand, scale, weight, self.weight_scale, self.bias, self.scheme, x.dtype)
+        else:
+            weight = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
+            y = take_product((operand, scale), (weight, self.weight_scale), self.bias, self.scheme, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
@@ -201,39 +178,14 @@ class QuantLinear(nn.Linear):
         return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.is_packed}"
 
 
-def quantize_weight(
-    source: torch.Tensor, scheme: Scheme, seen: float | Site | None, divisors: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As ``quantize_matrix``, with a scale that is searched for if the rule says so."""
-    granularity, rule = scheme.weight_granularity, scheme.weight_rule
-    if not isinstance(rule, Percentile | Ema | LeastError):
-        return quantize_matrix(source, granularity, rule, scheme.format, scheme.overflow)
-    assert not isinstance(rule, Ema)
-    mean_square = None
-    if isinstance(rule, LeastError) and rule.output:
-        assert isinstance(seen, Site), "the error of the output needs what each channel did"
-        mean_square = torch.from_numpy(seen.mean_square()).float().to(source.device)
-        mean_square = mean_square if divisors is None else mean_square / divisors.square()
-    scales = weight_scales(source, granularity, rule, scheme.format, scheme.overflow, mean_square)
-    rounded, over = scheme.format.scaled_round(source, scales, scheme.overflow)
-    return rounded, scales, over
-
-
 def take_product(
-    operand: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
+    x: Scaled, weight: Scaled, bias: torch.Tensor | None, scheme: Scheme, dtype: torch.dtype
 ) -> torch.Tensor:
-    """[rows, out] of BF16 values [rows, in] and [out, in], with the scales behind it."""
+    """[rows, out] of BF16 values [rows, in] and [out, in], the scales applied after it."""
     if isinstance(scheme.weight_granularity, PerBlock):
-        operand, scale = _into_operand(operand, scale)
-        weight, weight_scale = _into_operand(weight, weight_scale)
-    product = _exact_product(operand, weight) if scheme.product == "exact" else F.linear(operand, weight)
-    return descale(product, scale, weight_scale, bias, dtype)
+        x, weight = _into_operand(*x), _into_operand(*weight)
+    product = _exact_product(x[0], weight[0]) if scheme.product == "exact" else F.linear(x[0], weight[0])
+    return descale(product, x[1], weight[1], bias, dtype)
 
 
 def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -249,7 +201,7 @@ def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return product
 
 
-def _into_operand(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _into_operand(values: torch.Tensor, scale: torch.Tensor) -> Scaled:
     """Scales of blocks cannot wait until after the product; they are powers of two, so the operand stays exact."""
     blocks = values.view(*scale.shape, -1) * scale[..., None].to(torch.bfloat16)
     return blocks.view(values.shape), scale.new_ones(())

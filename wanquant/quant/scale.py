@@ -1,20 +1,31 @@
 """Scale rules: by which scale ``s`` is a tensor divided before it is rounded.
 
-A scale is granularity × rule × static or dynamic. The choices come as strings, because that is
-what a config can hold, and are parsed once into the small frozen classes below.
+A scale is granularity × rule × static or dynamic. The choices come as strings, because that is what a config can hold,
+and are parsed once into the small frozen classes below. A *plain* rule is a callable from largest magnitudes to scales;
+``register_scale_rule`` adds one. A *searched* rule needs more than a largest magnitude, so it never runs with the
+model: of a weight it looks at the weight itself, of an activation, which has one scale for all then, at what
+calibration recorded.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from wanquant import kernels
 from wanquant.choices import did_you_mean
 from wanquant.formats.base import Format
+from wanquant.quant.statistics import Site
+
+#: From the largest magnitude of each slice (float32, any shape) to its scale, in the same shape. A slice of zeros
+#: gets 1; one that is not finite gets NaN and turns NaN whole, so that a broken activation cannot look repaired.
+PlainRule = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,22 +48,17 @@ class AmaxTo:
     power_of_two = False
 
     def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
-        return kernels.absmax_to_scale(absmax, self.target, False)
+        return kernels.absmax_to_scale(absmax, self.target, self.power_of_two)
 
 
-@dataclass(frozen=True)
-class PowerOfTwo:
+class PowerOfTwo(AmaxTo):
     """s = 2^k, the smallest that brings the largest magnitude to ``target`` or below.
 
     Scaling is then exact, and ``product=fast`` is as good as ``product=exact`` but for a bias, which is added
     to a product that was rounded already.
     """
 
-    target: float
     power_of_two = True
-
-    def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
-        return kernels.absmax_to_scale(absmax, self.target, True)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class SharedExponent:
     """
 
     max_exponent: int
+    power_of_two = True
 
     def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
         exponent = torch.frexp(absmax).exponent - 1 - self.max_exponent
@@ -71,50 +78,157 @@ class SharedExponent:
         return torch.where(torch.isfinite(absmax), torch.where(absmax == 0, 1.0, scale), torch.nan)
 
 
-#: From the largest magnitude of each slice (float32, any shape) to its scale, in the same shape. A slice of zeros
-#: gets 1; one that is not finite gets NaN and turns NaN whole, so that a broken activation cannot look repaired.
-PlainRule = Direct | AmaxTo | PowerOfTwo | SharedExponent
+@dataclass(frozen=True)
+class SearchedRule(ABC):
+    """Finds scales before the model runs."""
+
+    name: str
+
+    def of_rows(self, rows: torch.Tensor, cost: torch.Tensor | None, format_: Format, overflow: str) -> torch.Tensor:
+        """Scales of the rows of a weight, float32 [rows]; NaN for a row that is not finite. ``cost``, in the shape of
+        ``rows``, weighs squared errors, if the rule minimizes those."""
+        raise AssertionError(f"{self.name} is no rule for weights, and parse refuses it")
+
+    @abstractmethod
+    def of_site(self, site: Site, format_: Format, overflow: str) -> torch.Tensor:
+        """The one scale of an activation, float32 []."""
 
 
 @dataclass(frozen=True)
-class Percentile:
-    """The magnitude that ``share`` of the elements do not exceed goes to ``then.target``; what is larger may clip."""
+class Percentile(SearchedRule):
+    """The magnitude that ``share`` of the elements do not exceed goes to ``target``; what is larger may clip."""
 
     share: float
-    then: AmaxTo
+    target: float
+
+    def of_rows(self, rows: torch.Tensor, cost: torch.Tensor | None, format_: Format, overflow: str) -> torch.Tensor:
+        magnitudes = rows.float().abs()
+        place = max(1, math.ceil(self.share * rows.shape[1]))
+        scales = AmaxTo(self.target)(magnitudes.kthvalue(place, dim=1).values)
+        # An infinity or a NaN may lie above the percentile and must not be overlooked.
+        return torch.where(magnitudes.amax(1).isfinite(), scales, torch.nan)
+
+    def of_site(self, site: Site, format_: Format, overflow: str) -> torch.Tensor:
+        return AmaxTo(self.target)(torch.tensor(site.view().quantile(self.share)))
+
+
+@dataclass(frozen=True)
+class Ema(SearchedRule):
+    """The running largest magnitude, 0.99 old and 0.01 new with every forward, to ``target``; AMCT *Quantile*."""
+
+    target: float
+
+    def of_site(self, site: Site, format_: Format, overflow: str) -> torch.Tensor:
+        return AmaxTo(self.target)(torch.tensor(site.ema()))
+
+
+@dataclass(frozen=True)
+class LeastError(SearchedRule):
+    """The scale of least squared error: ``mse`` of the tensor's own rounding, ``mse_output`` of the layer's output,
+    ``ofmr`` of that among powers of two from 2^-5 to 2^5 (AMCT's OFMR).
+
+    The first two try absmax / (target · 2^(j/4)), j from -16 to 16. The error of a weight that counts for the output
+    is weighed by the mean square of the channel it multiplies: with rounding errors of different channels unrelated to
+    each other, that is the error of the layer's output.
+    """
 
     @property
-    def name(self) -> str:
-        return f"p{100 * self.share:g}"
+    def output(self) -> bool:
+        return self.name != "mse"
+
+    def candidates(self, absmax: torch.Tensor, format_: Format, overflow: str) -> torch.Tensor:
+        """Scales to try, float32 [candidates, *absmax.shape]; targets out of range only if overflow saturates."""
+        if self.name == "ofmr":
+            powers = kernels.two_to(torch.arange(-5, 6, device=absmax.device))
+            return powers.view(-1, *[1] * absmax.ndim).expand(-1, *absmax.shape)
+        targets = [format_.target * 2 ** (j / 4) for j in range(-16, 17)]
+        kept = [target for target in targets if overflow == "saturate" or target < format_.overflow]
+        return torch.stack([AmaxTo(target)(absmax) for target in kept])
+
+    def of_rows(self, rows: torch.Tensor, cost: torch.Tensor | None, format_: Format, overflow: str) -> torch.Tensor:
+        absmax, wide = kernels.absmax_rows(rows), rows.float()
+        best = torch.full_like(absmax, torch.inf)
+        scales = torch.full_like(absmax, torch.nan)
+        for scale in self.candidates(absmax, format_, overflow):
+            rounded, _ = format_.scaled_round(rows, scale, overflow)
+            error = (rounded.float() * scale[:, None] - wide).square()
+            total = (error if cost is None else error * cost).sum(1)
+            better = total < best
+            best, scales = torch.where(better, total, best), torch.where(better, scale, scales)
+        return scales
+
+    def of_site(self, site: Site, format_: Format, overflow: str) -> torch.Tensor:
+        largest, view = torch.tensor(site.largest()), site.view()
+        tried = self.candidates(largest, format_, overflow)
+        noise = [view.noise(float(scale), format_, overflow) for scale in tried]
+        finite = [value if math.isfinite(value) else math.inf for value in noise]
+        if min(finite) == math.inf:  # NaN passed, or nothing is in range
+            return torch.tensor(torch.nan if not math.isfinite(float(largest)) else float(tried[-1]))
+        return tried[finite.index(min(finite))]
+
+
+Rule = PlainRule | SearchedRule
+#: What makes a rule for a target, by name; ``register_scale_rule`` adds to them.
+TARGETED: dict[str, Callable[[float], Rule]] = {"amax": AmaxTo, "pow2": PowerOfTwo, "ema": partial(Ema, "ema")}
+#: Rules without a target, ``mx`` aside, which depends on the format.
+FIXED: dict[str, Rule] = {"direct": Direct(), **{name: LeastError(name) for name in ("mse", "mse_output", "ofmr")}}
+PERCENT = re.compile(r"p(\d+(\.\d+)?)")
+
+
+def register_scale_rule(name: str, make: Callable[[float], PlainRule]) -> None:
+    """Adds a rule, which ``quant.activations.rule=NAME/TARGET`` and ``quant.weights.rule=NAME`` then find.
+
+    ``make(target)`` gives a ``PlainRule``. If that has a ``target``, it must lie within the format's range; formats
+    with blocks take it only if it has a true ``power_of_two``. ``ValueError`` for a name that is taken or has a slash.
+    """
+    if name in TARGETED or name in FIXED or name == "mx" or PERCENT.fullmatch(name):
+        raise ValueError(f"there is a scale rule {name!r} already: choose another name")
+    if not name or "/" in name:
+        raise ValueError(f"a scale rule cannot be named {name!r}: a slash divides name and target")
+    TARGETED[name] = make
+
+
+def parse_rule(text: str, format_: Format) -> Rule:
+    """``direct``, ``amax/15``, ``pow2/16``, ``p99.9/15``, ``ema/15``, ``mse``, ``mse_output``, ``ofmr``, ``mx``, or a
+    registered one; the number behind the slash is the target, without one it is the format's own."""
+    name, slash, target_text = text.partition("/")
+    try:
+        target = float(target_text) if slash else format_.target
+    except ValueError:
+        raise ValueError(f"scale rule {text!r}: the target {target_text!r} is not a number") from None
+    if not 0 < target < float("inf"):
+        raise ValueError(f"scale rule {text!r}: the target must be positive")
+    if name in TARGETED:
+        return TARGETED[name](target)
+    if name in FIXED and not slash:
+        return FIXED[name]
+    if name == "mx" and not slash:
+        return SharedExponent(math.frexp(format_.target)[1] - 1)
+    percent = PERCENT.fullmatch(name)
+    if percent and 0 < float(percent[1]) <= 100:
+        return Percentile(f"p{float(percent[1]):g}", float(percent[1]) / 100, target)
+    added = [f"{known}[/TARGET]" for known in TARGETED if known not in ("amax", "pow2")]
+    raise ValueError(
+        f"unknown scale rule {text!r}: {did_you_mean(name, ('direct', *TARGETED, *FIXED, 'mx'))}"
+        "choose direct, amax[/TARGET] (amax/15), pow2[/TARGET], pPERCENT[/TARGET] "
+        f"(p99.9/15), {', '.join(added)}, {', '.join([*FIXED][1:])} or mx"
+    )
+
+
+class Granularity(ABC):
+    """How many elements share a scale."""
+
+    def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
+        """From the largest magnitude of each row, or of each block, to that of what shares a scale."""
+        return absmax_of_rows
+
+    @abstractmethod
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Of a matrix; ``ValueError`` if it does not divide."""
 
 
 @dataclass(frozen=True)
-class Ema:
-    """The running largest magnitude, 0.99 old and 0.01 new with every forward, to ``then.target``; AMCT *Quantile*."""
-
-    then: AmaxTo
-    name = "ema"
-
-
-@dataclass(frozen=True)
-class LeastError:
-    """The scale of least squared error: of the tensor's own rounding, or with ``output`` of the layer's output;
-    among powers of two (AMCT's OFMR) or quarters of octaves. ``wanquant.quant.search`` has the candidates."""
-
-    output: bool
-    powers: bool
-
-    @property
-    def name(self) -> str:
-        return "ofmr" if self.powers else "mse_output" if self.output else "mse"
-
-
-#: Those that need more than a largest magnitude are found by ``wanquant.quant.search``, never while running.
-Rule = PlainRule | Percentile | Ema | LeastError
-
-
-@dataclass(frozen=True)
-class PerTensor:
+class PerTensor(Granularity):
     """One scale for all: [rows, columns] → []."""
 
     def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
@@ -125,27 +239,21 @@ class PerTensor:
 
 
 @dataclass(frozen=True)
-class PerRow:
+class PerRow(Granularity):
     """One scale a row: [rows, columns] → [rows].
 
     Of a weight [out, in] that is *per-channel*, of activations [tokens, in] *per-token*.
     """
-
-    def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
-        return absmax_of_rows
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return (rows,)
 
 
 @dataclass(frozen=True)
-class PerBlock:
+class PerBlock(Granularity):
     """One scale for ``size`` elements in a row: [rows, columns] → [rows, columns / size]."""
 
     size: int
-
-    def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
-        return absmax_of_rows
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         if columns % self.size:
@@ -153,69 +261,19 @@ class PerBlock:
         return (rows, columns // self.size)
 
 
-Granularity = PerTensor | PerRow | PerBlock
-LEAST_ERROR = {
-    "mse": LeastError(output=False, powers=False),
-    "mse_output": LeastError(output=True, powers=False),
-    "ofmr": LeastError(output=True, powers=True),
-}
-
-
-#: What a rule's name may be, percentiles aside.
-RULES = ("direct", "amax", "pow2", "ema", *LEAST_ERROR, "mx")
-
-
-def parse_rule(text: str, format_: Format) -> Rule:
-    """``direct``, ``amax/15``, ``pow2/16``, ``p99.9/15``, ``ema/15``, ``mse``, ``mse_output``, ``ofmr``, ``mx``; the
-    number behind the slash is the target, without one it is the format's own."""
-    name, slash, target_text = text.partition("/")
-    try:
-        target = float(target_text) if slash else format_.target
-    except ValueError:
-        raise ValueError(f"scale rule {text!r}: the target {target_text!r} is not a number") from None
-    if not 0 < target < float("inf"):
-        raise ValueError(f"scale rule {text!r}: the target must be positive")
-    if name == "direct" and not slash:
-        return Direct()
-    if name == "amax":
-        return AmaxTo(target)
-    if name == "pow2":
-        return PowerOfTwo(target)
-    if name == "ema":
-        return Ema(AmaxTo(target))
-    if name in LEAST_ERROR and not slash:
-        return LEAST_ERROR[name]
-    if name == "mx" and not slash:
-        return SharedExponent(math.frexp(format_.target)[1] - 1)
-    percent = re.fullmatch(r"p(\d+(\.\d+)?)", name)
-    if percent and 0 < float(percent[1]) <= 100:
-        return Percentile(float(percent[1]) / 100, AmaxTo(target))
-    raise ValueError(
-        f"unknown scale rule {text!r}: {did_you_mean(name, RULES)}"
-        "choose direct, amax[/TARGET] (amax/15), pow2[/TARGET], pPERCENT[/TARGET] "
-        f"(p99.9/15), ema[/TARGET], {', '.join(LEAST_ERROR)} or mx"
-    )
-
-
-def parse_granularity(text: str, rows: str, format_: Format) -> Granularity:
-    """``per_tensor``, ``per_block`` or the name ``rows`` stands for: ``per_channel`` of weights, ``per_token`` of
-    activations."""
-    if text == "per_block" and format_.block:
-        return PerBlock(format_.block)
-    if format_.block:
-        raise ValueError(f"{format_.name} has a scale for every {format_.block} elements: the granularity is per_block")
-    if text == "per_tensor":
-        return PerTensor()
-    if text == rows:
-        return PerRow()
-    guess = did_you_mean(text, ("per_tensor", rows))
-    raise ValueError(f"unknown granularity {text!r}: {guess}choose per_tensor or {rows}")
+def static_scale(rule: Rule, seen: float | Site, format_: Format, overflow: str) -> torch.Tensor:
+    """The one scale of an activation, float32 []. ``ValueError`` if the rule needs more than a largest magnitude."""
+    if not isinstance(rule, SearchedRule):
+        return rule(torch.tensor(seen.largest() if isinstance(seen, Site) else float(seen)))
+    if not isinstance(seen, Site):
+        raise ValueError(f"the scale rule {rule.name} needs full calibration statistics, not a largest magnitude")
+    return rule.of_site(seen, format_, overflow)
 
 
 def quantize_matrix(
     x: torch.Tensor,
     granularity: Granularity,
-    rule: PlainRule,
+    rule: Rule,
     format_: Format,
     overflow: str,
     factors: torch.Tensor | None = None,
@@ -225,14 +283,13 @@ def quantize_matrix(
     A scale taken from the slice itself keeps it in range, so then there is nothing to count. ``factors``, float32
     [columns], powers of two, multiply the columns first.
     """
-    if factors is not None and (
-        isinstance(granularity, PerTensor | PerBlock) or not isinstance(rule, AmaxTo | PowerOfTwo)
-    ):
+    assert not isinstance(rule, SearchedRule), "parse lets none be dynamic"
+    if factors is not None and not (isinstance(granularity, PerRow) and isinstance(rule, AmaxTo)):
         x, factors = kernels.times(x, factors), None
     slices = x.reshape(-1, granularity.size) if isinstance(granularity, PerBlock) else x
-    if isinstance(rule, AmaxTo | PowerOfTwo) and not isinstance(granularity, PerTensor):
+    over = None
+    if isinstance(rule, AmaxTo) and not isinstance(granularity, PerTensor):
         rounded, scale = format_.quantize_rows(slices, rule.target, rule.power_of_two, overflow, factors)
-        over = None
     else:
         scale = rule(granularity.reduce(kernels.absmax_rows(slices)))
         rounded, over = format_.scaled_round(slices, scale, overflow)

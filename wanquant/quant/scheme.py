@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from wanquant.choices import check_choices
+import torch
+
+from wanquant.choices import check_choices, did_you_mean
 from wanquant.formats.base import Format
 from wanquant.formats.registry import get_format
 from wanquant.quant.config import DEFAULT, QuantConfig
 from wanquant.quant.scale import (
-    AmaxTo,
     Direct,
     Ema,
     Granularity,
     LeastError,
-    Percentile,
+    PerBlock,
+    PerRow,
     PerTensor,
-    PowerOfTwo,
     Rule,
-    SharedExponent,
-    parse_granularity,
+    SearchedRule,
     parse_rule,
+    quantize_matrix,
+    static_scale,
 )
+from wanquant.quant.statistics import Site
+
+#: BF16 values on the grid, float32 scales, and how many elements overflowed (int64 []; None: none could).
+Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -47,15 +53,56 @@ class Scheme:
         return self.act_static or isinstance(self.act_rule, Direct) or not isinstance(self.act_granularity, PerTensor)
 
     @property
+    def by_output(self) -> bool:
+        """Whether a weight's scales are searched for by the error of the layer's output."""
+        return isinstance(self.weight_rule, LeastError) and self.weight_rule.output
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether it takes more of calibration than the largest magnitude of each input."""
-        by_output = isinstance(self.weight_rule, LeastError) and self.weight_rule.output
-        searched = self.act_static and isinstance(self.act_rule, Percentile | Ema | LeastError)
-        return by_output or searched or self.smoothing is not None
+        searched = self.act_static and isinstance(self.act_rule, SearchedRule)
+        return self.by_output or searched or self.smoothing is not None
+
+    def input_scale(self, seen: float | Site | None, device: torch.device) -> torch.Tensor | None:
+        """The scale of static activations, float32 []; None if they are dynamic."""
+        if not self.act_static:
+            return None
+        assert seen is not None, "a static scheme needs a calibrated input"
+        return static_scale(self.act_rule, seen, self.format, self.overflow).to(device)
+
+    def quantize_input(
+        self, rows: torch.Tensor, scale: torch.Tensor | None, factors: torch.Tensor | None = None
+    ) -> Rounded:
+        """Of a matrix [tokens, in], by a static ``scale`` or its own: [], [tokens] or [tokens, in / block].
+        ``factors``, float32 [in], powers of two, multiply the columns first."""
+        if scale is None:
+            how = (self.act_granularity, self.act_rule, self.format, self.overflow)
+            return quantize_matrix(rows, *how, factors)
+        rounded, over = self.format.scaled_round(rows, scale, self.overflow, factors)
+        return rounded, scale, over
+
+    def quantize_weight(
+        self, source: torch.Tensor, seen: float | Site | None = None, divisors: torch.Tensor | None = None
+    ) -> Rounded:
+        """Of a weight [out, in], by its own scales or by searched ones: [out], [] or [out, in / block]. ``seen`` is its
+        input in calibration, ``divisors``, float32 [in], by what the channels of that have been divided since."""
+        rule, whole, cost = self.weight_rule, isinstance(self.weight_granularity, PerTensor), None
+        if not isinstance(rule, SearchedRule):
+            return quantize_matrix(source, self.weight_granularity, rule, self.format, self.overflow)
+        slices = source.reshape(1, -1) if whole else source
+        if self.by_output:
+            assert isinstance(seen, Site), "the error of the output needs what each channel did"
+            cost = torch.from_numpy(seen.mean_square()).float().to(source.device)
+            cost = cost if divisors is None else cost / divisors.square()
+            cost = cost.expand(source.shape).reshape(slices.shape)
+        scales = rule.of_rows(slices, cost, self.format, self.overflow)
+        scales = scales[0] if whole else scales
+        rounded, over = self.format.scaled_round(source, scales, self.overflow)
+        return rounded, scales, over
 
 
 def scheme_of(config: QuantConfig | Scheme | None) -> Scheme:
-    """What a public function was given, parsed unless the caller has done so; the default for None."""
+    """The scheme that a public function was given, or that of the config (of the default one for None)."""
     return config if isinstance(config, Scheme) else parse(config or QuantConfig())
 
 
@@ -67,12 +114,12 @@ def settle(config: QuantConfig) -> QuantConfig:
         return own if value == DEFAULT else value
 
     rule = "mx" if format_.block else f"amax/{format_.target:g}"
-    rows = {side: "per_block" if format_.block else name for side, name in (("w", "per_channel"), ("a", "per_token"))}
+    weight_rows, act_rows = ("per_block", "per_block") if format_.block else ("per_channel", "per_token")
     weights, act = config.weights, config.activations
     return replace(
         config,
-        weights=replace(weights, granularity=choose(weights.granularity, rows["w"]), rule=choose(weights.rule, rule)),
-        activations=replace(act, granularity=choose(act.granularity, rows["a"]), rule=choose(act.rule, rule)),
+        weights=replace(weights, granularity=choose(weights.granularity, weight_rows), rule=choose(weights.rule, rule)),
+        activations=replace(act, granularity=choose(act.granularity, act_rows), rule=choose(act.rule, rule)),
         overflow=choose(config.overflow, format_.default_overflow),
     )
 
@@ -81,7 +128,28 @@ def parse(config: QuantConfig) -> Scheme:
     """``ValueError`` names the key at fault and what it may be."""
     check_choices(config, "quant.")
     config = settle(config)
-    format_ = get_format(config.format)
+    format_, weights, act = get_format(config.format), config.weights, config.activations
+    _check_config(config, format_)
+    weight_rule, act_rule = parse_rule(weights.rule, format_), parse_rule(act.rule, format_)
+    _check_rules(config, format_, weight_rule, act_rule)
+    return Scheme(
+        config=config,
+        format=format_,
+        weight_granularity=parse_granularity(weights.granularity, "per_channel", format_),
+        weight_rule=weight_rule,
+        act_granularity=parse_granularity(act.granularity, "per_token", format_),
+        act_rule=act_rule,
+        act_static=act.static,
+        overflow=config.overflow,
+        product=config.product,
+        attention=config.attention,
+        packed=config.packed,
+        smoothing=config.smoothing,
+    )
+
+
+def _check_config(config: QuantConfig, format_: Format) -> None:
+    """What the format cannot do, and what does not go together."""
     try:
         format_.check_overflow(config.overflow)
     except ValueError as error:
@@ -90,41 +158,43 @@ def parse(config: QuantConfig) -> Scheme:
         raise ValueError(f"quant.product=native: there is none for {config.format}")
     if config.attention != "off" and (format_.block or format_.keeps_all):
         raise ValueError(f"quant.attention={config.attention}: {format_.name} has no attention of its own")
-    weights, act = config.weights, config.activations
-    if act.static and act.granularity != "per_tensor":
+    if config.activations.static and config.activations.granularity != "per_tensor":
         raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
     if config.smoothing is not None and not 0 <= config.smoothing <= 1:
         raise ValueError(f"quant.smoothing={config.smoothing}: must lie between 0 and 1, or be null for none")
-    rules = {"weights": parse_rule(weights.rule, format_), "activations": parse_rule(act.rule, format_)}
-    for side, rule in rules.items():
-        if isinstance(rule, AmaxTo | PowerOfTwo) and rule.target >= format_.overflow:
-            raise ValueError(f"quant.{side}.rule: target {rule.target:g} is beyond the range of {format_.name}")
-        if format_.block and not isinstance(rule, PowerOfTwo | SharedExponent):
+
+
+def _check_rules(config: QuantConfig, format_: Format, weight_rule: Rule, act_rule: Rule) -> None:
+    """What the rules cannot do, by what they are; a plug-in's may have a target and be of powers of two."""
+    for side, rule in (("weights", weight_rule), ("activations", act_rule)):
+        target: float = getattr(rule, "target", 0.0)
+        if target >= format_.overflow:
+            raise ValueError(f"quant.{side}.rule: target {target:g} is beyond the range of {format_.name}")
+        if format_.block and not getattr(rule, "power_of_two", False):
             raise ValueError(f"quant.{side}.rule: the scales of {format_.name} are powers of two, choose mx or pow2")
-        if isinstance(rule, Percentile | Ema) and rule.then.target >= format_.overflow:
-            raise ValueError(f"quant.{side}.rule: target {rule.then.target:g} is beyond the range of {format_.name}")
-    if isinstance(rules["weights"], Ema):
+    if isinstance(weight_rule, Ema):
         raise ValueError("quant.weights.rule=ema: a weight has no history, that rule is for static activations")
-    searched = isinstance(rules["activations"], Percentile | Ema | LeastError)
-    if searched and not act.static:
-        raise ValueError(
-            f"quant.activations.rule={act.rule} is found in calibration: set quant.activations.static=true"
-        )
-    if act.rule == "mse_output":
+    if not isinstance(act_rule, SearchedRule):
+        return
+    text = config.activations.rule
+    if not config.activations.static:
+        raise ValueError(f"quant.activations.rule={text} is found in calibration: set quant.activations.static=true")
+    if text == "mse_output":
         raise ValueError("quant.activations.rule=mse_output is for weights: choose mse")
-    if searched and config.smoothing is not None:
-        raise ValueError(f"quant.smoothing changes what quant.activations.rule={act.rule} was found on: choose amax")
-    return Scheme(
-        config=config,
-        format=format_,
-        weight_granularity=parse_granularity(weights.granularity, "per_channel", format_),
-        weight_rule=rules["weights"],
-        act_granularity=parse_granularity(act.granularity, "per_token", format_),
-        act_rule=rules["activations"],
-        act_static=act.static,
-        overflow=config.overflow,
-        product=config.product,
-        attention=config.attention,
-        packed=config.packed,
-        smoothing=config.smoothing,
-    )
+    if config.smoothing is not None:
+        raise ValueError(f"quant.smoothing changes what quant.activations.rule={text} was found on: choose amax")
+
+
+def parse_granularity(text: str, rows: str, format_: Format) -> Granularity:
+    """``per_tensor``, ``per_block`` or the name ``rows`` stands for: ``per_channel`` of weights, ``per_token`` of
+    activations."""
+    if text == "per_block" and format_.block:
+        return PerBlock(format_.block)
+    if format_.block:
+        raise ValueError(f"{format_.name} has a scale for every {format_.block} elements: the granularity is per_block")
+    if text == "per_tensor":
+        return PerTensor()
+    if text == rows:
+        return PerRow()
+    guess = did_you_mean(text, ("per_tensor", rows))
+    raise ValueError(f"unknown granularity {text!r}: {guess}choose per_tensor or {rows}")

@@ -25,7 +25,7 @@ def resolve_blocks(indices: Sequence[int], count: int, what: str = "protected") 
     return tuple(sorted(resolved))
 
 
-def match_names(patterns: Sequence[str], names: Iterable[str], what: str = "modules") -> set[str]:
+def match_names(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
     """The names that one of the patterns matches whole (``re.fullmatch``; a dot also matches a dot).
 
     ``ValueError`` names a pattern that is no regular expression or matches nothing.
@@ -36,10 +36,10 @@ def match_names(patterns: Sequence[str], names: Iterable[str], what: str = "modu
         try:
             hits = {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
-            raise ValueError(f"pattern {pattern!r} of protected {what} is not a regular expression: {error}") from None
+            raise ValueError(f"pattern {pattern!r} of protected modules is not a regular expression: {error}") from None
         if not hits:
             raise ValueError(
-                f"pattern {pattern!r} of protected {what} matches nothing (a whole name has to match: attn1.* and not "
+                f"pattern {pattern!r} of protected modules matches nothing (a whole name has to match: attn1.* and not "
                 f"attn1): the names are {', '.join(sorted(set(names)))}"
             )
         found |= hits

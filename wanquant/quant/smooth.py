@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from wanquant.quant.statistics import Site
+from wanquant.quant.site import Site
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What was done for a linear: its ``divisors``, float32 [in], powers of two; and whether they are ``folded``, so
-    that its input arrives divided and its weight has been multiplied."""
+    """Of one linear: the ``divisors`` of its input's channels, float32 [in], powers of two; and whether they are
+    ``folded`` into what comes before, so that its input arrives divided and its weight has been multiplied."""
 
     divisors: torch.Tensor
     folded: bool
@@ -35,13 +35,6 @@ def divisors(weight: torch.Tensor, seen: Site, strength: float) -> torch.Tensor:
     exponent = (strength * inputs.log2() - (1 - strength) * columns.log2()).round()
     usable = exponent.isfinite() & (exponent.abs() < 100)
     return torch.ldexp(torch.ones_like(columns), torch.where(usable, exponent, 0.0).to(torch.int32))
-
-
-def writer_of(name: str, block: str, folds: Mapping[str, str]) -> str | None:
-    """Full name of the module whose output channels a linear reads, if nothing else does. ``folds`` names both
-    inside a block."""
-    writer = folds.get(name.removeprefix(f"{block}."))
-    return None if writer is None else f"{block}.{writer}"
 
 
 @torch.no_grad()
@@ -60,21 +53,25 @@ def smooth_(
     strength: float,
     folds: Mapping[str, str],
 ) -> dict[str, Smoothing]:
-    """Folds what can be folded, in place, and returns what was done for every linear of ``names``.
+    """Folds what can be folded, in place, and returns the smoothing of every linear of ``names``.
 
-    ``blocks`` is the block of each linear, by name. A linear that is not to be quantized itself is not changed, so
+    ``blocks`` is the block of each linear, by name; ``folds`` has, by name inside a block, the module whose output
+    channels a linear reads, if nothing else does. A linear that is not to be quantized itself is not changed, so
     one that is protected stays what it is; then its reader keeps the factors.
     Weights of readers that were folded are multiplied here, those of the others where they are quantized.
     """
+
+    def writer_of(name: str) -> str | None:
+        writer = folds.get(name.removeprefix(f"{blocks[name]}."))
+        return None if writer is None else f"{blocks[name]}.{writer}"
+
     done: dict[str, Smoothing] = {}
     # Readers that fold come first: they change weights on which the others' divisors depend.
-    order = sorted(names, key=lambda name: writer_of(name, blocks[name], folds) is None)
-    for name in order:
-        linear, seen = module.get_submodule(name), stats[name]
+    for name in sorted(names, key=lambda name: writer_of(name) is None):
+        linear, seen, writer_name = module.get_submodule(name), stats[name], writer_of(name)
         assert isinstance(linear, nn.Linear)
         assert isinstance(seen, Site)
         divisor = divisors(linear.weight, seen, strength)
-        writer_name = writer_of(name, blocks[name], folds)
         writer = None if writer_name is None else module.get_submodule(writer_name)
         # A norm without weights has nothing to fold into.
         possible = writer is not None and next(writer.parameters(recurse=False), None) is not None

@@ -1,130 +1,43 @@
-"""What passed through a model, by place, denoising-step bin and guidance branch: collected online, merged exactly.
+"""Calibration statistics: what passed through a model, by place, denoising-step bin and guidance branch.
 
-A *site* is the input or the output of a linear, or the residual stream behind a block. Nothing is kept of the
-tensors themselves. Counts are integers and largest magnitudes are maxima, so they merge exactly in any order; sums
-of floats would not, so they are kept per video and added by ``math.fsum``, whose result is correctly rounded and
-therefore knows no order. Statistics merged from parts are equal, bit for bit, to those of one pass.
+Collected online by forward hooks, merged exactly, and stored as ``statistics.safetensors`` (the figures) and
+``statistics.json`` (what they are of).
+
+Statistics merged from parts are equal, bit for bit, to those of one pass.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from wanquant.kernels.statistics import BINS, SUMS, ZONES, Observed
-from wanquant.quant.view import View
+from wanquant.kernels import absmax_rows
+from wanquant.kernels.observe_loop import LOWEST, PER_OCTAVE
+from wanquant.kernels.statistics import BINS, DYNAMIC_RULES, HIGHEST, Observed, observe_rows
+from wanquant.quant.site import Layout as Layout
+from wanquant.quant.site import Place
+from wanquant.quant.site import Site as Site
 
 INPUT, OUTPUT, RESIDUAL = "input", "output", "residual"
 BRANCHES = ("cond", "uncond")
-#: AMCT's *Quantile*: the running largest magnitude is 0.99 of itself and 0.01 of the new one.
-EMA_KEPT = 0.99
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which videos were seen, of how many denoising steps, and into how many bins those go; branches of guidance.
-
-    ``full`` is everything; without it only the largest magnitudes are kept, at next to no cost.
-    """
-
-    videos: tuple[str, ...]
-    steps: int
-    bins: int = 4
-    branches: int = 2
-    full: bool = True
-
-    def bin_of(self, step: int) -> int:
-        return step * self.bins // self.steps
-
-    def steps_of(self, bin_: int) -> list[int]:
-        return [step for step in range(self.steps) if self.bin_of(step) == bin_]
-
-
-@dataclass
-class Site:
-    """The running figures of one site.
-
-    absmax           float32 [videos, steps, branches]: 0 where nothing passed (``calls`` is 0), NaN where one did
-    calls, rows      int64 [videos, steps, branches]
-    counts           int64 [bins, branches, BINS]
-    zones            int64 [bins, branches, len(ZONES)], under the first dynamic rule
-    sums             float64 [videos, bins, branches, SUMS]
-    channel_absmax   float32 [bins, branches, channels]
-    channel_square   float64 [videos, channels]: sums of squares, of inputs
-    """
-
-    absmax: np.ndarray
-    calls: np.ndarray
-    rows: np.ndarray
-    counts: np.ndarray
-    zones: np.ndarray
-    sums: np.ndarray
-    channel_absmax: np.ndarray
-    channel_square: np.ndarray
-
-    @classmethod
-    def empty(cls, layout: Layout, channels: int, with_square: bool) -> Site:
-        by_step = (len(layout.videos), layout.steps, layout.branches)
-        bins = (layout.bins if layout.full else 0, layout.branches)
-        return cls(
-            np.zeros(by_step, np.float32),
-            np.zeros(by_step, np.int64),
-            np.zeros(by_step, np.int64),
-            np.zeros((*bins, BINS), np.int64),
-            np.zeros((*bins, len(ZONES)), np.int64),
-            np.zeros((len(layout.videos), *bins, SUMS)),
-            np.zeros((*bins, channels), np.float32),
-            np.zeros((len(layout.videos), channels if layout.full and with_square else 0)),
-        )
-
-    def note(self, place: tuple[int, int, int], absmax: float, rows: int) -> None:
-        """The largest magnitude alone. NaN is kept, not skipped."""
-        old = self.absmax[place]
-        self.absmax[place] = absmax if absmax != absmax or absmax > old else old
-        self.calls[place] += 1
-        self.rows[place] += rows
-
-    def add(self, place: tuple[int, int, int], bin_: int, seen: Observed, rows: int) -> None:
-        video, _, branch = place
-        self.note(place, seen.absmax, rows)
-        self.counts[bin_, branch] += seen.counts
-        self.zones[bin_, branch] += seen.zones
-        self.sums[video, bin_, branch] += seen.sums
-        np.maximum(self.channel_absmax[bin_, branch], seen.channel_absmax, out=self.channel_absmax[bin_, branch])
-        if self.channel_square.size:
-            self.channel_square[video] += seen.channel_square
-
-    def view(self, bin_: int | None = None, branch: int | None = None) -> View:
-        """All that passed in one bin or branch, or in all of them."""
-        bins = slice(None) if bin_ is None else slice(bin_, bin_ + 1)
-        branches = slice(None) if branch is None else slice(branch, branch + 1)
-        sums = self.sums[:, bins, branches].reshape(-1, SUMS)
-        return View(
-            self.counts[bins, branches].sum((0, 1)),
-            self.zones[bins, branches].sum((0, 1)),
-            np.array([math.fsum(column) for column in sums.T]) if len(sums) else np.zeros(SUMS),
-            self.channel_absmax[bins, branches].max((0, 1), initial=0.0),
-        )
-
-    def largest(self) -> float:
-        """Over everything; NaN if a NaN passed."""
-        return float(self.absmax.max(initial=0.0))
-
-    def ema(self) -> float:
-        """The running largest magnitude after all calls, in their order: videos, steps, branches."""
-        trace = self.absmax[self.calls > 0]
-        value = float(trace[0]) if len(trace) else 0.0
-        for new in trace[1:]:
-            value = EMA_KEPT * value + (1 - EMA_KEPT) * float(new)
-        return value
-
-    def mean_square(self) -> np.ndarray:
-        """Of each channel, float64 [channels]; empty for a site that did not collect it."""
-        total = np.array([math.fsum(column) for column in self.channel_square.T])
-        return total / max(1, int(self.rows.sum()))
+ARRAYS, DESCRIPTION = "statistics.safetensors", "statistics.json"
+#: What the arrays in files mean: other versions are not read, and those with other bins or rules are others.
+KIND = {
+    "version": 2,
+    "histogram": {"bins_per_octave": PER_OCTAVE, "lowest": LOWEST, "highest": HIGHEST},
+    "rules": [rule.name for rule in DYNAMIC_RULES],
+}
 
 
 @dataclass
@@ -137,49 +50,53 @@ class Statistics:
     def site(self, name: str, kind: str) -> Site:
         return self.sites[f"{name}:{kind}"]
 
+    def inputs(self) -> dict[str, Site]:
+        """The sites of linears' inputs, by the linear's full name."""
+        return {name.removesuffix(f":{INPUT}"): site for name, site in self.sites.items() if name.endswith(f":{INPUT}")}
+
     def input_absmax(self) -> dict[str, float]:
-        """By linear, of its input."""
-        return {name.removesuffix(":input"): site.largest() for name, site in self._of(INPUT)}
+        """Largest magnitude of each linear's input; NaN if a NaN passed."""
+        return {name: site.largest() for name, site in self.inputs().items()}
 
     def rows(self) -> dict[str, int]:
         """Rows that entered each linear."""
-        return {name.removesuffix(":input"): int(site.rows.sum()) for name, site in self._of(INPUT)}
+        return {name: int(site.rows.sum()) for name, site in self.inputs().items()}
 
-    def _of(self, kind: str) -> list[tuple[str, Site]]:
-        return [(name, site) for name, site in self.sites.items() if name.endswith(f":{kind}")]
+    def block_inputs(self, block: int) -> dict[str, Site]:
+        """Those inputs of the linears inside one block."""
+        return {name: site for name, site in self.inputs().items() if name.startswith(f"blocks.{block}.")}
 
-    def block_inputs(self, block: int, blocks: str = "blocks") -> dict[str, Site]:
-        """Of the linears inside one block, by their full names."""
-        start = f"{blocks}.{block}."
-        found = {name.removesuffix(f":{INPUT}"): site for name, site in self._of(INPUT)}
-        return {name: site for name, site in found.items() if name.startswith(start)}
-
-    def own_inputs(self, block: int, blocks: str = "blocks") -> dict[str, Site]:
+    def own_inputs(self, block: int) -> dict[str, Site]:
         """Of those, what is not the same in every block: the text that cross-attention reads says nothing of one."""
-        first = {name.removeprefix(f"{blocks}.0."): site for name, site in self.block_inputs(0, blocks).items()}
-        other = {name.removeprefix(f"{blocks}.1."): site for name, site in self.block_inputs(1, blocks).items()}
-        shared = {k for k in first.keys() & other.keys() if np.array_equal(first[k].absmax, other[k].absmax, True)}
-        inputs = self.block_inputs(block, blocks)
-        return {name: site for name, site in inputs.items() if name.removeprefix(f"{blocks}.{block}.") not in shared}
+        first, other = self.block_inputs(0), self.block_inputs(1)
+
+        def is_shared(inside: str) -> bool:
+            one, two = first.get(f"blocks.0.{inside}"), other.get(f"blocks.1.{inside}")
+            return one is not None and two is not None and np.array_equal(one.absmax, two.absmax, equal_nan=True)
+
+        inputs, start = self.block_inputs(block), f"blocks.{block}."
+        return {name: site for name, site in inputs.items() if not is_shared(name.removeprefix(start))}
 
     def coverage(self) -> list[str]:
-        """What stands behind the figures, in a line, and a warning for each bin or branch in which nothing passed."""
+        """How many videos, steps, branches, tokens and sites were seen, in a line; and a warning for each bin and
+        branch in which nothing passed."""
         layout = self.layout
         tokens = max((int(site.rows.sum()) for site in self.sites.values()), default=0)
         calls = sum(site.calls for site in self.sites.values()) if self.sites else np.zeros((1, 1, 1))
         seen = np.asarray(calls) > 0
         branches = [name for place, name in enumerate(BRANCHES[: layout.branches]) if seen[:, :, place].any()]
-        lines = [
+        bins = np.array([layout.bin_of(step) for step in range(layout.steps)])
+        return [
             f"{int(seen.any((1, 2)).sum())} of {len(layout.videos)} videos, {int(seen.any((0, 2)).sum())} of "
             f"{layout.steps} steps in {layout.bins} bins, branches {' and '.join(branches) or 'none'}, "
-            f"{tokens:,} tokens, {len(self.sites)} sites"
+            f"{tokens:,} tokens, {len(self.sites)} sites",
+            *(
+                f"warning: nothing seen in step bin {bin_}, branch {BRANCHES[branch]}"
+                for bin_ in range(layout.bins)
+                for branch in range(layout.branches)
+                if not seen[:, bins == bin_, branch].any()
+            ),
         ]
-        for bin_ in range(layout.bins):
-            steps = layout.steps_of(bin_)
-            for branch in range(layout.branches):
-                if not seen[:, steps, branch].any():
-                    lines.append(f"warning: nothing seen in step bin {bin_}, branch {BRANCHES[branch]}")
-        return lines
 
     def merged(self, other: Statistics) -> Statistics:
         """Of the videos of both, ours first. ``ValueError`` unless all else is the same and no video is in both."""
@@ -190,28 +107,109 @@ class Statistics:
         if twice:
             raise ValueError(f"both statistics have seen {min(twice)}")
         layout = replace(self.layout, videos=self.layout.videos + other.layout.videos)
-        return Statistics(layout, {name: _merged(site, other.sites[name]) for name, site in self.sites.items()})
-
-
-def _merged(a: Site, b: Site) -> Site:
-    def videos(name: str) -> np.ndarray:
-        return np.concatenate([getattr(a, name), getattr(b, name)])
-
-    return Site(
-        videos("absmax"),
-        videos("calls"),
-        videos("rows"),
-        a.counts + b.counts,
-        a.zones + b.zones,
-        videos("sums"),
-        np.maximum(a.channel_absmax, b.channel_absmax),
-        videos("channel_square"),
-    )
+        return Statistics(layout, {name: site.merged(other.sites[name]) for name, site in self.sites.items()})
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """Of all videos, in the order of the parts."""
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.merged(part)
-    return whole
+    return reduce(Statistics.merged, parts)
+
+
+class Observer:
+    """Collects ``statistics`` while entered: of every linear's input and output, and of the residual stream behind
+    every block; without ``layout.full`` the largest magnitudes of inputs and of the stream only.
+
+    Forward hooks only: the computation is not changed. ``where`` tells to which video, step and branch a pass belongs.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout, where: Callable[[], Place], blocks: str = "blocks") -> None:
+        self.statistics = Statistics(layout)
+        self._module, self._blocks, self._where = module, blocks, where
+        self._hooks = ExitStack()
+        self._measured: MutableMapping[torch.Tensor, tuple[int, Observed]] = WeakTensorKeyDictionary()
+
+    def __enter__(self) -> Observer:
+        enter = self._hooks.enter_context
+        for name, child in self._module.named_modules():
+            if isinstance(child, nn.Linear):
+                enter(child.register_forward_pre_hook(partial(self._before, f"{name}:{INPUT}")))
+                if self.statistics.layout.full:
+                    enter(child.register_forward_hook(partial(self._after, f"{name}:{OUTPUT}")))
+        for index, block in enumerate(self._module.get_submodule(self._blocks).children()):
+            enter(block.register_forward_hook(partial(self._after, f"{self._blocks}.{index}:{RESIDUAL}")))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    def _before(self, site: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._see(site, inputs[0], is_input=True)
+
+    def _after(self, site: str, _: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self._see(site, output, is_input=False)
+
+    def _see(self, name: str, tensor: torch.Tensor, is_input: bool) -> None:
+        rows = tensor.detach().view(-1, tensor.shape[-1]) if tensor.is_contiguous() else tensor.detach().flatten(0, -2)
+        layout, place, sites = self.statistics.layout, self._where(), self.statistics.sites
+        if name not in sites:
+            sites[name] = Site.empty(layout, rows.shape[1], with_square=is_input)
+        if not layout.full:
+            sites[name].note(place, float(absmax_rows(rows).amax()), len(rows))
+            return
+        seen = self._measure(tensor, rows) if is_input else observe_rows(rows, rules=False)
+        sites[name].add(place, layout.bin_of(place[1]), seen, len(rows))
+
+    def _measure(self, tensor: torch.Tensor, rows: torch.Tensor) -> Observed:
+        """Inputs are what is rounded, so the dynamic rules are tried on them. Several linears share one (Q, K and V of
+        a block; K and V of all blocks the text), and it is measured once."""
+        known = self._measured.get(tensor)
+        if known is None or known[0] != tensor._version:
+            known = self._measured[tensor] = tensor._version, observe_rows(rows)
+        return known[1]
+
+
+def save_statistics(statistics: Statistics, folder: Path, about: dict[str, Any] | None = None) -> None:
+    """Writes both files into ``folder``, which exists; ``about`` goes into the JSON as it is."""
+    arrays, first = {}, {}
+    for name, site in statistics.sites.items():
+        found = {part.name: getattr(site, part.name) for part in fields(Site)}
+        found["counts"], first[name] = _trimmed(site.counts)
+        arrays.update({f"{name}/{part}": np.ascontiguousarray(array) for part, array in found.items()})
+    save_file(arrays, folder / ARRAYS)
+    layout, coverage = asdict(statistics.layout), statistics.coverage()
+    description = {**KIND, "layout": layout, "coverage": coverage, "first_bin": first, "about": about or {}}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def load_statistics(folder: Path) -> Statistics:
+    """What ``save_statistics`` wrote, bit for bit; ``ValueError`` for files of another version or damaged ones."""
+    try:
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        for key, value in KIND.items():
+            if described[key] != value:
+                raise ValueError(f"{key} {described[key]}, this program reads {value}")
+        arrays = load_file(folder / ARRAYS)
+        layout = Layout(**{**described["layout"], "videos": tuple(described["layout"]["videos"])})
+        sites = {}
+        for name, first in described["first_bin"].items():
+            found = {part.name: arrays[f"{name}/{part.name}"] for part in fields(Site)}
+            found["counts"] = _widened(found["counts"], first)
+            sites[name] = Site(**found)
+    except Exception as error:  # safetensors, json, a missing key: whatever is wrong, they cannot be used
+        raise ValueError(f"cannot read the statistics in {folder}: {error}") from error
+    return Statistics(layout, sites)
+
+
+def _trimmed(counts: np.ndarray) -> tuple[np.ndarray, int]:
+    """Without the empty bins at the ends, as the smallest unsigned integers that hold it; and its first bin's place."""
+    used = np.flatnonzero(counts.sum((0, 1)))
+    if not len(used):
+        return counts[..., :0].astype(np.uint8), 0
+    part = counts[..., used[0] : used[-1] + 1]
+    return part.astype(np.min_scalar_type(part.max())), int(used[0])
+
+
+def _widened(part: np.ndarray, first: int) -> np.ndarray:
+    counts = np.zeros((*part.shape[:2], BINS), np.int64)
+    counts[..., first : first + part.shape[2]] = part
+    return counts

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,43 +33,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from wanquant import kernels
-from wanquant.choices import check_choices, choice
 from wanquant.formats import hif8
-from wanquant.quant.config import GRADIENTS, SCALINGS
-from wanquant.quant.linear import QuantLinear, quantize_weight, take_product
-from wanquant.quant.scale import AmaxTo, Ema, LeastError, PerBlock, Percentile, PowerOfTwo, quantize_matrix
-from wanquant.quant.scheme import Scheme
-from wanquant.quant.search import static_scale
-from wanquant.quant.statistics import Site
+from wanquant.quant.config import Training as Training
+from wanquant.quant.linear import QuantLinear, take_product
+from wanquant.quant.scale import Direct, PerBlock, SearchedRule, SharedExponent
+from wanquant.quant.scheme import Rounded, Scheme
+from wanquant.quant.site import Site
 
 #: What the largest magnitude of a gradient becomes: the zone of two mantissa bits (OSP-Next, MindSpeed).
 GRADIENT_TARGET = 224.0
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a quantized linear is trained.
-
-    weights        whether the weight and bias are trained; if not, they stay BF16 and have no gradient
-    clip_mask      whether what falls beyond the range has no gradient
-    learn_scales   the weight's scales are trained too, and the input's where it is static
-    gradients      ``none``: BF16; ``hif8``: rounded to nearest; ``stochastic``: to either neighbour
-    scaling        of static inputs: ``current``, as calibrated; ``delayed``, by the last ``window`` steps
-    """
-
-    weights: bool = True
-    clip_mask: bool = True
-    learn_scales: bool = False
-    gradients: str = choice("none", GRADIENTS)
-    scaling: str = choice("current", SCALINGS)
-    window: int = 64
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        if self.window < 1:
-            raise ValueError(f"window={self.window}: must be at least 1")
-        if self.learn_scales and self.scaling == "delayed":
-            raise ValueError("scaling=delayed takes scales from what passes, so they cannot be learned")
 
 
 def check_trainable(scheme: Scheme, how: Training) -> None:
@@ -86,17 +57,14 @@ def check_trainable(scheme: Scheme, how: Training) -> None:
     if how.scaling == "delayed":
         if not scheme.act_static:
             raise ValueError("scaling=delayed makes static scales: set quant.activations.static=true")
-        if not isinstance(scheme.act_rule, AmaxTo | PowerOfTwo):
-            raise ValueError(f"scaling=delayed needs quant.activations.rule=amax or pow2, not {_rule(scheme)}")
-
-
-def _rule(scheme: Scheme) -> str:
-    return scheme.config.activations.rule
+        if isinstance(scheme.act_rule, SearchedRule | Direct | SharedExponent):  # no target for the history's maximum
+            rule = scheme.config.activations.rule
+            raise ValueError(f"scaling=delayed needs quant.activations.rule=amax or pow2, not {rule}")
 
 
 class LastInput:
-    """What became of the input that was rounded last, for the layers that get the same one: ``to_q``, ``to_k`` and
-    ``to_v`` do. Rounding it once saves time, and two copies of it kept for the backward pass."""
+    """The input that was rounded last and its rounding, shared by the layers that get the same one: ``to_q``, ``to_k``
+    and ``to_v`` do. Rounding it once saves time, and two copies of it kept for the backward pass."""
 
     def __init__(self) -> None:
         self._of: weakref.ref[torch.Tensor] | None = None
@@ -118,6 +86,7 @@ class TrainableQuantLinear(nn.Linear):
     input_scale   float32 [], with static activations only
     input_gain    float32 []: as weight_gain
     history       float32 [window]: with delayed scaling the largest magnitudes of the last steps, the newest last
+    seen          float32 []: with delayed scaling the largest magnitude of the inputs since the last ``advance``
     clipped       int64 []: elements of all inputs so far that fell beyond the range; clipped_weights: of the weight, in
                   the last forward pass
     counting      False where a forward pass is taken again
@@ -145,28 +114,23 @@ class TrainableQuantLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.scheme, self.how, self.quantizing = scheme, how, True
         self._last = last or LastInput()
-        self._seen: torch.Tensor | None = None
         device, dtype = linear.weight.device, torch.float32 if how.weights else torch.bfloat16
         self.weight = nn.Parameter(linear.weight.detach().to(dtype), how.weights)
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach().to(dtype), how.weights)
-        base = None
-        if how.learn_scales or isinstance(scheme.weight_rule, Percentile | Ema | LeastError):
-            base = quantize_weight(self.weight.detach().to(torch.bfloat16), scheme, seen, None)[1]
-        self.register_buffer("initial_scale", base)
-        scale = None
-        if scheme.act_static:
-            assert seen is not None, "a static scheme needs a calibrated input"
-            scale = static_scale(scheme.act_rule, seen, scheme.format, scheme.overflow).to(device)
-        self.register_buffer("input_scale", scale)
-        learned = [how.learn_scales, how.learn_scales and scale is not None]
-        for name, like, there in zip(("weight_gain", "input_gain"), (base, scale), learned, strict=True):
-            self.register_parameter(name, nn.Parameter(torch.zeros_like(like)) if there and like is not None else None)
+        base, scale = None, scheme.input_scale(seen, device)
+        if how.learn_scales or isinstance(scheme.weight_rule, SearchedRule):
+            base = scheme.quantize_weight(self.weight.detach().to(torch.bfloat16), seen)[1]
+        for name, gain, found in (("initial_scale", "weight_gain", base), ("input_scale", "input_gain", scale)):
+            self.register_buffer(name, found)
+            learned = nn.Parameter(torch.zeros_like(found)) if how.learn_scales and found is not None else None
+            self.register_parameter(gain, learned)
         if how.scaling == "delayed":
             assert seen is not None
             largest = seen.largest() if isinstance(seen, Site) else float(seen)
             self.register_buffer("history", torch.zeros(how.window, device=device))
             self.history[-1] = largest
+            self.seen = torch.zeros((), device=device)
         # No buffers: of those several processes would all have the first one's.
         self.clipped = self.clipped_weights = torch.zeros((), dtype=torch.int64, device=device)
         self.counting = True
@@ -177,70 +141,51 @@ class TrainableQuantLinear(nn.Linear):
     def of(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Forward with another weight than its own: with what an adapter adds to it."""
         if self.how.scaling == "delayed":
-            self._watch(x)
+            self.seen = torch.maximum(self.seen.to(x.device), x.detach().abs().amax().float())
         if not self.quantizing:
             return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        rows = x.detach().reshape(-1, self.in_features)
-        rounded = (
-            self._last.rounded(x, lambda: self.rounded_input(rows))
-            if self.input_scale is None
-            else self.rounded_input(rows)
-        )
-        y: torch.Tensor = _StraightThrough.apply(
-            x.reshape(-1, self.in_features), weight, self.bias, self.weight_gain, self.input_gain, rounded, self
-        )
+        rows = x.reshape(-1, self.in_features)
+        if self.input_scale is None:
+            rounded = self._last.rounded(x, lambda: self.scheme.quantize_input(rows.detach(), None))
+        else:
+            rounded = self.scheme.quantize_input(rows.detach(), _gained(self.input_scale, self.input_gain))
+        gains = self.weight_gain, self.input_gain
+        y: torch.Tensor = _StraightThrough.apply(rows, weight, self.bias, *gains, rounded, self)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def rounded_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """BF16 values on the grid, their scale, and how many overflowed (None: none could)."""
-        scheme = self.scheme
-        if self.input_scale is not None:
-            scale = _gained(self.input_scale, self.input_gain)
-            operand, over = scheme.format.scaled_round(rows, scale, scheme.overflow)
-            return operand, scale, over
-        assert not isinstance(scheme.act_rule, Percentile | Ema | LeastError), "parse lets none be dynamic"
-        return quantize_matrix(rows, scheme.act_granularity, scheme.act_rule, scheme.format, scheme.overflow)
-
-    def rounded_weight(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The same of a weight in BF16."""
+    def rounded_weight(self, source: torch.Tensor) -> Rounded:
+        """Of a weight in BF16, by scales taken from it now, or by the initial ones times their gain."""
         if self.initial_scale is None:
-            return quantize_weight(source, self.scheme, None, None)
+            return self.scheme.quantize_weight(source)
         scale = _gained(self.initial_scale, self.weight_gain)
         rounded, over = self.scheme.format.scaled_round(source, scale, self.scheme.overflow)
         return rounded, scale, over
-
-    @torch.no_grad()
-    def _watch(self, x: torch.Tensor) -> None:
-        now = x.detach().abs().amax().float()
-        self._seen = now if self._seen is None else torch.maximum(self._seen, now)
-
-    @property
-    def seen(self) -> torch.Tensor:
-        """The largest magnitude of the inputs since the last ``advance``; 0 if there were none."""
-        return torch.zeros_like(self.history[0]) if self._seen is None else self._seen
 
     @torch.no_grad()
     def advance(self, largest: torch.Tensor) -> None:
         """Ends a step of delayed scaling: ``largest`` (``seen``, over all processes) joins the history, whose maximum
         is the next step's scale. One that is not finite makes the scale NaN, so that a broken input is not repaired."""
         assert self.input_scale is not None
-        assert isinstance(self.scheme.act_rule, AmaxTo | PowerOfTwo)
+        assert not isinstance(self.scheme.act_rule, SearchedRule)
         self.history.copy_(torch.cat([self.history[1:], largest.view(1)]))
         self.input_scale.copy_(self.scheme.act_rule(self.history.amax()))
-        self._seen = None
+        self.seen = torch.zeros_like(self.history[0])
 
     @torch.no_grad()
-    def frozen(self, weight: torch.Tensor | None = None) -> QuantLinear:
-        """What inference runs, computing what this computes; ``weight`` as in ``of``."""
-        source = (self.weight if weight is None else weight).detach().to(torch.bfloat16)
-        rounded, scale, over = self.rounded_weight(source)
+    def frozen(self) -> QuantLinear:
+        """What inference runs, computing what this computes."""
+        source = self.weight.detach().to(torch.bfloat16)
         static = None if self.input_scale is None else _gained(self.input_scale, self.input_gain).clone()
-        bias = None if self.bias is None else self.bias.detach()
-        return QuantLinear.assembled(self.scheme, rounded, scale, over, bias, static)
+        return QuantLinear.assembled(self.scheme, self.rounded_weight(source), self.bias, static)
 
 
 def _gained(scale: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
     return scale if gain is None else scale * gain.detach().exp()
+
+
+def _over_rows(scale: torch.Tensor) -> torch.Tensor:
+    """[rows] as a column, to divide a matrix by; [] as it is."""
+    return scale[:, None] if scale.ndim else scale
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -252,7 +197,7 @@ class _StraightThrough(torch.autograd.Function):
         bias: torch.Tensor | None,
         weight_gain: torch.Tensor | None,
         input_gain: torch.Tensor | None,
-        rounded: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        rounded: Rounded,
         layer: TrainableQuantLinear,
     ) -> torch.Tensor:
         scheme, how = layer.scheme, layer.how
@@ -262,8 +207,9 @@ class _StraightThrough(torch.autograd.Function):
         if layer.counting:
             layer.clipped_weights = torch.zeros_like(layer.clipped) if w_over is None else w_over
             layer.clipped = layer.clipped if x_over is None else layer.clipped + x_over
+        limit = scheme.format.overflow
         ctx.masks = [
-            _in_range(values, scale, scheme.format.overflow) if how.clip_mask and over is not None else None
+            (values.float() / _over_rows(scale)).abs() < limit if how.clip_mask and over is not None else None
             for values, scale, over in ((rows, x_scale, x_over), (source, w_scale, w_over))
         ]
         # What was rounded is needed again only where the scale is learned.
@@ -272,7 +218,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.exact, ctx.has_bias, ctx.gradients = scheme.product == "exact", bias is not None, how.gradients
         bias16 = None if bias is None else bias.to(torch.bfloat16)
         with torch.autocast(rows.device.type, enabled=False):  # it would take the exact product in 16 bits
-            return take_product(x, x_scale, w, w_scale, bias16, scheme, rows.dtype)
+            return take_product((x, x_scale), (w, w_scale), bias16, scheme, rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -282,19 +228,31 @@ class _StraightThrough(torch.autograd.Function):
         grad_x = grad_w = grad_b = grad_wg = grad_xg = None
         with torch.autocast(grad.device.type, enabled=False):
             if wants_x or wants_input_gain:
-                grad_x = _product(grad, w_scale, w, ctx).to(grad.dtype)
-                if wants_input_gain:
-                    grad_xg = x_scale * (grad_x.float() * _missed(x, rows, x_scale, ctx.masks[0])).sum()
-                grad_x = grad_x if ctx.masks[0] is None else grad_x * ctx.masks[0]
+                product = _product(grad, w_scale, w, ctx).to(grad.dtype)
+                grad_x, grad_xg = _through_rounding(product, x, rows, x_scale, ctx.masks[0])
             if wants_w or wants_weight_gain:
-                grad_w = _product(grad.T, x_scale, x, ctx).float()
-                if wants_weight_gain:
-                    missed = grad_w * _missed(w, source, w_scale, ctx.masks[1])
-                    grad_wg = w_scale * (missed.sum(1) if w_scale.ndim else missed.sum())
-                grad_w = grad_w if ctx.masks[1] is None else grad_w * ctx.masks[1]
+                product = _product(grad.T, x_scale, x, ctx).float()
+                grad_w, grad_wg = _through_rounding(product, w, source, w_scale, ctx.masks[1])
             if ctx.has_bias and wants_b:
                 grad_b = grad.float().sum(0)
         return grad_x, grad_w if wants_w else None, grad_b, grad_wg, grad_xg, None, None
+
+
+def _through_rounding(
+    grad: torch.Tensor,
+    rounded: torch.Tensor,
+    source: torch.Tensor | None,
+    scale: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """From the gradient of an operand's s Q(v) that of the operand and, if ``source`` = s v is given, of its gain.
+    Where ``mask`` is false, Q is constant."""
+    of_gain = None
+    if source is not None:
+        v = source.float() / _over_rows(scale)
+        part = grad.float() * (rounded.float() - (v if mask is None else torch.where(mask, v, 0.0)))
+        of_gain = scale * (part.sum(1) if scale.ndim else part.sum())
+    return grad if mask is None else grad * mask, of_gain
 
 
 def _product(grad: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, ctx: Any) -> torch.Tensor:
@@ -306,7 +264,7 @@ def _product(grad: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, ctx:
         return F.linear(grad.float() * scale, values.T.float())
     if values.numel() < grad.numel():
         scaled = torch.empty_like(values)
-        torch.mul(values, scale[:, None] if scale.ndim else scale, out=scaled)
+        torch.mul(values, _over_rows(scale), out=scaled)
         return F.linear(grad.to(torch.bfloat16), scaled.T)
     return F.linear((grad * scale).to(torch.bfloat16), values.T)
 
@@ -318,18 +276,6 @@ def _quantized_product(scaled: torch.Tensor, values: torch.Tensor, ctx: Any) -> 
     rounded = hif8.round_stochastic(divided) if ctx.gradients == "stochastic" else hif8.round(divided)
     dtype = torch.float32 if ctx.exact else torch.bfloat16
     return F.linear(rounded.to(dtype), values.T.to(dtype)).float() * scale
-
-
-def _missed(
-    rounded: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Q(v) - v, or Q(v) alone where the mask says that Q is constant."""
-    passed = values.float() / (scale[:, None] if scale.ndim else scale)
-    return rounded.float() - (passed if mask is None else torch.where(mask, passed, 0.0))
-
-
-def _in_range(values: torch.Tensor, scale: torch.Tensor, overflow: float) -> torch.Tensor:
-    return (values.float() / (scale[:, None] if scale.ndim else scale)).abs() < overflow
 
 
 def trainable_linears(module: nn.Module) -> dict[str, TrainableQuantLinear]:

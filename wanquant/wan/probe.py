@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch import nn
 
-from wanquant.quant.observe import Observer
-from wanquant.quant.statistics import Layout
+from wanquant.quant.statistics import Layout, Observer
 from wanquant.wan.activations import mixed_norms
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.footprint import (
