@@ -58,9 +58,9 @@ class Source(Protocol):
     def batch(self, step: int, size: int, rows: range) -> Batch: ...
 
 
-def order(count: int, seed: int, first: int, size: int) -> list[int]:
-    """The next ``size`` of ``count`` things after ``first`` have been taken: each once, in an order of its own, then
-    again in another."""
+def shuffled_order(count: int, seed: int, first: int, size: int) -> list[int]:
+    """``size`` indices below ``count``, from position ``first`` on of an endless sequence: all of them in a random
+    order, then all in another, and so on."""
     found: list[int] = []
     while len(found) < size:
         round_, place = divmod(first + len(found), count)
@@ -71,6 +71,8 @@ def order(count: int, seed: int, first: int, size: int) -> list[int]:
 
 @dataclass
 class Trajectories:
+    """BF16's own inputs and outputs; ``embed`` gives a prompt's text embedding."""
+
     recording: Recording
     embed: Callable[[str], torch.Tensor]
     seed: int
@@ -79,26 +81,23 @@ class Trajectories:
         return len(self.recording)
 
     def batch(self, step: int, size: int, rows: range) -> Batch:
-        taken = order(len(self), self.seed, step * size, size)[rows.start : rows.stop]
-        return self.of(taken)
+        return self.of(shuffled_order(len(self), self.seed, step * size, size)[rows.start : rows.stop])
 
     def video_of(self, place: int) -> int:
         """Which of the recorded videos a sample belongs to."""
         return place // (self.recording.steps * self.recording.branches)
 
     def of(self, places: Sequence[int]) -> Batch:
-        asked = [self.recording[place] for place in places]
-        return Batch(
-            torch.stack([sample.noisy for sample in asked]),
-            torch.stack([sample.timestep for sample in asked]),
-            torch.stack([self.embed(sample.prompt) for sample in asked]),
-            output=torch.stack([sample.output for sample in asked]),
+        samples = [self.recording[place] for place in places]
+        noisy, timestep, output = (
+            torch.stack([getattr(sample, name) for sample in samples]) for name in ("noisy", "timestep", "output")
         )
+        return Batch(noisy, timestep, torch.stack([self.embed(sample.prompt) for sample in samples]), output=output)
 
 
 @dataclass
 class Videos:
-    """``files`` hold the latents of each video, or ``latents`` all of them."""
+    """``latents`` gives those of a video by its place; ``negative`` is the prompt where a caption is dropped."""
 
     captions: list[str]
     latents: Callable[[int], torch.Tensor]
@@ -112,7 +111,7 @@ class Videos:
         return len(self.captions)
 
     def batch(self, step: int, size: int, rows: range) -> Batch:
-        taken = order(len(self), self.seed, step * size, size)
+        taken = shuffled_order(len(self), self.seed, step * size, size)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         dropped = torch.rand(size, generator=generator) < self.drop
         uniform = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
@@ -211,7 +210,7 @@ def _rows(path: Path, text: str) -> list[tuple[int, dict[str, object]]]:
 
 
 def captions_of(config: DataConfig) -> list[str]:
-    """What is learned from, of a source that lists it."""
+    """The prompts or captions of the data, of a source that lists them."""
     if config.source == "trajectories":
         return [text for text, _ in pairs(config.prompts, "qat.data.prompts")]
     return [caption for _, caption in read_list(Path(config.path))]
@@ -226,7 +225,7 @@ def contents(config: DataConfig) -> dict[str, object]:
         return {**found, "videos_per_scene": config.videos_per_scene}
     listed = read_list(Path(config.path))
     versions = ((path, path.stat()) for path, _ in listed)
-    sums = _sums(tuple((path, told.st_size, told.st_mtime_ns) for path, told in versions))
+    sums = _sums(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in versions))
     return {**found, "videos": [(sum_, caption) for sum_, (_, caption) in zip(sums, listed, strict=True)]}
 
 

@@ -11,13 +11,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 
 
@@ -27,23 +26,19 @@ def trains_weights(scope: str) -> bool:
 
 
 def choose_(
-    transformer: nn.Module, scope: str, blocks: Sequence[int], rank: int, alpha: int, seed: int = 0
+    transformer: nn.Module, scope: str, blocks: Collection[int], rank: int, alpha: int, seed: int = 0
 ) -> list[nn.Parameter]:
     """Turns gradients on for what the scope trains, in float32, and off for the rest. Returns it.
 
-    ``blocks`` are indices from either end; empty for all. ``seed`` is for what begins at random, in ``lora``.
-    ``ValueError`` if nothing is left to train.
+    ``blocks`` are those that may be trained. ``seed`` is for what begins at random, in ``lora``. ``ValueError`` if
+    nothing is left to train.
     """
-    every = transformer.get_submodule("blocks")
-    assert isinstance(every, nn.ModuleList)
-    chosen = set(resolve_blocks(blocks, len(every)) if blocks else range(len(every)))
     if scope == "lora":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            add_lora_(transformer, [f"blocks.{index}" for index in sorted(chosen)], rank, alpha)
-    linears = trainable_linears(transformer)
+            add_lora_(transformer, [f"blocks.{index}" for index in sorted(blocks)], rank, alpha)
     for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(_is_trained(name, parameter, scope, chosen, linears))
+        parameter.requires_grad_(_is_trained(name, parameter, scope, blocks))
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -52,11 +47,9 @@ def choose_(
     return trained
 
 
-def _is_trained(
-    name: str, parameter: nn.Parameter, scope: str, chosen: set[int], linears: dict[str, TrainableQuantLinear]
-) -> bool:
+def _is_trained(name: str, parameter: nn.Parameter, scope: str, blocks: Collection[int]) -> bool:
     parts = name.split(".")
-    inside = parts[0] == "blocks" and int(parts[1]) in chosen
+    inside = parts[0] == "blocks" and int(parts[1]) in blocks
     gain = parts[-1] in ("weight_gain", "input_gain")
     if scope == "lora":
         return "lora_" in name
