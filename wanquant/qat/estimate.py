@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from wanquant.ptq.count import count_videos
 from wanquant.qat.config import AT_ONCE, SET_ASIDE, QATConfig, processes
 from wanquant.qat.plan import TrainPlan
 from wanquant.qat.scope import is_matrix, trains_weights
@@ -16,7 +18,7 @@ from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.trainable import Training
 from wanquant.wan.activations import Kept, kept_by
-from wanquant.wan.estimate import ResourceEstimate, in_bytes, in_time, print_estimate, tokens_of
+from wanquant.wan.estimate import ResourceEstimate, VideoCounts, in_bytes, in_time, print_estimate, tokens_of
 from wanquant.wan.experts import parts_of
 from wanquant.wan.footprint import once
 from wanquant.wan.probe import block_seconds, learning_seconds
@@ -42,7 +44,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        return self.model + sum(getattr(self, name) for name in ADDED)
+        return self.model + self.weights + self.gradients + self.optimizer + self.average + self.activations
 
     def added(self, on_host: bool) -> int:
         """By the training to what it found; ``on_host`` where the device is the host."""
@@ -87,6 +89,27 @@ def estimate_seconds(plan: TrainPlan) -> float:
     passes = _passing(plan) * (2 + 2 / SET_ASIDE) / AT_ONCE
     plain = block_seconds(shape, None, tokens, text, AT_ONCE, plan.device)
     return len(plan.chosen) * qat.steps * each + passed * passes * plain
+
+
+def count_training_videos(plan: TrainPlan) -> VideoCounts:
+    """As for a quantization, with the videos of the untrained baseline; what is learned from is recorded in BF16,
+    and what is measured too."""
+    counts, qat, measured, calibrated = count_videos(plan), plan.qat, len(plan.pairs), len(plan.calibration)
+    baselines = 1 if qat.quantize else 0
+    looks = (1 + qat.steps // qat.check_every) * calibrated if qat.check_every else 0
+    return dataclasses.replace(
+        counts,
+        recorded=len(plan.learned),
+        untrained=2 * baselines * measured,
+        looks=looks,
+        renamed=(("generate_quantized", "generate_trained"),),
+        bf16=counts.bf16 + len(plan.learned) + (calibrated if looks else 0),
+        # Single steps are measured of both models, in as many passes as a video takes.
+        quantized=counts.quantized + (2 * baselines + 1) * measured + looks,
+        decoded=counts.decoded + baselines * measured,
+        held=counts.held + baselines * measured,
+        beside=counts.beside or bool(baselines),
+    )
 
 
 def _rows(qat: QATConfig) -> int:

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,14 +32,20 @@ from wanquant.evaluate.compare import measure
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.perceptual import distance
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference, estimate
-from wanquant.ptq.choose import choose
-from wanquant.ptq.count import count_videos, estimate_resources
+from wanquant.ptq.calibrate import Calibration
+from wanquant.ptq.choose import Choice, choose
+from wanquant.ptq.count import estimate_resources
 from wanquant.ptq.job import Job, run_job
 from wanquant.ptq.plan import with_weights
 from wanquant.ptq.result import conversion
 from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.config import TrainConfig, processes
-from wanquant.qat.estimate import estimate_memory, estimate_seconds, print_training_estimate
+from wanquant.qat.estimate import (
+    count_training_videos,
+    estimate_memory,
+    estimate_seconds,
+    print_training_estimate,
+)
 from wanquant.qat.loop import make_accelerator
 from wanquant.qat.plan import TrainPlan, resolve_train
 from wanquant.qat.train import Trainer
@@ -117,26 +123,7 @@ class TrainJob(Job):
 
     @staticmethod
     def counts(plan: TrainPlan) -> VideoCounts:
-        """As for a quantization, with the videos of the untrained baseline; what is learned from is recorded in BF16,
-        and what is measured too."""
-        counts, qat, measured, calibrated = count_videos(plan), plan.qat, len(plan.pairs), len(plan.calibration)
-        baselines = 1 if qat.quantize else 0
-        # Single steps are asked of both, with as many passes as a video has.
-        quantized, looks = counts.quantized + (2 * baselines + 1) * measured, 0
-        if qat.check_every:
-            looks = (1 + qat.steps // qat.check_every) * calibrated
-        return dataclasses.replace(
-            counts,
-            recorded=len(plan.learned),
-            untrained=2 * baselines * measured,
-            looks=looks,
-            renamed=(("generate_quantized", "generate_trained"),),
-            bf16=counts.bf16 + len(plan.learned) + (calibrated if looks else 0),
-            quantized=quantized + looks,
-            decoded=counts.decoded + baselines * measured,
-            held=counts.held + baselines * measured,
-            beside=counts.beside or bool(baselines),
-        )
+        return count_training_videos(plan)
 
     @classmethod
     def print_estimate(cls, plan: TrainPlan, config_yaml: str) -> None:
@@ -161,23 +148,14 @@ class TrainJob(Job):
         return signature(self.plan.counted(protected), self.fingerprint, self.device, (*MEASURES, "qat"))
 
     def run(self) -> dict[str, Any]:
-        config, stage = self.config, self.run_.stage
-        calibrator = self.load()
-        pipeline = calibrator.pipeline
-        with stage("calibrate"):
-            calibration, stats = calibrator.calibration(), calibrator.inputs()
-        with stage("choose"):
-            choice = choose(config.protect, self.plan.model.protected, calibrator)
-        trainer = Trainer(calibrator, self.plan, choice.blocks, stats)
-        with stage("data"):
-            trainer.prepare()
+        stage = self.run_.stage
+        trainer, calibration, choice = self._prepared()
+        pipeline = trainer.pipeline
         with stage("generate_bf16"):
             recording = Recording(pipeline, self.pairs, "ask BF16")
             baseline = self.bf16(pipeline, "generate BF16", self.pairs)
-        floors: Floors = {}
-        if config.eval.noise_floor:
-            with stage("noise_floor"):
-                floors = self.floors(pipeline, baseline)
+        with stage("noise_floor") if self.config.eval.noise_floor else nullcontext():
+            floors = self.floors(pipeline, baseline) if self.config.eval.noise_floor else {}
         with stage("generate_untrained"):
             report, untrained = self._untrained(trainer, baseline, recording)
         with stage("train"):
@@ -190,16 +168,30 @@ class TrainJob(Job):
         with stage("write"):
             self.write_videos(baseline, trained.samples, floors)
             self._save(pipeline, report)
+        tail = self.tail(trainer.calibrator, self.plan.pairs)
+        tail["memory"]["peak_bytes"] = max(tail["memory"]["peak_bytes"], trainer.peak_before)
         return {
             **self.head(tuple(report.protected_blocks)),
             **conversion(self.plan, report, calibration, choice, trained.overflows),
-            "qat": dataclasses.asdict(config.qat),
+            "qat": dataclasses.asdict(self.config.qat),
             "block_sqnr": None,
             **compared_,
             "training": {**training, "processes": processes(), "precision": self.plan.precision},
             **judged,
-            **self._tail(trainer),
+            **tail,
         }
+
+    def _prepared(self) -> tuple[Trainer, Calibration, Choice]:
+        """The loaded model, calibrated, with its blocks chosen and the data of the training."""
+        calibrator = self.load()
+        with self.run_.stage("calibrate"):
+            calibration, stats = calibrator.calibration(), calibrator.inputs()
+        with self.run_.stage("choose"):
+            choice = choose(self.config.protect, self.plan.model.protected, calibrator)
+        trainer = Trainer(calibrator, self.plan, choice.blocks, stats)
+        with self.run_.stage("data"):
+            trainer.prepare()
+        return trainer, calibration, choice
 
     def _untrained(
         self, trainer: Trainer, baseline: list[Sample], recording: Recording
@@ -302,17 +294,12 @@ class TrainJob(Job):
             "gates": {gate.name: gate.as_json() for gate in found},
         }
 
-    def _tail(self, trainer: Trainer) -> dict[str, Any]:
-        found = self.tail(trainer.calibrator, self.plan.pairs)
-        found["memory"]["peak_bytes"] = max(found["memory"]["peak_bytes"], trainer.peak_before)
-        return found
-
     def _save(self, pipeline: CachedPipeline, report: ConversionReport) -> None:
         if not self.config.checkpoint:
             return
-        target = self.run_.folder / "checkpoint"
-        if report.names("converted"):
-            with progress("save", len(report.names("converted")), "linear") as tick:
+        target, converted = self.run_.folder / "checkpoint", report.names("converted")
+        if converted:
+            with progress("save", len(converted), "linear") as tick:
                 save_quantized(pipeline.pipe, target, tick)
         else:
             partial = target.with_name("checkpoint.partial")
