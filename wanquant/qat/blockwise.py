@@ -166,26 +166,23 @@ class Blockwise:
 
     def run(self) -> list[Row]:
         """Trains every block in place, so that the transformer is quantized at the end; a row of each."""
-        total, main = self.config.steps * len(self.chosen), self.accelerator.is_main_process
-        with progress("train", total, "step") if main else nullcontext(quiet) as tick:
-            return self._blocks(tick)
-
-    def _blocks(self, tick: Tick) -> list[Row]:
         blocks, rows = self.transformer.get_submodule("blocks"), list[Row]()
         assert isinstance(blocks, nn.ModuleList)
+        total, main = self.config.steps * len(self.chosen), self.accelerator.is_main_process
         known = [index for index in self.chosen if (self.folder / f"block-{index:03d}" / "row.json").is_file()]
-        if known and self.accelerator.is_main_process:
+        if known and main:
             print(f"training goes on: {len(known)} of {len(self.chosen)} blocks are known", file=sys.stderr, flush=True)
-        for index, block in enumerate(blocks, self.first):
-            target = self.inputs.through(block, self.inputs.bf16)
-            trainable = self.make(index, block)
-            if trainable is not None:
-                if index in self.chosen:
-                    rows.append(self._train(index, block, trainable, target, tick))
-                blocks[index - self.first] = block = _frozen(block, trainable)
-                del trainable  # before the next one is made
-            self.inputs.quantized = self.inputs.through(block, self.inputs.quantized)
-            self.inputs.bf16 = target
+        with progress("train", total, "step") if main else nullcontext(quiet) as tick:
+            for index, block in enumerate(blocks, self.first):
+                target = self.inputs.through(block, self.inputs.bf16)
+                trainable = self.make(index, block)
+                if trainable is not None:
+                    if index in self.chosen:
+                        rows.append(self._train(index, block, trainable, target, tick))
+                    blocks[index - self.first] = block = _frozen(block, trainable)
+                    del trainable  # before the next one is made
+                self.inputs.quantized = self.inputs.through(block, self.inputs.quantized)
+                self.inputs.bf16 = target
         return rows
 
     def _train(self, index: int, original: nn.Module, block: nn.Module, target: torch.Tensor, tick: Tick) -> Row:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -48,14 +47,6 @@ class Batch:
     text: torch.Tensor
     velocity: torch.Tensor | None = None
     output: torch.Tensor | None = None
-
-
-class Source(Protocol):
-    """``batch`` is a function of its arguments alone: the given rows of the global batch of that step."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, step: int, size: int, rows: range) -> Batch: ...
 
 
 def shuffled_order(count: int, seed: int, first: int, size: int) -> list[int]:
@@ -124,6 +115,10 @@ class Videos:
             text.append(self.embed(self.negative if dropped[row] else self.captions[taken[row]]))
         x, e, weight = torch.stack(clean), torch.stack(noise), sigma[rows.start : rows.stop].view(-1, 1, 1, 1, 1)
         return Batch((1 - weight) * x + weight * e, 1000 * weight.flatten(), torch.stack(text), velocity=e - x)
+
+
+#: Their ``batch`` gives some rows of a step's global batch, and is a function of its arguments alone.
+Source = Trajectories | Videos
 
 
 def make_source(

@@ -175,7 +175,7 @@ def shrinks(qat: QATConfig) -> str:
     return ", ".join(options)
 
 
-def print_training_estimate(plan: TrainPlan, needs: ResourceEstimate, config_yaml: str) -> None:
+def print_estimates(plan: TrainPlan, needs: ResourceEstimate, config_yaml: str) -> None:
     """What the training needs, after what the quantization does."""
     print_estimate(needs, config_yaml)
     memory, seconds, options = estimate_memory(plan), estimate_seconds(plan), shrinks(plan.qat)

@@ -40,12 +40,7 @@ from wanquant.ptq.plan import with_weights
 from wanquant.ptq.result import conversion
 from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.config import TrainConfig, processes
-from wanquant.qat.estimate import (
-    count_training_videos,
-    estimate_memory,
-    estimate_seconds,
-    print_training_estimate,
-)
+from wanquant.qat.estimate import count_training_videos, estimate_memory, estimate_seconds, print_estimates
 from wanquant.qat.loop import make_accelerator
 from wanquant.qat.plan import TrainPlan, resolve_train
 from wanquant.qat.train import Trainer
@@ -56,7 +51,7 @@ from wanquant.runs.tracking import live
 from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
 from wanquant.wan.device import pick_device
-from wanquant.wan.estimate import ResourceEstimate, VideoCounts
+from wanquant.wan.estimate import ResourceEstimate
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import hush_libraries, read_transformer
@@ -114,28 +109,22 @@ def assist(config: TrainConfig) -> None:
 
 class TrainJob(Job):
     name: ClassVar[str] = "train"
-    #: Whether the other processes were told to train.
+    #: Whether the other processes train too.
     called: ClassVar[bool] = False
 
-    @staticmethod
-    def resolve(config: TrainConfig) -> TrainPlan:
-        return resolve_train(config)
-
-    @staticmethod
-    def counts(plan: TrainPlan) -> VideoCounts:
-        return count_training_videos(plan)
+    resolve = staticmethod(resolve_train)
+    counts = staticmethod(count_training_videos)
 
     @classmethod
     def print_estimate(cls, plan: TrainPlan, config_yaml: str) -> None:
-        print_training_estimate(plan, estimate_resources(plan, cls.counts(plan)), config_yaml)
+        print_estimates(plan, estimate_resources(plan, cls.counts(plan)), config_yaml)
 
     def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
         found, on_host, takes = super().needed(needs), needs.device.type == "cpu", estimate_seconds(self.plan)
         added = estimate_memory(self.plan).added(on_host) + (needs.videos if on_host else 0)
-        while_trained = 2 * needs.parameters + needs.others + added
         return {
             **found,
-            "bytes": max(found["bytes"], while_trained),
+            "bytes": max(found["bytes"], 2 * needs.parameters + needs.others + added),
             "seconds": found["seconds"] + takes,
             "stages": {**found["stages"], "train": found["stages"].get("train", 0.0) + takes},
         }
@@ -156,18 +145,20 @@ class TrainJob(Job):
             baseline = self.bf16(pipeline, "generate BF16", self.pairs)
         with stage("noise_floor") if self.config.eval.noise_floor else nullcontext():
             floors = self.floors(pipeline, baseline) if self.config.eval.noise_floor else {}
+        report = plan_conversion(pipeline.transformer, self.plan.scheme, choice.blocks, trainer.modules)
         with stage("generate_untrained"):
-            report, untrained = self._untrained(trainer, baseline, recording)
+            untrained = self._untrained(trainer, baseline, recording)
         with stage("train"):
             training = self._trained(trainer)
         with stage("generate_trained"):
             trained = self._generated(trainer, recording)
         with stage("compare"):
-            compared_ = self._compared(baseline, untrained, trained, floors)
+            comparison = self._compared(baseline, untrained, trained, floors)
             judged = self._judged(trained.samples, baseline)
         with stage("write"):
             self.write_videos(baseline, trained.samples, floors)
-            self._save(pipeline, report)
+            if self.config.checkpoint:
+                self._save(pipeline, report)
         tail = self.tail(trainer.calibrator, self.plan.pairs)
         tail["memory"]["peak_bytes"] = max(tail["memory"]["peak_bytes"], trainer.peak_before)
         return {
@@ -175,7 +166,7 @@ class TrainJob(Job):
             **conversion(self.plan, report, calibration, choice, trained.overflows),
             "qat": dataclasses.asdict(self.config.qat),
             "block_sqnr": None,
-            **compared_,
+            **comparison,
             "training": {**training, "processes": processes(), "precision": self.plan.precision},
             **judged,
             **tail,
@@ -193,19 +184,17 @@ class TrainJob(Job):
             trainer.prepare()
         return trainer, calibration, choice
 
-    def _untrained(
-        self, trainer: Trainer, baseline: list[Sample], recording: Recording
-    ) -> tuple[ConversionReport, Generated]:
-        """The untrained baseline, which is PTQ's model; the model stays BF16."""
-        calibrator, pipeline, transformer = trainer.calibrator, trainer.pipeline, trainer.pipeline.transformer
-        how = (self.plan.scheme.config, trainer.protected, calibrator.modules)
+    def _untrained(self, trainer: Trainer, baseline: list[Sample], recording: Recording) -> Generated:
+        """By the untrained baseline, which is PTQ's model; the model stays BF16."""
         if not self.config.qat.quantize:
-            return plan_conversion(transformer, *how), Generated(baseline)
-        label, counted = "generate untrained", calibrator.what_is_quantized(trainer.protected)
-        with quantized(transformer, *how, trainer.stats) as report:
+            return Generated(baseline)
+        calibrator, pipeline, label = trainer.calibrator, trainer.pipeline, "generate untrained"
+        counted = calibrator.what_is_quantized(trainer.protected)
+        how = (self.plan.scheme.config, trainer.protected, trainer.modules, trainer.stats)
+        with quantized(pipeline.transformer, *how):
             latents, overflows = pipeline.latents(label, self.pairs, counted)
             single_steps = self._single_steps(pipeline, recording, counted)
-        return report, Generated(pipeline.videos(label, self.pairs, latents), single_steps, overflows)
+        return Generated(pipeline.videos(label, self.pairs, latents), single_steps, overflows)
 
     def _generated(self, trainer: Trainer, recording: Recording) -> Generated:
         """The trained model's videos and single steps."""
@@ -216,8 +205,7 @@ class TrainJob(Job):
         return Generated(samples, self._single_steps(pipeline, recording, counted), overflows)
 
     def _single_steps(self, pipeline: CachedPipeline, recording: Recording, counted: Mapping[str, Any]) -> list[Item]:
-        """SQNR in dB of single denoising steps by the transformer as it is now, of which ``counted`` are the numbers'
-        causes."""
+        """SQNR in dB of single denoising steps by the transformer as it is now, in the cache by what is ``counted``."""
 
         def measure_() -> list[float]:
             with progress("single steps", len(self.pairs), "pair") as tick:
@@ -252,10 +240,9 @@ class TrainJob(Job):
 
         folder = pipeline.artefact("train", "trained", trainer.signature, make)
         shutil.rmtree(trainer.states, ignore_errors=True)
-        packed = config.quant.packed if config.qat.quantize else None
         for name in transformers_in(pipe):
             getattr(pipe, name).to("meta")  # there is no room for both
-            how = packed if quantization_of(folder / name) is not None else None
+            how = config.quant.packed if quantization_of(folder / name) is not None else None
             setattr(pipe, name, read_transformer(folder / name, how).to(pipeline.device))
         found: dict[str, Any] = json.loads((folder / CURVES).read_text(encoding="utf-8"))
         return found
@@ -283,8 +270,7 @@ class TrainJob(Job):
             if name in found and UNTRAINED + name in found:
                 paired = compared(difference(found[name], found[UNTRAINED + name]))
                 over[name] = {**paired.as_json(), "verdict": verdict_of(paired, few)}
-        metrics = {name: estimate(items).as_json() for name, items in found.items()}
-        return {"metrics": metrics, "over_untrained": over}
+        return {"metrics": {name: estimate(items).as_json() for name, items in found.items()}, "over_untrained": over}
 
     def _judged(self, samples: list[Sample], baseline: list[Sample]) -> dict[str, Any]:
         found = gates.check(samples, baseline)
@@ -295,8 +281,6 @@ class TrainJob(Job):
         }
 
     def _save(self, pipeline: CachedPipeline, report: ConversionReport) -> None:
-        if not self.config.checkpoint:
-            return
         target, converted = self.run_.folder / "checkpoint", report.names("converted")
         if converted:
             with progress("save", len(converted), "linear") as tick:
@@ -313,6 +297,4 @@ def verdict_of(paired: Estimate, few: bool) -> str:
         return "too few pairs"
     if math.isnan(paired.low):
         return "cannot be told"
-    if paired.low > 0:
-        return "better"
-    return "worse" if paired.high < 0 else "no difference found"
+    return "better" if paired.low > 0 else "worse" if paired.high < 0 else "no difference found"

@@ -118,6 +118,8 @@ class Loop:
             raise ValueError("nothing is trained: no parameter takes a gradient")
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.sharded = any(hasattr(parameter, "full_tensor") for parameter in self.parameters)
+        self._average_file = f"average-{accelerator.process_index if self.sharded else 0}.safetensors"
         self.groups, self.apart = self._grouped(), [list(part) for part in apart] or [self.parameters]
         self.average = Average(self.parameters, config.ema, config.begin) if config.ema else None
         self._resume()
@@ -140,8 +142,7 @@ class Loop:
         """To the last step, or to ``stop_at`` to go on later. With a ``tick`` it is part of a longer work, whose
         progress that shows."""
         hooks, last = hooks or Hooks(), self.config.steps if stop_at is None else stop_at
-        main = self.accelerator.is_main_process
-        own = main and tick is None
+        own = self.accelerator.is_main_process and tick is None
         with progress(label, self.config.steps, "step", self.done) if own else nullcontext(tick or quiet) as tick:
             for step in range(self.done, last):
                 row = self._step(step, hooks)
@@ -223,9 +224,9 @@ class Loop:
     def _refuse_broken(self, row: Row) -> None:
         """Before the weights are touched."""
         step, begin = row["step"], self.config.begin
-        if not math.isfinite(row["loss"]) or not math.isfinite(row.get("grad_norm", 0.0)):
-            what = "the loss" if not math.isfinite(row["loss"]) else "a gradient"
-            self._stop(f"{what} is not finite in step {step}, first {self._where_broken(step)}")
+        for name, what in (("loss", "the loss"), ("grad_norm", "a gradient")):
+            if not math.isfinite(row.get(name, 0.0)):
+                self._stop(f"{what} is not finite in step {step}, first {self._where_broken(step)}")
         rows = [*self.curves.rows[max(begin, step + 1 - WINDOW) :], row]
         now = statistics.fmean(each["loss"] for each in rows)
         if step + 1 >= begin + 2 * WINDOW and now > self.config.diverged * self._lowest:
@@ -276,21 +277,12 @@ class Loop:
                     return f"the gradient of {name} was the first to grow, in step {each['step']}"
         return "the gradients of all blocks grew together"
 
-    @property
-    def sharded(self) -> bool:
-        return any(hasattr(parameter, "full_tensor") for parameter in self.parameters)
-
-    @property
-    def _average_file(self) -> str:
-        return f"average-{self.accelerator.process_index if self.sharded else 0}.safetensors"
-
     def _save(self) -> None:
-        main = self.accelerator.is_main_process
         with new_state(self.accelerator, self.folder, self.done) as folder:
             self.accelerator.save_state(str(folder))
-            if self.average is not None and (self.sharded or main):
+            if self.average is not None and (self.sharded or self.accelerator.is_main_process):
                 self.average.save(folder / self._average_file)
-            if main:
+            if self.accelerator.is_main_process:
                 state = {"recipe": self.recipe, "done": self.done, **vars(self.curves)}
                 (folder / LOOP_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 

@@ -53,10 +53,8 @@ def _is_trained(name: str, parameter: nn.Parameter, scope: str, blocks: Collecti
     gain = parts[-1] in ("weight_gain", "input_gain")
     if scope == "lora":
         return "lora_" in name
-    if scope == "scales":
-        return gain and inside
-    if gain:
-        return False
+    if gain or scope == "scales":
+        return gain and inside and scope == "scales"
     if scope == "norms":
         return inside and not is_matrix(name, parameter)
     return scope == "all" or inside
