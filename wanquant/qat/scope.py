@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def choose_(
     if scope == "lora":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            add_lora_(transformer, [f"blocks.{index}" for index in sorted(blocks)], rank, alpha)
+            add_lora_(transformer, blocks, rank, alpha)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(_is_trained(name, parameter, scope, blocks))
         if parameter.requires_grad:
@@ -65,13 +65,13 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return name.endswith("weight") and parameter.ndim > 1
 
 
-def add_lora_(transformer: nn.Module, prefixes: Sequence[str], rank: int, alpha: int) -> None:
-    """An adapter of this rank beside every quantized linear below the prefixes."""
+def add_lora_(transformer: nn.Module, blocks: Collection[int], rank: int, alpha: int) -> None:
+    """An adapter of this rank beside every quantized linear of these blocks."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError("qat.scope=lora needs peft: install the extra lora") from None
-    targets = [name for name in trainable_linears(transformer) if any(name.startswith(f"{p}.") for p in prefixes)]
+    targets = [name for name in trainable_linears(transformer) if int(name.split(".")[1]) in blocks]
     if not targets:
         raise ValueError("qat.scope=lora: no quantized linear is in the chosen blocks")
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
@@ -114,9 +114,8 @@ def _lora_class() -> type[nn.Module]:
 
 def merge_lora_(transformer: nn.Module) -> None:
     """Puts each adapter into its linear's weight, and the linear back where it was."""
-    for name, child in list(transformer.named_modules()):
+    modules: list[tuple[str, Any]] = list(transformer.named_modules())
+    for name, child in modules:
         if hasattr(child, "merged_weight"):
-            base: Any = child.base_layer
-            merged: Any = child.merged_weight
-            base.weight = nn.Parameter(merged().detach(), requires_grad=False)
-            transformer.set_submodule(name, base)
+            child.base_layer.weight = nn.Parameter(child.merged_weight().detach(), requires_grad=False)
+            transformer.set_submodule(name, child.base_layer)
