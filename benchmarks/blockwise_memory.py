@@ -16,20 +16,29 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 
 from wanquant import load_pipeline
-from wanquant.qat.config import QATConfig, TrainConfig
-from wanquant.qat.plan import plan_training
+from wanquant.evaluate.prompts import PromptsConfig
+from wanquant.qat.config import DataConfig, QATConfig, TrainConfig
+from wanquant.qat.estimate import estimate_memory
+from wanquant.qat.plan import resolve_train
 from wanquant.runs.run import read_result
-from wanquant.wan.config import GenerationConfig
-from wanquant.wan.estimate import in_bytes, tokens_of
+from wanquant.wan.config import GenerationConfig, ModelConfig
+from wanquant.wan.estimate import in_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 BAR = 0.15
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+TEXTS = {
+    "prompts": ["a red circle moving up on a gray background"],
+    "calib": ["a red square moving up on a gray background"],
+    "qat.data.prompts": [f"a green {shape} moving up on a gray background" for shape in ("circle", "triangle")],
+}
 
 
 def make(folder: Path, heads: int, ffn: int, blocks: int) -> WanTransformer3DModel:
@@ -47,11 +56,17 @@ def asked(rows: int) -> list[str]:
     words = ["qat=on", "protect=none", "qat.steps=1", "qat.warmup=0", f"qat.batch={rows}", "tracker=none"]
     words += ["model.generation.steps=8", "model.batch=1", "prompts=own", "prompts.seeds=[0]"]
     words += ["eval.noise_floor=false", "checkpoint=false"]
-    for key, shapes in (("prompts", ["circle"]), ("calib", ["square"]), ("qat.data.prompts", ["circle", "triangle"])):
-        color = "green" if key == "qat.data.prompts" else "red"
-        texts = [f"a {color} {shape} moving up on a gray background" for shape in shapes]
-        words.append(f"{key}.texts=[{','.join(texts)}]")
-    return words
+    return words + [f"{key}.texts=[{','.join(texts)}]" for key, texts in TEXTS.items()]
+
+
+def all_at_once(model: Path, result: dict[str, Any], rows: int) -> int:
+    """Bytes that the plan of training every parameter adds."""
+    measured, calibrated, learned = (PromptsConfig(texts=texts) for texts in TEXTS.values())
+    precision, data = result["training"]["precision"], DataConfig(prompts=learned)
+    qat = QATConfig(scope="all", batch=rows, precision=precision, data=data)
+    source = ModelConfig(path=str(model), generation=GenerationConfig(**result["generation"]))
+    plan = resolve_train(TrainConfig(model=source, prompts=measured, calib=calibrated, qat=qat))
+    return estimate_memory(plan).added(True)
 
 
 def main() -> int:
@@ -70,10 +85,8 @@ def main() -> int:
         if told.returncode:
             return told.returncode
         result = read_result(run)
-    memory, config = result["training"]["memory"], TrainConfig(qat=QATConfig(scope="all", batch=args.rows))
-    config.model.generation = GenerationConfig(**result["generation"])
-    tokens = tokens_of(config.model.generation, transformer)
-    every = plan_training(transformer, config, tokens, 0, result["training"]["precision"]).added(True)
+        every = all_at_once(model, result, args.rows)
+    memory = result["training"]["memory"]
     taken = memory["peak"] - memory["begun"]
     parameters = sum(p.numel() for p in transformer.blocks[0].parameters())
     print(f"\n{args.blocks} blocks of {parameters / 1e6:.0f} million parameters, {args.rows} rows")

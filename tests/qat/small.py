@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wanquant.qat.loop import Course, Hooks, Loop, make_accelerator
-from wanquant.qat.schedule import make_rate
+from wanquant.qat.config import LoopConfig, make_rate
+from wanquant.qat.loop import Hooks, Loop, make_accelerator
 from wanquant.quant import QuantConfig
 from wanquant.quant.convert import make_trainable_
 from wanquant.quant.trainable import Training
@@ -50,12 +50,12 @@ def loss(model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
     return {"loss": 2 * error, "error": error}
 
 
-def course(steps: int = 12, **more: object) -> Course:
-    return Course(**{"steps": steps, "batch": 8, "ema": 0.9, "save_every": 5, **more})  # type: ignore[arg-type]
+def config(steps: int = 12, **more: object) -> LoopConfig:
+    return LoopConfig(**{"steps": steps, "batch": 8, "ema": 0.9, "save_every": 5, **more})  # type: ignore[arg-type]
 
 
-def loop(folder: Path, plan: Course | None = None, model: nn.Module | None = None, precision: str = "fp32") -> Loop:
-    plan = plan or course()
+def loop(folder: Path, plan: LoopConfig | None = None, model: nn.Module | None = None, precision: str = "fp32") -> Loop:
+    plan = plan or config()
     model = model or quantized(Training(gradients="stochastic"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     accelerator = make_accelerator(CPU, precision, plan.accumulation)
@@ -66,7 +66,7 @@ def main() -> None:
     folder, out, *numbers = sys.argv[1:]
     torch.set_num_threads(1)
     steps, batch = (int(number) for number in [*numbers, "12", "8"][:2])
-    made = loop(Path(folder), course(steps, batch=batch), quantized())
+    made = loop(Path(folder), config(steps, batch=batch), quantized())
     slow = Hooks(show=lambda row: time.sleep(0.01))
     curves = made.run(hooks=slow)
     if made.accelerator.is_main_process:

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from tests.models import wan_transformer
-from wanquant.qat.blockwise import Blockwise, enter, set_aside
-from wanquant.qat.config import LossConfig
+from wanquant.qat.blockwise import Blockwise, record_block_inputs, set_aside, trainable_block
+from wanquant.qat.config import LoopConfig, LossConfig, make_rate
 from wanquant.qat.data import Batch
-from wanquant.qat.loop import Course, make_accelerator
+from wanquant.qat.loop import Loop, Loss, make_accelerator
 from wanquant.qat.loss import Objective, relative_error
-from wanquant.qat.schedule import make_rate
 from wanquant.quant import QuantConfig, quantize_
 from wanquant.quant.convert import freeze_into_, make_trainable_
+from wanquant.quant.scheme import parse
+from wanquant.quant.trainable import Training
 
 CPU = torch.device("cpu")
 
@@ -66,33 +67,20 @@ def the_same() -> nn.Module:
     return wan_transformer()
 
 
-def make(block: nn.Module) -> nn.Module:
-    holder = nn.Module()
-    holder.blocks = nn.ModuleList([copy.deepcopy(block)])
-    make_trainable_(holder, QuantConfig())
-    found: nn.Module = holder.blocks[0]
-    for parameter in found.parameters():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    return found
+def make(index: int, block: nn.Module) -> nn.Module | None:
+    return trainable_block(block, index, parse(QuantConfig()), (), {}, Training()) if index else None
 
 
 def blockwise(folder: Path, lr: float, chosen: tuple[int, ...] = (1, 2, 3)) -> tuple[nn.Module, Blockwise]:
     transformer = the_same()
-    stream = enter(transformer, Asked(), range(20), CPU)  # type: ignore[arg-type]
-    made = Blockwise(
-        make_accelerator(CPU, "bf16"),
-        transformer,
-        stream,
-        lambda index, block: make(block) if index else None,
-        chosen,
-        lambda parameters: [torch.optim.AdamW(parameters, lr=lr)],
-        make_rate("constant", 8),
-        Course(8, 8, save_every=3),
-        folder,
-        "recipe",
-    )
-    return transformer, made
+    inputs = record_block_inputs(transformer, Asked(), range(20), CPU)  # type: ignore[arg-type]
+    accelerator, config = make_accelerator(CPU, "bf16"), LoopConfig(8, 8, save_every=3)
+
+    def new_loop(block: nn.Module, loss: Loss, states: Path, index: int) -> Loop:
+        optimizer, rate = torch.optim.AdamW(block.parameters(), lr=lr), make_rate("constant", 8)
+        return Loop(accelerator, block, [optimizer], rate, loss, config, states, f"recipe block {index}")
+
+    return transformer, Blockwise(accelerator, transformer, inputs, make, chosen, new_loop, config, folder)
 
 
 def test_what_enters_a_block_is_what_the_model_sees(tmp_path: Path) -> None:
@@ -103,12 +91,12 @@ def test_what_enters_a_block_is_what_the_model_sees(tmp_path: Path) -> None:
     asked = Asked()
     with torch.no_grad():
         reference(asked.noisy, asked.timestep, asked.text)
-    torch.testing.assert_close(made.stream.bf16, seen[0], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(made.inputs.bf16, seen[0], rtol=0.02, atol=0.02)
     handle.remove()
     transformer.blocks[-1].register_forward_hook(lambda _, args, output: seen.append(output))
     with torch.no_grad():
         transformer(asked.noisy, asked.timestep, asked.text)
-    torch.testing.assert_close(made.stream.quantized, seen[1], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(made.inputs.quantized, seen[1], rtol=0.02, atol=0.02)
 
 
 def test_no_block_gets_worse_on_what_was_set_aside(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.qat.test_job import make_videos
 from wanquant import load_pipeline
 from wanquant.evaluate.prompts import PromptsConfig, pairs
 from wanquant.qat.config import DataConfig
-from wanquant.qat.data import Batch, Trajectories, Videos, contents, make_source, order
+from wanquant.qat.data import Batch, Trajectories, Videos, contents, make_source, shuffled_order
 from wanquant.runs.cache import Cache
 from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.config import GenerationConfig, ModelConfig
@@ -37,11 +37,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> CachedPipeline:
 
 
 def test_everything_once_then_again_in_another_order() -> None:
-    taken = [place for step in range(4) for place in order(5, 1, step * 3, 3)]
+    taken = [place for step in range(4) for place in shuffled_order(5, 1, step * 3, 3)]
     assert sorted(taken[:5]) == sorted(taken[5:10]) == list(range(5))
     assert taken[:5] != taken[5:10]
-    assert order(5, 2, 0, 5) != order(5, 1, 0, 5)
-    assert len(order(3, 0, 0, 8)) == 8
+    assert shuffled_order(5, 2, 0, 5) != shuffled_order(5, 1, 0, 5)
+    assert len(shuffled_order(3, 0, 0, 8)) == 8
 
 
 def same(a: Batch, b: Batch, rows: range) -> bool:

@@ -24,7 +24,7 @@ from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.evaluate.stats import Item, compared
 from wanquant.evaluate.sweep import summarize
-from wanquant.qat.data import read_list
+from wanquant.qat.check import read_list
 from wanquant.qat.job import verdict_of
 from wanquant.runs.training_report import drift_table
 from wanquant.wan.config import GenerationConfig

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from tests import forked
-from tests.qat.small import Small, course, loop, quantized
+from tests.qat.small import Small, config, loop, quantized
+from wanquant.qat.config import make_rate
 from wanquant.qat.loop import WINDOW, Hooks, TrainingStopped
-from wanquant.qat.schedule import Average, make_rate
+from wanquant.qat.state import Average
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,12 +118,12 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
 def test_parts_add_up_to_the_batch(tmp_path: Path) -> None:
     ends = []
     for parts in (1, 4):
-        made = loop(tmp_path / str(parts), course(accumulation=parts), quantized())
+        made = loop(tmp_path / str(parts), config(accumulation=parts), quantized())
         ends.append([row["loss"] for row in made.run().rows])
         made.release()
     assert ends[1] == pytest.approx(ends[0], rel=1e-4)
     with pytest.raises(ValueError, match="8 does not divide into 3"):
-        loop(tmp_path / "three", course(accumulation=3))
+        loop(tmp_path / "three", config(accumulation=3))
 
 
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_what_is_not_finite_is_traced_to_its_layer(tmp_path: Path) -> None:
         ("gradient", "gradient of blocks.1.2"),
     ):
         model, hooks = breaking(how, 7)
-        made = loop(tmp_path / how, course(), model)
+        made = loop(tmp_path / how, config(), model)
         with pytest.raises(
             TrainingStopped, match=f"in step 7, first .*{where}" if how == "gradient" else where
         ) as told:
@@ -171,14 +172,14 @@ def test_what_is_not_finite_is_traced_to_its_layer(tmp_path: Path) -> None:
         assert all(value.isfinite().all() for value in weights(model))
         # And goes on from there, with what broke it mended.
         model, hooks = breaking(how, 99)
-        again = loop(tmp_path / how, course(), model)
+        again = loop(tmp_path / how, config(), model)
         assert again.done == 5
         assert len(again.run(hooks=hooks).rows) == 12
 
 
 def test_a_loss_that_grows_is_stopped(tmp_path: Path) -> None:
     model, hooks = breaking("grow", 25)
-    made = loop(tmp_path, course(60, diverged=2.0), model)
+    made = loop(tmp_path, config(60, diverged=2.0), model)
     with pytest.raises(TrainingStopped, match=r"grows without end.*the gradient of blocks\.\d was the first"):
         made.run(hooks=hooks)
     assert 2 * WINDOW < len(made.curves.rows) < 60
@@ -187,7 +188,7 @@ def test_a_loss_that_grows_is_stopped(tmp_path: Path) -> None:
 def test_a_warm_up_is_not_what_the_loss_is_compared_with(tmp_path: Path) -> None:
     """Without rounding the loss of a student that is its own teacher is nearly 0."""
     for begin in (0, 15):
-        made = loop(tmp_path / str(begin), course(40, begin=begin), Small())
+        made = loop(tmp_path / str(begin), config(40, begin=begin), Small())
         plain = made.loss
 
         def loss(model: nn.Module, step: int, rows: range, plain: Any = plain) -> dict[str, torch.Tensor]:

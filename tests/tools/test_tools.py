@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 from tools.tiny_wan import export, latents, muon, train_transformer, train_vae
-from wanquant.qat.loop import weights_in
+from wanquant.qat.state import weights_in
 from wanquant.wan import tiny
 
 

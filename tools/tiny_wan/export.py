@@ -18,7 +18,7 @@ from transformers import ByT5Tokenizer
 
 from tools.tiny_wan.train_transformer import FLOW_SHIFT, TEXT_LENGTH, TextToVelocity, count_blocks, weights_in
 from tools.tiny_wan.train_vae import new_vae
-from wanquant.qat.loop import weights_in as weights_of_loop
+from wanquant.qat.state import weights_in as weights_of_loop
 from wanquant.wan import tiny
 
 GENERATION = {

@@ -41,8 +41,10 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from tools.tiny_wan.latents import SCENES, Components, load_or_fit, to_model
 from tools.tiny_wan.muon import Muon
-from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator, states_in
-from wanquant.qat.loop import weights_in as weights_of_loop
+from wanquant.qat.config import LoopConfig
+from wanquant.qat.loop import Hooks, Loop, Row, make_accelerator
+from wanquant.qat.state import states_in
+from wanquant.qat.state import weights_in as weights_of_loop
 from wanquant.wan.scenes import draw
 from wanquant.wan.tiny import Scene, all_scenes
 
@@ -348,9 +350,9 @@ def train(
         return validate(model, held_out, (ids, masks))
 
     # A "row" is a whole batch: it is drawn as one, for one process.
-    course = Course(recipe.steps, batch=1, save_every=200, seed=recipe.seed, diverged=math.inf)
+    config = LoopConfig(recipe.steps, batch=1, save_every=200, seed=recipe.seed, diverged=math.inf)
     accelerator, optimizers = make_accelerator(torch.device("cpu")), make_optimizers(model, recipe)
-    loop = Loop(accelerator, model, optimizers, recipe.rate_at, loss, course, out, str(recipe))
+    loop = Loop(accelerator, model, optimizers, recipe.rate_at, loss, config, out, str(recipe))
     loop.run("train transformer", Hooks(check=check, check_every=200, show=show), stop_at)
     loop.release()
 

@@ -26,7 +26,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from tools.tiny_wan.latents import CHANNELS, SCENES, Components, load_or_fit, to_model
-from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator
+from wanquant.qat.config import LoopConfig
+from wanquant.qat.loop import Hooks, Loop, Row, make_accelerator
 from wanquant.wan.scenes import draw
 from wanquant.wan.tiny import NUM_FRAMES
 
@@ -150,14 +151,14 @@ def train(out: Path, components: Components, phases: Sequence[Phase], seed: int,
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
     # A "row" is a whole batch: it is drawn as one, for one process.
-    course = Course(len(plan), batch=1, clip=0.5, save_every=100, seed=seed, diverged=math.inf)
+    config = LoopConfig(len(plan), batch=1, clip=0.5, save_every=100, seed=seed, diverged=math.inf)
     loop = Loop(
         make_accelerator(torch.device("cpu")),
         vae,
         [optimizer],
         lambda step: plan[step][0].lr_at(plan[step][1]) / highest,
         loss,
-        course,
+        config,
         out,
         f"{tuple(phases)} seed={seed}",
         apart=[list(part.parameters()) for part in (vae.encoder, vae.decoder)],

@@ -19,7 +19,7 @@ import copy
 import json
 import shutil
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,24 +30,27 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from wanquant.qat.config import AT_ONCE, SET_ASIDE
-from wanquant.qat.data import Trajectories, order
-from wanquant.qat.loop import Course, Hooks, Loop, Row, quiet
+from wanquant.qat.check import SET_ASIDE
+from wanquant.qat.config import AT_ONCE, LoopConfig
+from wanquant.qat.data import Trajectories, shuffled_order
+from wanquant.qat.loop import Hooks, Loop, Loss, Row, quiet
 from wanquant.qat.loss import relative_error
-from wanquant.qat.schedule import Rate
-from wanquant.quant.convert import freeze_into_
-from wanquant.quant.trainable import trainable_linears
+from wanquant.quant.convert import freeze_into_, make_trainable_
+from wanquant.quant.scheme import Scheme
+from wanquant.quant.trainable import Training, trainable_linears
 from wanquant.runs.files import write_atomic
 from wanquant.runs.progress import Tick, progress
+from wanquant.wan.experts import Experts
 
-Optimizers = Callable[[Sequence[nn.Parameter]], list[torch.optim.Optimizer]]
+#: A loop for the block of this index, whose states are in this folder.
+NewLoop = Callable[[nn.Module, Loss, Path, int], Loop]
 
 
 @dataclass
-class Stream:
-    """What enters a block, on the host: ``bf16`` and ``quantized`` [samples, tokens, width], and what they share.
-    Those at ``aside`` are not learned from.
-    ``trained_in`` is the type that a block in training takes; ``at_once`` samples pass together, one where they
+class BlockInputs:
+    """The inputs of a block, on the host: hidden states ``bf16`` and ``quantized`` [samples, tokens, width], as the
+    blocks before it give them in BF16 and as trained, and what all blocks share. Samples ``aside`` are not learned
+    from. ``trained_in`` is the type that a block in training takes; ``at_once`` samples pass together, one where they
     would share their scales."""
 
     bf16: torch.Tensor
@@ -64,7 +67,7 @@ class Stream:
         return len(self.bf16)
 
     def learn(self, block: nn.Module, places: Sequence[int]) -> torch.Tensor:
-        """What a block in training gives for these samples."""
+        """The output of a block in training for these samples."""
         return self._call(block, self.quantized, torch.as_tensor(places), self.trained_in)
 
     def _call(
@@ -76,7 +79,7 @@ class Stream:
 
     @torch.no_grad()
     def through(self, block: nn.Module, hidden: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """What a block of inference gives for all samples, or for those at ``places``."""
+        """The output of a block of inference for all samples, or for those at ``places``."""
         places = torch.arange(len(self)) if places is None else places
         outputs = torch.empty_like(hidden[: len(places)])
         for first in range(0, len(places), self.at_once):
@@ -90,25 +93,24 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def enter(transformer: nn.Module, samples: Trajectories, places: Sequence[int], device: torch.device) -> Stream:
-    """What the first block is given for these samples."""
+def record_block_inputs(
+    transformer: nn.Module, samples: Trajectories, places: Sequence[int], device: torch.device
+) -> BlockInputs:
+    """The inputs of the first block for these samples."""
     given: list[tuple[torch.Tensor, ...]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
         given.append((*(part.cpu() for part in args[:3]), args[3]))
         raise _Reached
 
-    handle = transformer.get_submodule("blocks.0").register_forward_pre_hook(stop)
-    try:
+    with transformer.get_submodule("blocks.0").register_forward_pre_hook(stop):
         for first in range(0, len(places), AT_ONCE):
             batch = samples.of(places[first : first + AT_ONCE])
-            asked = (batch.noisy.to(device), batch.timestep.to(device), batch.text.to(device))
+            inputs = (batch.noisy.to(device), batch.timestep.to(device), batch.text.to(device))
             with suppress(_Reached):
-                transformer(*asked, return_dict=False)
-    finally:
-        handle.remove()
+                transformer(*inputs, return_dict=False)
     hidden, text, modulation = (torch.cat([call[part] for call in given]) for part in range(3))
-    return Stream(hidden, hidden.clone(), text, modulation, given[0][3], device, set_aside(samples, places))
+    return BlockInputs(hidden, hidden.clone(), text, modulation, given[0][3], device, set_aside(samples, places))
 
 
 def set_aside(samples: Trajectories, places: Sequence[int]) -> frozenset[int]:
@@ -118,119 +120,132 @@ def set_aside(samples: Trajectories, places: Sequence[int]) -> frozenset[int]:
     return frozenset(number for number, video in enumerate(videos) if video in kept)
 
 
+def split_samples(transformer: nn.Module, samples: Trajectories, places: Sequence[int]) -> list[list[int]]:
+    """The places by the transformer that denoises at their timesteps: all for one, shared out among Wan2.2's two.
+    ``ValueError`` where one has too few videos to set some aside."""
+    shares = [list(places)]
+    if isinstance(transformer, Experts):
+        parts = transformer.part_of(torch.tensor([samples.recording.timestep(place) for place in places])).tolist()
+        count = len(transformer.parts)
+        shares = [[p for p, part in zip(places, parts, strict=True) if part == number] for number in range(count)]
+    for number, share in enumerate(shares, 1):
+        if len({samples.video_of(place) for place in share}) < 2:
+            which = "" if len(shares) == 1 else f" of transformer {number} of {len(shares)}"
+            raise ValueError(f"qat.scope=blockwise: fewer than two videos ask anything{which}")
+    return shares
+
+
+def trainable_block(
+    block: nn.Module, index: int, scheme: Scheme, modules: Sequence[str], stats: Mapping[str, Any], how: Training
+) -> nn.Module:
+    """A copy of the block in float32, trainable, outside of its model. ``stats`` are by names in the model."""
+    holder = nn.Module()
+    holder.blocks = nn.ModuleList([copy.deepcopy(block)])
+    prefix = f"blocks.{index}."
+    own = {"blocks.0." + name.removeprefix(prefix): s for name, s in stats.items() if name.startswith(prefix)}
+    make_trainable_(holder, scheme, (), modules, own, how)
+    found: nn.Module = holder.blocks[0]
+    return found.float().requires_grad_(True)
+
+
 @dataclass
 class Blockwise:
-    """``make`` gives a copy of the BF16 block made trainable, or None for one that is not quantized; ``optimizers``
-    those of its parameters; ``course`` is that of one block. Only the ``chosen`` are trained, the others quantized as
-    they are. Blocks are numbered from ``first``."""
+    """``make`` gives a copy of the BF16 block made trainable, or None for one that is not quantized; ``config`` is that
+    of the loop of one block. Only the ``chosen`` are trained, the others quantized as they are. Blocks are numbered
+    from ``first``."""
 
     accelerator: Accelerator
     transformer: nn.Module
-    stream: Stream
+    inputs: BlockInputs
     make: Callable[[int, nn.Module], nn.Module | None]
     chosen: Collection[int]
-    optimizers: Optimizers
-    rate: Rate
-    course: Course
+    new_loop: NewLoop
+    config: LoopConfig
     folder: Path
-    recipe: str
     show: Callable[[Row], None] = lambda row: None
     first: int = 0
 
     def run(self) -> list[Row]:
         """Trains every block in place, so that the transformer is quantized at the end; a row of each."""
-        blocks = self.transformer.get_submodule("blocks")
+        blocks, rows = self.transformer.get_submodule("blocks"), list[Row]()
         assert isinstance(blocks, nn.ModuleList)
-        total, main = self.course.steps * len(self.chosen), self.accelerator.is_main_process
-        with progress("train", total, "step") if main else nullcontext(quiet) as tick:
-            return self._blocks(blocks, tick)
-
-    def _blocks(self, blocks: nn.ModuleList, tick: Tick) -> list[Row]:
-        rows: list[Row] = []
+        total, main = self.config.steps * len(self.chosen), self.accelerator.is_main_process
         known = [index for index in self.chosen if (self.folder / f"block-{index:03d}" / "row.json").is_file()]
-        if known and self.accelerator.is_main_process:
+        if known and main:
             print(f"training goes on: {len(known)} of {len(self.chosen)} blocks are known", file=sys.stderr, flush=True)
-        for place, block in enumerate(blocks):
-            index = self.first + place
-            target = self.stream.through(block, self.stream.bf16)
-            trainable = self.make(index, block)
-            if trainable is not None:
-                if index in self.chosen:
-                    rows.append(self._train(index, block, trainable, target, tick))
-                blocks[place] = _frozen(block, trainable)
-                del trainable  # before the next one is made
-            self.stream.quantized = self.stream.through(blocks[place], self.stream.quantized)
-            self.stream.bf16 = target
+        with progress("train", total, "step") if main else nullcontext(quiet) as tick:
+            for index, block in enumerate(blocks, self.first):
+                target = self.inputs.through(block, self.inputs.bf16)
+                trainable = self.make(index, block)
+                if trainable is not None:
+                    if index in self.chosen:
+                        rows.append(self._train(index, block, trainable, target, tick))
+                    blocks[index - self.first] = block = _frozen(block, trainable)
+                    del trainable  # before the next one is made
+                self.inputs.quantized = self.inputs.through(block, self.inputs.quantized)
+                self.inputs.bf16 = target
         return rows
 
     def _train(self, index: int, original: nn.Module, block: nn.Module, target: torch.Tensor, tick: Tick) -> Row:
-        """Puts what is learned into ``block``, from the folder or learned now."""
+        """Puts the trained weights into ``block``, from the folder or learned now."""
         folder = self.folder / f"block-{index:03d}"
-        done, told = folder / "trained.safetensors", folder / "row.json"
-        row: Row
-        if not told.is_file():
-            row = self._learn(index, original, block, target, folder / "states", tick)
-            kept = {name: value.detach().contiguous().cpu() for name, value in block.state_dict().items()}
-            if self.accelerator.is_main_process:
-                save_file(kept, done)
-                write_atomic(told, json.dumps(row) + "\n")
-                shutil.rmtree(folder / "states", ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-        else:
-            row = json.loads(told.read_text(encoding="utf-8"))
-            block.load_state_dict(load_file(done))
-            for _ in range(self.course.steps):
+        weights, report = folder / "trained.safetensors", folder / "row.json"
+        if report.is_file():
+            known: Row = json.loads(report.read_text(encoding="utf-8"))
+            block.load_state_dict(load_file(weights))
+            for _ in range(self.config.steps):
                 tick(f"block {index}, known")
+            return known
+        row = self._learn(index, original, block, target, folder / "states", tick)
+        kept = {name: value.detach().contiguous().cpu() for name, value in block.state_dict().items()}
+        if self.accelerator.is_main_process:
+            save_file(kept, weights)
+            write_atomic(report, json.dumps(row) + "\n")
+            shutil.rmtree(folder / "states", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         return row
 
     def _learn(
         self, index: int, original: nn.Module, block: nn.Module, target: torch.Tensor, folder: Path, tick: Tick
     ) -> Row:
-        stream, size = self.stream, self.course.batch
-        learned = [place for place in range(len(stream)) if place not in stream.aside]
-        before = self._error(_frozen(original, block), target)
-
-        def loss(model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
-            taken = order(len(learned), self.course.seed + index, step * size, size)[rows.start : rows.stop]
-            places = [learned[place] for place in taken]
-            output = stream.learn(model, places)
-            return {"loss": relative_error(output, target[torch.as_tensor(places)].to(output.device)).mean()}
-
-        parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        loop = Loop(
-            self.accelerator,
-            block,
-            self.optimizers(parameters),
-            self.rate,
-            loss,
-            self.course,
-            folder,
-            f"{self.recipe} block {index}",
-        )
+        before = self._error(original, block, target)
+        loop = self.new_loop(block, self._loss(index, target), folder, index)
         for _ in range(loop.done):
             tick(f"block {index}, known")
 
         def show(row: Row) -> None:
-            self.show({**row, "block": index, "step": index * self.course.steps + row["step"]})
+            self.show({**row, "block": index, "step": index * self.config.steps + row["step"]})
 
         curves = loop.run(hooks=Hooks(show=show), tick=lambda note="": tick(f"block {index}, {note}"))
         if loop.average is not None:
             loop.average.settle()
         loop.release()
-        after = self._error(_frozen(original, block), target)
+        after = self._error(original, block, target)
         if not after < before:  # as it was made: a copy of it kept meanwhile would be another block in memory
             untrained = self.make(index, original)
             assert untrained is not None
             block.load_state_dict(untrained.state_dict())
         losses = [row["loss"] for row in curves.rows]
         clipped = sum(int(layer.clipped) for layer in trainable_linears(block).values())
-        told = {"block": index, "before": before, "after": after, "kept": after < before}
-        return {**told, "losses": losses, "clipped": clipped}
+        report = {"block": index, "before": before, "after": after, "kept": after < before}
+        return {**report, "losses": losses, "clipped": clipped}
 
-    def _error(self, frozen: nn.Module, target: torch.Tensor) -> float:
-        """Of what inference will run, on what is set aside."""
-        places = torch.as_tensor(sorted(self.stream.aside))
-        found = self.stream.through(frozen, self.stream.quantized, places)
+    def _loss(self, index: int, target: torch.Tensor) -> Loss:
+        inputs, size = self.inputs, self.config.batch
+        learned = [place for place in range(len(inputs)) if place not in inputs.aside]
+
+        def loss(model: nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
+            taken = shuffled_order(len(learned), self.config.seed + index, step * size, size)[rows.start : rows.stop]
+            places = [learned[place] for place in taken]
+            output = inputs.learn(model, places)
+            return {"loss": relative_error(output, target[torch.as_tensor(places)].to(output.device)).mean()}
+
+        return loss
+
+    def _error(self, original: nn.Module, trained: nn.Module, target: torch.Tensor) -> float:
+        """Of the trained block as inference will run it, on the samples set aside."""
+        places = torch.as_tensor(sorted(self.inputs.aside))
+        found = self.inputs.through(_frozen(original, trained), self.inputs.quantized, places)
         return float(relative_error(found, target[places]).mean())
 
 

@@ -1,101 +1,44 @@
-"""A training's config, resolved once, as ``wanquant.ptq.plan`` does it; and what of it counts."""
+"""What of a training's config is refused without torch, so at once; ``wanquant.qat.plan`` resolves the rest."""
 
 from __future__ import annotations
 
-import dataclasses
+import csv
+import json
 import os
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wanquant.choices import check_choices
-from wanquant.evaluate.prompts import pairs, settled
+from wanquant.evaluate.prompts import pairs
 from wanquant.ptq.config import check_captions
-from wanquant.ptq.plan import PTQPlan, SourceModel, resolve
-from wanquant.qat.config import SET_ASIDE, LoraSize, LossConfig, QATConfig, TrainConfig, processes
-from wanquant.qat.data import captions_of, check_data, contents
-from wanquant.qat.loss import check_loss
-from wanquant.qat.scope import trains_weights
-from wanquant.quant.config import QuantConfig
-from wanquant.quant.select import resolve_blocks
-from wanquant.quant.trainable import Training, check_trainable
-from wanquant.wan.cached import Pair
-from wanquant.wan.device import pick_device
+
+if TYPE_CHECKING:
+    from wanquant.qat.config import DataConfig, LossConfig, QATConfig, TrainConfig
+
+#: Ranges of numbers in the config, from and to.
+RANGES = {"lr": (0, 10), "floor": (0, 1), "ema": (0, 1), "diverged": (1, 1e9), "weight_decay": (0, 10)}
+#: In blockwise training one in so many videos is set aside.
+SET_ASIDE = 8
+#: Columns that a list of videos may have them under.
+FILE_KEYS, CAPTION_KEYS = ("file", "video", "path", "file_name"), ("caption", "text", "prompt")
 
 
-@dataclass(frozen=True)
-class TrainPlan(PTQPlan):
-    """``learned`` are the pairs whose BF16 trajectories are learned from, if that is the source; ``training`` is how
-    each quantized linear is trained."""
-
-    config: TrainConfig
-    learned: tuple[Pair, ...]
-    training: Training
-
-    @property
-    def qat(self) -> QATConfig:
-        return self.config.qat
-
-    @property
-    def samples(self) -> int:
-        """That are recorded to be learned from."""
-        return len(self.learned) * self.settings.steps * self.settings.branches
+def processes() -> int:
+    """How many train together, under ``accelerate launch``."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def resolve_train(config: TrainConfig) -> TrainPlan:
-    """``ValueError`` names the key at fault and what it may be. Without quantization the model stays BF16."""
-    check_choices(config)
-    data = dataclasses.replace(config.qat.data, prompts=settled(config.qat.data.prompts))
-    config = dataclasses.replace(
-        config,
-        quant=config.quant if config.qat.quantize else QuantConfig(name="bf16", format="bf16"),
-        model=dataclasses.replace(config.model, device=_own_card(config.model.device)),
-        qat=dataclasses.replace(config.qat, data=data),
-    )
-    recorded = data.source == "trajectories"
-    learned = pairs(data.prompts, "qat.data.prompts") if recorded else []
-    if config.model.language == "scenes":
-        check_captions(text for text, _ in learned)
-    plan = resolve(config)
-    check_qat(config, plan)
-    fields_ = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    return TrainPlan(**fields_, learned=tuple(learned), training=training_of(config.qat))
-
-
-def _own_card(device: str) -> str:
-    """Of several processes each has the card that its launcher gave it."""
-    kind = pick_device(device).type
-    return device if processes() == 1 or kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
-
-
-def training_of(qat: QATConfig) -> Training:
-    """How each quantized linear is trained."""
-    return Training(
-        weights=trains_weights(qat.scope),
-        clip_mask=qat.clip_mask,
-        learn_scales=qat.scope == "scales",
-        gradients=qat.gradients,
-        scaling=qat.scaling,
-        window=qat.window,
-    )
-
-
-def check_qat(config: TrainConfig, plan: PTQPlan) -> None:
+def check_training(config: TrainConfig) -> None:
+    """``ValueError`` names the key at fault and what it may be."""
     qat = config.qat
     if config.mode != "quantize":
         raise ValueError(f"mode={config.mode}: train.py has no other than quantize")
     _check_ranges(qat)
-    _check_scope(qat, plan.model)
-    check_data(qat.data, config.model.language)
-    check_loss(qat.loss, qat.data.source)
-    _check_source(config, plan)
-    scheme = plan.scheme
-    if not qat.quantize:
-        if qat.scope in ("scales", "lora", "blockwise"):
-            raise ValueError(f"qat.scope={qat.scope} is for a quantized model: choose all, blocks or norms")
-    elif scheme.format.keeps_all:
-        raise ValueError(f"quant.format={scheme.format.name} quantizes nothing: fine-tune with qat=off")
-    else:
-        check_trainable(scheme, training_of(qat))
+    _check_scope(qat)
+    _check_data(qat.data, config.model.language)
+    _check_loss(qat.loss, qat.data.source)
+    if qat.scope == "blockwise":
+        _check_blockwise(qat)
+    _check_prompts(config)
 
 
 def _check_ranges(qat: QATConfig) -> None:
@@ -103,13 +46,7 @@ def _check_ranges(qat: QATConfig) -> None:
     for name in ("steps", "batch", "accumulation", "save_every", "window"):
         if getattr(qat, name) < 1:
             raise ValueError(f"qat.{name}={getattr(qat, name)}: must be at least 1")
-    for name, low, high in (
-        ("lr", 0, 10),
-        ("floor", 0, 1),
-        ("ema", 0, 1),
-        ("diverged", 1, 1e9),
-        ("weight_decay", 0, 10),
-    ):
+    for name, (low, high) in RANGES.items():
         if not low <= getattr(qat, name) <= high:
             raise ValueError(f"qat.{name}={getattr(qat, name)}: must lie between {low} and {high:g}")
     if qat.clip < 0 or qat.warmup < 0 or qat.bf16_steps < 0 or qat.check_every < 0:
@@ -120,58 +57,122 @@ def _check_ranges(qat: QATConfig) -> None:
         raise ValueError(f"qat.lora.rank={qat.lora.rank}, qat.lora.alpha={qat.lora.alpha}: must be positive")
     if qat.bf16_steps >= qat.steps:
         raise ValueError(f"qat.bf16_steps={qat.bf16_steps} leaves none of qat.steps={qat.steps} to quantize")
-    if qat.batch % (qat.accumulation * processes()):
+    together = processes()
+    if qat.batch % (qat.accumulation * together):
         raise ValueError(
             f"qat.batch={qat.batch} does not divide into qat.accumulation={qat.accumulation} parts of each of "
-            f"{processes()} processes"
+            f"{together} processes"
         )
 
 
-def _check_scope(qat: QATConfig, model: SourceModel) -> None:
+def _check_scope(qat: QATConfig) -> None:
     """What the scope has no use for, or cannot do without."""
     if qat.samples < 0 or (qat.samples and qat.scope != "blockwise"):
         raise ValueError(f"qat.samples={qat.samples}: at least 0, and for qat.scope=blockwise alone")
     if 0 < qat.samples < 2 * SET_ASIDE:
         raise ValueError(f"qat.samples={qat.samples}: at least {2 * SET_ASIDE}, of which some are set aside")
+    if not qat.quantize and qat.scope in ("scales", "lora", "blockwise"):
+        raise ValueError(f"qat.scope={qat.scope} is for a quantized model: choose all, blocks or norms")
     if qat.scope == "scales" and qat.bf16_steps:
         raise ValueError("qat.scope=scales has no use for qat.bf16_steps: without rounding there are no scales")
     if qat.scope == "all" and qat.blocks:
         raise ValueError("qat.scope=all trains every block: choose qat.scope=blocks for some")
     if qat.scope == "blocks" and not qat.blocks:
         raise ValueError("qat.scope=blocks needs qat.blocks=[...]")
-    resolve_blocks(qat.blocks, model.blocks, "trained")
-    if processes() > 1 and model.transformers > 1 and qat.scope != "blockwise":
-        # A step may pass by one of them, whose gradients the other processes would wait for.
-        raise ValueError("several processes train two transformers with qat.scope=blockwise alone")
 
 
-def _check_source(config: TrainConfig, plan: PTQPlan) -> None:
-    qat = config.qat
-    if qat.scope == "blockwise":
-        if qat.data.source != "trajectories":
-            raise ValueError("qat.scope=blockwise learns from BF16's trajectories: qat.data.source=trajectories")
-        if vars(qat.loss) != vars(LossConfig()):
-            raise ValueError("qat.scope=blockwise has a loss of its own, the blocks' outputs: leave qat.loss alone")
-        if qat.bf16_steps or qat.recompute:
-            raise ValueError("qat.scope=blockwise has no use for qat.bf16_steps and qat.recompute")
-        if qat.scaling == "delayed":
-            raise ValueError("qat.scope=blockwise has all inputs of a block before it: qat.scaling=current")
+def _check_blockwise(qat: QATConfig) -> None:
+    if qat.data.source != "trajectories":
+        raise ValueError("qat.scope=blockwise learns from BF16's trajectories: qat.data.source=trajectories")
+    if qat.loss != type(qat.loss)():
+        raise ValueError("qat.scope=blockwise has a loss of its own, the blocks' outputs: leave qat.loss alone")
+    if qat.bf16_steps or qat.recompute:
+        raise ValueError("qat.scope=blockwise has no use for qat.bf16_steps and qat.recompute")
+    if qat.scaling == "delayed":
+        raise ValueError("qat.scope=blockwise has all inputs of a block before it: qat.scaling=current")
+
+
+def _check_loss(config: LossConfig, source: str) -> None:
+    for name, weight in vars(config).items():
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"qat.loss.{name}={weight}: must be at least 0 and finite")
+    if not any(vars(config).values()):
+        raise ValueError("qat.loss: flow, output and blocks are all 0, so nothing would be learned")
+    if config.flow and source == "trajectories":
+        raise ValueError("qat.loss.flow is for videos: choose qat.data.source=scenes or folder")
+
+
+def _check_data(config: DataConfig, language: str) -> None:
+    if config.source == "scenes" and language != "scenes":
+        raise ValueError("qat.data.source=scenes draws what tiny-wan knows: choose trajectories or folder")
+    if config.source == "folder" and not config.path:
+        raise ValueError("qat.data.source=folder needs qat.data.path=<list, or folder with a metadata.jsonl or .csv>")
+    if config.source == "folder":
+        read_list(Path(config.path))
+    if config.source == "scenes" and config.videos_per_scene < 1:
+        raise ValueError(f"qat.data.videos_per_scene={config.videos_per_scene}: must be at least 1")
+    if not 0 <= config.drop <= 1:
+        raise ValueError(f"qat.data.drop={config.drop}: must lie between 0 and 1")
+
+
+def _check_prompts(config: TrainConfig) -> None:
+    """No prompt is both learned from and measured on."""
+    qat, measured = config.qat, pairs(config.prompts)
     if qat.data.source == "scenes":  # which leaves them out
         return
-    measured = {text for text, _ in plan.pairs}
-    validated = {text for text, _ in plan.calibration} if qat.check_every else set()
-    twice = sorted(set(captions_of(qat.data)) & (measured | validated))
+    learned = captions_of(qat.data)
+    if qat.data.source == "trajectories" and config.model.language == "scenes":
+        check_captions(learned)
+    validated = pairs(config.calib, "calib") if qat.check_every else []
+    twice = sorted(set(learned) & {text for text, _ in (*measured, *validated)})
     if twice:
         raise ValueError(f"qat.data holds a prompt that is measured on: {twice[0]}")
 
 
-#: What of the training changes no number.
-UNCOUNTED = ("name", "save_every", "data")
+def read_list(path: Path) -> list[tuple[Path, str]]:
+    """Videos and captions of a JSONL or CSV file; ``ValueError`` names the line that is wrong."""
+    if path.is_dir():
+        found = [path / name for name in ("metadata.jsonl", "metadata.csv") if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"{path} has no metadata.jsonl or metadata.csv: list the videos and their captions there")
+        path = found[0]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"qat.data.path={path}: {error}") from None
+    rows = []
+    for number, row in _rows(path, text):
+        where = f"{path}, line {number}"
+        file, caption = (next((row[key] for key in keys if row.get(key)), None) for keys in (FILE_KEYS, CAPTION_KEYS))
+        if not isinstance(file, str) or not isinstance(caption, str):
+            raise ValueError(f"{where}: it needs a file and a caption ({FILE_KEYS[0]}, {CAPTION_KEYS[0]})")
+        video = path.parent / file
+        if not video.is_file():
+            raise ValueError(f"{where}: there is no video {video}")
+        rows.append((video, caption))
+    if not rows:
+        raise ValueError(f"{path} lists no videos")
+    return rows
 
 
-def counted(qat: QATConfig) -> dict[str, Any]:
-    """All of the training that can change a number; data by what they are, wherever they lie."""
-    lora = qat.lora if qat.scope == "lora" else LoraSize()
-    window = qat.window if qat.scaling == "delayed" else QATConfig().window
-    found = dataclasses.asdict(dataclasses.replace(qat, lora=lora, window=window))
-    return {**{key: value for key, value in found.items() if key not in UNCOUNTED}, "data": contents(qat.data)}
+def _rows(path: Path, text: str) -> list[tuple[int, dict[str, object]]]:
+    if path.suffix == ".csv":
+        return [(number, dict(row)) for number, row in enumerate(csv.DictReader(text.splitlines()), 2)]
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: not an object")
+            rows.append((number, row))
+    return rows
+
+
+def captions_of(config: DataConfig) -> list[str]:
+    """The prompts or captions of the data, of a source that lists them."""
+    if config.source == "trajectories":
+        return [text for text, _ in pairs(config.prompts, "qat.data.prompts")]
+    return [caption for _, caption in read_list(Path(config.path))]

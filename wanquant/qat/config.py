@@ -1,29 +1,26 @@
-"""The whole of ``python train.py`` as one dataclass. ``wanquant.qat.check`` resolves it."""
+"""The whole of ``python train.py`` as one dataclass, checked without torch. ``wanquant.qat.plan`` resolves it."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
-from wanquant.choices import choice
+from wanquant.choices import choice, mistaken
 from wanquant.evaluate.prompts import PromptsConfig
 from wanquant.ptq.config import PTQConfig
+from wanquant.qat.check import check_training
 from wanquant.quant.config import GRADIENTS, SCALINGS
 
-#: What is trained, on what, by which schedule of the learning rate: see ``wanquant.qat.scope``, ``data``, ``schedule``.
+#: What is trained, on what, by which schedule of the learning rate: ``qat.scope``, ``qat.data``, ``make_rate``.
 SCOPES = ("all", "blocks", "norms", "scales", "lora", "blockwise")
 SOURCES = ("trajectories", "scenes", "folder")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "bf16", "fp32")
-#: In blockwise training one in so many videos is set aside.
-SET_ASIDE = 8
-#: And samples pass through a block together, where nothing is trained.
+#: Samples that pass through a block together in blockwise training, where nothing is trained.
 AT_ONCE = 32
-
-
-def processes() -> int:
-    """How many train together, under ``accelerate launch``."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+#: Step to a share of the highest learning rate, 0 to 1.
+Rate = Callable[[int], float]
 
 
 @dataclass
@@ -111,3 +108,57 @@ class TrainConfig(PTQConfig):
     """``python train.py``: all of ``python ptq.py``, and the training between."""
 
     qat: QATConfig = field(default_factory=QATConfig)
+
+    def check(self) -> None:
+        super().check()
+        check_training(self)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Of ``wanquant.qat.loop.Loop``: how long, how much at a time, and when to give up.
+
+    batch         rows of a step, over all processes and parts
+    accumulation  parts a process takes its share of them in
+    clip          the norm gradients are cut to; 0 leaves them
+    ema           decay of the moving average of the weights; 0 for none
+    begin         the step from which on weights are averaged and losses compared: what comes before is a warm-up
+    diverged      how many times its lowest value the loss may reach
+    save_every    steps between two states
+    """
+
+    steps: int
+    batch: int
+    accumulation: int = 1
+    clip: float = 1.0
+    ema: float = 0.0
+    begin: int = 0
+    diverged: float = 10.0
+    save_every: int = 50
+    seed: int = 0
+
+
+def loop_config(qat: QATConfig) -> LoopConfig:
+    shared = {each.name: getattr(qat, each.name) for each in fields(LoopConfig) if each.name != "begin"}
+    return LoopConfig(**shared, begin=qat.bf16_steps)
+
+
+def make_rate(name: str, steps: int, warmup: int = 0, floor: float = 0.0, begin: int = 0) -> Rate:
+    """Rises over ``warmup`` steps, then stays, or falls to ``floor`` in the last of ``steps``.
+
+    The first ``begin`` steps have the whole rate: another phase, after which the schedule starts.
+    """
+    if name not in SCHEDULES:
+        raise mistaken("schedule", name, SCHEDULES)
+
+    def rate(step: int) -> float:
+        if step < begin:
+            return 1.0
+        done = step - begin
+        if done < warmup:
+            return (done + 1) / warmup
+        share = (done - warmup) / max(1, steps - begin - warmup - 1)
+        fall = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}[name]
+        return floor + (1 - floor) * fall
+
+    return rate

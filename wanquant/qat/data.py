@@ -11,20 +11,17 @@ A video's latents are mixed with noise, x_σ = (1 - σ) x_0 + σ e, of which the
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from wanquant.choices import check_choices
 from wanquant.evaluate.prompts import pairs
+from wanquant.qat.check import read_list
 from wanquant.qat.config import DataConfig
 from wanquant.runs.files import sum_of_file
 from wanquant.runs.progress import progress
@@ -50,17 +47,9 @@ class Batch:
     output: torch.Tensor | None = None
 
 
-class Source(Protocol):
-    """``batch`` is a function of its arguments alone: the given rows of the global batch of that step."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, step: int, size: int, rows: range) -> Batch: ...
-
-
-def order(count: int, seed: int, first: int, size: int) -> list[int]:
-    """The next ``size`` of ``count`` things after ``first`` have been taken: each once, in an order of its own, then
-    again in another."""
+def shuffled_order(count: int, seed: int, first: int, size: int) -> list[int]:
+    """``size`` indices below ``count``, from position ``first`` on of an endless sequence: all of them in a random
+    order, then all in another, and so on."""
     found: list[int] = []
     while len(found) < size:
         round_, place = divmod(first + len(found), count)
@@ -71,6 +60,8 @@ def order(count: int, seed: int, first: int, size: int) -> list[int]:
 
 @dataclass
 class Trajectories:
+    """BF16's own inputs and outputs; ``embed`` gives a prompt's text embedding."""
+
     recording: Recording
     embed: Callable[[str], torch.Tensor]
     seed: int
@@ -79,26 +70,23 @@ class Trajectories:
         return len(self.recording)
 
     def batch(self, step: int, size: int, rows: range) -> Batch:
-        taken = order(len(self), self.seed, step * size, size)[rows.start : rows.stop]
-        return self.of(taken)
+        return self.of(shuffled_order(len(self), self.seed, step * size, size)[rows.start : rows.stop])
 
     def video_of(self, place: int) -> int:
         """Which of the recorded videos a sample belongs to."""
         return place // (self.recording.steps * self.recording.branches)
 
     def of(self, places: Sequence[int]) -> Batch:
-        asked = [self.recording[place] for place in places]
-        return Batch(
-            torch.stack([sample.noisy for sample in asked]),
-            torch.stack([sample.timestep for sample in asked]),
-            torch.stack([self.embed(sample.prompt) for sample in asked]),
-            output=torch.stack([sample.output for sample in asked]),
+        samples = [self.recording[place] for place in places]
+        noisy, timestep, output = (
+            torch.stack([getattr(sample, name) for sample in samples]) for name in ("noisy", "timestep", "output")
         )
+        return Batch(noisy, timestep, torch.stack([self.embed(sample.prompt) for sample in samples]), output=output)
 
 
 @dataclass
 class Videos:
-    """``files`` hold the latents of each video, or ``latents`` all of them."""
+    """``latents`` gives those of a video by its place; ``negative`` is the prompt where a caption is dropped."""
 
     captions: list[str]
     latents: Callable[[int], torch.Tensor]
@@ -112,7 +100,7 @@ class Videos:
         return len(self.captions)
 
     def batch(self, step: int, size: int, rows: range) -> Batch:
-        taken = order(len(self), self.seed, step * size, size)
+        taken = shuffled_order(len(self), self.seed, step * size, size)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         dropped = torch.rand(size, generator=generator) < self.drop
         uniform = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
@@ -125,6 +113,10 @@ class Videos:
             text.append(self.embed(self.negative if dropped[row] else self.captions[taken[row]]))
         x, e, weight = torch.stack(clean), torch.stack(noise), sigma[rows.start : rows.stop].view(-1, 1, 1, 1, 1)
         return Batch((1 - weight) * x + weight * e, 1000 * weight.flatten(), torch.stack(text), velocity=e - x)
+
+
+#: Their ``batch`` gives some rows of a step's global batch, and is a function of its arguments alone.
+Source = Trajectories | Videos
 
 
 def make_source(
@@ -168,55 +160,6 @@ def _scenes(
     return [captions[place] for place in left], lambda place: latents[left[place]]
 
 
-def read_list(path: Path) -> list[tuple[Path, str]]:
-    """Videos and captions of a JSONL or CSV file; ``ValueError`` names the line that is wrong."""
-    if path.is_dir():
-        found = [path / name for name in ("metadata.jsonl", "metadata.csv") if (path / name).is_file()]
-        if not found:
-            raise ValueError(f"{path} has no metadata.jsonl or metadata.csv: list the videos and their captions there")
-        path = found[0]
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"qat.data.path={path}: {error}") from None
-    rows = []
-    for number, row in _rows(path, text):
-        where = f"{path}, line {number}"
-        file, caption = (next((row[key] for key in keys if row.get(key)), None) for keys in (FILE_KEYS, CAPTION_KEYS))
-        if not isinstance(file, str) or not isinstance(caption, str):
-            raise ValueError(f"{where}: it needs a file and a caption ({FILE_KEYS[0]}, {CAPTION_KEYS[0]})")
-        video = path.parent / file
-        if not video.is_file():
-            raise ValueError(f"{where}: there is no video {video}")
-        rows.append((video, caption))
-    if not rows:
-        raise ValueError(f"{path} lists no videos")
-    return rows
-
-
-def _rows(path: Path, text: str) -> list[tuple[int, dict[str, object]]]:
-    if path.suffix == ".csv":
-        return [(number, dict(row)) for number, row in enumerate(csv.DictReader(text.splitlines()), 2)]
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not an object")
-            rows.append((number, row))
-    return rows
-
-
-def captions_of(config: DataConfig) -> list[str]:
-    """What is learned from, of a source that lists it."""
-    if config.source == "trajectories":
-        return [text for text, _ in pairs(config.prompts, "qat.data.prompts")]
-    return [caption for _, caption in read_list(Path(config.path))]
-
-
 def contents(config: DataConfig) -> dict[str, object]:
     """What the data are, for a signature: videos by their content."""
     if config.source == "trajectories":
@@ -226,7 +169,7 @@ def contents(config: DataConfig) -> dict[str, object]:
         return {**found, "videos_per_scene": config.videos_per_scene}
     listed = read_list(Path(config.path))
     versions = ((path, path.stat()) for path, _ in listed)
-    sums = _sums(tuple((path, told.st_size, told.st_mtime_ns) for path, told in versions))
+    sums = _sums(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in versions))
     return {**found, "videos": [(sum_, caption) for sum_, (_, caption) in zip(sums, listed, strict=True)]}
 
 
@@ -239,17 +182,3 @@ def _sums(versions: tuple[tuple[Path, int, int], ...]) -> list[str]:
             found.append(sum_of_file(path))
             tick()
     return found
-
-
-def check_data(config: DataConfig, language: str) -> None:
-    check_choices(config, "qat.data.")
-    if config.source == "scenes" and language != "scenes":
-        raise ValueError("qat.data.source=scenes draws what tiny-wan knows: choose trajectories or folder")
-    if config.source == "folder" and not config.path:
-        raise ValueError("qat.data.source=folder needs qat.data.path=<list, or folder with a metadata.jsonl or .csv>")
-    if config.source == "folder":
-        read_list(Path(config.path))
-    if config.source == "scenes" and config.videos_per_scene < 1:
-        raise ValueError(f"qat.data.videos_per_scene={config.videos_per_scene}: must be at least 1")
-    if not 0 <= config.drop <= 1:
-        raise ValueError(f"qat.data.drop={config.drop}: must lie between 0 and 1")

@@ -17,8 +17,10 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stderr
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,19 +31,20 @@ from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.perceptual import distance
-from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference, estimate
-from wanquant.ptq.calibrator import Calibrator
-from wanquant.ptq.estimate import count_videos, estimate_resources
+from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference
+from wanquant.ptq.calibrator import Calibration
+from wanquant.ptq.estimate import estimate_resources
 from wanquant.ptq.job import Job, run_job
 from wanquant.ptq.plan import with_weights
 from wanquant.ptq.protect import Choice, choose
-from wanquant.ptq.result import conversion
+from wanquant.ptq.result import conversion, verdict
 from wanquant.ptq.sensitivity import quantized
-from wanquant.qat.check import TrainPlan, counted, resolve_train
-from wanquant.qat.config import TrainConfig, processes
+from wanquant.qat.check import processes
+from wanquant.qat.config import TrainConfig
+from wanquant.qat.estimate import count_training_videos, estimate_memory, estimate_seconds, print_estimates
 from wanquant.qat.loop import make_accelerator
-from wanquant.qat.plan import TrainingPlan, plan_training, shrinks, training_seconds
-from wanquant.qat.train import Trainer, settled_precision, training_libraries
+from wanquant.qat.plan import TrainPlan, resolve_train
+from wanquant.qat.train import Trainer
 from wanquant.quant import ConversionReport, plan_conversion
 from wanquant.runs.progress import progress
 from wanquant.runs.signature import MEASURES, signature
@@ -49,7 +52,7 @@ from wanquant.runs.tracking import live
 from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
 from wanquant.wan.device import pick_device
-from wanquant.wan.estimate import ResourceEstimate, VideoCounts, in_bytes, in_time, print_estimate, tokens_of
+from wanquant.wan.estimate import ResourceEstimate
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import hush_libraries, read_transformer
@@ -58,10 +61,19 @@ from wanquant.wan.record import Recording, step_errors
 #: Measured against the untrained baseline, pair by pair. The first decides.
 STEP_SQNR = "step_sqnr"
 COMPARED = ("latent_sqnr", STEP_SQNR, "psnr", "ssim", "lpips", "attributes")
-UNTRAINED, OVER = "untrained.", "over_untrained."
+UNTRAINED = "untrained."
 CURVES = "training.json"
-#: What training adds on the device, in the plan.
-ADDED = ("weights", "gradients", "optimizer", "average", "activations")
+Floors = dict[str, list[tuple[Sample, Sample]]]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Videos of the measured pairs; SQNR in dB of single denoising steps, pair by pair, of a model that is or was
+    quantized; elements that overflowed, by linear."""
+
+    samples: list[Sample]
+    single_steps: list[Item] = field(default_factory=list)
+    overflows: Counter[str] = field(default_factory=Counter)
 
 
 def run_train(config: TrainConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
@@ -98,48 +110,22 @@ def assist(config: TrainConfig) -> None:
 
 class TrainJob(Job):
     name: ClassVar[str] = "train"
-    #: Whether the other processes were told to train.
+    #: Whether the other processes train too.
     called: ClassVar[bool] = False
 
-    @staticmethod
-    def resolve(config: TrainConfig) -> TrainPlan:
-        return resolve_train(config)
-
-    @staticmethod
-    def counts(plan: TrainPlan) -> VideoCounts:
-        """As for a quantization, with the videos of the untrained baseline; what is learned from is recorded in BF16,
-        and what is measured too."""
-        counts, qat, measured, calibrated = count_videos(plan), plan.qat, len(plan.pairs), len(plan.calibration)
-        baselines = 1 if qat.quantize else 0
-        # Single steps are asked of both, with as many passes as a video has.
-        quantized, looks = counts.quantized + (2 * baselines + 1) * measured, 0
-        if qat.check_every:
-            looks = (1 + qat.steps // qat.check_every) * calibrated
-        return dataclasses.replace(
-            counts,
-            recorded=len(plan.learned),
-            untrained=2 * baselines * measured,
-            looks=looks,
-            renamed=(("generate_quantized", "generate_trained"),),
-            bf16=counts.bf16 + len(plan.learned) + (calibrated if looks else 0),
-            quantized=quantized + looks,
-            decoded=counts.decoded + baselines * measured,
-            held=counts.held + baselines * measured,
-            beside=counts.beside or bool(baselines),
-        )
+    resolve = staticmethod(resolve_train)
+    counts = staticmethod(count_training_videos)
 
     @classmethod
     def print_estimate(cls, plan: TrainPlan, config_yaml: str) -> None:
-        print_training_plan(plan, estimate_resources(plan, cls.counts(plan)), config_yaml)
+        print_estimates(plan, estimate_resources(plan, cls.counts(plan)), config_yaml)
 
     def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
-        found, on_host = super().needed(needs), needs.device.type == "cpu"
-        training = needs_of(self.plan, needs)
-        while_trained = 2 * needs.parameters + needs.others + training.added(on_host) + (needs.videos if on_host else 0)
-        takes = seconds_of(self.plan, needs)
+        found, on_host, takes = super().needed(needs), needs.device.type == "cpu", estimate_seconds(self.plan)
+        added = estimate_memory(self.plan).added(on_host) + (needs.videos if on_host else 0)
         return {
             **found,
-            "bytes": max(found["bytes"], while_trained),
+            "bytes": max(found["bytes"], 2 * needs.parameters + needs.others + added),
             "seconds": found["seconds"] + takes,
             "stages": {**found["stages"], "train": found["stages"].get("train", 0.0) + takes},
         }
@@ -149,195 +135,152 @@ class TrainJob(Job):
         return {**super().names, "qat": {"name": self.config.qat.name}}
 
     def signed(self, protected: tuple[int, ...] | None) -> str:
-        found = {
-            **self.plan.counted(protected),
-            "qat": counted(self.config.qat),
-            "world": processes(),
-            "libraries": training_libraries(),
-        }
-        return signature(found, self.fingerprint, self.device, (*MEASURES, "qat"))
+        return signature(self.plan.counted(protected), self.fingerprint, self.device, (*MEASURES, "qat"))
 
     def run(self) -> dict[str, Any]:
-        config, run = self.config, self.run_
-        calibrator = self.load()
-        pipeline = calibrator.pipeline
-        with run.stage("calibrate"):
-            calibration, stats = calibrator.calibration(), calibrator.inputs()
-        with run.stage("choose"):
-            choice = choose(config.protect, self.plan.model.protected, calibrator)
-        trainer = Trainer(calibrator, self.plan, choice.blocks, stats)
-        with run.stage("data"):
-            trainer.prepare()
-        with run.stage("generate_bf16"):
-            asked = Recording(pipeline, self.pairs, "ask BF16")
+        stage = self.run_.stage
+        trainer, calibration, choice = self._prepared()
+        pipeline = trainer.pipeline
+        with stage("generate_bf16"):
+            recording = Recording(pipeline, self.pairs, "record BF16")
             baseline = self.bf16(pipeline, "generate BF16", self.pairs)
-        floors: dict[str, list[tuple[Sample, Sample]]] = {}
-        if config.eval.noise_floor:
-            with run.stage("noise_floor"):
-                floors = self.floors(pipeline, baseline)
-        with run.stage("generate_untrained"):
-            report, untrained, single_steps = self._untrained(calibrator, choice, stats, baseline, asked)
-        with run.stage("train"):
-            signed, training = self._trained(trainer)
-        with run.stage("generate_trained"):
-            label, how = "generate trained", {**calibrator.what_is_quantized(choice.blocks), "trained": signed}
-            latents, overflows = pipeline.latents(label, self.pairs, how, afresh=config.force)
-            samples = pipeline.videos(label, self.pairs, latents)
-            single_steps |= self._single_steps(pipeline, asked, "", how)
-        with run.stage("compare"):
-            beside = {
-                "": list(zip(baseline, samples, strict=True)),
-                UNTRAINED: list(zip(baseline, untrained, strict=True)),
-            }
-            metrics, over = self._compare({**beside, **floors}, untrained, single_steps)
-            gate_results = gates.check(samples, baseline)
-        with run.stage("write"):
-            self.write_videos(baseline, samples, floors)
-            self._save(pipeline, report)
-        tail = self.tail(calibrator, self.plan.pairs)
+        floors = self.noise_floors(pipeline, baseline)
+        report = plan_conversion(pipeline.transformer, self.plan.scheme, choice.blocks, trainer.modules)
+        with stage("generate_untrained"):
+            untrained = self._untrained(trainer, baseline, recording)
+        with stage("train"):
+            training = self._trained(trainer)
+        with stage("generate_trained"):
+            trained = self._generated(trainer, recording)
+        with stage("compare"):
+            metrics, over = self._compared(baseline, untrained, trained, floors)
+            judged = verdict(metrics, gates.check(trained.samples, baseline), len(self.pairs))
+        with stage("write"):
+            self.write_videos(baseline, trained.samples, floors)
+            if self.config.checkpoint:
+                self._save(pipeline, report)
+        tail = self.tail(trainer.calibrator, self.plan.pairs)
         tail["memory"]["peak_bytes"] = max(tail["memory"]["peak_bytes"], trainer.peak_before)
         return {
             **self.head(tuple(report.protected_blocks)),
-            **conversion(self.plan, report, calibration, choice, overflows),
-            "qat": dataclasses.asdict(config.qat),
+            **conversion(self.plan, report, calibration, choice, trained.overflows),
+            "qat": dataclasses.asdict(self.config.qat),
             "block_sqnr": None,
-            "metrics": metrics,
             "over_untrained": over,
-            "training": {**training, "processes": processes(), "precision": trainer.precision},
-            "demonstration": len(self.pairs) < ENOUGH_PAIRS,
-            "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
-            "gates": {gate.name: gate.as_json() for gate in gate_results},
+            "training": {**training, "processes": processes(), "precision": self.plan.precision},
+            **judged,
             **tail,
         }
 
-    def _untrained(
-        self, calibrator: Calibrator, choice: Choice, stats: Mapping[str, Any], baseline: list[Sample], asked: Recording
-    ) -> tuple[ConversionReport, list[Sample], dict[str, list[Item]]]:
-        """What PTQ makes of it, its videos and the errors of its single steps; the model stays BF16."""
-        transformer, how = (
-            calibrator.pipeline.transformer,
-            (calibrator.scheme.config, choice.blocks, calibrator.modules),
-        )
+    def _prepared(self) -> tuple[Trainer, Calibration, Choice]:
+        """The loaded model, calibrated, with its blocks chosen and the data of the training."""
+        calibrator = self.load()
+        with self.run_.stage("calibrate"):
+            calibration, stats = calibrator.calibration(), calibrator.inputs()
+        with self.run_.stage("choose"):
+            choice = choose(self.config.protect, self.plan.model.protected, calibrator)
+        trainer = Trainer(calibrator, self.plan, choice.blocks, stats)
+        with self.run_.stage("data"):
+            trainer.prepare()
+        return trainer, calibration, choice
+
+    def _untrained(self, trainer: Trainer, baseline: list[Sample], recording: Recording) -> Generated:
+        """By the untrained baseline, which is PTQ's model; the model stays BF16."""
         if not self.config.qat.quantize:
-            return plan_conversion(transformer, *how), baseline, {}
-        label, what = "generate untrained", calibrator.what_is_quantized(choice.blocks)
-        with quantized(transformer, *how, stats) as report:
-            latents, _ = calibrator.pipeline.latents(label, self.pairs, what)
-            single_steps = self._single_steps(calibrator.pipeline, asked, UNTRAINED, what)
-        return report, calibrator.pipeline.videos(label, self.pairs, latents), single_steps
+            return Generated(baseline)
+        calibrator, pipeline, label = trainer.calibrator, trainer.pipeline, "generate untrained"
+        counted = calibrator.what_is_quantized(trainer.protected)
+        how = (self.plan.scheme, trainer.protected, trainer.modules, trainer.stats)
+        with quantized(pipeline.transformer, *how):
+            latents, overflows = pipeline.latents(label, self.pairs, counted)
+            single_steps = self._single_steps(pipeline, recording, counted)
+        return Generated(pipeline.videos(label, self.pairs, latents), single_steps, overflows)
 
-    def _single_steps(
-        self, pipeline: CachedPipeline, asked: Recording, prefix: str, how: Mapping[str, Any]
-    ) -> dict[str, list[Item]]:
-        """The errors of single steps, under their name in ``metrics``."""
+    def _generated(self, trainer: Trainer, recording: Recording) -> Generated:
+        """The trained model's videos and single steps."""
+        pipeline, label = trainer.pipeline, "generate trained"
+        counted = {**trainer.calibrator.what_is_quantized(trainer.protected), "trained": trainer.signature}
+        latents, overflows = pipeline.latents(label, self.pairs, counted, afresh=self.config.force)
+        samples = pipeline.videos(label, self.pairs, latents)
+        return Generated(samples, self._single_steps(pipeline, recording, counted), overflows)
 
-        def measure() -> list[float]:
+    def _single_steps(self, pipeline: CachedPipeline, recording: Recording, counted: Mapping[str, Any]) -> list[Item]:
+        """SQNR in dB of single denoising steps by the transformer as it is now, in the cache by what is ``counted``."""
+
+        def measure_() -> list[float]:
             with progress("single steps", len(self.pairs), "pair") as tick:
-                return step_errors(pipeline, asked, tick)
+                return step_errors(pipeline, recording, tick)
 
-        cells = pipeline.cache.cells(
-            "single_steps", pipeline.signature("single_steps", pairs=self.pairs, batch=pipeline.model.batch, **how)
-        )
-        found = measure() if self.config.force else cells.measured("pairs", measure)
+        signed = pipeline.signature("single_steps", pairs=self.pairs, batch=pipeline.model.batch, **counted)
+        cells = pipeline.cache.cells("single_steps", signed)
+        found = measure_() if self.config.force else cells.measured("pairs", measure_)
         values = (math.nan if value is None else value for value in found)
-        return {f"{prefix}{STEP_SQNR}": [Item(*pair, value) for pair, value in zip(self.pairs, values, strict=True)]}
+        return [Item(*pair, value) for pair, value in zip(self.pairs, values, strict=True)]
 
-    def _trained(self, trainer: Trainer) -> tuple[str, dict[str, Any]]:
-        """Puts the trained transformer into the pipeline: from the cache, or trained now."""
-        pipeline, signed = trainer.pipeline, trainer.signature
-        if self.config.force:
-            pipeline.cache.forget("trained", signed)
+    def _trained(self, trainer: Trainer) -> dict[str, Any]:
+        """Puts the trained transformer into the pipeline, from the cache or trained now; returns ``Trainer.train``'s
+        report."""
+        pipeline, pipe, config = trainer.pipeline, trainer.pipeline.pipe, self.config
+        if config.force:
+            pipeline.cache.forget("trained", trainer.signature)
             shutil.rmtree(trainer.states, ignore_errors=True)
 
         def make(folder: Path) -> None:
             if processes() > 1:
                 TrainJob.called = True
                 broadcast_object_list([list(trainer.protected)])
-            with live(self.config.tracker, self.run_.folder, dataclasses.asdict(self.config)) as trainer.show:
-                told = trainer.train()
-            for name, part in transformers_in(pipeline.pipe).items():
+            with live(config.tracker, self.run_.folder, dataclasses.asdict(config)) as trainer.show:
+                report = trainer.train()
+            for name, part in transformers_in(pipe).items():
                 if quantized_linears(part):
                     save_transformer(part, self.plan.model.folder / name, folder / name, lambda: None)
                 else:
                     part.save_pretrained(folder / name)
-            (folder / CURVES).write_text(json.dumps(told) + "\n", encoding="utf-8")
+            (folder / CURVES).write_text(json.dumps(report) + "\n", encoding="utf-8")
 
-        folder = pipeline.artefact("train", "trained", signed, make)
+        folder = pipeline.artefact("train", "trained", trainer.signature, make)
         shutil.rmtree(trainer.states, ignore_errors=True)
-        packed = self.config.quant.packed if self.config.qat.quantize else None
-        for name in transformers_in(pipeline.pipe):
-            getattr(pipeline.pipe, name).to("meta")  # there is no room for both
-            how = packed if quantization_of(folder / name) is not None else None
-            setattr(pipeline.pipe, name, read_transformer(folder / name, how).to(pipeline.device))
-        told: dict[str, Any] = json.loads((folder / CURVES).read_text(encoding="utf-8"))
-        return signed, told
+        for name in transformers_in(pipe):
+            getattr(pipe, name).to("meta")  # there is no room for both
+            how = config.quant.packed if quantization_of(folder / name) is not None else None
+            setattr(pipe, name, read_transformer(folder / name, how).to(pipeline.device))
+        found: dict[str, Any] = json.loads((folder / CURVES).read_text(encoding="utf-8"))
+        return found
 
-    def _compare(
-        self,
-        beside: Mapping[str, list[tuple[Sample, Sample]]],
-        untrained: list[Sample],
-        single_steps: dict[str, list[Item]],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Every metric, and what of it differs from the untrained model's."""
-        config = self.config
+    def _compared(
+        self, baseline: list[Sample], untrained: Generated, trained: Generated, floors: Floors
+    ) -> tuple[dict[str, list[Item]], dict[str, Any]]:
+        """Every metric, and by how much it differs from the untrained model's."""
+        config, scenes, few = self.config, self.config.model.language == "scenes", len(self.pairs) < ENOUGH_PAIRS
+        sides = {"": trained, UNTRAINED: untrained}
+        beside = {prefix: list(zip(baseline, side.samples, strict=True)) for prefix, side in sides.items()} | floors
         with progress("compare", sum(map(len, beside.values())), "pair") as tick:
-            lpips = distance(config.eval.lpips, self.device)
-            found = measure(beside, config.model.language == "scenes", tick, lpips)
-            if config.model.language == "scenes":
-                asked = measure({"": [(sample, sample) for sample in untrained]}, True)
-                found |= {
-                    UNTRAINED + name: asked[name] for name in asked if "." not in name and UNTRAINED + name not in found
-                }
-        found |= single_steps
+            found = measure(beside, scenes, tick, distance(config.eval.lpips, self.device))
+            if scenes:
+                own = measure({"": [(sample, sample) for sample in untrained.samples]}, True)
+                own = {UNTRAINED + name: items for name, items in own.items() if "." not in name}
+                found |= {name: items for name, items in own.items() if name not in found}
+        # Where nothing is quantized, the untrained baseline has none.
+        found |= {
+            prefix + STEP_SQNR: sides[prefix].single_steps for prefix in (UNTRAINED, "") if sides[prefix].single_steps
+        }
         over = {}
         # A model that is fine-tuned is meant to move away from what it was.
         for name in COMPARED if config.qat.quantize else ("attributes",):
             if name in found and UNTRAINED + name in found:
                 paired = compared(difference(found[name], found[UNTRAINED + name]))
-                over[name] = {**paired.as_json(), "verdict": verdict_of(paired, len(self.pairs) < ENOUGH_PAIRS)}
-        return {name: estimate(items).as_json() for name, items in found.items()}, over
+                over[name] = {**paired.as_json(), "verdict": verdict_of(paired, few)}
+        return found, over
 
     def _save(self, pipeline: CachedPipeline, report: ConversionReport) -> None:
-        if not self.config.checkpoint:
-            return
-        target = self.run_.folder / "checkpoint"
-        if report.names("converted"):
-            with progress("save", len(report.names("converted")), "linear") as tick:
+        target, converted = self.run_.folder / "checkpoint", report.names("converted")
+        if converted:
+            with progress("save", len(converted), "linear") as tick:
                 save_quantized(pipeline.pipe, target, tick)
         else:
             partial = target.with_name("checkpoint.partial")
             pipeline.pipe.save_pretrained(partial)
             partial.rename(target)
-
-
-def needs_of(plan: TrainPlan, needs: ResourceEstimate) -> TrainingPlan:
-    """Memory of the training itself."""
-    tokens, precision = tokens_of(plan.settings, needs.shape), settled_precision(plan.qat.precision, plan.device)
-    return plan_training(needs.shape, plan.config, tokens, plan.samples, precision, processes())
-
-
-def seconds_of(plan: TrainPlan, needs: ResourceEstimate) -> float:
-    """Of the training itself, by a probe of one block."""
-    tokens, precision = tokens_of(plan.settings, needs.shape), settled_precision(plan.qat.precision, plan.device)
-    return training_seconds(needs.shape, plan.config, tokens, plan.samples, plan.device, precision)
-
-
-def print_training_plan(plan: TrainPlan, needs: ResourceEstimate, config_yaml: str) -> None:
-    """After that of the quantization: what the training needs."""
-    print_estimate(needs, config_yaml)
-    training = needs_of(plan, needs)
-    parts = {name: getattr(training, name) for name in ("model", *ADDED)}
-    told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
-    print(f"training    {in_bytes(training.total)} on the device: {told}")
-    if training.host:
-        passing = min(plan.samples, plan.qat.samples or plan.samples)
-        print(f"            {in_bytes(training.host)} beside it, for what passes between blocks ({passing} samples)")
-    if shrinks(plan.config):
-        print(f"            less with {shrinks(plan.config)}")
-    seconds = seconds_of(plan, needs)
-    print(
-        f"            {in_time(seconds)}, by a probe of one block; with the videos {in_time(seconds + needs.seconds)}"
-    )
 
 
 def verdict_of(paired: Estimate, few: bool) -> str:
@@ -346,6 +289,4 @@ def verdict_of(paired: Estimate, few: bool) -> str:
         return "too few pairs"
     if math.isnan(paired.low):
         return "cannot be told"
-    if paired.low > 0:
-        return "better"
-    return "worse" if paired.high < 0 else "no difference found"
+    return "better" if paired.low > 0 else "worse" if paired.high < 0 else "no difference found"

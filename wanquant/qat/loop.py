@@ -4,7 +4,7 @@ A step is a function of its number and of the weights before it: whoever compute
 step), and torch's generators are seeded from them anew. So there is no position in the data and no state of a generator
 to lose, and a run that was killed goes on with what an uninterrupted one would have seen.
 
-A global batch is ``course.batch`` rows; each process takes its share of them, in ``course.accumulation`` parts, and
+A global batch is ``config.batch`` rows; each process takes its share of them, in ``config.accumulation`` parts, and
 gradients are means over all. accelerate places, casts, accumulates, clips and reduces; under ``accelerate launch``
 several processes compute what one would, but for the order of sums.
 
@@ -17,22 +17,22 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 from torch import nn
 
-from wanquant.qat.schedule import Average, Rate
+from wanquant.qat.config import LoopConfig, Rate
+from wanquant.qat.state import LOOP_FILE, Average, gather_, last_state, new_state, states_in
 from wanquant.runs.progress import Tick, progress
 
 #: Losses that are compared to say that they grow: the last so many, and the lowest mean of so many before.
@@ -44,34 +44,10 @@ class TrainingStopped(ValueError):
     """A loss that is not finite, or that grows without end; the message says where it began."""
 
 
-@dataclass(frozen=True)
-class Course:
-    """How long, how much at a time, and when to give up.
-
-    batch         rows of a step, over all processes and parts
-    accumulation  parts a process takes its share of them in
-    clip          the norm gradients are cut to; 0 leaves them
-    ema           decay of the moving average of the weights; 0 for none
-    begin         the step from which on weights are averaged and losses compared: what comes before is a warm-up
-    diverged      how many times its lowest value the loss may reach
-    save_every    steps between two states
-    """
-
-    steps: int
-    batch: int
-    accumulation: int = 1
-    clip: float = 1.0
-    ema: float = 0.0
-    begin: int = 0
-    diverged: float = 10.0
-    save_every: int = 50
-    seed: int = 0
-
-
 @dataclass
 class Hooks:
     """What happens beside a step. ``before`` it; ``after`` it, which may add to its row; ``check``, after every
-    ``check_every`` steps and the last, gives a row of its own; ``show`` is told both."""
+    ``check_every`` steps and the last, gives a row of its own; ``show`` is called with both kinds of row."""
 
     before: Callable[[int], None] = lambda step: None
     after: Callable[[int], Row] = lambda step: {}
@@ -113,7 +89,6 @@ class Loop:
     last state in ``folder``, if there is one.
 
     recipe   what the training is a function of: a state of another one is refused
-    groups   pattern of a parameter's name, whose first group names those whose gradient norm is told apart
     apart    parameters whose gradients are clipped apart from the others'; all together unless given
     """
 
@@ -124,19 +99,18 @@ class Loop:
         optimizers: Sequence[torch.optim.Optimizer],
         rate: Rate,
         loss: Loss,
-        course: Course,
+        config: LoopConfig,
         folder: Path,
         recipe: str,
-        groups: str = r"(?:.*\.)?(blocks\.\d+)\..*",
         apart: Sequence[Sequence[nn.Parameter]] = (),
     ) -> None:
-        shares = accelerator.num_processes * course.accumulation
-        if course.batch % shares:
+        shares = accelerator.num_processes * config.accumulation
+        if config.batch % shares:
             raise ValueError(
-                f"a batch of {course.batch} does not divide into {shares} ({accelerator.num_processes} processes "
-                f"times {course.accumulation} parts)"
+                f"a batch of {config.batch} does not divide into {shares} ({accelerator.num_processes} processes "
+                f"times {config.accumulation} parts)"
             )
-        self.accelerator, self.course, self.folder, self.recipe = accelerator, course, folder, recipe
+        self.accelerator, self.config, self.folder, self.recipe = accelerator, config, folder, recipe
         self.rate, self.loss, self.curves, self.done, self._lowest = rate, loss, Curves(), 0, math.inf
         self.bare, self._forward = model, model.__dict__.get("forward")
         self.named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -144,18 +118,21 @@ class Loop:
             raise ValueError("nothing is trained: no parameter takes a gradient")
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.groups, self.apart = self._grouped(groups), [list(part) for part in apart] or [self.parameters]
-        self.average = Average(self.parameters, course.ema, course.begin) if course.ema else None
+        self.sharded = any(hasattr(parameter, "full_tensor") for parameter in self.parameters)
+        self._average_file = f"average-{accelerator.process_index if self.sharded else 0}.safetensors"
+        self.groups, self.apart = self._grouped(), [list(part) for part in apart] or [self.parameters]
+        self.average = Average(self.parameters, config.ema, config.begin) if config.ema else None
         self._resume()
         # After the states are loaded, which replaces the groups.
         self._rates = [
             (group, group.setdefault("highest_lr", group["lr"])) for o in self.optimizers for group in o.param_groups
         ]
 
-    def _grouped(self, pattern: str) -> dict[str, list[int]]:
+    def _grouped(self) -> dict[str, list[int]]:
+        """The places in ``named`` of each block's parameters, and of the rest."""
         found: dict[str, list[int]] = {}
         for place, (name, _) in enumerate(self.named):
-            match = re.fullmatch(pattern, name)
+            match = re.fullmatch(r"(?:.*\.)?(blocks\.\d+)\..*", name)
             found.setdefault(match[1] if match else "rest", []).append(place)
         return found
 
@@ -164,34 +141,24 @@ class Loop:
     ) -> Curves:
         """To the last step, or to ``stop_at`` to go on later. With a ``tick`` it is part of a longer work, whose
         progress that shows."""
-        hooks, last = hooks or Hooks(), self.course.steps if stop_at is None else stop_at
-        main = self.accelerator.is_main_process
-        own = main and tick is None
-        with progress(label, self.course.steps, "step", self.done) if own else nullcontext(tick or quiet) as tick:
+        hooks, last = hooks or Hooks(), self.config.steps if stop_at is None else stop_at
+        own = self.accelerator.is_main_process and tick is None
+        with progress(label, self.config.steps, "step", self.done) if own else nullcontext(tick or quiet) as tick:
             for step in range(self.done, last):
                 row = self._step(step, hooks)
                 self.curves.rows.append(row)
                 hooks.show(row)
-                ended = step + 1 == self.course.steps
+                ended = step + 1 == self.config.steps
                 if hooks.check is not None and (ended or (hooks.check_every and (step + 1) % hooks.check_every == 0)):
-                    with self.with_average():
+                    with self.average.in_place() if self.average is not None else nullcontext():
                         checked = {"step": step, **hooks.check(step)}
                     self.curves.checks.append(checked)
                     hooks.show(checked)
                 self.done = step + 1
-                if self.done % self.course.save_every == 0 or self.done == last:
+                if self.done % self.config.save_every == 0 or self.done == last:
                     self._save()
                 tick(f"loss {row['loss']:.4g}")
         return self.curves
-
-    @contextmanager
-    def with_average(self) -> Iterator[None]:
-        """The model with the averaged weights, where there are any."""
-        if self.average is None:
-            yield
-            return
-        with self.average.in_place():
-            yield
 
     def release(self) -> nn.Module:
         """The model as it came, without what accelerate put around it; the loop is at its end."""
@@ -205,26 +172,30 @@ class Loop:
         self.accelerator.free_memory()
         return bare
 
+    def _own_rows(self) -> list[range]:
+        """Of the global batch, the rows that this process computes, part by part."""
+        parts, processes = self.config.accumulation, self.accelerator.num_processes
+        size = self.config.batch // (processes * parts)
+        firsts = [(part * processes + self.accelerator.process_index) * size for part in range(parts)]
+        return [range(first, first + size) for first in firsts]
+
     def _step(self, step: int, hooks: Hooks) -> Row:
-        course, accelerator = self.course, self.accelerator
+        accelerator = self.accelerator
         hooks.before(step)
-        torch.manual_seed((course.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
         share = self.rate(step)
         for group, highest in self._rates:
             group["lr"] = highest * share
-        size = course.batch // (accelerator.num_processes * course.accumulation)
         parts: list[dict[str, torch.Tensor]] = []
-        for part in range(course.accumulation):
-            first = (part * accelerator.num_processes + accelerator.process_index) * size
+        for rows in self._own_rows():
             with accelerator.accumulate(self.model):
-                losses = self.loss(self.model, step, range(first, first + size))
+                losses = self.loss(self.model, step, rows)
                 accelerator.backward(losses["loss"])
                 parts.append({name: value.detach().float() for name, value in losses.items()})
                 if accelerator.sync_gradients:
-                    told = self._reduced(parts)
-                    row = {"step": step, **told, "lr": self._rates[0][0]["lr"], **self._norms()}
+                    row = {"step": step, **self._reduced(parts), "lr": self._rates[0][0]["lr"], **self._norms()}
                     self._refuse_broken(row)  # first, for clipping by a norm that is NaN makes all gradients NaN
-                    cut = [accelerator.clip_grad_norm_(part, course.clip or math.inf) for part in self.apart]
+                    cut = [accelerator.clip_grad_norm_(each, self.config.clip or math.inf) for each in self.apart]
                     row.setdefault("grad_norm", math.hypot(*map(float, cut)))
                 for optimizer in self.optimizers:
                     optimizer.step()
@@ -234,6 +205,7 @@ class Loop:
         return {**row, **hooks.after(step)}
 
     def _reduced(self, parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Means of the losses over parts and processes."""
         names = sorted(parts[0])
         means = torch.stack([torch.stack([part[name] for part in parts]).mean() for name in names])
         values = self.accelerator.reduce(means, "mean").tolist()
@@ -251,15 +223,16 @@ class Loop:
 
     def _refuse_broken(self, row: Row) -> None:
         """Before the weights are touched."""
-        if not math.isfinite(row["loss"]) or not math.isfinite(row.get("grad_norm", 0.0)):
-            what = "the loss" if not math.isfinite(row["loss"]) else "a gradient"
-            self._stop(f"{what} is not finite in step {row['step']}, first {self._where_broken(row['step'])}")
-        rows = [*self.curves.rows[max(self.course.begin, row["step"] + 1 - WINDOW) :], row]
+        step, begin = row["step"], self.config.begin
+        for name, what in (("loss", "the loss"), ("grad_norm", "a gradient")):
+            if not math.isfinite(row.get(name, 0.0)):
+                self._stop(f"{what} is not finite in step {step}, first {self._where_broken(step)}")
+        rows = [*self.curves.rows[max(begin, step + 1 - WINDOW) :], row]
         now = statistics.fmean(each["loss"] for each in rows)
-        if row["step"] + 1 >= self.course.begin + 2 * WINDOW and now > self.course.diverged * self._lowest:
+        if step + 1 >= begin + 2 * WINDOW and now > self.config.diverged * self._lowest:
             self._stop(
-                f"the loss grows without end: {now:.3g} on average up to step {row['step']}, and it was "
-                f"{self._lowest:.3g}; {self._where_grown(row)}"
+                f"the loss grows without end: {now:.3g} on average up to step {step}, and it was {self._lowest:.3g}; "
+                f"{self._where_grown(row)}"
             )
         if len(rows) == WINDOW:
             self._lowest = min(self._lowest, now)
@@ -270,34 +243,27 @@ class Loop:
         hint = "lower the learning rate, clip gradients, or add warm-up steps"
         raise TrainingStopped("; ".join(text for text in (message, kept, hint) if text))
 
+    @torch.no_grad()
     def _where_broken(self, step: int) -> str:
         """The first layer whose output is not finite when the step is computed once more, or the last in the model's
         order whose gradient is not, where the backward pass began to break."""
+        for name, parameter in self.named:
+            if not parameter.isfinite().all():
+                return f"in the weights: {name}"
         broken: list[str] = []
 
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if not broken and isinstance(output, torch.Tensor) and not output.isfinite().all():
-                    broken.append(name)
+        def watch(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            if not broken and isinstance(output, torch.Tensor) and not output.isfinite().all():
+                broken.append(name)
 
-            return hook
-
-        leaves = [(name, child) for name, child in self.bare.named_modules() if not list(child.children())]
-        handles = [child.register_forward_hook(watch(name)) for name, child in leaves]
-        try:
-            with torch.no_grad():
-                for parameter_name, parameter in self.named:
-                    if not parameter.isfinite().all():
-                        return f"in the weights: {parameter_name}"
-                size = self.course.batch // (self.accelerator.num_processes * self.course.accumulation)
-                for part in range(self.course.accumulation):
-                    first = (part * self.accelerator.num_processes + self.accelerator.process_index) * size
-                    self.loss(self.model, step, range(first, first + size))
-                    if broken:
-                        return f"in the output of {broken[0]}"
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks:
+            for name, child in self.bare.named_modules():
+                if not list(child.children()):
+                    hooks.enter_context(child.register_forward_hook(partial(watch, name)))
+            for rows in self._own_rows():
+                self.loss(self.model, step, rows)
+                if broken:
+                    return f"in the output of {broken[0]}"
         bad = [name for name, p in self.named if p.grad is not None and not p.grad.isfinite().all()]
         return f"in the gradient of {bad[-1]}" if bad else "in the loss itself"
 
@@ -311,73 +277,24 @@ class Loop:
                     return f"the gradient of {name} was the first to grow, in step {each['step']}"
         return "the gradients of all blocks grew together"
 
-    @property
-    def sharded(self) -> bool:
-        return any(hasattr(parameter, "full_tensor") for parameter in self.parameters)
-
-    @property
-    def _average_file(self) -> str:
-        return f"average-{self.accelerator.process_index if self.sharded else 0}.safetensors"
-
     def _save(self) -> None:
-        final = self.folder / f"state-{self.done:06d}"
-        partial = final.with_name(f"{final.name}.partial")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        if self.average is not None and (self.sharded or self.accelerator.is_main_process):
-            self.average.save(partial / self._average_file)
-        self.accelerator.wait_for_everyone()  # each process writes its own part
-        if self.accelerator.is_main_process:
-            told = {"recipe": self.recipe, "done": self.done, **vars(self.curves)}
-            (partial / "loop.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for done, path in states_in(self.folder):
-                if done != self.done:
-                    shutil.rmtree(path, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        with new_state(self.accelerator, self.folder, self.done) as folder:
+            self.accelerator.save_state(str(folder))
+            if self.average is not None and (self.sharded or self.accelerator.is_main_process):
+                self.average.save(folder / self._average_file)
+            if self.accelerator.is_main_process:
+                state = {"recipe": self.recipe, "done": self.done, **vars(self.curves)}
+                (folder / LOOP_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def _resume(self) -> None:
-        for partial in self.folder.glob("state-*.partial") if self.accelerator.is_main_process else ():
-            shutil.rmtree(partial, ignore_errors=True)
-        states = states_in(self.folder)
-        if not states:
+        found = last_state(self.folder, self.recipe, self.accelerator.is_main_process)
+        if found is None:
             return
-        _, folder = states[-1]
-        told = json.loads((folder / "loop.json").read_text(encoding="utf-8"))
-        if told["recipe"] != self.recipe:
-            raise ValueError(f"{folder} was made by another recipe: {told['recipe']}, not {self.recipe}")
+        folder, state = found
         self.accelerator.load_state(str(folder))
         if self.average is not None:
             self.average.load(folder / self._average_file)
-        self.done, self.curves = int(told["done"]), Curves(told["rows"], told["checks"])
-        losses = [row["loss"] for row in self.curves.rows[self.course.begin :]]
+        self.done, self.curves = int(state["done"]), Curves(state["rows"], state["checks"])
+        losses = [row["loss"] for row in self.curves.rows[self.config.begin :]]
         windows = (losses[end - WINDOW : end] for end in range(WINDOW, len(losses) + 1))
         self._lowest = min(map(statistics.fmean, windows), default=math.inf)
-
-
-def gather_(module: nn.Module) -> None:
-    """Makes whole tensors of shards."""
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            whole: Any = getattr(parameter, "full_tensor", None)
-            if parameter is not None and whole is not None:
-                child._parameters[name] = nn.Parameter(whole().detach(), parameter.requires_grad)
-
-
-def states_in(folder: Path) -> list[tuple[int, Path]]:
-    """Steps done and place of the whole states in a loop's folder, the last one last."""
-    found = (re.fullmatch(r"state-(\d+)", path.name) for path in folder.glob("state-*"))
-    return sorted((int(match[1]), folder / match[0]) for match in found if match)
-
-
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights in the last state of a loop's folder; of tied ones there is one. ``ValueError`` if there is
-    no state."""
-    states = states_in(folder)
-    if not states:
-        raise ValueError(f"{folder} holds no state of a training")
-    return load_file(states[-1][1] / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What is asked of the trained model. Errors are relative, so that no noise level and no block drowns the others:
+"""The losses of training a whole model. Errors are relative, so that no noise level and no block drowns the others:
 
     flow     |v - (e - x_0)|² / |e - x_0|²        on videos
     output   |v - v'|² / |v'|²                    v' BF16's output
@@ -10,7 +10,7 @@ each a mean over the rows of the batch, and the loss their weighted sum.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,6 @@ from torch import nn
 
 from wanquant.qat.config import LossConfig
 from wanquant.qat.data import Batch, Source
-
-
-def check_loss(config: LossConfig, source: str) -> None:
-    for name, weight in vars(config).items():
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"qat.loss.{name}={weight}: must be at least 0 and finite")
-    if not any(vars(config).values()):
-        raise ValueError("qat.loss: flow, output and blocks are all 0, so nothing would be learned")
-    if config.flow and source == "trajectories":
-        raise ValueError("qat.loss.flow is for videos: choose qat.data.source=scenes or folder")
 
 
 def needs_teacher(config: LossConfig, source: str) -> bool:
@@ -44,7 +34,8 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Objective:
-    """Calls the model on the source's rows. ``teacher`` is the BF16 model, where it is needed."""
+    """The loss and its parts of a model on the source's rows, of batches of ``size``. ``teacher`` is the BF16 model,
+    where it is needed."""
 
     config: LossConfig
     source: Source
@@ -56,11 +47,8 @@ class Objective:
         return self.of(model, self.source.batch(step, self.size, rows))
 
     def of(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        config, (noisy, timestep, text) = (
-            self.config,
-            (t.to(self.device) for t in (batch.noisy, batch.timestep, batch.text)),
-        )
-        hidden: list[torch.Tensor] = []
+        config, hidden = self.config, list[torch.Tensor]()
+        noisy, timestep, text = (t.to(self.device) for t in (batch.noisy, batch.timestep, batch.text))
         with _outputs(model if config.blocks else None, hidden):
             velocity = predict_velocity(model, noisy, timestep, text)
         output, theirs = batch.output, list[torch.Tensor]()
@@ -82,7 +70,7 @@ class Objective:
 
 
 def predict_velocity(model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """A Wan transformer's velocity, of what is rounded to BF16 as the pipeline does, in the model's own type."""
+    """A Wan transformer's velocity, its inputs rounded to BF16 as the pipeline does, in the model's own type."""
     bare: Any = getattr(model, "module", model)
     kind = bare.patch_embedding.weight.dtype
     noisy, text = (tensor.to(torch.bfloat16).to(kind) for tensor in (noisy, text))
@@ -92,15 +80,13 @@ def predict_velocity(model: nn.Module, noisy: torch.Tensor, timestep: torch.Tens
 
 @contextmanager
 def _outputs(model: nn.Module | None, into: list[torch.Tensor]) -> Iterator[None]:
-    """Collects what the blocks give, in their order."""
+    """Collects the blocks' outputs, in their order."""
     blocks: Any = [] if model is None else getattr(model, "module", model).blocks
 
     def hook(_: nn.Module, args: Any, output: torch.Tensor) -> None:
         into.append(output)
 
-    handles = [block.register_forward_hook(hook) for block in blocks]
-    try:
+    with ExitStack() as handles:
+        for block in blocks:
+            handles.enter_context(block.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,158 +1,118 @@
-"""What a training will need of a device's memory, from the shapes alone, and which options shrink it."""
+"""A training's config, resolved once, as ``wanquant.ptq.plan`` does it; and what of it counts."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
-from wanquant.ptq.protect import RULES, by_rule
-from wanquant.qat.check import training_of
-from wanquant.qat.config import AT_ONCE, SET_ASIDE, TrainConfig, processes
-from wanquant.qat.scope import is_matrix, trains_weights
-from wanquant.quant import QuantConfig, plan_conversion
-from wanquant.quant.convert import make_trainable_
-from wanquant.quant.scheme import parse
+from wanquant.evaluate.prompts import pairs, settled
+from wanquant.ptq.plan import PTQPlan, resolve
+from wanquant.qat.check import processes
+from wanquant.qat.config import LoraSize, QATConfig, TrainConfig
+from wanquant.qat.data import contents
+from wanquant.qat.scope import trains_weights
+from wanquant.quant.config import QuantConfig
 from wanquant.quant.select import resolve_blocks
-from wanquant.quant.trainable import Training
-from wanquant.wan.activations import Kept, kept_by
-from wanquant.wan.experts import parts_of
-from wanquant.wan.footprint import once
-from wanquant.wan.load import Transformer
-from wanquant.wan.probe import block_seconds, learning_seconds
+from wanquant.quant.trainable import Training, check_trainable
+from wanquant.runs.signature import installed
+from wanquant.wan.cached import Pair
+from wanquant.wan.device import pick_device
+from wanquant.wan.products import multiplies_bf16
+
+#: Ranges of numbers in the config, from and to.
+RANGES = {"lr": (0, 10), "floor": (0, 1), "ema": (0, 1), "diverged": (1, 1e9), "weight_decay": (0, 10)}
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """Bytes on the device while it trains, by what they are for. ``model`` is in BF16 and there before; ``host`` is
-    what lies beside the device; ``replaced`` what is quantized already while, where the device is the host, the file of
-    the BF16 weights stays mapped into memory as a whole."""
+class TrainPlan(PTQPlan):
+    """
+    learned   the (prompt, seed) pairs whose BF16 trajectories are learned from, if those are the data
+    training  how each quantized linear is trained
+    chosen    the blocks that the config lets be trained, numbered through: all unless ``qat.blocks`` names some
+    """
 
-    model: int
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-    host: int = 0
-    replaced: int = 0
+    config: TrainConfig
+    learned: tuple[Pair, ...]
+    training: Training
+    chosen: tuple[int, ...]
 
     @property
-    def total(self) -> int:
-        return self.model + self.weights + self.gradients + self.optimizer + self.average + self.activations
+    def qat(self) -> QATConfig:
+        return self.config.qat
 
-    def added(self, on_host: bool) -> int:
-        """By the training to what it found; ``on_host`` where the device is the host."""
-        return self.total - self.model + (self.host + self.replaced if on_host else 0)
+    @property
+    def samples(self) -> int:
+        """Recorded denoising steps that are learned from."""
+        return len(self.learned) * self.settings.steps * self.settings.branches
 
+    @property
+    def precision(self) -> str:
+        """Of the products: ``bf16`` or ``fp32``."""
+        if self.qat.precision != "auto":
+            return self.qat.precision
+        return "bf16" if multiplies_bf16(self.device) else "fp32"
 
-def plan_training(
-    transformer: Transformer, config: TrainConfig, tokens: int, samples: int, precision: str, world: int = 1
-) -> TrainingPlan:
-    """``transformer`` may be on meta. ``tokens`` are those of one video, ``samples`` those of blockwise training."""
-    qat, shape = config.qat, transformer.config
-    kept = _kept(dict(shape), *_rounding(config), precision)
-    heads, text = shape.num_attention_heads, config.model.generation.max_text_length
-    width, rows = heads * shape.attention_head_dim, qat.batch // (qat.accumulation * world)
-    activations = kept.bytes(heads, shape.ffn_dim, tokens, text) * rows
-    every, block = (sum(p.numel() for p in part.parameters()) for part in (transformer, transformer.blocks[0]))
-    copies = 2 if precision == "bf16" or qat.quantize else 0  # of the weights, as they are multiplied
-    if qat.scope == "blockwise":
-        # The model, the block that learns, and the stream: what enters twice, what leaves, and the text.
-        host = 2 * min(samples, qat.samples or samples) * (3 * tokens + text) * width
-        average = 4 * block if qat.ema else 0
-        one = ((4 + copies) * block, 4 * block, 8 * block, average, activations)
-        return TrainingPlan(2 * every, *one, host, (1 if config.quant.packed else 2) * (shape.num_layers - 1) * block)
-    trained = count_trained(transformer, config)
-    rounded = block if qat.recompute else every
-    weights = (4 if trains_weights(qat.scope) else 2) * every + copies * rounded
-    passed = shape.num_layers // len(parts_of(transformer))  # by each row: of two transformers only one is asked
-    activations *= passed
-    if qat.recompute:
-        activations = activations // passed + 2 * rows * tokens * width * passed
-    return TrainingPlan(2 * every, weights, 4 * trained, 8 * trained, 4 * trained if qat.ema else 0, activations)
+    def counted(self, protected: tuple[int, ...] | None) -> dict[str, Any]:
+        return {**super().counted(protected), **self.counted_training()}
+
+    def counted_training(self) -> dict[str, Any]:
+        """All of the training that can change a number, to be signed; data by what they are, wherever they lie."""
+        qat = self.qat
+        lora = qat.lora if qat.scope == "lora" else LoraSize()
+        window = qat.window if qat.scaling == "delayed" else QATConfig().window
+        found = dataclasses.asdict(dataclasses.replace(qat, lora=lora, window=window))
+        del found["name"], found["save_every"]
+        return {
+            "qat": {**found, "data": contents(qat.data)},
+            "world": processes(),
+            "libraries": {name: installed(name) for name in ("accelerate", "peft")},
+        }
 
 
-def training_seconds(
-    transformer: Transformer, config: TrainConfig, tokens: int, samples: int, device: torch.device, precision: str
-) -> float:
-    """By a probe of one block."""
-    qat, shape, text = config.qat, dict(transformer.config), config.model.generation.max_text_length
-    blocks, parts = len(transformer.blocks), len(parts_of(transformer))
-    how = (tokens, text, max(1, qat.batch // (qat.accumulation * processes())), device, precision)
-    each = qat.accumulation * learning_seconds(shape, lambda small: _prepare(small, *_rounding(config)), *how)
-    if qat.scope != "blockwise":
-        return qat.steps * blocks / parts * each * (4 / 3 if qat.recompute else 1)
-    trained = len(resolve_blocks(qat.blocks, blocks)) if qat.blocks else blocks
-    asked = min(samples, qat.samples or samples)
-    # Every sample passes through the block in BF16 and quantized, and an eighth twice more, for what is kept.
-    passes = asked * (2 + 2 / SET_ASIDE) / AT_ONCE
-    plain = block_seconds(shape, None, tokens, text, AT_ONCE, device)
-    return trained * qat.steps * each + blocks / parts * passes * plain
+def resolve_train(config: TrainConfig) -> TrainPlan:
+    """``ValueError`` names the key at fault and what it may be. Without quantization the model stays BF16."""
+    config.check()
+    data = dataclasses.replace(config.qat.data, prompts=settled(config.qat.data.prompts))
+    config = dataclasses.replace(
+        config,
+        quant=config.quant if config.qat.quantize else QuantConfig(name="bf16", format="bf16"),
+        model=dataclasses.replace(config.model, device=_own_card(config.model.device)),
+        qat=dataclasses.replace(config.qat, data=data),
+    )
+    learned = pairs(data.prompts, "qat.data.prompts") if data.source == "trajectories" else []
+    plan = resolve(config)
+    _check(config.qat, plan)
+    blocks = resolve_blocks(config.qat.blocks or range(plan.model.blocks), plan.model.blocks, "trained")
+    resolved = {each.name: getattr(plan, each.name) for each in dataclasses.fields(plan)}
+    return TrainPlan(**resolved, learned=tuple(learned), training=training_of(config.qat), chosen=blocks)
 
 
-def count_trained(transformer: Transformer, config: TrainConfig) -> int:
-    """How many numbers ``wanquant.qat.scope.choose_`` would train."""
-    qat, blocks = config.qat, list(transformer.blocks)
-    chosen = resolve_blocks(qat.blocks, len(blocks), "trained") if qat.blocks else range(len(blocks))
-    if qat.scope == "all":
-        return sum(p.numel() for p in transformer.parameters())
-    if qat.scope in ("blocks", "blockwise"):
-        return sum(p.numel() for index in chosen for p in blocks[index].parameters())
-    if qat.scope == "norms":
-        return sum(
-            parameter.numel()
-            for index in chosen
-            for name, parameter in blocks[index].named_parameters()
-            if not is_matrix(name, parameter)
-        )
-    protected = by_rule(config.protect, len(blocks), len(parts_of(transformer))) if config.protect.by in RULES else ()
-    plan = plan_conversion(transformer, config.quant, protected, config.protect.modules)
-    count, static = 0, config.quant.activations.static
-    for row in plan.modules:
-        if row.status == "converted" and row.block in chosen:
-            linear = transformer.get_submodule(row.name)
-            assert isinstance(linear, nn.Linear)
-            shape = parse(config.quant).weight_granularity.scale_shape(linear.out_features, linear.in_features)
-            count += (
-                math.prod(shape) + static
-                if qat.scope == "scales"
-                else qat.lora.rank * (linear.in_features + linear.out_features)
-            )
-    return count
+def _own_card(device: str) -> str:
+    """Of several processes each has the card that its launcher gave it."""
+    kind = pick_device(device).type
+    return device if processes() == 1 or kind == "cpu" else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
 
 
-def _rounding(config: TrainConfig) -> tuple[QuantConfig | None, Training]:
-    """How what is trained is rounded: not at all, or by this quantization."""
-    return config.quant if config.qat.quantize else None, training_of(config.qat)
+def training_of(qat: QATConfig) -> Training:
+    """How each quantized linear is trained."""
+    return Training(
+        weights=trains_weights(qat.scope),
+        clip_mask=qat.clip_mask,
+        learn_scales=qat.scope == "scales",
+        gradients=qat.gradients,
+        scaling=qat.scaling,
+        window=qat.window,
+    )
 
 
-@once
-def _kept(shape: dict[str, Any], quant: QuantConfig | None, training: Training, precision: str) -> Kept:
-    return kept_by(shape, lambda small: _prepare(small, quant, training), precision)
-
-
-def _prepare(small: Transformer, quant: QuantConfig | None, training: Training) -> None:
-    """As in training: the block's linears, whatever their inputs may be."""
-    if quant is not None:
-        seen = {name: 1.0 for name, child in small.named_modules() if isinstance(child, nn.Linear)}
-        make_trainable_(small, quant, (), (), seen, training)
-
-
-def shrinks(config: TrainConfig) -> str:
-    """The options that would need less, those that cost least first."""
-    qat = config.qat
-    options = []
-    if qat.batch // qat.accumulation > 1:
-        options.append(f"qat.accumulation={2 * qat.accumulation}")
-    if qat.scope == "blockwise":
-        options += ["qat.samples=96 (beside the device)"] if not 0 < qat.samples <= 96 else []
-    else:
-        options += [] if qat.recompute else ["qat.recompute=true"]
-        options += ["qat.ema=0"] if qat.ema else []
-        options += ["qat.scope=lora"] if trains_weights(qat.scope) else []
-        options += ["qat.scope=blockwise"]
-    return ", ".join(options)
+def _check(qat: QATConfig, plan: PTQPlan) -> None:
+    """What depends on the format and the model."""
+    if processes() > 1 and plan.model.transformers > 1 and qat.scope != "blockwise":
+        # A step may pass by one of them, whose gradients the other processes would wait for.
+        raise ValueError("several processes train two transformers with qat.scope=blockwise alone")
+    if qat.quantize and plan.scheme.format.keeps_all:
+        raise ValueError(f"quant.format={plan.scheme.format.name} quantizes nothing: fine-tune with qat=off")
+    if qat.quantize:
+        check_trainable(plan.scheme, training_of(qat))

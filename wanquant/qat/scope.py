@@ -11,13 +11,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 
 
@@ -27,23 +26,19 @@ def trains_weights(scope: str) -> bool:
 
 
 def choose_(
-    transformer: nn.Module, scope: str, blocks: Sequence[int], rank: int, alpha: int, seed: int = 0
+    transformer: nn.Module, scope: str, blocks: Collection[int], rank: int, alpha: int, seed: int = 0
 ) -> list[nn.Parameter]:
     """Turns gradients on for what the scope trains, in float32, and off for the rest. Returns it.
 
-    ``blocks`` are indices from either end; empty for all. ``seed`` is for what begins at random, in ``lora``.
-    ``ValueError`` if nothing is left to train.
+    ``blocks`` are those that may be trained. ``seed`` is for what begins at random, in ``lora``. ``ValueError`` if
+    nothing is left to train.
     """
-    every = transformer.get_submodule("blocks")
-    assert isinstance(every, nn.ModuleList)
-    chosen = set(resolve_blocks(blocks, len(every)) if blocks else range(len(every)))
     if scope == "lora":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            add_lora_(transformer, [f"blocks.{index}" for index in sorted(chosen)], rank, alpha)
-    linears = trainable_linears(transformer)
+            add_lora_(transformer, blocks, rank, alpha)
     for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(_is_trained(name, parameter, scope, chosen, linears))
+        parameter.requires_grad_(_is_trained(name, parameter, scope, blocks))
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -52,18 +47,14 @@ def choose_(
     return trained
 
 
-def _is_trained(
-    name: str, parameter: nn.Parameter, scope: str, chosen: set[int], linears: dict[str, TrainableQuantLinear]
-) -> bool:
+def _is_trained(name: str, parameter: nn.Parameter, scope: str, blocks: Collection[int]) -> bool:
     parts = name.split(".")
-    inside = parts[0] == "blocks" and int(parts[1]) in chosen
+    inside = parts[0] == "blocks" and int(parts[1]) in blocks
     gain = parts[-1] in ("weight_gain", "input_gain")
     if scope == "lora":
         return "lora_" in name
-    if scope == "scales":
-        return gain and inside
-    if gain:
-        return False
+    if gain or scope == "scales":
+        return gain and inside and scope == "scales"
     if scope == "norms":
         return inside and not is_matrix(name, parameter)
     return scope == "all" or inside
@@ -74,13 +65,13 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return name.endswith("weight") and parameter.ndim > 1
 
 
-def add_lora_(transformer: nn.Module, prefixes: Sequence[str], rank: int, alpha: int) -> None:
-    """An adapter of this rank beside every quantized linear below the prefixes."""
+def add_lora_(transformer: nn.Module, blocks: Collection[int], rank: int, alpha: int) -> None:
+    """An adapter of this rank beside every quantized linear of these blocks."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError("qat.scope=lora needs peft: install the extra lora") from None
-    targets = [name for name in trainable_linears(transformer) if any(name.startswith(f"{p}.") for p in prefixes)]
+    targets = [name for name in trainable_linears(transformer) if int(name.split(".")[1]) in blocks]
     if not targets:
         raise ValueError("qat.scope=lora: no quantized linear is in the chosen blocks")
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
@@ -123,9 +114,8 @@ def _lora_class() -> type[nn.Module]:
 
 def merge_lora_(transformer: nn.Module) -> None:
     """Puts each adapter into its linear's weight, and the linear back where it was."""
-    for name, child in list(transformer.named_modules()):
+    modules: list[tuple[str, Any]] = list(transformer.named_modules())
+    for name, child in modules:
         if hasattr(child, "merged_weight"):
-            base: Any = child.base_layer
-            merged: Any = child.merged_weight
-            base.weight = nn.Parameter(merged().detach(), requires_grad=False)
-            transformer.set_submodule(name, base)
+            child.base_layer.weight = nn.Parameter(child.merged_weight().detach(), requires_grad=False)
+            transformer.set_submodule(name, child.base_layer)

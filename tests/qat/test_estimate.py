@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from wanquant.qat.check import training_of
+from wanquant.ptq.plan import SourceModel
 from wanquant.qat.config import QATConfig, TrainConfig
-from wanquant.qat.plan import count_trained, plan_training, shrinks
+from wanquant.qat.estimate import count_trained, estimate_memory, shrinks
+from wanquant.qat.plan import TrainPlan, training_of
 from wanquant.qat.scope import choose_
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig
 from wanquant.quant.convert import make_trainable_
+from wanquant.quant.scheme import parse
+from wanquant.quant.select import resolve_blocks
 from wanquant.wan.activations import kept_by
-from wanquant.wan.config import GenerationConfig
+from wanquant.wan.config import GenerationConfig, ModelConfig
 
 STATIC = QuantConfig(activations=ActivationConfig("per_tensor", static=True))
 SHAPE = {"num_attention_heads": 3, "attention_head_dim": 24, "ffn_dim": 160, "text_dim": 32, "freq_dim": 64}
@@ -61,6 +64,18 @@ def test_bytes_of_a_block_are_those_autograd_keeps(precision: str, quantize: boo
     assert found[2] - found[0] == pytest.approx(predicted[2] - predicted[0], rel=0.05)
 
 
+def plan_of(
+    model: WanTransformer3DModel, qat: QATConfig, quant: QuantConfig | None = None, videos: int = 0
+) -> TrainPlan:
+    """With nothing protected; a video is of 64 tokens, with 32 of text, and two steps."""
+    generation = GenerationConfig(64, 64, 13, 2, 1.0, 3.0, 32, 8)
+    config = TrainConfig(model=ModelConfig(generation=generation), quant=quant or QuantConfig(), qat=qat)
+    source, pairs = SourceModel(Path(), model, 1, (), ()), tuple(("a prompt", seed) for seed in range(videos))
+    blocks = resolve_blocks(qat.blocks or range(source.blocks), source.blocks)
+    rest = (torch.device("cpu"), (), (), pairs, training_of(qat), blocks)
+    return TrainPlan(config, parse(config.quant), source, *rest)
+
+
 @pytest.mark.parametrize(
     "qat",
     [
@@ -73,25 +88,24 @@ def test_bytes_of_a_block_are_those_autograd_keeps(precision: str, quantize: boo
     ids=lambda qat: qat.scope,
 )
 def test_counted_is_what_is_trained(qat: QATConfig) -> None:
-    config = TrainConfig(qat=qat, quant=STATIC)
     model = transformer(4)
-    expected = count_trained(model, config)
+    plan = plan_of(model, qat, STATIC)
+    expected = count_trained(plan)
     seen = {name: 1.0 for name, _ in model.named_modules()}
-    make_trainable_(model, STATIC, (), (), seen, training_of(qat))
-    trained = choose_(model, qat.scope, qat.blocks, qat.lora.rank, qat.lora.alpha)
+    make_trainable_(model, plan.scheme, (), (), seen, plan.training)
+    trained = choose_(model, qat.scope, plan.chosen, qat.lora.rank, qat.lora.alpha)
     assert sum(parameter.numel() for parameter in trained) == expected
 
 
 def test_a_plan_knows_what_each_choice_costs() -> None:
-    model, config = transformer(4), TrainConfig(qat=QATConfig(scope="all", ema=0.9))
-    config.model.generation = GenerationConfig(max_text_length=32)
+    model, given = transformer(4), {"scope": "all", "ema": 0.9, "precision": "bf16"}
 
     def total(**changes: object) -> int:
-        changed = replace(config, qat=replace(config.qat, **changes))
-        return plan_training(model, changed, 64, 100, "bf16").total
+        return estimate_memory(plan_of(model, QATConfig(**{**given, **changes}))).total  # type: ignore[arg-type]
 
     parameters = sum(p.numel() for p in model.parameters())
-    whole = plan_training(model, config, 64, 100, "bf16")
+    plan = plan_of(model, QATConfig(**given))  # type: ignore[arg-type]
+    whole = estimate_memory(plan)
     assert (whole.gradients, whole.optimizer, whole.average) == (4 * parameters, 8 * parameters, 4 * parameters)
     assert whole.host == 0
     assert total(ema=0.0) == whole.total - 4 * parameters
@@ -99,14 +113,16 @@ def test_a_plan_knows_what_each_choice_costs() -> None:
     assert total(recompute=True) < whole.total - whole.activations / 2
     assert total(scope="lora") < total(scope="all")
     assert total(scope="blockwise") < total(scope="lora")
-    assert shrinks(config) == "qat.accumulation=2, qat.recompute=true, qat.ema=0, qat.scope=lora, qat.scope=blockwise"
-    assert plan_training(model, replace(config, qat=QATConfig()), 64, 100, "bf16").host > 0
+    assert shrinks(plan.qat) == (
+        "qat.accumulation=2, qat.recompute=true, qat.ema=0, qat.scope=lora, qat.scope=blockwise"
+    )
+    assert estimate_memory(plan_of(model, QATConfig(precision="bf16"), videos=50)).host > 0
 
 
 def test_fewer_samples_take_less_beside_the_device() -> None:
     model = transformer(4)
     few, all_ = (
-        plan_training(model, TrainConfig(qat=QATConfig(samples=count)), 64, 1000, "bf16") for count in (100, 0)
+        estimate_memory(plan_of(model, QATConfig(samples=count, precision="bf16"), videos=500)) for count in (100, 0)
     )
     assert few.host * 10 == all_.host
     assert few.total == all_.total
