@@ -25,7 +25,7 @@ from wanquant.qat.config import QATConfig, TrainConfig
 from wanquant.qat.plan import plan_training
 from wanquant.runs.run import read_result
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.estimate import in_bytes, tokens_of
+from wanquant.wan.resources.estimate import in_bytes, tokens_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BAR = 0.15

@@ -156,8 +156,7 @@ def make_videos(folder: Path) -> Path:
     import numpy as np
 
     from wanquant.runs.pictures import write_mp4
-    from wanquant.wan.scenes import draw
-    from wanquant.wan.tiny import all_scenes
+    from wanquant.wan.tiny import all_scenes, draw
 
     lines = ["file,caption"]
     for number, scene in enumerate(all_scenes()[:4]):

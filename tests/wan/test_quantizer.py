@@ -25,9 +25,9 @@ from wanquant.quant.config import ActivationConfig
 from wanquant.quant.observe import Observer
 from wanquant.quant.statistics import Layout
 from wanquant.registered import register
-from wanquant.wan.checkpoint import WEIGHTS, quantized_linears
+from wanquant.wan.checkpoints.checkpoint import WEIGHTS, quantized_linears
+from wanquant.wan.checkpoints.stream import Recipe, convert_transformer
 from wanquant.wan.load import FOLDS
-from wanquant.wan.stream import Recipe, convert_transformer
 
 CONFIGS = {
     "default": QuantConfig(),
@@ -111,7 +111,7 @@ def test_the_whole_pipeline_loads_and_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_streamed_checkpoint_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wanquant.wan import stream
+    from wanquant.wan.checkpoints import stream
 
     monkeypatch.setattr(stream, "SHARD", 200_000)
     pipe, _ = short()

@@ -43,8 +43,7 @@ from tools.tiny_wan.latents import SCENES, Components, load_or_fit, to_model
 from tools.tiny_wan.muon import Muon
 from wanquant.qat.loop import Course, Hooks, Loop, Row, make_accelerator, states_in
 from wanquant.qat.loop import weights_in as weights_of_loop
-from wanquant.wan.scenes import draw
-from wanquant.wan.tiny import Scene, all_scenes
+from wanquant.wan.tiny import Scene, all_scenes, draw
 
 TEXT_LENGTH = 64
 FLOW_SHIFT = 3.0

@@ -35,14 +35,14 @@ from wanquant.runs.run import Run, read_config, read_result, refused_leave_no_re
 from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror
 from wanquant.wan.cached import Pair
-from wanquant.wan.checkpoint import config_of, quantization_of
+from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
-from wanquant.wan.estimate import GUESS, in_time, print_needs
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import check_folder, find_folder, hush_libraries, transformers_of
 from wanquant.wan.outliers import chosen_blocks
+from wanquant.wan.resources.estimate import GUESS, in_time, print_needs
 from wanquant.wan.tiny import parse_caption
 
 #: The prompts a run was made with, and the name of their evaluation.

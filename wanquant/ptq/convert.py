@@ -1,7 +1,8 @@
 """``mode=convert``: a pipeline quantized from files to files, without ever being loaded, whatever its size.
 
-Weights are read once and written once, a few blocks at a time (``wanquant.wan.stream``), and what else belongs to the
-pipeline is copied. Nothing is generated, so nothing is said about quality: load what it makes, and measure that.
+Weights are read once and written once, a few blocks at a time (``wanquant.wan.checkpoints.stream``), and what else
+belongs to the pipeline is copied. Nothing is generated, so nothing is said about quality: load what it makes, and
+measure that.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ from wanquant.runs.report import summary, write_report
 from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
 from wanquant.runs.signature import provenance
 from wanquant.runs.tracking import mirror
-from wanquant.wan.checkpoint import TRANSFORMERS, read_json
+from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
+from wanquant.wan.checkpoints.stream import Needs, Recipe, Streamed, convert_transformer, foresee
+from wanquant.wan.checkpoints.tensor_files import Source
 from wanquant.wan.device import forget_peak_memory, give_back_freed_memory, peak_memory
-from wanquant.wan.estimate import LEGEND, block_map, in_bytes
 from wanquant.wan.load import (
     Transformer,
     check_folder,
@@ -49,8 +51,7 @@ from wanquant.wan.load import (
     shape_of,
     transformers_of,
 )
-from wanquant.wan.stream import Needs, Recipe, Streamed, convert_transformer, foresee
-from wanquant.wan.tensor_files import Source
+from wanquant.wan.resources.estimate import LEGEND, block_map, in_bytes
 
 CPU = torch.device("cpu")
 

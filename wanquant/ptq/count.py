@@ -8,7 +8,7 @@ from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import GREEDY
 from wanquant.ptq.sensitivity import kinds
 from wanquant.ptq.stages import further_stages
-from wanquant.wan.estimate import ResourceEstimate, VideoCounts
+from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
 
 
 def estimate_resources(plan: PTQPlan, counts: VideoCounts) -> ResourceEstimate:

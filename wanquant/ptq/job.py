@@ -42,14 +42,14 @@ from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
 from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror
 from wanquant.wan.cached import CachedPipeline, Pair
-from wanquant.wan.checkpoint import save_quantized
+from wanquant.wan.checkpoints.checkpoint import save_quantized
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
-from wanquant.wan.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_estimate
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import FOLDS, LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.products import multiplies_bf16
+from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_estimate
 
 
 def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:

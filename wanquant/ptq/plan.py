@@ -24,7 +24,7 @@ from wanquant.quant import plan_conversion
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.cached import Pair
-from wanquant.wan.checkpoint import quantization_of
+from wanquant.wan.checkpoints.checkpoint import quantization_of
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import parts_of, shape_of_whole

@@ -23,10 +23,10 @@ from wanquant.quant.observe import Observer
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import INPUT, Layout, Site
 from wanquant.runs import pictures
-from wanquant.wan.estimate import ResourceEstimate
-from wanquant.wan.footprint import once
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import load_pipeline
+from wanquant.wan.resources.estimate import ResourceEstimate
+from wanquant.wan.resources.footprint import once
 
 #: Pixels of a video, and weights of a linear, that are run to be timed at most; larger ones in proportion.
 PIXELS, WEIGHTS = 1 << 18, 1 << 20

@@ -18,11 +18,11 @@ from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import Training
-from wanquant.wan.activations import Kept, kept_by
 from wanquant.wan.experts import parts_of
-from wanquant.wan.footprint import once
 from wanquant.wan.load import Transformer
-from wanquant.wan.probe import block_seconds, learning_seconds
+from wanquant.wan.resources.activations import Kept, kept_by
+from wanquant.wan.resources.footprint import once
+from wanquant.wan.resources.probe import block_seconds, learning_seconds
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,12 @@ from wanquant.quant.convert import freeze_into_, make_trainable_, plan_conversio
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 from wanquant.runs.signature import GENERATES, installed, signature
-from wanquant.wan.activations import mixed_norms
 from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
-from wanquant.wan.estimate import in_bytes, tokens_of
 from wanquant.wan.experts import Experts, parts_of
 from wanquant.wan.products import multiplies_bf16, quick_products
+from wanquant.wan.resources.activations import mixed_norms
+from wanquant.wan.resources.estimate import in_bytes, tokens_of
 
 #: Steps between two looks at how far the scales have moved.
 DRIFT_EVERY = 10

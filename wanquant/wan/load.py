@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import UMT5EncoderModel
 
 from wanquant.wan import tiny
-from wanquant.wan.checkpoint import TRANSFORMERS, load_transformer, quantization_of, read_json
+from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, load_transformer, quantization_of, read_json
+from wanquant.wan.checkpoints.names import config_to_diffusers
+from wanquant.wan.checkpoints.quantizer import attach
 from wanquant.wan.device import pick_device
-from wanquant.wan.names import config_to_diffusers
-from wanquant.wan.quantizer import attach
 
 #: The classes, for rooms that do not import diffusers.
 Pipeline = WanPipeline

@@ -19,7 +19,8 @@ from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import resident_memory
 from wanquant.wan.experts import parts_of, shape_of_whole
-from wanquant.wan.footprint import (
+from wanquant.wan.load import Transformer
+from wanquant.wan.resources.footprint import (
     Quantized,
     decoding_bytes,
     denoising_bytes,
@@ -27,8 +28,7 @@ from wanquant.wan.footprint import (
     empty_vae,
     latent_size,
 )
-from wanquant.wan.load import Transformer
-from wanquant.wan.probe import (
+from wanquant.wan.resources.probe import (
     around_seconds,
     begin,
     block_seconds,

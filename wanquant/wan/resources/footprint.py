@@ -25,7 +25,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from wanquant.kernels import eager
 from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme
-from wanquant.wan.checkpoint import FLOAT32, kept_in_fp32, read_json
+from wanquant.wan.checkpoints.checkpoint import FLOAT32, kept_in_fp32, read_json
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.products import quick_products
 

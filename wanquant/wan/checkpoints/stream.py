@@ -28,7 +28,7 @@ from wanquant.quant.scheme import parse
 from wanquant.quant.statistics import Site
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.run import digest
-from wanquant.wan.checkpoint import (
+from wanquant.wan.checkpoints.checkpoint import (
     INDEX,
     WEIGHTS,
     check_keys,
@@ -38,8 +38,8 @@ from wanquant.wan.checkpoint import (
     stored_tensors,
     write_config,
 )
+from wanquant.wan.checkpoints.tensor_files import Source, file_names, write_tensors
 from wanquant.wan.load import FOLDS, shape_of
-from wanquant.wan.tensor_files import Source, file_names, write_tensors
 
 #: Bytes that a file of the target holds at most, unless a block alone has more.
 SHARD = 500_000_000

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,11 @@ from wanquant.quant import QuantLinear
 from wanquant.quant.scale import PerBlock
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.runs.files import replacing, write_atomic
-from wanquant.wan.checkpoint import INDEX, config_of, quantization_of, read_json
-from wanquant.wan.names import LAYOUTS, NAMINGS, to_original
-from wanquant.wan.tensor_files import BYTES, WRITTEN, Source, write_tensors
+from wanquant.runs.progress import progress
+from wanquant.wan.checkpoints.checkpoint import INDEX, config_of, quantization_of, read_json
+from wanquant.wan.checkpoints.names import LAYOUTS, NAMINGS, to_original
+from wanquant.wan.checkpoints.tensor_files import BYTES, WRITTEN, Source, write_tensors
+from wanquant.wan.load import transformers_of
 
 #: torch's types by their names in a file.
 TYPES = {name: dtype for dtype, name in WRITTEN.items()}
@@ -239,3 +241,42 @@ def _write_config(folder: Path, target: Path) -> None:
     described = read_json(folder / "config.json")
     described.pop("quantization_config")
     write_atomic(target / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def export_all(checkpoint: Path, target: Path, layout: str, naming: str) -> None:
+    """Whole or not at all."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"there is no folder {checkpoint}")
+    if (checkpoint / "checkpoint").is_dir():
+        raise ValueError(f"{checkpoint} is a run: its checkpoint is {checkpoint / 'checkpoint'}")
+    parts = transformers_of(checkpoint)
+    files = sum(len(list(part.glob("*.safetensors"))) for part in parts.values()) if layout == "bf16" else len(parts)
+    with progress("export", files, "file") as tick:
+        if "" in parts:
+            export(checkpoint, target, layout, naming, tick)
+            return
+        if target.exists():
+            raise ValueError(f"{target} is there already: choose another folder, or remove it")
+        plain = [name for name, part in parts.items() if quantization_of(part) is None]
+        plain = plain if len(plain) < len(parts) else []  # of which nothing could be exported
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            for name, part in parts.items():
+                if layout == "bf16" and name in plain:
+                    shutil.copytree(part, partial / name)
+                else:
+                    export(part, partial / name, layout, naming, tick)
+            if layout == "bf16":
+                _copy_others(checkpoint, partial, parts)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_others(checkpoint: Path, target: Path, parts: Collection[str]) -> None:
+    for path in checkpoint.iterdir():
+        if path.is_dir() and path.name not in parts:
+            shutil.copytree(path, target / path.name)
+        elif path.is_file():
+            shutil.copy2(path, target / path.name)

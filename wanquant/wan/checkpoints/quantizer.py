@@ -22,7 +22,7 @@ from wanquant.quant import QuantLinear
 from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.registered import METHOD
-from wanquant.wan.checkpoint import FLOAT32, check_type, config_of, dequantize_
+from wanquant.wan.checkpoints.checkpoint import FLOAT32, check_type, config_of, dequantize_
 
 
 class Method(StrEnum):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from wanquant.wan.checkpoint import INDEX, WEIGHTS, read_json
-from wanquant.wan.names import is_original, to_diffusers
+from wanquant.wan.checkpoints.checkpoint import INDEX, WEIGHTS, read_json
+from wanquant.wan.checkpoints.names import is_original, to_diffusers
 
 #: Bytes of a tensor whose file is mapped for it alone.
 LARGE = 4_000_000

@@ -20,9 +20,10 @@ from torch import nn
 
 from wanquant.quant.observe import Observer
 from wanquant.quant.statistics import Layout
-from wanquant.wan.activations import mixed_norms
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.footprint import (
+from wanquant.wan.products import quick_products
+from wanquant.wan.resources.activations import mixed_norms
+from wanquant.wan.resources.footprint import (
     IN_TIME,
     Quantized,
     empty_text_encoder,
@@ -32,7 +33,6 @@ from wanquant.wan.footprint import (
     latent_size,
     once,
 )
-from wanquant.wan.products import quick_products
 
 P = ParamSpec("P")
 R = TypeVar("R")
