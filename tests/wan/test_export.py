@@ -21,7 +21,7 @@ from wanquant.wan.checkpoints.checkpoint import quantized_linears
 from wanquant.wan.checkpoints.export import export
 from wanquant.wan.checkpoints.names import to_original
 from wanquant.wan.checkpoints.stream import Recipe, convert_transformer
-from wanquant.wan.load import FOLDS
+from wanquant.wan.families import FOLDS
 
 CONFIGS: dict[str, tuple[str, QuantConfig]] = {
     "int8": ("W8A8_DYNAMIC", QuantConfig(format="int8")),

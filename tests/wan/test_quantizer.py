@@ -27,7 +27,7 @@ from wanquant.quant.statistics import Layout
 from wanquant.registered import register
 from wanquant.wan.checkpoints.checkpoint import WEIGHTS, quantized_linears
 from wanquant.wan.checkpoints.stream import Recipe, convert_transformer
-from wanquant.wan.load import FOLDS
+from wanquant.wan.families import FOLDS
 
 CONFIGS = {
     "default": QuantConfig(),

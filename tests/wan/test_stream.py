@@ -29,7 +29,7 @@ from wanquant.wan.checkpoints.checkpoint import (
 )
 from wanquant.wan.checkpoints.stream import LEDGER, Recipe, convert_transformer
 from wanquant.wan.checkpoints.tensor_files import Source, file_names, write_tensors
-from wanquant.wan.load import FOLDS
+from wanquant.wan.families import FOLDS
 
 BLOCKS = 4
 CONFIGS: dict[str, tuple[QuantConfig, tuple[int, ...], tuple[str, ...]]] = {

@@ -45,8 +45,9 @@ from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.checkpoints.checkpoint import save_quantized
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
 from wanquant.wan.experts import whole_of
+from wanquant.wan.families import FOLDS
 from wanquant.wan.generate import Sample
-from wanquant.wan.load import FOLDS, LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
+from wanquant.wan.load import LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.products import multiplies_bf16
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_estimate

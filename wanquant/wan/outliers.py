@@ -22,7 +22,7 @@ from torch import nn
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.smooth import fold_
 from wanquant.wan.config import OutliersConfig
-from wanquant.wan.load import FOLDS
+from wanquant.wan.families import FOLDS
 
 
 def chosen_blocks(config: OutliersConfig, blocks: int) -> tuple[int, ...]:

@@ -18,25 +18,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from wanquant.quant import QuantLinear
-from wanquant.quant.scale import PerBlock
-from wanquant.quant.scheme import Scheme, parse
+from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.progress import progress
-from wanquant.wan.checkpoints.checkpoint import INDEX, config_of, quantization_of, read_json
+from wanquant.wan.checkpoints.checkpoint import (
+    config_of,
+    quantization_of,
+    read_json,
+    whole_folder,
+    write_index,
+    write_json,
+)
 from wanquant.wan.checkpoints.names import LAYOUTS, NAMINGS, to_original
-from wanquant.wan.checkpoints.tensor_files import BYTES, WRITTEN, Source, write_tensors
+from wanquant.wan.checkpoints.tensor_files import PLAIN, Source, write_tensors
 from wanquant.wan.load import transformers_of
-
-#: torch's types by their names in a file.
-TYPES = {name: dtype for dtype, name in WRITTEN.items()}
 
 
 @dataclass(frozen=True)
@@ -55,43 +59,67 @@ class Checkpoint:
 
     source: Source
     scheme: Scheme
-    linears: tuple[str, ...]
+    linears: frozenset[str]
 
     @classmethod
     def of(cls, folder: Path) -> Checkpoint:
         described = quantization_of(folder)
         if described is None:
             raise ValueError(f"{folder} holds no quantized transformer of ours")
-        scheme = parse(dataclasses.replace(config_of(described), packed=True))
-        return cls(Source.of(folder, {**BYTES, "U8": 1}), scheme, tuple(described["modules"]))
+        scheme = scheme_of(dataclasses.replace(config_of(described), packed=True))
+        return cls(Source.of(folder, [*PLAIN, "U8"]), scheme, frozenset(described["modules"]))
 
     def has(self, name: str) -> bool:
         return name in self.source.tensors
 
-    def layer(self, name: str) -> QuantLinear:
-        """Read now."""
+    def plain_weight(self, name: str) -> torch.Tensor:
+        """What the codes of a linear mean, in BF16."""
         parts = ("weight", "weight_scale", "input_scale", "input_factor", "bias")
-        found = {part: self.source.raw(f"{name}.{part}") for part in parts if self.has(f"{name}.{part}")}
+        found = {part: self.source.read(f"{name}.{part}") for part in parts if self.has(f"{name}.{part}")}
         rows, columns = found["weight"].shape
         layer = QuantLinear(columns, rows, "bias" in found, self.scheme, "input_factor" in found)
         for part, tensor in found.items():
             setattr(layer, part, nn.Parameter(tensor, False) if part in ("weight", "bias") else tensor)
-        return layer
-
-    def others(self) -> list[str]:
-        """The tensors that belong to no quantized linear."""
-        return [name for name in self.source.tensors if name.rpartition(".")[0] not in self.linears]
+        return layer.dequantized().weight.detach()
 
     def as_it_is(self, name: str) -> Piece:
         stored = self.source.tensors[name]
-        return Piece("FLOAT", TYPES[stored.kind], stored.shape, lambda: self.source.raw(name))
+        return Piece("FLOAT", stored.dtype, stored.shape, partial(self.source.read, name))
+
+
+def export_all(checkpoint: Path, target: Path, layout: str, naming: str) -> None:
+    """A whole quantized pipeline, its transformers one by one and the rest copied, or a transformer alone."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"there is no folder {checkpoint}")
+    if (checkpoint / "checkpoint").is_dir():
+        raise ValueError(f"{checkpoint} is a run: its checkpoint is {checkpoint / 'checkpoint'}")
+    parts = transformers_of(checkpoint)
+    files = sum(len(list(part.glob("*.safetensors"))) for part in parts.values()) if layout == "bf16" else len(parts)
+    with progress("export", files, "file") as tick:
+        if "" in parts:
+            export(checkpoint, target, layout, naming, tick)
+            return
+        _refuse_existing(target)
+        plain = [name for name, part in parts.items() if quantization_of(part) is None]
+        plain = plain if len(plain) < len(parts) else []  # of which nothing could be exported
+        with whole_folder(target) as partial_target:
+            for name, part in parts.items():
+                if layout == "bf16" and name in plain:
+                    shutil.copytree(part, partial_target / name)
+                else:
+                    export(part, partial_target / name, layout, naming, tick)
+            for path in checkpoint.iterdir() if layout == "bf16" else ():
+                if path.is_dir() and path.name not in parts:
+                    shutil.copytree(path, partial_target / path.name)
+                elif path.is_file():
+                    shutil.copy2(path, partial_target / path.name)
 
 
 def export(
     folder: Path, target: Path, layout: str, naming: str = "diffusers", on_file: Callable[[], None] = lambda: None
-) -> list[Path]:
-    """Writes the transformer in ``folder`` to ``target``, which must not be there; the files it wrote. ``on_file`` is
-    called after each."""
+) -> None:
+    """Writes the transformer in ``folder`` to ``target``, which must not be there. ``on_file`` is called after each
+    file."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}: choose {' or '.join(LAYOUTS)}")
     if naming not in NAMINGS:
@@ -99,60 +127,47 @@ def export(
     if layout == "bf16" and naming != "diffusers":
         raise ValueError("layout bf16 is diffusers': it has diffusers' names")
     checkpoint = Checkpoint.of(folder)
-    partial = target.with_name(f"{target.name}.partial")
+    _refuse_existing(target)
+    with whole_folder(target) as partial_target:
+        if layout == "bf16":
+            _write_bf16(checkpoint, partial_target, on_file)
+        else:
+            _write_mindie(checkpoint, partial_target, to_original if naming == "original" else str)
+            on_file()
+        described = read_json(folder / "config.json")
+        described.pop("quantization_config")
+        write_json(partial_target / "config.json", described)
+
+
+def _refuse_existing(target: Path) -> None:
     if target.exists():
         raise ValueError(f"{target} is there already: choose another folder, or remove it")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write = _write_bf16 if layout == "bf16" else _write_mindie
-        write(checkpoint, partial, to_original if naming == "original" else lambda name: name, on_file)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return sorted(target.iterdir())
 
 
-def _write_bf16(
-    checkpoint: Checkpoint, target: Path, rename: Callable[[str], str], on_file: Callable[[], None]
-) -> None:
+def _write_bf16(checkpoint: Checkpoint, target: Path, on_file: Callable[[], None]) -> None:
     """File by file."""
-    source, skipped = checkpoint.source, {"weight_scale", "input_scale", "input_factor"}
-    kept: dict[str, str] = {}
+    source, total, kept = checkpoint.source, 0, dict[str, str]()
     for path in source.files:
         pieces: dict[str, Piece] = {}
         for name in (name for name, stored in source.tensors.items() if stored.path == path):
             linear, _, part = name.rpartition(".")
             if linear not in checkpoint.linears or part == "bias":
                 pieces[name] = checkpoint.as_it_is(name)
-            elif part not in skipped:
-                shape = source.tensors[name].shape
-                pieces[name] = Piece("FLOAT", torch.bfloat16, shape, _meaning(checkpoint, linear))
-        _write(pieces, target / path.name)
+            elif part == "weight":
+                make = partial(checkpoint.plain_weight, linear)
+                pieces[name] = Piece("FLOAT", torch.bfloat16, source.tensors[name].shape, make)
+        total += _write(pieces, target / path.name)
         kept |= dict.fromkeys(pieces, path.name)
         on_file()
     if len(source.files) > 1:
-        index = {"metadata": {"total_size": sum(_bytes(target / p.name) for p in source.files)}, "weight_map": kept}
-        write_atomic(target / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    _write_config(source.folder, target)
+        write_index(target, total, kept)
 
 
-def _meaning(checkpoint: Checkpoint, name: str) -> Callable[[], torch.Tensor]:
-    return lambda: checkpoint.layer(name).dequantized().weight.detach()
-
-
-def _bytes(path: Path) -> int:
-    """Of its tensors."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-
-
-def _write_mindie(
-    checkpoint: Checkpoint, target: Path, rename: Callable[[str], str], on_file: Callable[[], None]
-) -> None:
+def _write_mindie(checkpoint: Checkpoint, target: Path, rename: Callable[[str], str]) -> None:
     """In one file of weights: MindIE-SD takes no more."""
-    kind = _mindie_type(checkpoint)
-    pieces = {rename(name): checkpoint.as_it_is(name) for name in checkpoint.others()}
+    kind = _mindie_type(checkpoint.scheme)
+    others = [name for name in checkpoint.source.tensors if name.rpartition(".")[0] not in checkpoint.linears]
+    pieces = {rename(name): checkpoint.as_it_is(name) for name in others}
     for name in checkpoint.linears:
         own = rename(name)
         if checkpoint.has(f"{name}.input_factor"):
@@ -161,18 +176,12 @@ def _write_mindie(
             own = f"{own}.linear"
         pieces |= {f"{own}.{part}": piece for part, piece in _mindie_linear(checkpoint, name, kind).items()}
     _write(pieces, target / f"quant_model_weight_{kind.lower()}.safetensors")
-    on_file()
-    told = {
-        "model_quant_type": kind,
-        "version": "1.0.0",
-        **{name: piece.kind for name, piece in sorted(pieces.items())},
-    }
+    told = {"model_quant_type": kind, "version": "1.0.0"}
+    told |= {name: piece.kind for name, piece in sorted(pieces.items())}
     write_atomic(target / f"quant_model_description_{kind.lower()}.json", json.dumps(told, indent=2) + "\n")
-    _write_config(checkpoint.source.folder, target)
 
 
-def _mindie_type(checkpoint: Checkpoint) -> str:
-    scheme = checkpoint.scheme
+def _mindie_type(scheme: Scheme) -> str:
     if scheme.attention != "off":
         raise ValueError(f"quant.attention={scheme.attention}: MindIE-SD quantizes attention in other ways")
     name, static = scheme.format.name, scheme.act_static
@@ -184,99 +193,48 @@ def _mindie_type(checkpoint: Checkpoint) -> str:
     return known[name]
 
 
+#: In which type MindIE-SD keeps the codes.
+CODES = {"W8A8_MXFP8": torch.float8_e4m3fn, "W8A8_HIFLOAT8": torch.uint8}
+
+
 def _mindie_linear(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Piece]:
-    rows, columns = checkpoint.source.tensors[f"{name}.weight"].shape
-    scale = f"{name}.weight_scale"
+    """Its tensors, by what the layout calls them."""
+    source, (rows, columns) = checkpoint.source, checkpoint.source.tensors[f"{name}.weight"].shape
+    biased, codes, float32 = checkpoint.has(f"{name}.bias"), CODES.get(kind, torch.int8), torch.float32
 
-    def by_row() -> torch.Tensor:
-        return checkpoint.source.raw(scale).expand(rows).clone()
+    def read(part: str) -> torch.Tensor:
+        return source.read(f"{name}.{part}")
 
-    def codes(as_type: torch.dtype) -> Piece:
-        return Piece(kind, as_type, (rows, columns), lambda: checkpoint.source.raw(f"{name}.weight").view(as_type))
+    def row_scales() -> torch.Tensor:
+        return read("weight_scale").expand(rows).clone()
 
-    pieces: dict[str, Piece] = {}
-    if checkpoint.has(f"{name}.bias"):
-        pieces["bias"] = Piece("FLOAT", torch.float32, (rows,), lambda: checkpoint.source.raw(f"{name}.bias").float())
-    if kind == "W8A8_MXFP8":
-        assert isinstance(checkpoint.scheme.weight_granularity, PerBlock)
-        shape = checkpoint.source.tensors[scale].shape
-
-        def exponents() -> torch.Tensor:
-            return (checkpoint.source.raw(scale).log2() + 127).to(torch.uint8)
-
-        return {
-            **pieces,
-            "weight": codes(torch.float8_e4m3fn),
-            "weight_scale": Piece(kind, torch.uint8, shape, exponents),
-        }
-    pieces["weight"] = codes(torch.uint8 if kind == "W8A8_HIFLOAT8" else torch.int8)
-    if kind != "W8A8":
-        column = (rows, 1)
-        pieces["weight_scale"] = Piece(kind, torch.float32, column, lambda: by_row()[:, None])
-        pieces["weight_offset"] = Piece(kind, torch.float32, column, lambda: torch.zeros(column))
-        return pieces
-
-    def both() -> torch.Tensor:
-        return by_row() * checkpoint.source.raw(f"{name}.input_scale")
+    def output_scales() -> torch.Tensor:
+        return row_scales() * read("input_scale")
 
     def bias_in_steps() -> torch.Tensor:
-        bias = pieces["bias"].make() if "bias" in pieces else torch.zeros(rows)
-        return (bias / both()).round().to(torch.int32)
+        bias = read("bias").float() if biased else torch.zeros(rows)
+        return (bias / output_scales()).round().to(torch.int32)
 
-    pieces["input_scale"] = Piece(kind, torch.float32, (1,), lambda: checkpoint.source.raw(f"{name}.input_scale")[None])
-    pieces["input_offset"] = Piece(kind, torch.float32, (1,), lambda: torch.zeros(1))
-    pieces["deq_scale"] = Piece(kind, torch.float32, (rows,), both)
-    pieces["quant_bias"] = Piece(kind, torch.int32, (rows,), bias_in_steps)
+    pieces = {"bias": Piece("FLOAT", float32, (rows,), lambda: read("bias").float())} if biased else {}
+    pieces["weight"] = Piece(kind, codes, (rows, columns), lambda: read("weight").view(codes))
+    if kind == "W8A8_MXFP8":
+        shape = source.tensors[f"{name}.weight_scale"].shape
+        pieces["weight_scale"] = Piece(
+            kind, torch.uint8, shape, lambda: (read("weight_scale").log2() + 127).to(torch.uint8)
+        )
+    elif kind == "W8A8":
+        pieces["input_scale"] = Piece(kind, float32, (1,), lambda: read("input_scale")[None])
+        pieces["input_offset"] = Piece(kind, float32, (1,), lambda: torch.zeros(1))
+        pieces["deq_scale"] = Piece(kind, float32, (rows,), output_scales)
+        pieces["quant_bias"] = Piece(kind, torch.int32, (rows,), bias_in_steps)
+    else:
+        pieces["weight_scale"] = Piece(kind, float32, (rows, 1), lambda: row_scales()[:, None])
+        pieces["weight_offset"] = Piece(kind, float32, (rows, 1), lambda: torch.zeros(rows, 1))
     return pieces
 
 
-def _write(pieces: dict[str, Piece], path: Path) -> None:
+def _write(pieces: dict[str, Piece], path: Path) -> int:
+    """Bytes of tensors."""
     with replacing(path) as temporary:
         shapes = {name: (piece.dtype, piece.shape) for name, piece in pieces.items()}
-        write_tensors(shapes, lambda name: pieces[name].make(), temporary)
-
-
-def _write_config(folder: Path, target: Path) -> None:
-    """The transformer's own, without what is said of the quantization."""
-    described = read_json(folder / "config.json")
-    described.pop("quantization_config")
-    write_atomic(target / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
-
-
-def export_all(checkpoint: Path, target: Path, layout: str, naming: str) -> None:
-    """Whole or not at all."""
-    if not checkpoint.is_dir():
-        raise ValueError(f"there is no folder {checkpoint}")
-    if (checkpoint / "checkpoint").is_dir():
-        raise ValueError(f"{checkpoint} is a run: its checkpoint is {checkpoint / 'checkpoint'}")
-    parts = transformers_of(checkpoint)
-    files = sum(len(list(part.glob("*.safetensors"))) for part in parts.values()) if layout == "bf16" else len(parts)
-    with progress("export", files, "file") as tick:
-        if "" in parts:
-            export(checkpoint, target, layout, naming, tick)
-            return
-        if target.exists():
-            raise ValueError(f"{target} is there already: choose another folder, or remove it")
-        plain = [name for name, part in parts.items() if quantization_of(part) is None]
-        plain = plain if len(plain) < len(parts) else []  # of which nothing could be exported
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            for name, part in parts.items():
-                if layout == "bf16" and name in plain:
-                    shutil.copytree(part, partial / name)
-                else:
-                    export(part, partial / name, layout, naming, tick)
-            if layout == "bf16":
-                _copy_others(checkpoint, partial, parts)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _copy_others(checkpoint: Path, target: Path, parts: Collection[str]) -> None:
-    for path in checkpoint.iterdir():
-        if path.is_dir() and path.name not in parts:
-            shutil.copytree(path, target / path.name)
-        elif path.is_file():
-            shutil.copy2(path, target / path.name)
+        return write_tensors(shapes, lambda name: pieces[name].make(), temporary)
