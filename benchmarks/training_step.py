@@ -27,8 +27,8 @@ from wanquant.qat.config import QATConfig, TrainConfig
 from wanquant.qat.plan import plan_training
 from wanquant.quant.convert import make_trainable_
 from wanquant.wan.device import forget_peak_memory, peak_memory
-from wanquant.wan.resources.activations import mixed_norms
 from wanquant.wan.resources.estimate import in_bytes
+from wanquant.wan.resources.footprint import mixed_norms
 
 TIME_BAR, MEMORY_BAR = 1.4, 1.2
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig
 from wanquant.quant.convert import make_trainable_
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.resources.activations import kept_by
+from wanquant.wan.resources.footprint import kept_by
 
 STATIC = QuantConfig(activations=ActivationConfig("per_tensor", static=True))
 SHAPE = {"num_attention_heads": 3, "attention_head_dim": 24, "ffn_dim": 160, "text_dim": 32, "freq_dim": 64}

@@ -20,8 +20,7 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import Training
 from wanquant.wan.experts import parts_of
 from wanquant.wan.load import Transformer
-from wanquant.wan.resources.activations import Kept, kept_by
-from wanquant.wan.resources.footprint import once
+from wanquant.wan.resources.footprint import Kept, kept_by, once
 from wanquant.wan.resources.probe import block_seconds, learning_seconds
 
 

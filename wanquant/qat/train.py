@@ -36,8 +36,8 @@ from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
 from wanquant.wan.experts import Experts, parts_of
 from wanquant.wan.products import multiplies_bf16, quick_products
-from wanquant.wan.resources.activations import mixed_norms
 from wanquant.wan.resources.estimate import in_bytes, tokens_of
+from wanquant.wan.resources.footprint import mixed_norms
 
 #: Steps between two looks at how far the scales have moved.
 DRIFT_EVERY = 10

@@ -1,14 +1,24 @@
-"""What running a model takes of memory besides its weights, by running it without numbers.
+"""What running a model takes of memory besides its weights: of the forward pass, and of one that is to be trained.
 
-torch's fake tensors have shapes, types and storages, and no memory. The real modules run on them op by op, and what is
-alive at once is counted. Two blocks stand for all, since each frees what it took. What a kernel takes inside of an op
-is not seen: other layouts of a convolution's input, a workspace.
+Forward, the real modules run op by op on torch's fake tensors, which have shapes, types and storages and no memory, and
+what is alive at once is counted. Two blocks stand for all, since each frees what it took. What a kernel takes inside of
+an op is not seen: other layouts of a convolution's input, a workspace.
+
+For the backward pass autograd keeps tensors of a row a token: of the video's, as wide as the model, as the feed-forward
+part, or as there are heads; and of the text's, as wide as the model. So the bytes that it keeps of a block are
+
+    rows · (tokens · (a heads + b ffn + c) + text · (d heads + e))  +  2 bytes a weight, which is multiplied in BF16
+
+and a handful of blocks of one or two heads tell the coefficients. Attention that holds its scores is not linear in the
+tokens; torch's own is.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -31,10 +41,12 @@ from wanquant.wan.products import quick_products
 
 #: Latents are so many times smaller in time, and in height and width.
 IN_TIME, IN_SPACE = 4, 8
+#: Of the small blocks that are trained: video latents as (frames, rows, columns) of patches, text tokens, width of the
+#: feed-forward part.
+SMALL, TALL, TEXT, FFN = (1, 2, 2), (1, 2, 4), (4, 8), 64
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Make = Callable[[torch.Size, torch.dtype], torch.Tensor]
 
 
 class Alive(TorchDispatchMode):
@@ -89,21 +101,26 @@ class Quantized:
     scheme: Scheme
 
 
+def runs_anywhere(how: Quantized | None) -> Quantized | None:
+    """The chip's own product replaced by the fast one, which needs no less of memory and time."""
+    if how is None or how.scheme.product != "native":
+        return how
+    return replace(how, scheme=replace(how.scheme, product="fast"))
+
+
 @once
 def denoising_bytes(
     config: dict[str, Any], how: Quantized | None, settings: GenerationConfig, rows: int, device: torch.device
 ) -> int:
     """Of one forward pass of a transformer of this config, on ``rows`` videos."""
-    if how is not None and how.scheme.product == "native":
-        how = replace(how, scheme=replace(how.scheme, product="fast"))  # which runs anywhere, and needs no less
-    transformer = empty_transformer(config, how, blocks=2)
+    transformer = empty_transformer(config, runs_anywhere(how), blocks=2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quick_products(device):
-        fill(transformer, _fake)
+        fill(transformer, torch.empty)
         latents = torch.empty(rows, config["in_channels"], *latent_size(settings), dtype=torch.bfloat16)
         text = torch.empty(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16)
         timestep = torch.empty(rows)
-        alive = _alive(transformer, eagerly=device.type not in ("cpu", "cuda"))
-        with alive:
+        eagerly = device.type not in ("cpu", "cuda")
+        with Alive([*transformer.parameters(), *transformer.buffers()], eagerly) as alive:
             transformer(latents, timestep, text, return_dict=False)
     return alive.most
 
@@ -113,10 +130,9 @@ def decoding_bytes(folder: Path, settings: GenerationConfig) -> int:
     """Of decoding one video with the VAE of this folder."""
     vae = empty_vae(folder)
     with FakeTensorMode(), torch.no_grad():
-        fill(vae, _fake)
+        fill(vae, torch.empty)
         latents = torch.empty(1, vae.config.z_dim, *latent_size(settings))
-        alive = _alive(vae)
-        with alive:
+        with Alive([*vae.parameters(), *vae.buffers()]) as alive:
             vae.decode(latents, return_dict=False)
     return alive.most
 
@@ -132,10 +148,6 @@ def empty_text_encoder(folder: Path) -> UMT5EncoderModel:
         return UMT5EncoderModel(UMT5Config(**read_json(folder / "config.json"))).eval()
 
 
-def latent_size(settings: GenerationConfig) -> tuple[int, int, int]:
-    return (settings.num_frames - 1) // IN_TIME + 1, settings.height // IN_SPACE, settings.width // IN_SPACE
-
-
 def empty_transformer(config: dict[str, Any], how: Quantized | None, blocks: int) -> WanTransformer3DModel:
     """On meta; its blocks are ``how``."""
     with torch.device("meta"):
@@ -146,12 +158,19 @@ def empty_transformer(config: dict[str, Any], how: Quantized | None, blocks: int
     return transformer
 
 
-def _fake(size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype)
+def latent_size(settings: GenerationConfig) -> tuple[int, int, int]:
+    """Frames, rows and columns."""
+    return (settings.num_frames - 1) // IN_TIME + 1, settings.height // IN_SPACE, settings.width // IN_SPACE
 
 
-def fill(model: nn.Module, make: Make, narrow: bool = True) -> None:
-    """In the place of meta tensors; a transformer, if ``narrow``, in BF16 but for what it keeps in float32."""
+def parameters_of(model: nn.Module) -> int:
+    """How many numbers they are."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fill(model: nn.Module, make: Callable[..., torch.Tensor], narrow: bool = True) -> None:
+    """``make(size, dtype=...)`` in the place of meta tensors; a transformer, if ``narrow``, in BF16 but for what it
+    keeps in float32."""
     wan = narrow and isinstance(model, WanTransformer3DModel)
     for name, module in model.named_modules():
         for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -159,12 +178,82 @@ def fill(model: nn.Module, make: Make, narrow: bool = True) -> None:
                 continue
             full = f"{name}.{own}"
             wide = not wan or tensor.dtype != torch.float32 or kept_in_fp32(model, full) or full.endswith(FLOAT32)
-            made = make(tensor.shape, tensor.dtype if wide else torch.bfloat16)
+            made = make(tensor.shape, dtype=tensor.dtype if wide else torch.bfloat16)
             if own in module._parameters:
                 module._parameters[own] = nn.Parameter(made, requires_grad=False)
             else:
                 module._buffers[own] = made
 
 
-def _alive(model: nn.Module, eagerly: bool = False) -> Alive:
-    return Alive([*model.parameters(), *model.buffers()], eagerly)
+@dataclass(frozen=True)
+class Kept:
+    """Bytes a token: of the video a · heads + b · ffn + c, of the text d · heads + e."""
+
+    by_head: float
+    by_ffn: float
+    by_token: float
+    text_by_head: float
+    text_by_token: float
+
+    def bytes(self, heads: int, ffn: int, tokens: int, text: int) -> int:
+        """Of one row of a batch, in one block, without the weights."""
+        video = tokens * (self.by_head * heads + self.by_ffn * ffn + self.by_token)
+        return round(video + text * (self.text_by_head * heads + self.text_by_token))
+
+
+def kept_by(config: dict[str, Any], prepare: Callable[[nn.Module], None], precision: str) -> Kept:
+    """``config`` is the transformer's; ``prepare`` makes a float32 transformer of one block what is trained."""
+
+    def measure(heads: int, ffn: int, size: tuple[int, int, int], text: int) -> int:
+        sizes = {"num_layers": 1, "num_attention_heads": heads, "ffn_dim": ffn, "text_dim": 32, "freq_dim": 32}
+        with torch.random.fork_rng(devices=[]):
+            transformer = WanTransformer3DModel.from_config({**config, **sizes})
+        prepare(transformer)
+        return _kept(transformer, size, text, precision)
+
+    def per_token(heads: int, ffn: int) -> float:
+        return (measure(heads, ffn, TALL, TEXT[0]) - measure(heads, ffn, SMALL, TEXT[0])) / 4
+
+    def per_text(heads: int) -> float:
+        return (measure(heads, FFN, SMALL, TEXT[1]) - measure(heads, FFN, SMALL, TEXT[0])) / (TEXT[1] - TEXT[0])
+
+    one, two, wide = per_token(1, FFN), per_token(2, FFN), per_token(1, 2 * FFN)
+    by_head, by_ffn = two - one, (wide - one) / FFN
+    text_one, text_two = per_text(1), per_text(2)
+    return Kept(by_head, by_ffn, one - by_head - by_ffn * FFN, text_two - text_one, 2 * text_one - text_two)
+
+
+@contextmanager
+def mixed_norms() -> Iterator[None]:
+    """Without torch's warning that a norm's weight is in float32 and its input is not, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        yield
+
+
+def _kept(transformer: WanTransformer3DModel, size: tuple[int, int, int], text: int, precision: str) -> int:
+    """Bytes autograd keeps of the block, each storage once, without its parameters."""
+    block = transformer.blocks[0].requires_grad_(True)
+    frames, rows, columns = size
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    rotary = transformer.rope(torch.zeros(1, 1, frames, 2 * rows, 2 * columns))
+    hidden = torch.zeros(1, frames * rows * columns, width, dtype=kind, requires_grad=True)
+    own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage
+        return tensor
+
+    with (
+        mixed_norms(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        output = block(hidden, torch.zeros(1, text, width, dtype=kind), torch.zeros(1, 6, width), rotary)
+    kept = sum(storage.nbytes() for storage in seen.values())
+    del output
+    return kept
