@@ -2,7 +2,9 @@
 
 All are of Wan's architecture: the transformer has ``blocks`` and is called with ``hidden_states``, ``timestep`` and
 ``encoder_hidden_states``; the VAE's config has ``latents_mean`` and ``latents_std``. What else differs is a ``Family``.
-A further one needs no change here: ``register_family("OtherPipeline", Family(...))``.
+Estimates of memory and time take the VAE and the text encoder for Wan's own.
+
+A further family needs no change here: ``register_family("OtherPipeline", Family(...))``.
 """
 
 from __future__ import annotations

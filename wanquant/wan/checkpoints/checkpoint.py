@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import wanquant
 from wanquant.quant import QuantConfig, QuantLinear
@@ -45,7 +46,7 @@ FLOAT32 = (".weight_scale", ".input_scale", ".input_factor")
 TRANSFORMERS = ("transformer", "transformer_2")
 
 
-def quantized_linears(transformer: torch.nn.Module) -> dict[str, QuantLinear]:
+def quantized_linears(transformer: nn.Module) -> dict[str, QuantLinear]:
     return {name: child for name, child in transformer.named_modules() if isinstance(child, QuantLinear)}
 
 
@@ -110,7 +111,7 @@ def save_transformer(
     transformer: WanTransformer3DModel, source: Path, folder: Path, on_linear: Callable[[], None]
 ) -> None:
     """To its own folder; ``source`` is that of the model it was made of."""
-    tensors = stored_tensors(transformer, lambda name: kept_in_fp32(transformer, name), on_linear=on_linear)
+    tensors = stored_tensors(transformer, transformer, on_linear=on_linear)
     folder.mkdir(exist_ok=True)
     _write_shards(tensors, source / INDEX, folder)
     layers = quantized_linears(transformer)
@@ -118,22 +119,19 @@ def save_transformer(
 
 
 def stored_tensors(
-    module: torch.nn.Module, keep: Callable[[str], bool], prefix: str = "", on_linear: Callable[[], None] = lambda: None
+    module: nn.Module, transformer: nn.Module, prefix: str = "", on_linear: Callable[[], None] = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """What of a module goes into a file, by its name behind the ``prefix``. ``keep`` says of a full name whether it is
-    stored as it is, and not in BF16."""
-    layers, packed, tensors = quantized_linears(module), {}, {}
-    for name, layer in layers.items():
-        packed[f"{name}.weight"] = layer.codes()
-        on_linear()
+    """What of a module goes into a file, by its name in the ``transformer``, where it lies below ``prefix``."""
+    layers, tensors = quantized_linears(module), {}
     for name, tensor in module.state_dict().items():
-        if name in packed:
-            found = packed[name]
-        elif keep(prefix + name) or (name.rpartition(".")[0] in layers and name.endswith(FLOAT32)):
-            found = tensor
+        path, _, part = name.rpartition(".")
+        if path in layers and part == "weight":
+            tensors[prefix + name] = layers[path].codes()
+            on_linear()
+        elif kept_in_fp32(transformer, prefix + name) or (path in layers and name.endswith(FLOAT32)):
+            tensors[prefix + name] = tensor
         else:
-            found = tensor.to(torch.bfloat16)
-        tensors[prefix + name] = found
+            tensors[prefix + name] = tensor.to(torch.bfloat16)
     return tensors
 
 
@@ -178,7 +176,7 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
 
 
-def kept_in_fp32(transformer: torch.nn.Module, name: str) -> bool:
+def kept_in_fp32(transformer: nn.Module, name: str) -> bool:
     """As diffusers does it: a kept name is one of the parts of the tensor's dotted name."""
     return any(kept in name.split(".") for kept in getattr(transformer, "_keep_in_fp32_modules", ()))
 
@@ -197,8 +195,8 @@ def config_of(described: dict[str, Any]) -> QuantConfig:
     """The ``QuantConfig`` a checkpoint was made with; ``ValueError`` names what is lost, for nothing is guessed."""
     names = {field.name for field in dataclasses.fields(QuantConfig)}
     raw = {name: value for name, value in {**ADDED_LATER, **described}.items() if name in names}
-    for part, kind in (("weights", WeightConfig), ("activations", ActivationConfig)):
-        raw[part] = _exactly(kind, raw.get(part, {}))
+    raw["weights"] = _exactly(WeightConfig, raw.get("weights", {}))
+    raw["activations"] = _exactly(ActivationConfig, raw.get("activations", {}))
     return _exactly(QuantConfig, raw)
 
 

@@ -74,12 +74,12 @@ class Checkpoint:
 
     def plain_weight(self, name: str) -> torch.Tensor:
         """What the codes of a linear mean, in BF16."""
-        parts = ("weight", "weight_scale", "input_scale", "input_factor", "bias")
-        found = {part: self.source.read(f"{name}.{part}") for part in parts if self.has(f"{name}.{part}")}
-        rows, columns = found["weight"].shape
-        layer = QuantLinear(columns, rows, "bias" in found, self.scheme, "input_factor" in found)
-        for part, tensor in found.items():
-            setattr(layer, part, nn.Parameter(tensor, False) if part in ("weight", "bias") else tensor)
+        rows, columns = self.source.tensors[f"{name}.weight"].shape
+        layer = QuantLinear(columns, rows, False, self.scheme, self.has(f"{name}.input_factor"))
+        layer.weight = nn.Parameter(self.source.read(f"{name}.weight"), False)
+        layer.weight_scale = self.source.read(f"{name}.weight_scale")
+        if layer.input_factor is not None:
+            layer.input_factor = self.source.read(f"{name}.input_factor")
         return layer.dequantized().weight.detach()
 
     def as_it_is(self, name: str) -> Piece:

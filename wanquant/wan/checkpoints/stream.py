@@ -232,8 +232,7 @@ class _Conversion:
                 stored |= read
             else:
                 told["overflowed"] |= self._quantize(part, read)
-                block, keep = self.transformer.blocks[part], lambda name: kept_in_fp32(self.transformer, name)
-                stored |= stored_tensors(block, keep, f"blocks.{part}.")
+                stored |= stored_tensors(self.transformer.blocks[part], self.transformer, f"blocks.{part}.")
                 self.transformer.blocks[part] = nn.Identity()  # what it held has gone into ``stored``
             told["read"].append(size)
             on_block(size)

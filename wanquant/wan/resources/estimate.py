@@ -173,19 +173,21 @@ class ResourceEstimate:
     def _stages(self) -> dict[str, float]:
         counts, (plain, mixed) = self.counts, self._denoising()
         decoding = decoding_seconds(self.folder / "vae", self.settings, self.device) if counts.decoded else 0.0
-        found = {"calibrate": self._calibrating()} if counts.calibrated else {}
         chosen, tried = counts.choosing
-        found["choose"] = chosen * plain + tried * mixed
         made = counts.bf16 - counts.calibrated - counts.floors - counts.recorded - chosen
         quantized = counts.quantized - counts.untrained - counts.looks - tried
         decoded = max(0, counts.decoded - counts.floors)
         share = decoded / max(1, made + quantized + counts.untrained)
-        found["data"] = counts.recorded * plain
-        found["generate_bf16"] = made * (plain + share * decoding)
-        found["noise_floor"] = counts.floors * (plain + decoding)
-        found["generate_untrained"] = counts.untrained * (mixed + share * decoding)
-        found["train"] = counts.looks * mixed
-        found["generate_quantized"] = quantized * (mixed + share * decoding)
+        found = {
+            "calibrate": self._calibrating() if counts.calibrated else 0.0,
+            "choose": chosen * plain + tried * mixed,
+            "data": counts.recorded * plain,
+            "generate_bf16": made * (plain + share * decoding),
+            "noise_floor": counts.floors * (plain + decoding),
+            "generate_untrained": counts.untrained * (mixed + share * decoding),
+            "train": counts.looks * mixed,
+            "generate_quantized": quantized * (mixed + share * decoding),
+        }
         names = dict(counts.renamed)
         return {names.get(name, name): seconds for name, seconds in {**found, **self.further(self)}.items() if seconds}
 
@@ -246,9 +248,8 @@ def print_needs(plan: ResourceEstimate, what: str = "", outside: Mapping[str, fl
     """Memory and time, of ``what`` where there are several."""
     counts, on_host = plan.counts, plan.device.type == "cpu"
     parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
-    parts["quantized beside them, and videos" if on_host else "quantized beside them"] = plan.added - sum(
-        parts.values()
-    )
+    beside = "quantized beside them, and videos" if on_host else "quantized beside them"
+    parts[beside] = plan.added - sum(parts.values())
     told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     own = resident_memory(plan.device)
     if what:
