@@ -272,12 +272,12 @@ def block_map(report: ConversionReport) -> str:
         if module.block is not None:
             found[module.block].add(module.status)
 
-    def letter(index: int, statuses: set[str]) -> str:
+    def letter(index: int) -> str:
         if index in report.protected_blocks:
             return "P"
-        return "q" if statuses == {"converted"} else "m" if "converted" in statuses else "-"
+        return "q" if found[index] == {"converted"} else "m" if "converted" in found[index] else "-"
 
-    return "".join(letter(index, statuses) for index, statuses in found.items())
+    return "".join(map(letter, found))
 
 
 def tokens_of(settings: GenerationConfig, transformer: Transformer) -> int:

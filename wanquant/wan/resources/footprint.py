@@ -41,9 +41,9 @@ from wanquant.wan.products import quick_products
 
 #: Latents are so many times smaller in time, and in height and width.
 IN_TIME, IN_SPACE = 4, 8
-#: Of the small blocks that are trained: video latents as (frames, rows, columns) of patches, text tokens, width of the
+#: Of the small blocks that are trained: tokens of the video and of the text, fewer and more, and the width of the
 #: feed-forward part.
-SMALL, TALL, TEXT, FFN = (1, 2, 2), (1, 2, 4), (4, 8), 64
+TOKENS, TEXT, FFN = (4, 8), (4, 8), 64
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -158,6 +158,18 @@ def empty_transformer(config: dict[str, Any], how: Quantized | None, blocks: int
     return transformer
 
 
+def block_inputs(
+    transformer: WanTransformer3DModel, rows: int, tokens: int, text: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, ...]:
+    """Hidden states, text, modulation and rotary embedding; the frames are as the tables of positions allow."""
+    config = transformer.config
+    width, longest = config.num_attention_heads * config.attention_head_dim, config.rope_max_seq_len
+    hidden, words = (torch.full((rows, n, width), 0.5, dtype=dtype, device=device) for n in (tokens, text))
+    frames = next(count for count in range(1, tokens + 1) if tokens % count == 0 and tokens // count <= longest)
+    rotary = transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames))
+    return hidden, words, torch.zeros(rows, 6, width, device=device), tuple(part.to(device) for part in rotary)
+
+
 def latent_size(settings: GenerationConfig) -> tuple[int, int, int]:
     """Frames, rows and columns."""
     return (settings.num_frames - 1) // IN_TIME + 1, settings.height // IN_SPACE, settings.width // IN_SPACE
@@ -204,18 +216,20 @@ class Kept:
 def kept_by(config: dict[str, Any], prepare: Callable[[nn.Module], None], precision: str) -> Kept:
     """``config`` is the transformer's; ``prepare`` makes a float32 transformer of one block what is trained."""
 
-    def measure(heads: int, ffn: int, size: tuple[int, int, int], text: int) -> int:
+    def measure(heads: int, ffn: int, tokens: int, text: int) -> int:
         sizes = {"num_layers": 1, "num_attention_heads": heads, "ffn_dim": ffn, "text_dim": 32, "freq_dim": 32}
         with torch.random.fork_rng(devices=[]):
             transformer = WanTransformer3DModel.from_config({**config, **sizes})
         prepare(transformer)
-        return _kept(transformer, size, text, precision)
+        return _kept(transformer, tokens, text, precision)
 
     def per_token(heads: int, ffn: int) -> float:
-        return (measure(heads, ffn, TALL, TEXT[0]) - measure(heads, ffn, SMALL, TEXT[0])) / 4
+        few, many = (measure(heads, ffn, tokens, TEXT[0]) for tokens in TOKENS)
+        return (many - few) / (TOKENS[1] - TOKENS[0])
 
     def per_text(heads: int) -> float:
-        return (measure(heads, FFN, SMALL, TEXT[1]) - measure(heads, FFN, SMALL, TEXT[0])) / (TEXT[1] - TEXT[0])
+        few, many = (measure(heads, FFN, TOKENS[0], text) for text in TEXT)
+        return (many - few) / (TEXT[1] - TEXT[0])
 
     one, two, wide = per_token(1, FFN), per_token(2, FFN), per_token(1, 2 * FFN)
     by_head, by_ffn = two - one, (wide - one) / FFN
@@ -231,14 +245,12 @@ def mixed_norms() -> Iterator[None]:
         yield
 
 
-def _kept(transformer: WanTransformer3DModel, size: tuple[int, int, int], text: int, precision: str) -> int:
+def _kept(transformer: WanTransformer3DModel, tokens: int, text: int, precision: str) -> int:
     """Bytes autograd keeps of the block, each storage once, without its parameters."""
     block = transformer.blocks[0].requires_grad_(True)
-    frames, rows, columns = size
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    rotary = transformer.rope(torch.zeros(1, 1, frames, 2 * rows, 2 * columns))
-    hidden = torch.zeros(1, frames * rows * columns, width, dtype=kind, requires_grad=True)
+    given = block_inputs(transformer, 1, tokens, text, kind, torch.device("cpu"))
+    given[0].requires_grad_(True)
     own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
     seen: dict[int, torch.UntypedStorage] = {}
 
@@ -253,7 +265,7 @@ def _kept(transformer: WanTransformer3DModel, size: tuple[int, int, int], text: 
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        output = block(hidden, torch.zeros(1, text, width, dtype=kind), torch.zeros(1, 6, width), rotary)
+        output = block(*given)
     kept = sum(storage.nbytes() for storage in seen.values())
     del output
     return kept

@@ -24,6 +24,7 @@ from wanquant.wan.products import quick_products
 from wanquant.wan.resources.footprint import (
     IN_TIME,
     Quantized,
+    block_inputs,
     empty_text_encoder,
     empty_transformer,
     empty_vae,
@@ -92,7 +93,7 @@ def block_seconds(
     block = _filled(transformer, device).blocks[0]
     whole = rows * tokens <= PROBED
     rows_, tokens_ = (rows, tokens) if whole else (1, min(tokens, PROBED // 4))
-    given = _block_inputs(transformer, rows_, tokens_, text, torch.bfloat16, device)
+    given = block_inputs(transformer, rows_, tokens_, text, torch.bfloat16, device)
     with _watched(transformer, layout):
         found = _seconds(lambda: block(*given), device)
     if whole:
@@ -102,18 +103,6 @@ def block_seconds(
     query = torch.full(size, 0.1, dtype=torch.bfloat16, device=device)
     each = _seconds(lambda: F.scaled_dot_product_attention(query, query, query), device) / count**2
     return rows * ((found - each * tokens_**2) / tokens_ * tokens + each * tokens**2)
-
-
-def _block_inputs(
-    transformer: WanTransformer3DModel, rows: int, tokens: int, text: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Any, ...]:
-    """Hidden states, text, modulation and rotary embedding; the frames are as the tables of positions allow."""
-    config = transformer.config
-    width, longest = config.num_attention_heads * config.attention_head_dim, config.rope_max_seq_len
-    hidden, words = (torch.full((rows, n, width), 0.5, dtype=dtype, device=device) for n in (tokens, text))
-    frames = next(count for count in range(1, tokens + 1) if tokens % count == 0 and tokens // count <= longest)
-    rotary = transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames))
-    return hidden, words, torch.zeros(rows, 6, width, device=device), tuple(part.to(device) for part in rotary)
 
 
 def _watched(transformer: WanTransformer3DModel, layout: Layout | None) -> AbstractContextManager[Any]:
@@ -206,7 +195,7 @@ def learning_seconds(
     block = transformer.blocks[0].to(device).requires_grad_(True)
     rows_, tokens_ = (rows, tokens) if rows * tokens <= PROBED else (1, PROBED)
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    given = _block_inputs(transformer, rows_, tokens_, text, kind, device)
+    given = block_inputs(transformer, rows_, tokens_, text, kind, device)
     optimizer = torch.optim.AdamW(block.parameters(), 1e-6)
 
     def step() -> None:
