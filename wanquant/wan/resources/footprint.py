@@ -119,8 +119,9 @@ def denoising_bytes(
         latents = torch.empty(rows, config["in_channels"], *latent_size(settings), dtype=torch.bfloat16)
         text = torch.empty(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16)
         timestep = torch.empty(rows)
-        eagerly = device.type not in ("cpu", "cuda")
-        with Alive([*transformer.parameters(), *transformer.buffers()], eagerly) as alive:
+        known = [*transformer.parameters(), *transformer.buffers()]
+        alive = Alive(known, eagerly=device.type not in ("cpu", "cuda"))
+        with alive:
             transformer(latents, timestep, text, return_dict=False)
     return alive.most
 
@@ -132,7 +133,8 @@ def decoding_bytes(folder: Path, settings: GenerationConfig) -> int:
     with FakeTensorMode(), torch.no_grad():
         fill(vae, torch.empty)
         latents = torch.empty(1, vae.config.z_dim, *latent_size(settings))
-        with Alive([*vae.parameters(), *vae.buffers()]) as alive:
+        alive = Alive([*vae.parameters(), *vae.buffers()])
+        with alive:
             vae.decode(latents, return_dict=False)
     return alive.most
 
