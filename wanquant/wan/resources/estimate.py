@@ -195,12 +195,14 @@ class ResourceEstimate:
         """Seconds for one video in BF16, and quantized."""
         plain, quantized = (self._one_pass(how, self.rows) for how in (None, self._quantized))
         touched = len({name.split(".")[1] for name in self.converted}) / len(self.shape.blocks)
-        return self._passes * plain, self._passes * (touched * quantized + (1 - touched) * plain)
+        passes = self.settings.branches * self.settings.steps  # each through one transformer
+        return passes * plain, passes * (touched * quantized + (1 - touched) * plain)
 
     def _calibrating(self) -> float:
         encoding = encoding_seconds(self.folder / "text_encoder", self.settings.max_text_length, self.device)
         each = self._one_pass(None, 1, Layout(("",), 1, 4, 1, self.scheme.needs_statistics))
-        return self.counts.calibrated * self._passes * each + self.counts.prompts * encoding
+        passes = self.settings.branches * self.settings.steps
+        return self.counts.calibrated * passes * each + self.counts.prompts * encoding
 
     def _one_pass(self, how: Quantized | None, rows: int, layout: Layout | None = None) -> float:
         """Seconds of a forward pass through one transformer, ``rows`` videos together, for one of them."""
@@ -208,14 +210,9 @@ class ResourceEstimate:
         if parts == 1 and is_small(self._config, tokens, self.rows):
             return small_pass(self._config, how, self.settings, rows, self.device, layout)
         around = around_seconds(self._config, self.settings, rows, self.device)
-        text = self.settings.max_text_length
-        block = block_seconds(self._config, how, tokens, text, rows, self.device, layout)
+        sizes = (tokens, self.settings.max_text_length, rows)
+        block = block_seconds(self._config, how, *sizes, self.device, layout)
         return (around + len(self.shape.blocks) // parts * block) / rows
-
-    @property
-    def _passes(self) -> int:
-        """Forward passes for one video, each through one transformer."""
-        return self.settings.branches * self.settings.steps
 
     @property
     def _config(self) -> dict[str, Any]:
