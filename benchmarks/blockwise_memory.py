@@ -28,7 +28,7 @@ from wanquant.qat.estimate import estimate_memory
 from wanquant.qat.plan import resolve_train
 from wanquant.runs.run import read_result
 from wanquant.wan.config import GenerationConfig, ModelConfig
-from wanquant.wan.estimate import in_bytes
+from wanquant.wan.resources.estimate import in_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 BAR = 0.15

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from wanquant.runs.progress import progress
 from wanquant.wan import tiny
-from wanquant.wan.checkpoint import INDEX
-from wanquant.wan.tensor_files import file_names
+from wanquant.wan.checkpoints.checkpoint import INDEX
+from wanquant.wan.checkpoints.tensor_files import file_names
 
 #: Of Wan2.1's two models, from the ``config.json`` of each.
 COMMON: dict[str, Any] = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}

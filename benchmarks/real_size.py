@@ -30,12 +30,12 @@ from benchmarks.random_wan import SHAPES, make
 from benchmarks.timing import Row, table
 from wanquant.quant.scheme import parse
 from wanquant.runs.run import read_result
-from wanquant.wan.checkpoint import config_of, quantization_of, quantized_linears
+from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of, quantized_linears
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import forget_peak_memory, peak_memory, resident_memory
-from wanquant.wan.estimate import tokens_of
-from wanquant.wan.footprint import Quantized, denoising_bytes, latent_size
 from wanquant.wan.load import read_transformer, shape_of
+from wanquant.wan.resources.estimate import tokens_of
+from wanquant.wan.resources.footprint import Quantized, denoising_bytes, latent_size
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -28,10 +28,10 @@ from wanquant.qat.config import DataConfig, QATConfig, TrainConfig
 from wanquant.qat.estimate import TrainingMemory, estimate_memory
 from wanquant.qat.plan import resolve_train
 from wanquant.quant.convert import make_trainable_
-from wanquant.wan.activations import mixed_norms
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.device import forget_peak_memory, peak_memory
-from wanquant.wan.estimate import in_bytes
+from wanquant.wan.resources.estimate import in_bytes
+from wanquant.wan.resources.footprint import mixed_norms
 
 TIME_BAR, MEMORY_BAR = 1.4, 1.2
 CPU = torch.device("cpu")

@@ -12,13 +12,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from wanquant.evaluate.judges.vbench import DIMENSIONS, check_dimensions
 
 from wanquant.choices import check_choices
 from wanquant.config import CONF, name_after_overrides
 from wanquant.evaluate.config import EvaluateConfig
 from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
-from wanquant.evaluate.vbench import DIMENSIONS, check_dimensions
 from wanquant.ptq.config import PTQConfig
 from wanquant.qat.config import TrainConfig
 from wanquant.qat.plan import resolve_train

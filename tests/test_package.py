@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from wanquant.evaluate.judges import vbench
+
 import wanquant
-from wanquant.evaluate import vbench
 
 
 def imported_by(statement: str) -> set[str]:

@@ -24,7 +24,7 @@ __all__ = ["load_pipeline", "quantize_", "save_quantized"]
 
 if TYPE_CHECKING:
     from wanquant.quant.convert import quantize_
-    from wanquant.wan.checkpoint import save_quantized
+    from wanquant.wan.checkpoints.checkpoint import save_quantized
     from wanquant.wan.load import load_pipeline
 
 __getattr__ = from_modules(
@@ -32,6 +32,6 @@ __getattr__ = from_modules(
     {
         "load_pipeline": "wanquant.wan.load",
         "quantize_": "wanquant.quant.convert",
-        "save_quantized": "wanquant.wan.checkpoint",
+        "save_quantized": "wanquant.wan.checkpoints.checkpoint",
     },
 )

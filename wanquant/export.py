@@ -1,7 +1,8 @@
 """python -m wanquant.export <checkpoint> <target> --layout bf16|mindie-sd [--naming original]
 
-A quantized checkpoint in the layout of another engine: see ``wanquant.wan.export``. Of a pipeline its transformers are
-exported, each into its own folder; with ``bf16`` all else is copied, so that the target is a whole pipeline again.
+A quantized checkpoint in the layout of another engine: see ``wanquant.wan.checkpoints.export``. Of a pipeline its
+transformers are exported, each into its own folder; with ``bf16`` all else is copied, so that the target is a whole
+pipeline again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 from wanquant import cli
-from wanquant.wan.names import LAYOUTS, NAMINGS
+from wanquant.wan.checkpoints.names import LAYOUTS, NAMINGS
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--naming", choices=NAMINGS, default="diffusers", help="original: as Wan's authors call it")
     args = parser.parse_args()
     cli.announce("export", str(args.target))
-    from wanquant.wan.export_pipeline import export_all
+    from wanquant.wan.checkpoints.export import export_all
 
     try:
         export_all(args.checkpoint, args.target, args.layout, args.naming)

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 METHOD = "wanquant"
-HOME, WATCHED = "wanquant.wan.quantizer", "diffusers.quantizers.auto"
+HOME, WATCHED = "wanquant.wan.checkpoints.quantizer", "diffusers.quantizers.auto"
 
 
 class _Config:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from wanquant.evaluate.attributes import measure, score
-from wanquant.wan.scenes import draw
-from wanquant.wan.tiny import DIRECTIONS, MIN_TRAVEL, PALETTE, SHAPES, Scene, all_scenes, caption, parse_caption
+from wanquant.wan.tiny import DIRECTIONS, MIN_TRAVEL, PALETTE, SHAPES, Scene, all_scenes, caption, draw, parse_caption
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.04])

@@ -8,8 +8,7 @@ import torch
 
 from wanquant.evaluate.gates import check
 from wanquant.wan.generate import Sample
-from wanquant.wan.scenes import draw
-from wanquant.wan.tiny import all_scenes
+from wanquant.wan.tiny import all_scenes, draw
 
 GOOD = draw(all_scenes()[7], np.random.default_rng(0)).astype(np.float32) / 255
 

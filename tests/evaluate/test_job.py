@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import wandb
+from wanquant.evaluate.judges.judging import merged
+from wanquant.evaluate.sweep.summary import summarize
 
 from tests import forked
 from tests.jobs import CACHE, QUICK, ROOT, TWO, ptq, run, short
 from wanquant.evaluate import evaluation
 from wanquant.evaluate.compare import of_pair
-from wanquant.evaluate.judging import merged
-from wanquant.evaluate.sweep import summarize
 from wanquant.runs import pictures
 from wanquant.runs.run import digest, read_result
 

@@ -12,12 +12,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from wanquant.evaluate.judges import frames, vbench, weights
+from wanquant.evaluate.judges.vbench import Clip, clip_of
 
 from tests import forked
 from tests.conftest import DECORD
 from tests.evaluate import judges
-from wanquant.evaluate import frames, vbench, weights
-from wanquant.evaluate.vbench import Clip, clip_of
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cache
 

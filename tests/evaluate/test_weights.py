@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from wanquant.evaluate.judges import examine, perceptual, weights
+from wanquant.evaluate.judges.weights import Weight
 
 from tests import forked
 from tests.evaluate import judges
-from wanquant.evaluate import examine, fidelity, perceptual, weights
-from wanquant.evaluate.weights import Weight
+from wanquant.evaluate import fidelity
 
 
 @pytest.fixture(autouse=True)

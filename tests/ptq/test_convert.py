@@ -23,7 +23,7 @@ from tests.wan.test_names import original_names
 from wanquant import load_pipeline
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
-from wanquant.wan.checkpoint import WEIGHTS, quantized_linears
+from wanquant.wan.checkpoints.checkpoint import WEIGHTS, quantized_linears
 from wanquant.wan.experts import shape_of_whole
 
 TINY = tiny.folder()
@@ -166,8 +166,8 @@ def test_a_dry_run_says_what_it_would_take(
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_it_goes_on(kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By SIGKILL, in files of a block or two."""
-    small = "import wanquant.wan.stream as stream; stream.SHARD = 600_000; import runpy; runpy.run_path('ptq.py', "
-    small += "run_name='__main__')"
+    small = "import wanquant.wan.checkpoints.stream as stream; stream.SHARD = 600_000; import runpy; "
+    small += "runpy.run_path('ptq.py', run_name='__main__')"
     asked = ["mode=convert", "model=tiny", "tracker=none", f"cache={tmp_path / 'cache'}"]
     folder, pick, killed = tmp_path / "cache" / "converting", random.Random(0), 0
     while killed < kills:

@@ -11,8 +11,8 @@ from wanquant.ptq.estimate import _quantizing, count_videos, estimate_resources
 from wanquant.ptq.plan import resolve
 from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.footprint import Quantized
-from wanquant.wan.probe import small_pass
+from wanquant.wan.resources.footprint import Quantized
+from wanquant.wan.resources.probe import small_pass
 
 CPU = torch.device("cpu")
 WIDTHS = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 128}

@@ -27,7 +27,7 @@ from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
-from wanquant.wan.checkpoint import quantized_linears
+from wanquant.wan.checkpoints.checkpoint import quantized_linears
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate
 from wanquant.wan.load import Pipeline

@@ -18,10 +18,9 @@ from wanquant.qat.data import Batch, Trajectories, Videos, contents, make_source
 from wanquant.runs.cache import Cache
 from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.config import GenerationConfig, ModelConfig
-from wanquant.wan.encode import encode_video, encoded, fit, read_latents, read_video
+from wanquant.wan.data import encode_video, encoded, fit, read_latents, read_video
 from wanquant.wan.generate import decode_video
-from wanquant.wan.scenes import draw
-from wanquant.wan.tiny import all_scenes
+from wanquant.wan.tiny import all_scenes, draw
 
 SETTINGS = GenerationConfig(64, 64, 17, 2, 2.0, 3.0, 64, 8)
 PAIRS = [("a red circle moving right on a black background", 0), ("a blue square moving up on a white background", 3)]

@@ -18,8 +18,8 @@ from wanquant.quant.config import ActivationConfig
 from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import parse
 from wanquant.quant.select import resolve_blocks
-from wanquant.wan.activations import kept_by
 from wanquant.wan.config import GenerationConfig, ModelConfig
+from wanquant.wan.resources.footprint import kept_by
 
 STATIC = QuantConfig(activations=ActivationConfig("per_tensor", static=True))
 SHAPE = {"num_attention_heads": 3, "attention_head_dim": 24, "ffn_dim": 160, "text_dim": 32, "freq_dim": 64}

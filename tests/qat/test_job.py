@@ -17,16 +17,16 @@ import torch
 import wandb
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
+from wanquant.evaluate.sweep.summary import summarize
+from wanquant.runs.reports.training import drift_table
 
 from tests.jobs import ROOT, ptq, short
 from tests.qat.short import overrides, result_of, train
 from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.evaluate.stats import Item, compared
-from wanquant.evaluate.sweep import summarize
 from wanquant.qat.check import read_list
 from wanquant.qat.job import verdict_of
-from wanquant.runs.training_report import drift_table
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate
 
@@ -156,8 +156,7 @@ def make_videos(folder: Path) -> Path:
     import numpy as np
 
     from wanquant.runs.pictures import write_mp4
-    from wanquant.wan.scenes import draw
-    from wanquant.wan.tiny import all_scenes
+    from wanquant.wan.tiny import all_scenes, draw
 
     lines = ["file,caption"]
     for number, scene in enumerate(all_scenes()[:4]):

@@ -15,7 +15,7 @@ from wanquant.quant.scheme import parse
 from wanquant.quant.smooth import divisors, smooth_
 from wanquant.quant.statistics import Layout, Observer, Site
 from wanquant.wan.config import OutliersConfig
-from wanquant.wan.load import FOLDS
+from wanquant.wan.families import FOLDS
 from wanquant.wan.outliers import plant_outliers_
 
 

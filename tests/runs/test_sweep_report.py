@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from wanquant.evaluate.sweep.summary import summarize
+from wanquant.runs.reports import sweep_table
+from wanquant.runs.reports.columns import estimate_text
 
 from tests.evaluate.results import METRIC, named, shifted, sweep
-from wanquant.evaluate import tables as report
-from wanquant.evaluate.sweep import summarize
-from wanquant.runs import pictures, sweep_table
-from wanquant.runs.estimates import estimate_text
+from wanquant.evaluate.sweep import tables as report
+from wanquant.runs import pictures
 from wanquant.runs.run import Run
 
 STATIC = {"granularity": "per_tensor", "rule": "p99.99/15", "static": True}

@@ -14,7 +14,7 @@ from wanquant import load_pipeline, quantize_
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig
 from wanquant.runs.cache import Cache
-from wanquant.wan import pipeline as studio_module
+from wanquant.wan import cached
 from wanquant.wan.cached import LATENTS, CachedPipeline
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.generate import embed_prompt, generate
@@ -29,16 +29,16 @@ def pipe() -> Pipeline:
     return load_pipeline(short(4), "cpu")
 
 
-def studio_of(pipe: Pipeline, folder: Path, batch: int = 1) -> CachedPipeline:
+def cached_in(pipe: Pipeline, folder: Path, batch: int = 1) -> CachedPipeline:
     return CachedPipeline(pipe, ModelConfig(generation=SETTINGS, batch=batch), "f", torch.device("cpu"), Cache(folder))
 
 
 def test_latents_are_those_of_a_generation_and_are_kept(pipe: Pipeline, tmp_path: Path) -> None:
-    made, overflows = studio_of(pipe, tmp_path, batch=2).latents("x", PAIRS)
+    made, overflows = cached_in(pipe, tmp_path, batch=2).latents("x", PAIRS)
     expected = generate(pipe, PAIRS, SETTINGS, decode=False, batch=2)
     assert all(torch.equal(a, b.latents) for a, b in zip(made, expected, strict=True))
     assert overflows == Counter()
-    again = studio_of(pipe, tmp_path, batch=2)
+    again = cached_in(pipe, tmp_path, batch=2)
     assert all(torch.equal(a, b) for a, b in zip(again.latents("x", PAIRS)[0], made, strict=True))
     assert again.reused == ["x"]
     # A further pair costs its own batch only; another model, noise or batch is another thing.
@@ -56,9 +56,9 @@ def test_a_cut_generation_goes_on_where_it_was(pipe: Pipeline, tmp_path: Path, m
     quantize_(quantized.transformer, QuantConfig(activations=direct, overflow="saturate"))
     for block in quantized.transformer.blocks[:2]:
         block.norm2.weight.data *= 1e7
-    whole, counted = studio_of(quantized, tmp_path / "whole").latents("x", PAIRS, {"quant": "q"})
+    whole, counted = cached_in(quantized, tmp_path / "whole").latents("x", PAIRS, {"quant": "q"})
     assert sum(counted.values()) > 0
-    real, calls = studio_module.generate, []
+    real, calls = cached.generate, []
 
     def cut_in_the_third(pipe_: Any, pairs: Any, *args: Any, **kwargs: Any) -> Any:
         if len(calls) == 2:
@@ -67,26 +67,26 @@ def test_a_cut_generation_goes_on_where_it_was(pipe: Pipeline, tmp_path: Path, m
         calls.append(pairs)
         return real(pipe_, pairs, *args, **kwargs)
 
-    monkeypatch.setattr(studio_module, "generate", cut_in_the_third)
+    monkeypatch.setattr(cached, "generate", cut_in_the_third)
     with pytest.raises(KeyboardInterrupt):
-        studio_of(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"})
-    found, overflows = studio_of(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"})
+        cached_in(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"})
+    found, overflows = cached_in(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"})
     assert calls == [[PAIRS[0]], [PAIRS[1]], "cut", [PAIRS[2]]]
     assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
     assert overflows == counted
     # A damaged batch is made again, and no other.
     file = sorted((tmp_path / "cut" / "latents").glob(f"*/{LATENTS}"))[0]
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    found, _ = studio_of(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"})
+    found, _ = cached_in(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"})
     assert len(calls) == 5
     assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
-    studio_of(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"}, afresh=True)
+    cached_in(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"}, afresh=True)
     assert len(calls) == 8
 
 
 def test_a_prompt_is_embedded_once_for_all(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = PAIRS[0][0]
-    first = studio_of(pipe, tmp_path).embed(prompt)
+    first = cached_in(pipe, tmp_path).embed(prompt)
     assert torch.equal(first, embed_prompt(pipe, prompt, SETTINGS).cpu())
-    monkeypatch.setattr(studio_module, "embed_prompt", lambda *_: pytest.fail("embedded again"))
-    assert torch.equal(studio_of(pipe, tmp_path).embed(prompt), first)
+    monkeypatch.setattr(cached, "embed_prompt", lambda *_: pytest.fail("embedded again"))
+    assert torch.equal(cached_in(pipe, tmp_path).embed(prompt), first)

@@ -21,10 +21,10 @@ from wanquant import load_pipeline
 from wanquant.ptq.protect import ProtectConfig, by_rule
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
 from wanquant.runs.run import read_result
-from wanquant.wan.checkpoint import quantized_linears
+from wanquant.wan.checkpoints.checkpoint import quantized_linears
+from wanquant.wan.checkpoints.export import export_all
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import Experts, put, shape_of_whole, transformers_in, whole_of
-from wanquant.wan.export_pipeline import export_all
 from wanquant.wan.generate import Position, generate
 
 PAIR = [("a red circle moving right on a black background", 0)]

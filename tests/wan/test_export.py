@@ -17,11 +17,11 @@ from wanquant import load_pipeline, quantize_, save_quantized
 from wanquant.formats.registry import get_format
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig, WeightConfig
-from wanquant.wan.checkpoint import quantized_linears
-from wanquant.wan.export import export
-from wanquant.wan.load import FOLDS
-from wanquant.wan.names import to_original
-from wanquant.wan.stream import Recipe, convert_transformer
+from wanquant.wan.checkpoints.checkpoint import quantized_linears
+from wanquant.wan.checkpoints.export import export
+from wanquant.wan.checkpoints.names import to_original
+from wanquant.wan.checkpoints.stream import Recipe, convert_transformer
+from wanquant.wan.families import FOLDS
 
 CONFIGS: dict[str, tuple[str, QuantConfig]] = {
     "int8": ("W8A8_DYNAMIC", QuantConfig(format="int8")),
@@ -109,7 +109,7 @@ def test_in_bf16_it_is_a_plain_model_of_the_same_values(made: tuple[str, Path], 
 
 
 def test_of_many_files_as_many_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wanquant.wan import stream
+    from wanquant.wan.checkpoints import stream
 
     monkeypatch.setattr(stream, "SHARD", 200_000)
     pipe, _ = short()

@@ -14,17 +14,18 @@ from tests.models import wan_transformer
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import PRODUCTS
 from wanquant.quant.scheme import parse
-from wanquant.wan import probe, tiny
+from wanquant.wan import tiny
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.estimate import ResourceEstimate, VideoCounts, in_time
-from wanquant.wan.footprint import (
+from wanquant.wan.load import find_folder
+from wanquant.wan.resources import probe
+from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts, in_time
+from wanquant.wan.resources.footprint import (
     Alive,
     Quantized,
     decoding_bytes,
     denoising_bytes,
 )
-from wanquant.wan.load import find_folder
-from wanquant.wan.probe import block_seconds, decoding_seconds, is_small, learning_seconds, small_pass
+from wanquant.wan.resources.probe import block_seconds, decoding_seconds, is_small, learning_seconds, small_pass
 
 CPU = torch.device("cpu")
 #: 4,096 tokens, 1,024 wide: enough to tower above what a process takes anyway.

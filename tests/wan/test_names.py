@@ -7,7 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from wanquant.wan.names import config_to_diffusers, is_original, to_diffusers, to_original
+from wanquant.wan.checkpoints.names import config_to_diffusers, is_original, to_diffusers, to_original
 
 #: As Wan2.1-T2V-14B's repository has it.
 THEIRS = {

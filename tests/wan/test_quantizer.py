@@ -24,9 +24,9 @@ from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig
 from wanquant.quant.statistics import Layout, Observer
 from wanquant.registered import register
-from wanquant.wan.checkpoint import WEIGHTS, quantized_linears
-from wanquant.wan.load import FOLDS
-from wanquant.wan.stream import Recipe, convert_transformer
+from wanquant.wan.checkpoints.checkpoint import WEIGHTS, quantized_linears
+from wanquant.wan.checkpoints.stream import Recipe, convert_transformer
+from wanquant.wan.families import FOLDS
 
 CONFIGS = {
     "default": QuantConfig(),
@@ -110,7 +110,7 @@ def test_the_whole_pipeline_loads_and_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_streamed_checkpoint_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wanquant.wan import stream
+    from wanquant.wan.checkpoints import stream
 
     monkeypatch.setattr(stream, "SHARD", 200_000)
     pipe, _ = short()

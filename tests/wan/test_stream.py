@@ -16,8 +16,8 @@ from wanquant import load_pipeline, quantize_
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig, WeightConfig
 from wanquant.quant.statistics import Layout, Observer
-from wanquant.wan import stream
-from wanquant.wan.checkpoint import (
+from wanquant.wan.checkpoints import stream
+from wanquant.wan.checkpoints.checkpoint import (
     INDEX,
     WEIGHTS,
     load_transformer,
@@ -26,9 +26,9 @@ from wanquant.wan.checkpoint import (
     read_json,
     save_transformer,
 )
-from wanquant.wan.load import FOLDS
-from wanquant.wan.stream import LEDGER, Recipe, convert_transformer
-from wanquant.wan.tensor_files import Source, file_names, write_tensors
+from wanquant.wan.checkpoints.stream import LEDGER, Recipe, convert_transformer
+from wanquant.wan.checkpoints.tensor_files import Source, file_names, write_tensors
+from wanquant.wan.families import FOLDS
 
 BLOCKS = 4
 CONFIGS: dict[str, tuple[QuantConfig, tuple[int, ...], tuple[str, ...]]] = {

@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wanquant.wan.scenes import draw
-from wanquant.wan.tiny import all_scenes
+from wanquant.wan.tiny import all_scenes, draw
 
 CHANNELS = 16
 SCENES = [scene for scene in all_scenes() if not scene.held_out]

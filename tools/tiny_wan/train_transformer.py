@@ -45,8 +45,7 @@ from wanquant.qat.config import LoopConfig
 from wanquant.qat.loop import Hooks, Loop, Row, make_accelerator
 from wanquant.qat.state import states_in
 from wanquant.qat.state import weights_in as weights_of_loop
-from wanquant.wan.scenes import draw
-from wanquant.wan.tiny import Scene, all_scenes
+from wanquant.wan.tiny import Scene, all_scenes, draw
 
 TEXT_LENGTH = 64
 FLOW_SHIFT = 3.0

@@ -28,8 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from tools.tiny_wan.latents import CHANNELS, SCENES, Components, load_or_fit, to_model
 from wanquant.qat.config import LoopConfig
 from wanquant.qat.loop import Hooks, Loop, Row, make_accelerator
-from wanquant.wan.scenes import draw
-from wanquant.wan.tiny import NUM_FRAMES
+from wanquant.wan.tiny import NUM_FRAMES, draw
 
 CONFIG = {
     "base_dim": 24,

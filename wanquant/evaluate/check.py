@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from wanquant.evaluate import perceptual, vbench
 from wanquant.evaluate.config import EvalConfig
+from wanquant.evaluate.judges import perceptual, vbench
 
 
 def check_eval(config: EvalConfig) -> None:

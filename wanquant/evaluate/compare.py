@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from wanquant.evaluate import attributes, fidelity
-from wanquant.evaluate.perceptual import Distance
+from wanquant.evaluate.judges.perceptual import Distance
 from wanquant.evaluate.stats import Item, difference
 from wanquant.wan.generate import Sample
 from wanquant.wan.tiny import parse_caption

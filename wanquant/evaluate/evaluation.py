@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from wanquant.evaluate import gates, perceptual, vbench
+from wanquant.evaluate import gates
 from wanquant.evaluate.compare import of_pair, with_differences
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.fidelity import compare
-from wanquant.evaluate.judging import judge
+from wanquant.evaluate.judges import perceptual, vbench
+from wanquant.evaluate.judges.judging import judge
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, compared, estimate
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cache, Cells

@@ -16,33 +16,33 @@ from typing import Any
 import torch
 
 from wanquant.choices import check_choices
-from wanquant.evaluate import perceptual
-from wanquant.evaluate.check import check_eval
 from wanquant.evaluate.config import EvalConfig, EvaluateConfig
 from wanquant.evaluate.evaluation import Evaluation, Side, Values, hash_of
-from wanquant.evaluate.judging import merged
+from wanquant.evaluate.judges import perceptual
+from wanquant.evaluate.judges.judging import merged
+from wanquant.evaluate.plan import check_eval
 from wanquant.evaluate.planning import needed_by, plan_of
 from wanquant.evaluate.prompts import PromptsConfig, pairs, settled
-from wanquant.evaluate.sweep import jobs_of
-from wanquant.evaluate.tables import report, text
+from wanquant.evaluate.sweep.summary import jobs_of
+from wanquant.evaluate.sweep.tables import report, text
 from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
-from wanquant.runs.evaluation_report import evaluation_summary
 from wanquant.runs.files import link_or_copy
 from wanquant.runs.finished import in_use
-from wanquant.runs.report import write_report
+from wanquant.runs.reports.evaluation import evaluation_summary
+from wanquant.runs.reports.report import write_report
 from wanquant.runs.run import Run, read_config, read_result, refused_leave_no_result, write_result
 from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror
 from wanquant.wan.cached import Pair
-from wanquant.wan.checkpoint import config_of, quantization_of
+from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
-from wanquant.wan.estimate import GUESS, in_time, print_needs
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import check_folder, find_folder, hush_libraries, transformers_of
 from wanquant.wan.outliers import chosen_blocks
+from wanquant.wan.resources.estimate import GUESS, in_time, print_needs
 from wanquant.wan.tiny import parse_caption
 
 #: The prompts a run was made with, and the name of their evaluation.

@@ -10,9 +10,9 @@ import torch
 from wanquant.evaluate.evaluation import Side
 from wanquant.quant import QuantConfig
 from wanquant.quant.scheme import parse
-from wanquant.wan.checkpoint import config_of, quantization_of
-from wanquant.wan.estimate import ResourceEstimate, VideoCounts
+from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
 from wanquant.wan.load import shape_of, transformers_of
+from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
 
 
 def plan_of(side: Side, videos: int, device: torch.device) -> ResourceEstimate:

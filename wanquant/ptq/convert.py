@@ -1,7 +1,8 @@
 """``mode=convert``: a pipeline quantized from files to files, without ever being loaded, whatever its size.
 
-Weights are read once and written once, a few blocks at a time (``wanquant.wan.stream``), and what else belongs to the
-pipeline is copied. Nothing is generated, so nothing is said about quality: load what it makes, and measure that.
+Weights are read once and written once, a few blocks at a time (``wanquant.wan.checkpoints.stream``), and what else
+belongs to the pipeline is copied. Nothing is generated, so nothing is said about quality: load what it makes, and
+measure that.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from wanquant.runs.cache import locked
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.finished import in_use
 from wanquant.runs.progress import progress
-from wanquant.runs.report import summary, write_report
+from wanquant.runs.reports.report import summary, write_report
 from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
 from wanquant.runs.signature import provenance
 from wanquant.runs.tracking import mirror
-from wanquant.wan.checkpoint import TRANSFORMERS, read_json
+from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
+from wanquant.wan.checkpoints.stream import Streamed, convert_transformer
 from wanquant.wan.device import forget_peak_memory, give_back_freed_memory, peak_memory
-from wanquant.wan.estimate import in_bytes
 from wanquant.wan.load import hush_libraries
-from wanquant.wan.stream import Streamed, convert_transformer
+from wanquant.wan.resources.estimate import in_bytes
 
 
 def run_convert(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:

@@ -23,10 +23,10 @@ from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import DESCRIPTION, INPUT, Site, load_statistics
 from wanquant.runs.run import digest
-from wanquant.wan.estimate import LEGEND, block_map, in_bytes
+from wanquant.wan.checkpoints.stream import Needs, Recipe, foresee
+from wanquant.wan.checkpoints.tensor_files import Source
 from wanquant.wan.load import Transformer, check_folder, check_weights, find_folder, shape_of, transformers_of
-from wanquant.wan.stream import Needs, Recipe, foresee
-from wanquant.wan.tensor_files import Source
+from wanquant.wan.resources.estimate import LEGEND, block_map, in_bytes
 
 CPU = torch.device("cpu")
 

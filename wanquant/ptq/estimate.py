@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from wanquant.evaluate.compare import of_pair
-from wanquant.evaluate.perceptual import distance
+from wanquant.evaluate.judges.perceptual import distance
 from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import GREEDY
 from wanquant.ptq.sensitivity import kinds
@@ -27,10 +27,10 @@ from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import INPUT, Layout, Observer, Site
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cells
-from wanquant.wan.estimate import ResourceEstimate, VideoCounts
-from wanquant.wan.footprint import once
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import load_pipeline
+from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
+from wanquant.wan.resources.footprint import once
 
 #: Pixels of a video, and weights of a linear, that are run to be timed at most; larger ones in proportion.
 PIXELS, WEIGHTS = 1 << 18, 1 << 20

@@ -19,7 +19,7 @@ import torch
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.job import evaluate_run, note_not_judged
-from wanquant.evaluate.perceptual import distance
+from wanquant.evaluate.judges.perceptual import distance
 from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze
 from wanquant.ptq.calibrator import Calibrator
@@ -34,18 +34,19 @@ from wanquant.quant.statistics import Site
 from wanquant.runs.cache import Cache
 from wanquant.runs.finished import by, find_finished, in_use, note_finished, take_over
 from wanquant.runs.progress import progress
-from wanquant.runs.report import summary, write_report
+from wanquant.runs.reports.report import summary, write_report
 from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
 from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror
 from wanquant.wan.cached import CachedPipeline, Pair
-from wanquant.wan.checkpoint import save_quantized
+from wanquant.wan.checkpoints.checkpoint import save_quantized
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
-from wanquant.wan.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_estimate
 from wanquant.wan.experts import whole_of
+from wanquant.wan.families import FOLDS
 from wanquant.wan.generate import Sample
-from wanquant.wan.load import FOLDS, LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
+from wanquant.wan.load import LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
+from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_estimate
 
 #: Videos (reference, sample) that are compared, by the prefix of their metrics.
 Couples = Mapping[str, Sequence[tuple[Sample, Sample]]]

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from wanquant.evaluate import perceptual, vbench
-from wanquant.evaluate.check import check_eval
 from wanquant.evaluate.config import EvalConfig
+from wanquant.evaluate.judges import perceptual, vbench
+from wanquant.evaluate.plan import check_eval
 from wanquant.evaluate.prompts import PromptsConfig, following, pairs, settled
 from wanquant.ptq.config import AnalysisConfig, PTQConfig
 from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect
@@ -23,7 +23,7 @@ from wanquant.quant import plan_conversion
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.cached import Pair
-from wanquant.wan.checkpoint import quantization_of
+from wanquant.wan.checkpoints.checkpoint import quantization_of
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import parts_of, shape_of_whole

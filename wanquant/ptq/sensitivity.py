@@ -25,8 +25,9 @@ from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.statistics import Site
 from wanquant.wan.cached import Pair
 from wanquant.wan.experts import whole_of
+from wanquant.wan.families import FOLDS
 from wanquant.wan.generate import Position, Sample
-from wanquant.wan.load import FOLDS, Pipeline
+from wanquant.wan.load import Pipeline
 
 Stats = Mapping[str, float | Site]
 #: ``wanquant.wan.generate.generate`` with all but the pairs and what is asked of them decided.

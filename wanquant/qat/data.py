@@ -26,10 +26,8 @@ from wanquant.qat.config import DataConfig
 from wanquant.runs.files import sum_of_file
 from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair
-from wanquant.wan.encode import encode_video, encoded, read_latents
-from wanquant.wan.record import Recording
-from wanquant.wan.scenes import draw
-from wanquant.wan.tiny import all_scenes
+from wanquant.wan.data import Recording, encode_video, encoded, read_latents
+from wanquant.wan.tiny import all_scenes, draw
 
 #: Columns that a list of videos may have them under.
 FILE_KEYS, CAPTION_KEYS = ("file", "video", "path", "file_name"), ("caption", "text", "prompt")

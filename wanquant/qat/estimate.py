@@ -18,11 +18,10 @@ from wanquant.quant import plan_conversion
 from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.trainable import Training
-from wanquant.wan.activations import Kept, kept_by
-from wanquant.wan.estimate import ResourceEstimate, VideoCounts, in_bytes, in_time, print_estimate, tokens_of
 from wanquant.wan.experts import parts_of
-from wanquant.wan.footprint import once
-from wanquant.wan.probe import block_seconds, learning_seconds
+from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts, in_bytes, in_time, print_estimate, tokens_of
+from wanquant.wan.resources.footprint import Kept, kept_by, once
+from wanquant.wan.resources.probe import block_seconds, learning_seconds
 
 #: What training adds on the device.
 ADDED = ("weights", "gradients", "optimizer", "average", "activations")

@@ -30,7 +30,7 @@ from accelerate.utils import broadcast_object_list
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.perceptual import distance
+from wanquant.evaluate.judges.perceptual import distance
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference
 from wanquant.ptq.calibrator import Calibration
 from wanquant.ptq.estimate import estimate_resources
@@ -50,13 +50,13 @@ from wanquant.runs.progress import progress
 from wanquant.runs.signature import MEASURES, signature
 from wanquant.runs.tracking import live
 from wanquant.wan.cached import CachedPipeline
-from wanquant.wan.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
+from wanquant.wan.checkpoints.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
+from wanquant.wan.data import Recording, step_errors
 from wanquant.wan.device import pick_device
-from wanquant.wan.estimate import ResourceEstimate
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import hush_libraries, read_transformer
-from wanquant.wan.record import Recording, step_errors
+from wanquant.wan.resources.estimate import ResourceEstimate
 
 #: Measured against the untrained baseline, pair by pair. The first decides.
 STEP_SQNR = "step_sqnr"

@@ -30,11 +30,11 @@ from wanquant.qat.scope import choose_, merge_lora_
 from wanquant.quant.convert import freeze_into_, make_trainable_, plan_conversion
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 from wanquant.runs.signature import GENERATES, signature
-from wanquant.wan.activations import mixed_norms
 from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
-from wanquant.wan.estimate import in_bytes
 from wanquant.wan.experts import parts_of
 from wanquant.wan.products import quick_products
+from wanquant.wan.resources.estimate import in_bytes
+from wanquant.wan.resources.footprint import mixed_norms
 
 #: Steps between two looks at how far the scales have moved.
 DRIFT_EVERY = 10

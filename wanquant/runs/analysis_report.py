@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from wanquant.runs import figures
+from wanquant.runs.reports import figures
 
 HARDEST = 20
 #: Rules shown in the table of linears, by their names in the result.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER, NOTICE_COLLAPSE
-from wanquant.runs.estimates import estimate_text, verdict_word
+from wanquant.runs.reports.columns import ATTRIBUTES, FIDELITY, FURTHER, NOTICE_COLLAPSE, estimate_text, verdict_word
 from wanquant.runs.run import digest
 
 #: Means of the columns, by prefix.

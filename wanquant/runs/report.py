@@ -10,13 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wanquant.runs.analysis_report import analysis_html, analysis_summary
-from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER, rows_of
 from wanquant.runs.convert_report import convert_html, convert_summary
-from wanquant.runs.estimates import estimate_text
-from wanquant.runs.evaluation_report import sections
-from wanquant.runs.figures import block_magnitudes, intervals
 from wanquant.runs.files import write_atomic
-from wanquant.runs.training_report import training_lines, training_section
+from wanquant.runs.reports.columns import ATTRIBUTES, FIDELITY, FURTHER, estimate_text, rows_of
+from wanquant.runs.reports.evaluation import sections
+from wanquant.runs.reports.figures import block_magnitudes, intervals
+from wanquant.runs.reports.training import training_lines, training_section
 
 #: Videos embedded at most, and their bytes together; the others are beside the report.
 MAX_VIDEOS, MAX_VIDEO_BYTES = 10, 12_000_000

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wanquant.runs import figures, pictures, sweep_table
-from wanquant.runs.columns import FIDELITY
+from wanquant.runs import pictures
 from wanquant.runs.files import write_atomic
-from wanquant.runs.report import data_uri, html_environment
+from wanquant.runs.reports import figures, sweep_table
+from wanquant.runs.reports.columns import FIDELITY
+from wanquant.runs.reports.report import data_uri, html_environment
 
 #: The report stays below 20 MB: so many films at most, so many panels of prompts, and so many bytes of films.
 MAX_FILMS, MAX_PANELS, MAX_BYTES = 8, 24, 12_000_000

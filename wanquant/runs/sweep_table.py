@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from wanquant.runs.columns import FIDELITY, FLOORS, FURTHER, NOTICE_COLLAPSE
-from wanquant.runs.estimates import estimate_text
+from wanquant.runs.reports.columns import FIDELITY, FLOORS, FURTHER, NOTICE_COLLAPSE, estimate_text
 
 Row = dict[str, Any]
 Cells = tuple[list[str], list[list[str]], list[list[str]]]

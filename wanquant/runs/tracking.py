@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.choices import choice
-from wanquant.runs.sweep_table import cells
+from wanquant.runs.reports.sweep_table import cells
 
 
 @dataclass

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER
-from wanquant.runs.estimates import estimate_text
-from wanquant.runs.figures import before_after, curves, heatmap
+from wanquant.runs.reports.columns import ATTRIBUTES, FIDELITY, FURTHER, estimate_text
+from wanquant.runs.reports.figures import before_after, curves, heatmap
 
 #: Of a block's losses, in the figure.
 PARTS = 10

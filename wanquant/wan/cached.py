@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.signature import GENERATES, signature
-from wanquant.wan.checkpoint import quantized_linears
+from wanquant.wan.checkpoints.checkpoint import quantized_linears
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.experts import put, whole_of
 from wanquant.wan.generate import Sample, decode_video, embed_prompt, generate, one_ulp_up
@@ -33,6 +34,8 @@ from wanquant.wan.load import Pipeline
 Pair = tuple[str, int]
 #: What of generation changes no latent.
 NOT_COUNTED = ("fps",)
+#: Writes to a folder what is kept of a batch; calls back after each denoising step.
+MakeBatch = Callable[[list[Pair], Callable[[], None], Path], None]
 LATENTS, OVERFLOWS, TEXT = "latents.safetensors", "overflows.json", "text.safetensors"
 
 
@@ -99,7 +102,7 @@ class CachedPipeline:
         if not pairs:
             yield lambda: None
             return
-        with progress(label, times * -(-len(pairs) // self.model.batch) * self.model.generation.steps) as tick:
+        with progress(label, times * len(self.grouped(pairs)) * self.model.generation.steps) as tick:
             yield tick
 
     def latents(
@@ -129,37 +132,41 @@ class CachedPipeline:
         ``how`` says what the transformer is, or what is done to the noise (``{"perturbed": "1 ulp"}``), where that is
         not plain BF16: all that the caller has done to it. ``afresh`` makes them again.
         """
-        how, batch = how or {}, self.model.batch
-        groups = [pairs[first : first + batch] for first in range(0, len(pairs), batch)]
-        groups = [group for group in groups if only is None or set(group) & set(only)]
-        signatures = [self.signature("latents", pairs=group, **how) for group in groups]
+        how = how or {}
+        groups = [group for group in self.grouped(pairs) if only is None or set(group) & set(only)]
         if afresh:
-            for each in signatures:
-                self.cache.forget("latents", each)
-        known = [self.cache.has("latents", each) for each in signatures]
-        folders = []
-        missing = [pair for group, there in zip(groups, known, strict=True) for pair in group if not there]
-        with self.progress(label, missing) as tick:
-            for group, each, there in zip(groups, signatures, known, strict=True):
-                if not there:  # first what no other process is at, then what they have made
-                    self.cache.offer("latents", each, self._maker(group, how, tick))
-            for group, each in zip(groups, signatures, strict=True):
-                folders.append(self.cache.folder("latents", each, self._maker(group, how, tick)))
+            for group in groups:
+                self.cache.forget("latents", self.signature("latents", pairs=group, **how))
+        perturb = one_ulp_up if how.get("perturbed") == "1 ulp" else None
+        folders = self.folders("latents", label, groups, partial(self._make_latents, perturb), **how)
         self._note(label, known=not self.cache.made.intersection(folders))
         return list(zip(groups, folders, strict=True))
 
-    def _maker(self, group: list[Pair], how: dict[str, Any], tick: Callable[[], None]) -> Callable[[Path], None]:
-        perturb = one_ulp_up if how.get("perturbed") == "1 ulp" else None
+    def grouped(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
+        """In the model's batches."""
+        batch = self.model.batch
+        return [list(pairs[first : first + batch]) for first in range(0, len(pairs), batch)]
 
-        def overflowed() -> dict[str, int]:
-            return {name: int(layer.overflowed) for name, layer in quantized_linears(self.transformer).items()}
+    def folders(self, kind: str, label: str, groups: Sequence[list[Pair]], make: MakeBatch, **how: Any) -> list[Path]:
+        """The folder of the cache for each batch, made now where it is missing: first what no other process is at, then
+        what they have made."""
+        signatures = [self.signature(kind, pairs=group, **how) for group in groups]
+        known = [self.cache.has(kind, each) for each in signatures]
+        missing = [pair for group, there in zip(groups, known, strict=True) for pair in group if not there]
+        with self.progress(label, missing) as tick:
+            makers = [partial(make, group, tick) for group in groups]
+            for each, maker, there in zip(signatures, makers, known, strict=True):
+                if not there:
+                    self.cache.offer(kind, each, maker)
+            return [self.cache.folder(kind, each, maker) for each, maker in zip(signatures, makers, strict=True)]
 
-        def make(folder: Path) -> None:
-            before = overflowed()
-            samples = self.generate(group, tick, perturb=perturb, decode=False)
-            _write_latents(samples, {name: count - before[name] for name, count in overflowed().items()}, folder)
+    def _make_latents(self, perturb: Any, group: list[Pair], tick: Callable[[], None], folder: Path) -> None:
+        before = self._overflowed()
+        samples = self.generate(group, tick, perturb=perturb, decode=False)
+        _write_latents(samples, {name: count - before[name] for name, count in self._overflowed().items()}, folder)
 
-        return make
+    def _overflowed(self) -> dict[str, int]:
+        return {name: int(layer.overflowed) for name, layer in quantized_linears(self.transformer).items()}
 
     def keep(self, group: list[Pair], samples: Sequence[Sample]) -> None:
         """The latents of a batch that the BF16 model made on another occasion, so that it need not make them again."""

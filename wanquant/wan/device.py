@@ -48,11 +48,8 @@ def one_card(device: torch.device) -> Iterator[torch.device]:
         yield device
         return
     backend = getattr(torch, device.type)
-    if device.index is not None:
-        backend.set_device(device.index)
-        yield device
-        return
-    with first_free([_card_name(device.type, index) for index in range(backend.device_count())]) as index:
+    names = [_card_name(device.type, index) for index in range(backend.device_count())]
+    with first_free(names) if device.index is None else contextlib.nullcontext(device.index) as index:
         backend.set_device(index)
         yield torch.device(device.type, index)
 
@@ -77,15 +74,14 @@ def first_free(names: Sequence[str], folder: Path | None = None) -> Iterator[int
     while True:
         for index, name in enumerate(names):
             lock = FileLock(folder / f"{name}.lock")
-            try:
+            with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            try:
-                yield index
-            finally:
-                lock.release()
-            return
+            if lock.is_locked:
+                try:
+                    yield index
+                finally:
+                    lock.release()
+                return
         if not waited:
             print(f"waiting for a card: other jobs have {', '.join(names)}", file=sys.stderr, flush=True)
         waited = True
@@ -135,9 +131,7 @@ def resident_memory(device: torch.device) -> int:
     """Bytes in use now, as ``peak_memory`` counts them; 0 where the system does not tell."""
     if device.type != "cpu":
         return int(getattr(torch, device.type).memory_allocated(device))
-    if not _STATUS.exists():
-        return 0
-    return _told_by_system("VmRSS")
+    return _told_by_system("VmRSS") if _STATUS.exists() else 0
 
 
 def _told_by_system(name: str) -> int:

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from wanquant.wan.checkpoint import TRANSFORMERS, read_json
+from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
 from wanquant.wan.load import shape_of, transformers_of
 
 #: Of training, in which a timestep is a number between 0 and this.

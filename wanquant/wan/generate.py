@@ -145,30 +145,41 @@ def generate(
     for first in range(0, len(pairs), batch):
         prompts, seeds = zip(*pairs[first : first + batch], strict=True)
         position.video = first
-        final: dict[str, torch.Tensor] = {}
-
-        def remember(_: Any, step: int, timestep: Any, tensors: dict[str, Any], final: dict = final) -> dict[str, Any]:
-            final["latents"] = tensors["latents"]
-            on_step()
-            return {}
-
         noise = torch.cat([initial_noise(pipe, seed, settings) for seed in seeds])
         noise = noise if perturb is None else perturb(noise)
         with quick_products(pipe.device), position.following(transformers_in(pipe).values()):
-            pipe(
-                prompt_embeds=torch.stack([embed(prompt) for prompt in prompts]).to(pipe.device),
-                negative_prompt_embeds=torch.stack([embed(settings.negative_prompt)] * len(prompts)).to(pipe.device),
-                height=settings.height,
-                width=settings.width,
-                num_frames=settings.num_frames,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                guidance_scale_2=settings.guidance_scale_2 if pipe.config.boundary_ratio is not None else None,
-                latents=noise.to(pipe.device),
-                callback_on_step_end=remember,
-                output_type="latent",
-            )
-        for prompt, seed, latents in zip(prompts, seeds, final["latents"].float().cpu(), strict=True):
+            found = _denoise(pipe, prompts, noise, settings, embed, on_step)
+        for prompt, seed, latents in zip(prompts, seeds, found, strict=True):
             video = decode_video(pipe, latents) if decode else np.empty((0, settings.height, settings.width, 3))
             samples.append(Sample(prompt, seed, latents, video))
     return samples
+
+
+def _denoise(
+    pipe: WanPipeline,
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    settings: GenerationConfig,
+    embed: Embed,
+    on_step: Callable[[], None],
+) -> torch.Tensor:
+    """Final latents, float32 [prompts, channels, frames', h, w], on the CPU."""
+
+    def tick(*_: Any) -> dict[str, Any]:
+        on_step()
+        return {}
+
+    found: torch.Tensor = pipe(
+        prompt_embeds=torch.stack([embed(prompt) for prompt in prompts]).to(pipe.device),
+        negative_prompt_embeds=torch.stack([embed(settings.negative_prompt)] * len(prompts)).to(pipe.device),
+        height=settings.height,
+        width=settings.width,
+        num_frames=settings.num_frames,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_scale_2=settings.guidance_scale_2 if pipe.config.boundary_ratio is not None else None,
+        latents=noise.to(pipe.device),
+        callback_on_step_end=tick,
+        output_type="latent",
+    ).frames
+    return found.float().cpu()

@@ -14,27 +14,24 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import UMT5EncoderModel
 
+from wanquant.runs.files import sum_of_file
 from wanquant.wan import tiny
-from wanquant.wan.checkpoint import TRANSFORMERS, load_transformer, quantization_of, read_json
+from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, load_transformer, quantization_of, read_json
+from wanquant.wan.checkpoints.names import config_to_diffusers
+from wanquant.wan.checkpoints.quantizer import attach
 from wanquant.wan.device import pick_device
-from wanquant.wan.names import config_to_diffusers
-from wanquant.wan.quantizer import attach
+from wanquant.wan.families import FAMILIES, Family, family_of
 
 #: The classes, for rooms that do not import diffusers.
 Pipeline = WanPipeline
 Transformer = WanTransformer3DModel
 #: Transformer, VAE, text encoder, and the rest with the move to the device.
 LOAD_PARTS = 4
-COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
-#: Inside a block, a linear and the linear or norm that alone makes its input: smoothing folds there, exactly. The other
-#: inputs come from norms without weights, whose modulation blocks share, from a GELU, or from the text.
-FOLDS = {"attn1.to_out.0": "attn1.to_v", "attn2.to_out.0": "attn2.to_v", "attn2.to_q": "norm2"}
 #: Of models on the hub, by their ids: what says how large they are.
 SHAPES = Path(__file__).with_name("shapes")
 #: What libraries raise over a damaged checkpoint.
@@ -58,15 +55,15 @@ def load_pipeline(
     """
     target = pick_device(device)
     folder = find_folder(source)
-    check_folder(folder)
+    family = check_folder(folder)
     try:
-        parts = read_transformers(folder, packed, product)
+        parts = _read_transformers(folder, packed, product)
         on_part()
-        parts["vae"] = _whole(AutoencoderKLWan, folder / "vae", torch.float32)
+        parts["vae"] = _whole(family.vae, folder / "vae", torch.float32)
         on_part()
-        parts["text_encoder"] = _whole(UMT5EncoderModel, folder / "text_encoder", torch.bfloat16)
+        parts["text_encoder"] = _whole(family.text_encoder, folder / "text_encoder", torch.bfloat16)
         on_part()
-        pipe = WanPipeline.from_pretrained(folder, **parts, local_files_only=True)
+        pipe = family.pipeline.from_pretrained(folder, **parts, local_files_only=True)
     except DAMAGE as error:
         raise ValueError(f"cannot load a Wan pipeline from {folder}: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -108,32 +105,35 @@ def find_folder(source: str | Path, shapes_only: bool = False) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted))
     except Exception as error:  # the hub client raises from a dozen libraries
-        raise ValueError(
-            f"cannot get {source} from the hub: {_first_line(error)} (model.path takes a folder)"
-        ) from error
+        told = f"cannot get {source} from the hub: {_first_line(error)} (model.path takes a folder)"
+        raise ValueError(told) from error
 
 
-def check_shape(folder: Path) -> None:
-    """``ValueError`` unless the JSON files in ``folder`` describe a Wan pipeline; weights are not looked at."""
+def check_shape(folder: Path) -> Family:
+    """The family of the pipeline that the JSON files in ``folder`` describe; ``ValueError`` unless they are all there
+    and it is a known one. Weights are not looked at."""
     if not (folder / "model_index.json").is_file():
         made = folder / "checkpoint" / "model_index.json"
         hint = f" (that of this run is {made.parent})" if made.is_file() else ""
         raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json{hint}")
-    described = read_json(folder / "model_index.json")
-    if described.get("_class_name") != "WanPipeline":
-        raise ValueError(f"{folder} is a {described.get('_class_name')}, not a WanPipeline")
-    for name in COMPONENTS:
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        raise ValueError(f"{folder} is a {kind}, not a {' or a '.join(FAMILIES)}")
+    for name in family.components:
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} has no folder {name}: the checkpoint is incomplete")
     for path in folder.glob("*/*.json"):
         read_json(path)
+    return family
 
 
-def check_folder(folder: Path) -> None:
-    """``ValueError`` unless ``folder`` is a whole Wan pipeline: names the file that is missing or truncated."""
-    check_shape(folder)
+def check_folder(folder: Path) -> Family:
+    """As ``check_shape``, of a whole pipeline: ``ValueError`` names the file that is missing or truncated."""
+    family = check_shape(folder)
     for name in ("text_encoder", "vae", *(t for t in TRANSFORMERS if (folder / t).is_dir())):
         check_weights(folder / name)
+    return family
 
 
 def check_weights(folder: Path) -> None:
@@ -171,22 +171,24 @@ def shape_of(folder: Path) -> WanTransformer3DModel:
         described = read_json(folder / "config.json")
         described = config_to_diffusers(described) if described.get("_class_name") == "WanModel" else described
         with torch.device("meta"):
-            return WanTransformer3DModel.from_config(described)
+            return family_of(described.get("_class_name")).transformer.from_config(described)
     except DAMAGE as error:
         raise ValueError(f"{folder} is no Wan transformer: {_first_line(error)}") from error
 
 
-def read_transformers(folder: Path, packed: bool | None = None, product: str | None = None) -> dict[str, Any]:
+def _read_transformers(folder: Path, packed: bool | None, product: str | None) -> dict[str, Any]:
     """Of a pipeline. Of two that are one quantized and one protected as a whole, ``packed`` is for the quantized."""
-    found = {name: part for name, part in transformers_of(folder).items() if part.is_dir()}
-    made = [name for name, part in found.items() if quantization_of(part) is not None]
+    found = transformers_of(folder)
+    quantized = [name for name, part in found.items() if quantization_of(part) is not None]
+    asked = quantized or found
     return {
-        name: read_transformer(part, *((packed, product) if name in made or not made else (None, None)))
+        name: read_transformer(part, packed, product) if name in asked else read_transformer(part)
         for name, part in found.items()
     }
 
 
 def read_transformer(folder: Path, packed: bool | None = None, product: str | None = None) -> WanTransformer3DModel:
+    """Of its own folder, as ``load_pipeline`` has it."""
     described = quantization_of(folder)
     if described is not None:
         transformer = load_transformer(folder, described, packed, product)
@@ -194,7 +196,8 @@ def read_transformer(folder: Path, packed: bool | None = None, product: str | No
         return transformer
     if packed is not None or product is not None:
         raise ValueError("packed and product are for a quantized model, and this one is not")
-    return _whole(WanTransformer3DModel, folder, torch.bfloat16)
+    kind = family_of(read_json(folder / "config.json").get("_class_name")).transformer
+    return _whole(kind, folder, torch.bfloat16)
 
 
 def _whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -222,8 +225,7 @@ def fingerprint(folder: Path, on_file: Callable[[], None] = lambda: None) -> str
     digest = hashlib.sha256()
     for path in _files(folder):
         digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sum_of_file(path)))
         on_file()
     return digest.hexdigest()
 

@@ -1,11 +1,8 @@
-"""The public world of tiny-wan: what it can draw and how it is asked.
+"""The public world of tiny-wan: what it can draw, how it is asked, and the videos it was trained on.
 
-tiny-wan knows plain scenes only: one shape of one colour on a plain background, moving along one
-axis. Everything a stranger needs to check it with a checker of their own is here: the palette, the
-grammar, the sizes, and which combinations were held out of training.
-
-Differs from a dataset card in that it is code: the drawing in ``wanquant.wan.scenes`` and the attribute metric
-in ``wanquant.evaluate.attributes`` read the same constants.
+tiny-wan knows plain scenes only: one shape of one colour on a plain background, moving along one axis. All that an
+independent checker needs is here: the palette, the grammar, the sizes, which combinations were held out of training,
+and the drawing. ``wanquant.evaluate.attributes`` reads the same constants.
 """
 
 from __future__ import annotations
@@ -13,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+
+import numpy as np
 
 #: RGB, 0 to 255, of the colour a shape can have.
 PALETTE: dict[str, tuple[int, int, int]] = {
@@ -24,20 +23,11 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "cyan": (60, 200, 215),
 }
 #: RGB, 0 to 255, of the plain background.
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "black": (15, 15, 15),
-    "gray": (128, 128, 128),
-    "white": (240, 240, 240),
-}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (15,) * 3, "gray": (128,) * 3, "white": (240,) * 3}
 #: A square is axis-aligned; a triangle is upright, as wide as it is high.
 SHAPES: tuple[str, ...] = ("square", "circle", "triangle")
 #: Unit vector (x to the right, y downwards) of the motion.
-DIRECTIONS: dict[str, tuple[int, int]] = {
-    "left": (-1, 0),
-    "right": (1, 0),
-    "up": (0, -1),
-    "down": (0, 1),
-}
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 HEIGHT = WIDTH = 64
 NUM_FRAMES = 17
@@ -67,9 +57,9 @@ class Scene:
         For each (shape, direction, background) one colour is held out, and every pair of
         attributes still occurs in training, so a model that composes can draw them.
         """
-        color, shape = list(PALETTE).index(self.color), SHAPES.index(self.shape)
-        direction = list(DIRECTIONS).index(self.direction)
-        background = list(BACKGROUNDS).index(self.background)
+        attributes = (self.color, self.shape, self.direction, self.background)
+        tables = (PALETTE, SHAPES, DIRECTIONS, BACKGROUNDS)
+        color, shape, direction, background = (list(t).index(v) for t, v in zip(tables, attributes, strict=True))
         return (color + shape + direction + 2 * background) % len(PALETTE) == 0
 
 
@@ -95,3 +85,39 @@ def parse_caption(text: str) -> Scene:
 def folder() -> Path:
     """Where the shipped weights are, in diffusers layout."""
     return Path(__file__).parent / "weights" / "tiny-wan"
+
+
+def distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance in pixels (negative inside) to a shape whose bounding box is 2·radius wide."""
+    if shape == "square":
+        return np.asarray(np.maximum(np.abs(dx), np.abs(dy)) - radius)
+    if shape == "circle":
+        return np.asarray(np.hypot(dx, dy) - radius)
+    # Apex at (0, -radius), base from (-radius, radius) to (radius, radius).
+    side = (2.0 * np.abs(dx) - (dy + radius)) / np.sqrt(5.0)
+    return np.asarray(np.maximum(side, dy - radius))
+
+
+def draw(scene: Scene, rng: np.random.Generator, frames: int = NUM_FRAMES) -> np.ndarray:
+    """One video, uint8 [frames, 64, 64, 3]: size, place and speed from ``rng``, the rest from the scene.
+
+    Coverage of a pixel is clip(0.5 - signed distance to the outline, 0, 1), one pixel of anti-aliasing, which lets a
+    sub-pixel motion look like motion. It is uniform; over ``NUM_FRAMES`` frames it covers at least ``MIN_TRAVEL``
+    pixels and never leaves the picture. Fewer frames show the beginning of the same motion.
+    """
+    radius = rng.uniform(*RADIUS)
+    low, high = radius, WIDTH - radius
+    travel = rng.uniform(MIN_TRAVEL, high - low)
+    start_along = rng.uniform(low, high - travel)
+    across = rng.uniform(low, high)
+    ux, uy = DIRECTIONS[scene.direction]
+    along = start_along + travel * np.arange(frames) / (NUM_FRAMES - 1)
+    if ux + uy < 0:
+        along = WIDTH - along
+    cx, cy = (along, np.full(frames, across)) if ux else (np.full(frames, across), along)
+    dx = np.arange(WIDTH)[None, None, :] + 0.5 - cx[:, None, None]
+    dy = np.arange(HEIGHT)[None, :, None] + 0.5 - cy[:, None, None]
+    dx, dy = np.broadcast_arrays(dx, dy)
+    cover = np.clip(0.5 - distance(scene.shape, dx, dy, radius), 0.0, 1.0)[..., None]
+    pixels = cover * np.array(PALETTE[scene.color]) + (1.0 - cover) * np.array(BACKGROUNDS[scene.background])
+    return np.asarray(np.round(pixels), np.uint8)

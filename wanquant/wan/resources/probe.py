@@ -7,9 +7,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,19 +18,22 @@ from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch import nn
 
 from wanquant.quant.statistics import Layout, Observer
-from wanquant.wan.activations import mixed_norms
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.footprint import (
+from wanquant.wan.products import quick_products
+from wanquant.wan.resources.footprint import (
     IN_TIME,
     Quantized,
+    block_inputs,
     empty_text_encoder,
     empty_transformer,
     empty_vae,
     fill,
     latent_size,
+    mixed_norms,
     once,
+    parameters_of,
+    runs_anywhere,
 )
-from wanquant.wan.products import quick_products
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,27 +88,24 @@ def block_seconds(
 ) -> float:
     """Of one block on ``rows`` videos of so many tokens each, observed as in calibration if there is a ``layout``: run
     as it is where it is small; else few tokens are run, and their time is scaled, attention's by the square."""
-    if how is not None and how.scheme.product == "native" and device.type == "cpu":
-        how = replace(how, scheme=replace(how.scheme, product="fast"))
-    transformer = empty_transformer(config, how, blocks=1)
+    transformer = empty_transformer(config, runs_anywhere(how) if device.type == "cpu" else how, blocks=1)
     block = _filled(transformer, device).blocks[0]
     whole = rows * tokens <= PROBED
     rows_, tokens_ = (rows, tokens) if whole else (1, min(tokens, PROBED // 4))
-    heads, depth = config["num_attention_heads"], config["attention_head_dim"]
-    rotary = _rotary(transformer, tokens_, device)
-    hidden, words = (
-        torch.full((rows_, count, heads * depth), 0.5, dtype=torch.bfloat16, device=device) for count in (tokens_, text)
-    )
-    modulation = torch.zeros(rows_, 6, heads * depth, device=device)
-    watched = Observer(transformer, layout, lambda: (0, 0, 0)) if layout is not None else nullcontext()
-    with watched:
-        found = _seconds(lambda: block(hidden, words, modulation, rotary), device)
+    given = block_inputs(transformer, rows_, tokens_, text, torch.bfloat16, device)
+    with _watched(transformer, layout):
+        found = _seconds(lambda: block(*given), device)
     if whole:
         return found
     count = min(tokens, PROBED_ATTENTION)
-    query = torch.full((1, heads, count, depth), 0.1, dtype=torch.bfloat16, device=device)
+    size = (1, config["num_attention_heads"], count, config["attention_head_dim"])
+    query = torch.full(size, 0.1, dtype=torch.bfloat16, device=device)
     each = _seconds(lambda: F.scaled_dot_product_attention(query, query, query), device) / count**2
     return rows * ((found - each * tokens_**2) / tokens_ * tokens + each * tokens**2)
+
+
+def _watched(transformer: WanTransformer3DModel, layout: Layout | None) -> AbstractContextManager[Any]:
+    return nullcontext() if layout is None else Observer(transformer, layout, lambda: (0, 0, 0))
 
 
 def is_small(config: dict[str, Any], tokens: int, rows: int) -> bool:
@@ -126,12 +125,9 @@ def small_pass(
 ) -> float:
     """Of a forward pass through a small transformer for one video, as if all blocks were ``how``, and observed if there
     is a ``layout``. Some blocks are run, and their time is scaled: a single one would stay in the CPU's cache."""
-    if how is not None and how.scheme.product == "native":
-        how = replace(how, scheme=replace(how.scheme, product="fast"))
     blocks = min(config["num_layers"], SOME_BLOCKS)
-    transformer = empty_transformer(config, how, blocks)
-    watched = Observer(transformer, layout, lambda: (0, 0, 0)) if layout is not None else nullcontext()
-    with watched:
+    transformer = empty_transformer(config, runs_anywhere(how), blocks)
+    with _watched(transformer, layout):
         found = _pass_seconds(_filled(transformer, device), settings, rows, device)
     if blocks == config["num_layers"]:
         return found
@@ -144,10 +140,8 @@ def _pass_seconds(
     transformer: WanTransformer3DModel, settings: GenerationConfig, rows: int, device: torch.device
 ) -> float:
     """Of a denoising step of so many videos, for one video and one pass."""
-    config, size = transformer.config, latent_size(settings)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    latents = torch.zeros(rows, config.in_channels, *size, device=device)
-    text = torch.zeros(rows, settings.max_text_length, config.text_dim, dtype=torch.bfloat16, device=device)
+    latents, text = _pass_inputs(transformer.config, settings, rows, device)
 
     def step() -> None:
         scheduler.set_timesteps(settings.steps, device=device)
@@ -159,22 +153,28 @@ def _pass_seconds(
     return _seconds(step, device) / (rows * settings.branches)
 
 
-def _filled(transformer: WanTransformer3DModel, device: torch.device) -> WanTransformer3DModel:
-    fill(transformer, lambda size, dtype: torch.full(size, 0.01 if dtype.is_floating_point else 8, dtype=dtype))
-    return transformer.to(device)
+def _pass_inputs(
+    config: Any, settings: GenerationConfig, rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents in float32, and text in BF16."""
+    latents = torch.zeros(rows, config.in_channels, *latent_size(settings), device=device)
+    return latents, torch.zeros(rows, settings.max_text_length, config.text_dim, dtype=torch.bfloat16, device=device)
+
+
+def _filled(model: Any, device: torch.device) -> Any:
+    fill(model, lambda size, dtype: torch.full(size, 0.01 if dtype.is_floating_point else 8, dtype=dtype))
+    return model.to(device)
 
 
 @probed
 def around_seconds(config: dict[str, Any], settings: GenerationConfig, rows: int, device: torch.device) -> float:
     """Of a forward pass, what is outside of the blocks; nothing where they are so large that it does not count."""
-    size = latent_size(settings)
-    if rows * math.prod(size) > PROBED_AROUND:
+    if rows * math.prod(latent_size(settings)) > PROBED_AROUND:
         return 0.0
     transformer = _filled(empty_transformer(config, None, blocks=0), device)
-    latents = torch.zeros(rows, config["in_channels"], *size, dtype=torch.bfloat16, device=device)
-    text = torch.zeros(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16, device=device)
-    timestep = torch.full((rows,), 500.0, device=device)
-    return _seconds(lambda: transformer(latents, timestep, text, return_dict=False), device)
+    latents, text = _pass_inputs(transformer.config, settings, rows, device)
+    given = (latents.bfloat16(), torch.full((rows,), 500.0, device=device), text)
+    return _seconds(lambda: transformer(*given, return_dict=False), device)
 
 
 def learning_seconds(
@@ -188,22 +188,18 @@ def learning_seconds(
 ) -> float:
     """Of one block forward, backward and through AdamW, as ``prepare`` makes it trainable, on ``rows`` videos; in
     proportion to the tokens where they are many."""
-    with torch.device("meta"):
-        transformer = WanTransformer3DModel.from_config({**config, "num_layers": 1})
-    fill(transformer, lambda size, dtype: torch.full(size, 0.01), narrow=False)
+    transformer = empty_transformer(config, None, blocks=1).train()
+    fill(transformer, partial(torch.full, fill_value=0.01), narrow=False)
     prepare(transformer)
-    block, count = transformer.blocks[0].to(device).requires_grad_(True), min(rows * tokens, PROBED)
-    rows_, tokens_ = (rows, tokens) if rows * tokens <= PROBED else (1, count)
+    block = transformer.blocks[0].to(device).requires_grad_(True)
+    rows_, tokens_ = (rows, tokens) if rows * tokens <= PROBED else (1, PROBED)
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    rotary = _rotary(transformer, tokens_, device)
-    hidden, words = (torch.full((rows_, n, width), 0.5, dtype=kind, device=device) for n in (tokens_, text))
-    modulation = torch.zeros(rows_, 6, width, device=device)
+    given = block_inputs(transformer, rows_, tokens_, text, kind, device)
     optimizer = torch.optim.AdamW(block.parameters(), 1e-6)
 
     def step() -> None:
         with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            block(hidden, words, modulation, rotary).float().square().mean().backward()
+            block(*given).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -211,21 +207,12 @@ def learning_seconds(
         return _seconds(step, device) * rows * tokens / (rows_ * tokens_)
 
 
-def _rotary(transformer: WanTransformer3DModel, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Of so many tokens, in as few frames as its tables of positions allow."""
-    longest = transformer.config.rope_max_seq_len
-    frames = next(count for count in range(1, tokens + 1) if tokens % count == 0 and tokens // count <= longest)
-    return tuple(part.to(device) for part in transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames)))
-
-
 @probed
 def decoding_seconds(folder: Path, settings: GenerationConfig, device: torch.device) -> float:
     """Of one video: as it is where it is small, else by a few frames of it, in proportion to the pixels."""
-    vae, whole = empty_vae(folder), latent_size(settings)
+    vae, whole = _filled(empty_vae(folder), device), latent_size(settings)
     small = whole if math.prod(whole) <= PROBED_LATENTS else SMALL_LATENTS
-    fill(vae, lambda size, dtype: torch.full(size, 0.01, dtype=dtype))
     latents = torch.zeros(1, vae.config.z_dim, *small, device=device)
-    vae.to(device)
     found = _seconds(lambda: vae.decode(latents, return_dict=False), device)
     return found * _pixels(whole) / _pixels(small)
 
@@ -239,12 +226,9 @@ def _pixels(latents: tuple[int, int, int]) -> int:
 def encoding_seconds(folder: Path, length: int, device: torch.device) -> float:
     """Of one prompt. A large encoder (5.7B parameters in Wan's) is not run for it, and counts nothing."""
     encoder = empty_text_encoder(folder)
-    if sum(p.numel() for p in encoder.parameters()) > SMALL_ENCODER:
+    if parameters_of(encoder) > SMALL_ENCODER:
         return 0.0
-    fill(
-        encoder, lambda size, dtype: torch.full(size, 0.01, dtype=torch.bfloat16 if dtype.is_floating_point else dtype)
-    )
-    encoder.to(device)
+    encoder = _filled(encoder.bfloat16(), device)
     return _seconds(lambda: encoder(torch.zeros(1, length, dtype=torch.long, device=device)), device)
 
 

@@ -11,26 +11,17 @@ from typing import Any
 #: Layouts that a checkpoint can be exported in, and whose names its tensors then have.
 LAYOUTS, NAMINGS = ("bf16", "mindie-sd"), ("diffusers", "original")
 
-#: Theirs and diffusers', inside a block. Their ``norm3`` is the affine norm before cross attention.
+#: Theirs and diffusers', inside an attention, a block (their ``norm3`` is the affine norm before cross attention), and
+#: outside of the blocks.
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 BLOCK = {
-    **{
-        f"{theirs}.{a}": f"{ours}.{b}"
-        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for a, b in (
-            ("q", "to_q"),
-            ("k", "to_k"),
-            ("v", "to_v"),
-            ("o", "to_out.0"),
-            ("norm_q", "norm_q"),
-            ("norm_k", "norm_k"),
-        )
-    },
+    **{f"self_attn.{theirs}": f"attn1.{ours}" for theirs, ours in ATTENTION.items()},
+    **{f"cross_attn.{theirs}": f"attn2.{ours}" for theirs, ours in ATTENTION.items()},
     "norm3": "norm2",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
     "modulation": "scale_shift_table",
 }
-#: And outside of them.
 REST = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -51,25 +42,31 @@ def is_original(name: str) -> bool:
 
 def to_diffusers(name: str) -> str:
     """diffusers' name of a tensor; ``ValueError`` for one that text-to-video Wan does not have."""
-    parts = name.split(".")
-    block = parts[0] == "blocks" and len(parts) > 2
-    prefix, inside = (".".join(parts[:2]) + ".", parts[2:]) if block else ("", parts)
-    table = BLOCK if block else REST
-    for path, end in ((".".join(inside), ""), (".".join(inside[:-1]), f".{inside[-1]}")):
-        if path in table:
-            return f"{prefix}{table[path]}{end}"
-    raise ValueError(f"tensor {name} is none of text-to-video Wan's")
+    found = _translated(name, BLOCK, REST)
+    if found is None:
+        raise ValueError(f"tensor {name} is none of text-to-video Wan's")
+    return found
 
 
 def to_original(name: str) -> str:
     """The authors' name of a tensor or module that diffusers calls so; ``ValueError`` for one they do not have."""
+    block, rest = ({ours: theirs for theirs, ours in table.items()} for table in (BLOCK, REST))
+    found = _translated(name, block, rest)
+    if found is None:
+        raise ValueError(f"{name} has no name among the authors'")
+    return found
+
+
+def _translated(name: str, block: dict[str, str], rest: dict[str, str]) -> str | None:
+    """By the tables, of a module or of one of its tensors; None if they have it not."""
     parts = name.split(".")
-    block = parts[0] == "blocks" and len(parts) > 2
-    prefix, inside = (".".join(parts[:2]) + ".", ".".join(parts[2:])) if block else ("", name)
-    for theirs, ours in (BLOCK if block else REST).items():
-        if inside == ours or inside.startswith(f"{ours}."):
-            return prefix + theirs + inside.removeprefix(ours)
-    raise ValueError(f"{name} has no name among the authors'")
+    prefix, inside, table = ([], parts, rest)
+    if parts[0] == "blocks" and len(parts) > 2:
+        prefix, inside, table = parts[:2], parts[2:], block
+    for module, tensor in ((inside, []), (inside[:-1], inside[-1:])):
+        if ".".join(module) in table:
+            return ".".join([*prefix, table[".".join(module)], *tensor])
+    return None
 
 
 def config_to_diffusers(theirs: dict[str, Any]) -> dict[str, Any]:

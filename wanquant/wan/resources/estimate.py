@@ -19,16 +19,17 @@ from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import resident_memory
 from wanquant.wan.experts import parts_of, shape_of_whole
-from wanquant.wan.footprint import (
+from wanquant.wan.load import Transformer
+from wanquant.wan.resources.footprint import (
     Quantized,
     decoding_bytes,
     denoising_bytes,
     empty_text_encoder,
     empty_vae,
     latent_size,
+    parameters_of,
 )
-from wanquant.wan.load import Transformer
-from wanquant.wan.probe import (
+from wanquant.wan.resources.probe import (
     around_seconds,
     begin,
     block_seconds,
@@ -89,35 +90,35 @@ class ResourceEstimate:
 
     @cached_property
     def report(self) -> ConversionReport:
-        return plan_conversion(self.shape, self.scheme.config, self.protected, self.modules)
+        return plan_conversion(self.shape, self.scheme, self.protected, self.modules)
 
     @cached_property
     def parameters(self) -> int:
-        found: int = sum(p.numel() for p in self.shape.parameters())
-        return found
+        return parameters_of(self.shape)
 
     @cached_property
     def others(self) -> int:
         """Bytes of text encoder and VAE."""
-        text: int = sum(p.numel() for p in empty_text_encoder(self.folder / "text_encoder").parameters())
-        vae: int = sum(p.numel() for p in empty_vae(self.folder / "vae").parameters())
-        return 2 * text + 4 * vae
+        text, vae = empty_text_encoder(self.folder / "text_encoder"), empty_vae(self.folder / "vae")
+        return 2 * parameters_of(text) + 4 * parameters_of(vae)
 
     @cached_property
     def converted(self) -> list[str]:
         return list(self.report.names("converted") if self.names is None else self.names)
 
     @cached_property
+    def _linears(self) -> list[Any]:
+        return [self.shape.get_submodule(name) for name in self.converted]
+
+    @cached_property
     def quantized_weights(self) -> int:
-        return sum(self._linear(name).weight.numel() for name in self.converted)
+        return sum(linear.weight.numel() for linear in self._linears)
 
     @cached_property
     def packed(self) -> int:
         """Bytes of the transformers with codes for weights, as they are stored."""
-        granularity, scales = self.scheme.weight_granularity, 0
-        for name in self.converted:
-            linear = self._linear(name)
-            scales += math.prod(granularity.scale_shape(linear.out_features, linear.in_features))
+        shape_of_scale = self.scheme.weight_granularity.scale_shape
+        scales = sum(math.prod(shape_of_scale(linear.out_features, linear.in_features)) for linear in self._linears)
         return 2 * self.parameters - self.quantized_weights + 4 * scales
 
     @property
@@ -128,7 +129,8 @@ class ResourceEstimate:
     @cached_property
     def activations(self) -> int:
         """Bytes, of the largest there are: denoising, quantized or not, or decoding."""
-        found = [denoising_bytes(self._config, how, self.settings, self.rows, self.device) for how in self._blocks]
+        how = (self.settings, self.rows, self.device)
+        found = [denoising_bytes(self._config, kind, *how) for kind in (None, self._quantized)]
         return max(*found, decoding_bytes(self.folder / "vae", self.settings) if self.counts.decoded else 0)
 
     @property
@@ -148,7 +150,7 @@ class ResourceEstimate:
         beside = max(rounded, inside if counts.all_beside else 0)
         return self.weights + self.others + self.activations + beside + (self.videos if on_host else 0)
 
-    @cached_property
+    @property
     def seconds(self) -> float:
         """Of the stages, with nothing in the cache; not of starting the program, planning and the report."""
         return sum(self.stages.values())
@@ -169,65 +171,48 @@ class ResourceEstimate:
         return self._stages(), is_busy()
 
     def _stages(self) -> dict[str, float]:
-        counts, how = self.counts, (tokens_of(self.settings, self.shape), self.settings.max_text_length)
-        plain, mixed = self._denoising(how)
+        counts, (plain, mixed) = self.counts, self._denoising()
         decoding = decoding_seconds(self.folder / "vae", self.settings, self.device) if counts.decoded else 0.0
-        found = {"calibrate": self._calibrating(how)} if counts.calibrated else {}
         chosen, tried = counts.choosing
-        found["choose"] = chosen * plain + tried * mixed
         made = counts.bf16 - counts.calibrated - counts.floors - counts.recorded - chosen
         quantized = counts.quantized - counts.untrained - counts.looks - tried
         decoded = max(0, counts.decoded - counts.floors)
         share = decoded / max(1, made + quantized + counts.untrained)
-        found["data"] = counts.recorded * plain
-        found["generate_bf16"] = made * (plain + share * decoding)
-        found["noise_floor"] = counts.floors * (plain + decoding)
-        found["generate_untrained"] = counts.untrained * (mixed + share * decoding)
-        found["train"] = counts.looks * mixed
-        found["generate_quantized"] = quantized * (mixed + share * decoding)
+        found = {
+            "calibrate": self._calibrating() if counts.calibrated else 0.0,
+            "choose": chosen * plain + tried * mixed,
+            "data": counts.recorded * plain,
+            "generate_bf16": made * (plain + share * decoding),
+            "noise_floor": counts.floors * (plain + decoding),
+            "generate_untrained": counts.untrained * (mixed + share * decoding),
+            "train": counts.looks * mixed,
+            "generate_quantized": quantized * (mixed + share * decoding),
+        }
         names = dict(counts.renamed)
         return {names.get(name, name): seconds for name, seconds in {**found, **self.further(self)}.items() if seconds}
 
-    @cached_property
-    def _is_small(self) -> bool:
-        one = len(parts_of(self.shape)) == 1
-        return one and is_small(self._config, tokens_of(self.settings, self.shape), self.rows)
-
-    def _denoising(self, how: tuple[int, int]) -> tuple[float, float]:
+    def _denoising(self) -> tuple[float, float]:
         """Seconds for one video in BF16, and quantized."""
-        if self._is_small:
-            plain, quantized = (
-                small_pass(self._config, kind, self.settings, self.rows, self.device)
-                for kind in (None, self._blocks[-1])
-            )
-        else:
-            around = around_seconds(self._config, self.settings, self.rows, self.device)
-            plain, quantized = (
-                (around + self._each * block_seconds(self._config, kind, *how, self.rows, self.device)) / self.rows
-                for kind in (None, self._blocks[-1])
-            )
+        plain, quantized = (self._one_pass(how, self.rows) for how in (None, self._quantized))
         touched = len({name.split(".")[1] for name in self.converted}) / len(self.shape.blocks)
-        return self._passes * plain, self._passes * (touched * quantized + (1 - touched) * plain)
+        passes = self.settings.branches * self.settings.steps  # each through one transformer
+        return passes * plain, passes * (touched * quantized + (1 - touched) * plain)
 
-    def _calibrating(self, how: tuple[int, int]) -> float:
+    def _calibrating(self) -> float:
         encoding = encoding_seconds(self.folder / "text_encoder", self.settings.max_text_length, self.device)
-        layout = Layout(("",), 1, 4, 1, self.scheme.needs_statistics)
-        if self._is_small:
-            each = small_pass(self._config, None, self.settings, 1, self.device, layout)
-        else:
-            block = block_seconds(self._config, None, *how, 1, self.device, layout)
-            each = self._each * block + around_seconds(self._config, self.settings, 1, self.device)
-        return self.counts.calibrated * self._passes * each + self.counts.prompts * encoding
+        each = self._one_pass(None, 1, Layout(("",), 1, 4, 1, self.scheme.needs_statistics))
+        passes = self.settings.branches * self.settings.steps
+        return self.counts.calibrated * passes * each + self.counts.prompts * encoding
 
-    @property
-    def _passes(self) -> int:
-        """Forward passes for one video, each through one transformer."""
-        return self.settings.branches * self.settings.steps
-
-    @property
-    def _each(self) -> int:
-        """Blocks of one transformer."""
-        return len(self.shape.blocks) // len(parts_of(self.shape))
+    def _one_pass(self, how: Quantized | None, rows: int, layout: Layout | None = None) -> float:
+        """Seconds of a forward pass through one transformer, ``rows`` videos together, for one of them."""
+        parts, tokens = len(parts_of(self.shape)), tokens_of(self.settings, self.shape)
+        if parts == 1 and is_small(self._config, tokens, self.rows):
+            return small_pass(self._config, how, self.settings, rows, self.device, layout)
+        around = around_seconds(self._config, self.settings, rows, self.device)
+        sizes = (tokens, self.settings.max_text_length, rows)
+        block = block_seconds(self._config, how, *sizes, self.device, layout)
+        return (around + len(self.shape.blocks) // parts * block) / rows
 
     @property
     def _config(self) -> dict[str, Any]:
@@ -235,19 +220,14 @@ class ResourceEstimate:
         return dict(first.config)
 
     @cached_property
-    def _blocks(self) -> list[Quantized | None]:
-        """The kinds of blocks there are: one of BF16, and that with the most quantized linears."""
+    def _quantized(self) -> Quantized | None:
+        """The block with the most quantized linears; None if there is none, or no video is made with it."""
         inside: dict[str, list[str]] = {}
         for name in self.converted:
             _, index, own = name.split(".", 2)
             inside.setdefault(index, []).append(own)
         names = max(inside.values(), key=len, default=[])
-        return [None, Quantized(names, self.scheme)] if names and self.counts.quantized else [None]
-
-    def _linear(self, name: str) -> nn.Linear:
-        linear = self.shape.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return linear
+        return Quantized(names, self.scheme) if names and self.counts.quantized else None
 
 
 def print_estimate(plan: ResourceEstimate, config_yaml: str, outside: Mapping[str, float] | None = None) -> None:
@@ -265,9 +245,8 @@ def print_needs(plan: ResourceEstimate, what: str = "", outside: Mapping[str, fl
     """Memory and time, of ``what`` where there are several."""
     counts, on_host = plan.counts, plan.device.type == "cpu"
     parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
-    parts["quantized beside them, and videos" if on_host else "quantized beside them"] = plan.added - sum(
-        parts.values()
-    )
+    beside = "quantized beside them, and videos" if on_host else "quantized beside them"
+    parts[beside] = plan.added - sum(parts.values())
     told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     own = resident_memory(plan.device)
     if what:
@@ -290,12 +269,12 @@ def block_map(report: ConversionReport) -> str:
         if module.block is not None:
             found[module.block].add(module.status)
 
-    def letter(index: int, statuses: set[str]) -> str:
+    def letter(index: int) -> str:
         if index in report.protected_blocks:
             return "P"
-        return "q" if statuses == {"converted"} else "m" if "converted" in statuses else "-"
+        return "q" if found[index] == {"converted"} else "m" if "converted" in found[index] else "-"
 
-    return "".join(letter(index, statuses) for index, statuses in found.items())
+    return "".join(map(letter, found))
 
 
 def tokens_of(settings: GenerationConfig, transformer: Transformer) -> int:

@@ -1,10 +1,9 @@
 """Quantized checkpoints: diffusers layout, packed weights, written whole or not at all.
 
-In ``transformer/`` each quantized linear is ``<name>.weight`` (uint8 codes), ``<name>.weight_scale``
-(float32), ``<name>.input_scale`` (float32, static schemes only), ``<name>.input_factor`` (float32, where smoothing
-could not be folded) and ``<name>.bias``; every other
-tensor is BF16, but for those the model keeps in float32. ``config.json`` carries a
-``quantization_config`` that says how to read them.
+In ``transformer/`` each quantized linear is ``<name>.weight`` (uint8 codes), ``<name>.weight_scale`` (float32),
+``<name>.input_scale`` (float32, static schemes only), ``<name>.input_factor`` (float32, where smoothing could not be
+folded) and ``<name>.bias``; every other tensor is BF16, but for those the model keeps in float32. ``config.json``
+carries a ``quantization_config`` that says how to read them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,14 +23,16 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import wanquant
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig, WeightConfig
 from wanquant.quant.convert import empty_like_quantized_
-from wanquant.quant.scheme import parse
+from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD
 from wanquant.runs.files import write_atomic
+from wanquant.wan.families import family_of
 
 T = TypeVar("T")
 
@@ -44,7 +46,7 @@ FLOAT32 = (".weight_scale", ".input_scale", ".input_factor")
 TRANSFORMERS = ("transformer", "transformer_2")
 
 
-def quantized_linears(transformer: torch.nn.Module) -> dict[str, QuantLinear]:
+def quantized_linears(transformer: nn.Module) -> dict[str, QuantLinear]:
     return {name: child for name, child in transformer.named_modules() if isinstance(child, QuantLinear)}
 
 
@@ -63,66 +65,77 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
         raise FileExistsError(f"{folder} is there already: choose another folder, or remove it")
     if not any(name in TRANSFORMERS and part and quantized_linears(part) for name, part in pipe.components.items()):
         raise ValueError("nothing in this pipeline is quantized: save it with its own save_pretrained")
+    try:
+        with whole_folder(folder) as temporary:
+            _save_components(pipe, temporary, on_linear)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {folder}: {error}") from error
+    return folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder of a temporary name to write to; renamed to ``folder`` at the end, removed after an
+    error."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        pipe.save_config(temporary)
-        source = Path(str(pipe.config.get("_name_or_path")))
-        if (source / "generation.json").is_file():
-            # The shift is the scheduler's, which may have been asked for another one than the source's.
-            settings = {**read_json(source / "generation.json"), "flow_shift": pipe.scheduler.config.flow_shift}
-            (temporary / "generation.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for name, component in pipe.components.items():
-            if component is None:
-                continue
-            if name in TRANSFORMERS and quantized_linears(component):
-                save_transformer(component, source / name, temporary / name, on_linear)
-            else:
-                component.save_pretrained(temporary / name)
-        # safetensors gives its files to their owner alone; they are no more secret than the configs beside them.
-        mode = (temporary / "model_index.json").stat().st_mode
-        for path in temporary.rglob("*.safetensors"):
-            path.chmod(mode)
+        yield temporary
         temporary.rename(folder)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+
+
+def _save_components(pipe: DiffusionPipeline, folder: Path, on_linear: Callable[[], None]) -> None:
+    pipe.save_config(folder)
+    source = Path(str(pipe.config.get("_name_or_path")))
+    if (source / "generation.json").is_file():
+        # The shift is the scheduler's, which may have been asked for another one than the source's.
+        settings = {**read_json(source / "generation.json"), "flow_shift": pipe.scheduler.config.flow_shift}
+        (folder / "generation.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for name, component in pipe.components.items():
+        if component is None:
+            continue
+        if name in TRANSFORMERS and quantized_linears(component):
+            save_transformer(component, source / name, folder / name, on_linear)
+        else:
+            component.save_pretrained(folder / name)
+    # safetensors gives its files to their owner alone; they are no more secret than the configs beside them.
+    mode = (folder / "model_index.json").stat().st_mode
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def save_transformer(
     transformer: WanTransformer3DModel, source: Path, folder: Path, on_linear: Callable[[], None]
 ) -> None:
-    tensors = stored_tensors(transformer, lambda name: kept_in_fp32(transformer, name), on_linear=on_linear)
+    """To its own folder; ``source`` is that of the model it was made of."""
+    tensors = stored_tensors(transformer, transformer, on_linear=on_linear)
     folder.mkdir(exist_ok=True)
     _write_shards(tensors, source / INDEX, folder)
     layers = quantized_linears(transformer)
-    write_config(transformer, next(iter(layers.values())).scheme.config, list(layers), folder)
+    write_config(transformer, next(iter(layers.values())).scheme, list(layers), folder)
 
 
 def stored_tensors(
-    module: torch.nn.Module, keep: Callable[[str], bool], prefix: str = "", on_linear: Callable[[], None] = lambda: None
+    module: nn.Module, transformer: nn.Module, prefix: str = "", on_linear: Callable[[], None] = lambda: None
 ) -> dict[str, torch.Tensor]:
-    """What of a module goes into a file, by its name behind the ``prefix``. ``keep`` says of a full name whether it is
-    stored as it is, and not in BF16."""
-    layers, packed, tensors = quantized_linears(module), {}, {}
-    for name, layer in layers.items():
-        packed[f"{name}.weight"] = layer.codes()
-        on_linear()
+    """What of a module goes into a file, by its name in the ``transformer``, where it lies below ``prefix``."""
+    layers, tensors = quantized_linears(module), {}
     for name, tensor in module.state_dict().items():
-        if name in packed:
-            found = packed[name]
-        elif keep(prefix + name) or (name.rpartition(".")[0] in layers and name.endswith(FLOAT32)):
-            found = tensor
+        path, _, part = name.rpartition(".")
+        if path in layers and part == "weight":
+            tensors[prefix + name] = layers[path].codes()
+            on_linear()
+        elif kept_in_fp32(transformer, prefix + name) or (path in layers and name.endswith(FLOAT32)):
+            tensors[prefix + name] = tensor
         else:
-            found = tensor.to(torch.bfloat16)
-        tensors[prefix + name] = found
+            tensors[prefix + name] = tensor.to(torch.bfloat16)
     return tensors
 
 
-def write_config(transformer: WanTransformer3DModel, config: QuantConfig, modules: Sequence[str], folder: Path) -> None:
+def write_config(transformer: WanTransformer3DModel, scheme: Scheme, modules: Sequence[str], folder: Path) -> None:
     """``config.json``, with how to read the quantized linears, which are the ``modules``."""
     transformer.save_config(folder)
     described = read_json(folder / "config.json")
@@ -130,11 +143,11 @@ def write_config(transformer: WanTransformer3DModel, config: QuantConfig, module
     described["quantization_config"] = {
         "quant_method": METHOD,
         "version": wanquant.__version__,
-        **dataclasses.asdict(config),
+        **dataclasses.asdict(scheme.config),
         "protected_blocks": [index for index in range(transformer.config.num_layers) if index not in touched],
         "modules": list(modules),
     }
-    write_atomic(folder / "config.json", json.dumps(described, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "config.json", described)
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], source_index: Path, folder: Path) -> None:
@@ -148,14 +161,22 @@ def _write_shards(tensors: dict[str, torch.Tensor], source_index: Path, folder: 
     for place, shard in shards.items():
         save_file(shard, folder / place, metadata={"format": "pt"})
     if before:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {name: place for place, shard in shards.items() for name in shard},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_index(folder, total, {name: place for place, shard in shards.items() for name in shard})
 
 
-def kept_in_fp32(transformer: torch.nn.Module, name: str) -> bool:
+def write_index(folder: Path, total_size: int, weight_map: Mapping[str, str]) -> None:
+    """Of a transformer in several files: ``total_size`` bytes of tensors, and the file of each."""
+    write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of a transformer's files."""
+    index = folder / INDEX
+    return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+
+
+def kept_in_fp32(transformer: nn.Module, name: str) -> bool:
     """As diffusers does it: a kept name is one of the parts of the tensor's dotted name."""
     return any(kept in name.split(".") for kept in getattr(transformer, "_keep_in_fp32_modules", ()))
 
@@ -174,8 +195,8 @@ def config_of(described: dict[str, Any]) -> QuantConfig:
     """The ``QuantConfig`` a checkpoint was made with; ``ValueError`` names what is lost, for nothing is guessed."""
     names = {field.name for field in dataclasses.fields(QuantConfig)}
     raw = {name: value for name, value in {**ADDED_LATER, **described}.items() if name in names}
-    for part, kind in (("weights", WeightConfig), ("activations", ActivationConfig)):
-        raw[part] = _exactly(kind, raw.get(part, {}))
+    raw["weights"] = _exactly(WeightConfig, raw.get("weights", {}))
+    raw["activations"] = _exactly(ActivationConfig, raw.get("activations", {}))
     return _exactly(QuantConfig, raw)
 
 
@@ -191,15 +212,14 @@ def load_transformer(
     folder: Path, described: dict[str, Any], packed: bool | None = None, product: str | None = None
 ) -> WanTransformer3DModel:
     """A quantized transformer from its folder, exactly as it was saved, in the form the run used or the one given."""
-    asked: dict[str, Any] = {
-        name: value for name, value in (("packed", packed), ("product", product)) if value is not None
-    }
-    scheme = parse(dataclasses.replace(config_of(described), **asked))
+    asked: dict[str, Any] = {"packed": packed, "product": product}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    scheme = scheme_of(dataclasses.replace(config_of(described), **asked))
+    settings = WanTransformer3DModel.load_config(folder)
     with init_empty_weights():
-        transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
+        transformer = family_of(settings.get("_class_name")).transformer.from_config(settings)
     tensors: dict[str, torch.Tensor] = {}
-    files = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else {WEIGHTS}
-    for name in sorted(files):
+    for name in weight_files(folder):
         tensors |= load_file(folder / name)
     factored = [name for name in described["modules"] if f"{name}.input_factor" in tensors]
     empty_like_quantized_(transformer, described["modules"], scheme, factored)
@@ -224,7 +244,7 @@ def check_type(name: str, tensor: torch.Tensor, wanted: torch.dtype, folder: Pat
 
 
 def dequantize_(transformer: WanTransformer3DModel) -> None:
-    """Plain linears that hold what the codes mean, in BF16, and attention as it was; nothing is rounded any more."""
+    """To plain linears of the codes' values in BF16, and attention as it was; nothing is rounded any more."""
     for name, layer in quantized_linears(transformer).items():
         transformer.set_submodule(name, layer.dequantized())
     for child in transformer.modules():
@@ -250,3 +270,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
     return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -20,9 +20,9 @@ from torch import nn
 
 from wanquant.quant import QuantLinear
 from wanquant.quant.convert import empty_like_quantized_
-from wanquant.quant.scheme import Scheme, parse
+from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD
-from wanquant.wan.checkpoint import FLOAT32, check_type, config_of, dequantize_
+from wanquant.wan.checkpoints.checkpoint import FLOAT32, check_type, config_of, dequantize_
 
 
 class Method(StrEnum):
@@ -62,7 +62,7 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             raise ValueError("this model is not quantized: quantize it with wanquant.quantize_, or with ptq.py")
         super().__init__(quantization_config, **kwargs)
         self.described = quantization_config.to_dict()
-        self.scheme: Scheme = parse(config_of(self.described))
+        self.scheme: Scheme = scheme_of(config_of(self.described))
         self.names = [str(name) for name in self.described["modules"]]
         self._ours = {f"{name}{end}" for name in self.names for end in (".weight", *FLOAT32)}
         self._factored: list[str] = []
@@ -111,11 +111,11 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         layer, stored = model.get_submodule(path), state_dict[param_name]
         assert isinstance(layer, QuantLinear)
         check_type(param_name, stored, torch.uint8 if name == "weight" else torch.float32, "checkpoint")
+        stored = stored.to(target_device)
         if name != "weight":
-            setattr(layer, name, stored.to(target_device))
+            setattr(layer, name, stored)
             return
-        codes = stored.to(target_device)
-        layer.weight = nn.Parameter(codes if self.scheme.packed else self.scheme.format.decode(codes), False)
+        layer.weight = nn.Parameter(stored if self.scheme.packed else self.scheme.format.decode(stored), False)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.requires_grad_(False)

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
-from wanquant.quant.scheme import parse
+from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.statistics import Site
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.run import digest
-from wanquant.wan.checkpoint import (
+from wanquant.wan.checkpoints.checkpoint import (
     INDEX,
     WEIGHTS,
     check_keys,
@@ -37,14 +38,18 @@ from wanquant.wan.checkpoint import (
     read_json,
     stored_tensors,
     write_config,
+    write_index,
 )
-from wanquant.wan.load import FOLDS, shape_of
-from wanquant.wan.tensor_files import Source, file_names, write_tensors
+from wanquant.wan.checkpoints.tensor_files import Source, file_names, write_tensors
+from wanquant.wan.families import family_of
+from wanquant.wan.load import shape_of
 
 #: Bytes that a file of the target holds at most, unless a block alone has more.
 SHARD = 500_000_000
 #: In the folder while it is converted: for which recipe, and what of each finished file is to be known.
 LEDGER = "converting.json"
+#: Index of a block, or None for all that is outside of the blocks.
+Part = int | None
 
 
 @dataclass
@@ -66,6 +71,14 @@ class Recipe:
     protected_modules: Sequence[str] = ()
     stats: Mapping[str, float | Site] | None = None
 
+    @cached_property
+    def scheme(self) -> Scheme:
+        return scheme_of(self.config)
+
+    def plan(self, transformer: nn.Module) -> ConversionReport:
+        """What becomes of each linear; ``ValueError`` for what ``quantize_`` refuses."""
+        return plan_conversion(transformer, self.scheme, self.protected_blocks, self.protected_modules)
+
 
 def convert_transformer(
     source: Path, target: Path, recipe: Recipe, signed: str, on_block: Callable[[int], None] = lambda size: None
@@ -76,36 +89,45 @@ def convert_transformer(
     ``ValueError`` for what ``quantize_`` refuses, and for tensors that are missing or unknown."""
     tensors, transformer = Source.of(source), empty_like(source)
     check_keys(transformer.state_dict(), tensors.tensors, source)
-    plan = plan_conversion(transformer, recipe.config, recipe.protected_blocks, recipe.protected_modules)
+    plan = recipe.plan(transformer)
     target.mkdir(parents=True, exist_ok=True)
-    ledger = _Ledger.open(target / LEDGER, [signed, tensors.identity()])
+    ledger = _open_ledger(target, digest([signed, tensors.identity()]))
     groups = grouped(stored_sizes(transformer, recipe, plan))
-    names = file_names(len(groups))
-    streamed, weight_map = Streamed(plan), dict[str, str]()
-    parts = [part for group in groups for part in group]
-    after = dict(itertools.pairwise(parts))
+    conversion = _Conversion(transformer, tensors, recipe, plan, groups)
+    streamed, weight_map, names = Streamed(plan), dict[str, str](), file_names(len(groups))
     for name, group in zip(names, groups, strict=True):
-        if name not in ledger.files:
-            with replacing(target / name) as temporary:
-                told = _convert(transformer, tensors, group, after, recipe, plan, temporary, on_block)
-            ledger.note(name, told)
-        else:
-            for size in ledger.files[name]["read"]:
+        if name in ledger["files"]:
+            for size in ledger["files"][name]["read"]:
                 on_block(size)
-        told = ledger.files[name]
+        else:
+            with replacing(target / name) as temporary:
+                ledger["files"][name] = conversion.write(group, temporary, on_block)
+            write_atomic(target / LEDGER, json.dumps(ledger) + "\n")
+        told = ledger["files"][name]
         streamed.read += sum(told["read"])
         streamed.written += told["written"]
         streamed.overflowed |= told["overflowed"]
         weight_map |= dict.fromkeys(told["tensors"], name)
     if len(names) > 1:
-        index = {"metadata": {"total_size": streamed.written}, "weight_map": weight_map}
-        write_atomic(target / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(target, streamed.written, weight_map)
     if plan.names("converted"):
-        write_config(transformer, parse(recipe.config).config, plan.names("converted"), target)
+        write_config(transformer, recipe.scheme, plan.names("converted"), target)
     else:  # only another naming, and other files
         transformer.save_config(target)
     (target / LEDGER).unlink()
     return streamed
+
+
+def _open_ledger(target: Path, recipe: str) -> dict[str, Any]:
+    """What is known of each finished file; forgets what another recipe has left."""
+    path = target / LEDGER
+    known = read_json(path) if path.is_file() else {}
+    if known.get("recipe") != recipe:
+        for old in target.iterdir():
+            old.unlink()
+        known = {"recipe": recipe, "files": {}}
+        write_atomic(path, json.dumps(known) + "\n")
+    return known
 
 
 @dataclass(frozen=True)
@@ -124,7 +146,7 @@ class Needs:
 def foresee(source: Path, recipe: Recipe) -> Needs:
     """Works without the weights, which are then taken to be in BF16."""
     transformer = empty_like(source)
-    plan = plan_conversion(transformer, recipe.config, recipe.protected_blocks, recipe.protected_modules)
+    plan = recipe.plan(transformer)
     there = (source / INDEX).is_file() or (source / WEIGHTS).is_file()
     known = Source.of(source).tensors if there else {}
     sizes = {n: known[n].size if there else 2 * t.numel() for n, t in transformer.state_dict().items()}
@@ -149,11 +171,11 @@ def empty_like(source: Path) -> WanTransformer3DModel:
     return transformer
 
 
-def stored_sizes(transformer: WanTransformer3DModel, recipe: Recipe, plan: ConversionReport) -> dict[int | None, int]:
-    """Bytes of each block as it is stored, and under None of all that is outside of them."""
-    converted, granularity = plan.names("converted"), parse(recipe.config).weight_granularity
+def stored_sizes(transformer: WanTransformer3DModel, recipe: Recipe, plan: ConversionReport) -> dict[Part, int]:
+    """Bytes of each part as it is stored."""
+    converted, granularity = plan.names("converted"), recipe.scheme.weight_granularity
     coded = {f"{name}.weight" for name in converted}
-    found: dict[int | None, int] = dict.fromkeys([None, *range(plan.blocks)], 0)
+    found: dict[Part, int] = dict.fromkeys([None, *range(plan.blocks)], 0)
     for name, tensor in transformer.state_dict().items():
         each = 1 if name in coded else 4 if kept_in_fp32(transformer, name) else 2
         found[_part_of(name)] += each * tensor.numel()
@@ -164,13 +186,13 @@ def stored_sizes(transformer: WanTransformer3DModel, recipe: Recipe, plan: Conve
     return found
 
 
-def _part_of(name: str) -> int | None:
+def _part_of(name: str) -> Part:
     return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
-def grouped(sizes: Mapping[int | None, int]) -> list[list[int | None]]:
-    """Which blocks lie in a file together."""
-    groups: list[list[int | None]] = [[]]
+def grouped(sizes: Mapping[Part, int]) -> list[list[Part]]:
+    """Which parts lie in a file together."""
+    groups: list[list[Part]] = [[]]
     filled = 0
     for part, size in sizes.items():
         if groups[-1] and filled + size > SHARD:
@@ -181,90 +203,58 @@ def grouped(sizes: Mapping[int | None, int]) -> list[list[int | None]]:
     return groups
 
 
-@dataclass
-class _Ledger:
-    path: Path
-    recipe: str
-    files: dict[str, dict[str, Any]]
+class _Conversion:
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        source: Source,
+        recipe: Recipe,
+        plan: ConversionReport,
+        groups: Sequence[Sequence[Part]],
+    ) -> None:
+        self.transformer, self.source, self.recipe = transformer, source, recipe
+        self.touched = {row.block for row in plan.modules if row.status == "converted"}
+        self.names: dict[Part, list[str]] = {part: [] for group in groups for part in group}
+        for name in source.tensors:
+            self.names[_part_of(name)].append(name)
+        self.after = dict(itertools.pairwise(self.names))
 
-    @classmethod
-    def open(cls, path: Path, recipe: list[Any]) -> _Ledger:
-        """Forgets what another recipe has left."""
-        signed = digest(recipe)
-        known = read_json(path) if path.is_file() else {}
-        if known.get("recipe") != signed:
-            for old in path.parent.iterdir():
-                old.unlink()
-            known = {"files": {}}
-        ledger = cls(path, signed, known["files"])
-        ledger._write()
-        return ledger
+    def write(self, group: Sequence[Part], path: Path, on_block: Callable[[int], None]) -> dict[str, Any]:
+        """One file; what the ledger keeps of it. What comes after a part is fetched while that is quantized."""
+        stored: dict[str, torch.Tensor] = {}
+        told: dict[str, Any] = {"read": [], "overflowed": {}}
+        for part in group:
+            read = {name: self._read(name) for name in self.names[part]}
+            size = sum(self.source.tensors[name].size for name in read)
+            if part in self.after:
+                self.source.expect(self.names[self.after[part]])
+            if part is None or part not in self.touched:
+                stored |= read
+            else:
+                told["overflowed"] |= self._quantize(part, read)
+                stored |= stored_tensors(self.transformer.blocks[part], self.transformer, f"blocks.{part}.")
+                self.transformer.blocks[part] = nn.Identity()  # what it held has gone into ``stored``
+            told["read"].append(size)
+            on_block(size)
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
+        told["written"] = write_tensors(shapes, stored.__getitem__, path)
+        told["tensors"] = sorted(stored)
+        return told
 
-    def note(self, name: str, told: dict[str, Any]) -> None:
-        self.files[name] = told
-        self._write()
+    def _read(self, name: str) -> torch.Tensor:
+        return self.source.read(name).to(torch.float32 if kept_in_fp32(self.transformer, name) else torch.bfloat16)
 
-    def _write(self) -> None:
-        write_atomic(self.path, json.dumps({"recipe": self.recipe, "files": self.files}) + "\n")
-
-
-def _convert(
-    transformer: WanTransformer3DModel,
-    tensors: Source,
-    group: Sequence[int | None],
-    after: Mapping[int | None, int | None],
-    recipe: Recipe,
-    plan: ConversionReport,
-    path: Path,
-    on_block: Callable[[int], None],
-) -> dict[str, Any]:
-    """Writes one file; what the ledger keeps of it. What comes ``after`` a part is fetched while that is quantized."""
-    touched = {row.block for row in plan.modules if row.status == "converted"}
-    stored: dict[str, torch.Tensor] = {}
-    told: dict[str, Any] = {"read": [], "overflowed": {}}
-    for index in group:
-        prefix, names = _prefix(index), _names_of(tensors, index)
-        kinds = {n: torch.float32 if kept_in_fp32(transformer, n) else torch.bfloat16 for n in names}
-        size = sum(tensors.tensors[name].size for name in names)
-        read = tensors.read(kinds)
-        if index in after:
-            tensors.expect(_names_of(tensors, after[index]))
-        if index is None or index not in touched:
-            stored |= read
-        else:
-            block = transformer.blocks[index]
-            block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in read.items()}, assign=True)
-            del read
-            told["overflowed"] |= _quantize(block, index, recipe)
-            stored |= stored_tensors(block, lambda name: kept_in_fp32(transformer, name), prefix)
-            transformer.blocks[index] = nn.Identity()  # what it held has gone into ``stored``
-        told["read"].append(size)
-        on_block(size)
-    told["written"] = write_tensors(
-        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}, stored.__getitem__, path
-    )
-    told["tensors"] = sorted(stored)
-    return told
-
-
-def _prefix(part: int | None) -> str:
-    return "" if part is None else f"blocks.{part}."
-
-
-def _names_of(tensors: Source, part: int | None) -> list[str]:
-    """Of a block, or of what is outside of all."""
-    prefix = _prefix(part)
-    return [n for n in tensors.tensors if (n.startswith(prefix) if prefix else not n.startswith("blocks."))]
-
-
-def _quantize(block: nn.Module, index: int, recipe: Recipe) -> dict[str, int]:
-    """In place, its weights as codes; how many of each linear were beyond the range."""
-    holder, own = nn.Module(), f"blocks.{index}."
-    holder.blocks = nn.ModuleList([block])
-    stats = {
-        name.replace(own, "blocks.0.", 1): seen for name, seen in (recipe.stats or {}).items() if name.startswith(own)
-    }
-    packed = replace(recipe.config, packed=True)
-    quantize_(holder, packed, (), recipe.protected_modules, stats, folds=FOLDS)
-    layers = quantized_linears(block)
-    return {own + name: int(layer.overflowed) for name, layer in layers.items() if layer.overflowed}
+    def _quantize(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+        """Fills a block, which takes the tensors, and quantizes it, its weights as codes; how many of each linear were
+        beyond the range."""
+        block, own = self.transformer.blocks[index], f"blocks.{index}."
+        block.load_state_dict({name.removeprefix(own): tensors.pop(name) for name in list(tensors)}, assign=True)
+        holder = nn.Module()
+        holder.blocks = nn.ModuleList([block])
+        seen = (self.recipe.stats or {}).items()
+        stats = {name.replace(own, "blocks.0.", 1): site for name, site in seen if name.startswith(own)}
+        folds = family_of(type(self.transformer).__name__).folds
+        packed = replace(self.recipe.scheme, packed=True)
+        quantize_(holder, packed, (), self.recipe.protected_modules, stats, folds=folds)
+        layers = quantized_linears(block)
+        return {own + name: int(layer.overflowed) for name, layer in layers.items() if layer.overflowed}

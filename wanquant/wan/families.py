@@ -1,0 +1,52 @@
+"""Families of text-to-video models, by their pipeline's class name as ``model_index.json`` has it.
+
+All are of Wan's architecture: the transformer has ``blocks`` and is called with ``hidden_states``, ``timestep`` and
+``encoder_hidden_states``; the VAE's config has ``latents_mean`` and ``latents_std``. What else differs is a ``Family``.
+Estimates of memory and time take the VAE and the text encoder for Wan's own.
+
+A further family needs no change here: ``register_family("OtherPipeline", Family(...))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from transformers import UMT5EncoderModel
+
+COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+#: Inside a block, a linear and the linear or norm that alone makes its input: smoothing folds there, exactly. The other
+#: inputs come from norms without weights, whose modulation blocks share, from a GELU, or from the text.
+FOLDS = {"attn1.to_out.0": "attn1.to_v", "attn2.to_out.0": "attn2.to_v", "attn2.to_q": "norm2"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes of the pipeline and its parts, the folders it must have (``components``), and, by a linear's name
+    inside a block, the module that smoothing may fold into (``folds``)."""
+
+    pipeline: Any
+    transformer: Any
+    vae: Any = AutoencoderKLWan
+    text_encoder: Any = UMT5EncoderModel
+    components: tuple[str, ...] = COMPONENTS
+    folds: Mapping[str, str] = field(default_factory=lambda: FOLDS)
+
+
+WAN = Family(WanPipeline, WanTransformer3DModel)
+#: By the class name of the pipeline.
+FAMILIES: dict[str, Family] = {"WanPipeline": WAN}
+
+
+def register_family(name: str, family: Family) -> None:
+    """Makes pipelines whose ``_class_name`` is ``name`` known; ``ValueError`` if the name is taken."""
+    if name in FAMILIES:
+        raise ValueError(f"the model family {name} is known already")
+    FAMILIES[name] = family
+
+
+def family_of(transformer_class: str | None) -> Family:
+    """By the class name of a transformer alone, which has no ``model_index.json``; Wan's where it is not known."""
+    return next((f for f in FAMILIES.values() if f.transformer.__name__ == transformer_class), WAN)

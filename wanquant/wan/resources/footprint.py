@@ -1,0 +1,273 @@
+"""What running a model takes of memory besides its weights: of the forward pass, and of one that is to be trained.
+
+Forward, the real modules run op by op on torch's fake tensors, which have shapes, types and storages and no memory, and
+what is alive at once is counted. Two blocks stand for all, since each frees what it took. What a kernel takes inside of
+an op is not seen: other layouts of a convolution's input, a workspace.
+
+For the backward pass autograd keeps tensors of a row a token: of the video's, as wide as the model, as the feed-forward
+part, or as there are heads; and of the text's, as wide as the model. So the bytes that it keeps of a block are
+
+    rows · (tokens · (a heads + b ffn + c) + text · (d heads + e))  +  2 bytes a weight, which is multiplied in BF16
+
+and a handful of blocks of one or two heads tell the coefficients. Attention that holds its scores is not linear in the
+tokens; torch's own is.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import UMT5Config, UMT5EncoderModel
+
+from wanquant.kernels import eager
+from wanquant.quant.convert import empty_like_quantized_
+from wanquant.quant.scheme import Scheme
+from wanquant.wan.checkpoints.checkpoint import FLOAT32, kept_in_fp32, read_json
+from wanquant.wan.config import GenerationConfig
+from wanquant.wan.products import quick_products
+
+#: Latents are so many times smaller in time, and in height and width.
+IN_TIME, IN_SPACE = 4, 8
+#: Of the small blocks that are trained: tokens of the video and of the text, fewer and more, and the width of the
+#: feed-forward part.
+TOKENS, TEXT, FFN = (4, 8), (4, 8), 64
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all storages made while entered that are still alive, and the ``most`` there were. Our own
+    kernels need nothing more, unless they are ``eager``, plain torch."""
+
+    def __init__(self, known: Sequence[torch.Tensor], eagerly: bool = False) -> None:
+        super().__init__()
+        self.most: int = 0
+        self._eagerly = eagerly
+        self._now = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._eagerly and op.namespace == "wanquant":
+            with self:
+                return getattr(eager, op.name().split("::")[1].split(".")[0])(*args, **(kwargs or {}))
+        output = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self._now += storage.nbytes()
+                    self.most = max(self.most, self._now)
+                    weakref.finalize(storage, self._released, storage._cdata)
+        return output
+
+    def _released(self, key: int) -> None:
+        self._now -= self._sizes.pop(key, 0)
+
+
+def once(function: Callable[P, R]) -> Callable[P, R]:
+    """Kept for the process: the jobs of a sweep are planned one by one, and most of what they are is the same."""
+    known: dict[str, R] = {}
+
+    @wraps(function)
+    def call(*given: P.args, **named: P.kwargs) -> R:
+        key = repr((given, named))
+        if key not in known:
+            known[key] = function(*given, **named)
+        return known[key]
+
+    return call
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How a block is: ``names`` of its linears that are quantized, as inside the block."""
+
+    names: Sequence[str]
+    scheme: Scheme
+
+
+def runs_anywhere(how: Quantized | None) -> Quantized | None:
+    """The chip's own product replaced by the fast one, which needs no less of memory and time."""
+    if how is None or how.scheme.product != "native":
+        return how
+    return replace(how, scheme=replace(how.scheme, product="fast"))
+
+
+@once
+def denoising_bytes(
+    config: dict[str, Any], how: Quantized | None, settings: GenerationConfig, rows: int, device: torch.device
+) -> int:
+    """Of one forward pass of a transformer of this config, on ``rows`` videos."""
+    transformer = empty_transformer(config, runs_anywhere(how), blocks=2)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quick_products(device):
+        fill(transformer, torch.empty)
+        latents = torch.empty(rows, config["in_channels"], *latent_size(settings), dtype=torch.bfloat16)
+        text = torch.empty(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16)
+        timestep = torch.empty(rows)
+        known = [*transformer.parameters(), *transformer.buffers()]
+        alive = Alive(known, eagerly=device.type not in ("cpu", "cuda"))
+        with alive:
+            transformer(latents, timestep, text, return_dict=False)
+    return alive.most
+
+
+@once
+def decoding_bytes(folder: Path, settings: GenerationConfig) -> int:
+    """Of decoding one video with the VAE of this folder."""
+    vae = empty_vae(folder)
+    with FakeTensorMode(), torch.no_grad():
+        fill(vae, torch.empty)
+        latents = torch.empty(1, vae.config.z_dim, *latent_size(settings))
+        alive = Alive([*vae.parameters(), *vae.buffers()])
+        with alive:
+            vae.decode(latents, return_dict=False)
+    return alive.most
+
+
+def empty_vae(folder: Path) -> AutoencoderKLWan:
+    """On the meta device."""
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(read_json(folder / "config.json")).eval()
+
+
+def empty_text_encoder(folder: Path) -> UMT5EncoderModel:
+    with torch.device("meta"):
+        return UMT5EncoderModel(UMT5Config(**read_json(folder / "config.json"))).eval()
+
+
+def empty_transformer(config: dict[str, Any], how: Quantized | None, blocks: int) -> WanTransformer3DModel:
+    """On meta; its blocks are ``how``."""
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config({**config, "num_layers": blocks}).eval()
+    if how is not None:
+        names = [f"blocks.{index}.{name}" for index in range(blocks) for name in how.names]
+        empty_like_quantized_(transformer, names, how.scheme)
+    return transformer
+
+
+def block_inputs(
+    transformer: WanTransformer3DModel, rows: int, tokens: int, text: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, ...]:
+    """Hidden states, text, modulation and rotary embedding; the frames are as the tables of positions allow."""
+    config = transformer.config
+    width, longest = config.num_attention_heads * config.attention_head_dim, config.rope_max_seq_len
+    hidden, words = (torch.full((rows, n, width), 0.5, dtype=dtype, device=device) for n in (tokens, text))
+    frames = next(count for count in range(1, tokens + 1) if tokens % count == 0 and tokens // count <= longest)
+    rotary = transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames))
+    return hidden, words, torch.zeros(rows, 6, width, device=device), tuple(part.to(device) for part in rotary)
+
+
+def latent_size(settings: GenerationConfig) -> tuple[int, int, int]:
+    """Frames, rows and columns."""
+    return (settings.num_frames - 1) // IN_TIME + 1, settings.height // IN_SPACE, settings.width // IN_SPACE
+
+
+def parameters_of(model: nn.Module) -> int:
+    """How many numbers they are."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fill(model: nn.Module, make: Callable[..., torch.Tensor], narrow: bool = True) -> None:
+    """``make(size, dtype=...)`` in the place of meta tensors; a transformer, if ``narrow``, in BF16 but for what it
+    keeps in float32."""
+    wan = narrow and isinstance(model, WanTransformer3DModel)
+    for name, module in model.named_modules():
+        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or not tensor.is_meta:
+                continue
+            full = f"{name}.{own}"
+            wide = not wan or tensor.dtype != torch.float32 or kept_in_fp32(model, full) or full.endswith(FLOAT32)
+            made = make(tensor.shape, dtype=tensor.dtype if wide else torch.bfloat16)
+            if own in module._parameters:
+                module._parameters[own] = nn.Parameter(made, requires_grad=False)
+            else:
+                module._buffers[own] = made
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes a token: of the video a · heads + b · ffn + c, of the text d · heads + e."""
+
+    by_head: float
+    by_ffn: float
+    by_token: float
+    text_by_head: float
+    text_by_token: float
+
+    def bytes(self, heads: int, ffn: int, tokens: int, text: int) -> int:
+        """Of one row of a batch, in one block, without the weights."""
+        video = tokens * (self.by_head * heads + self.by_ffn * ffn + self.by_token)
+        return round(video + text * (self.text_by_head * heads + self.text_by_token))
+
+
+def kept_by(config: dict[str, Any], prepare: Callable[[nn.Module], None], precision: str) -> Kept:
+    """``config`` is the transformer's; ``prepare`` makes a float32 transformer of one block what is trained."""
+
+    def measure(heads: int, ffn: int, tokens: int, text: int) -> int:
+        sizes = {"num_layers": 1, "num_attention_heads": heads, "ffn_dim": ffn, "text_dim": 32, "freq_dim": 32}
+        with torch.random.fork_rng(devices=[]):
+            transformer = WanTransformer3DModel.from_config({**config, **sizes})
+        prepare(transformer)
+        return _kept(transformer, tokens, text, precision)
+
+    def per_token(heads: int, ffn: int) -> float:
+        few, many = (measure(heads, ffn, tokens, TEXT[0]) for tokens in TOKENS)
+        return (many - few) / (TOKENS[1] - TOKENS[0])
+
+    def per_text(heads: int) -> float:
+        few, many = (measure(heads, FFN, TOKENS[0], text) for text in TEXT)
+        return (many - few) / (TEXT[1] - TEXT[0])
+
+    one, two, wide = per_token(1, FFN), per_token(2, FFN), per_token(1, 2 * FFN)
+    by_head, by_ffn = two - one, (wide - one) / FFN
+    text_one, text_two = per_text(1), per_text(2)
+    return Kept(by_head, by_ffn, one - by_head - by_ffn * FFN, text_two - text_one, 2 * text_one - text_two)
+
+
+@contextmanager
+def mixed_norms() -> Iterator[None]:
+    """Without torch's warning that a norm's weight is in float32 and its input is not, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        yield
+
+
+def _kept(transformer: WanTransformer3DModel, tokens: int, text: int, precision: str) -> int:
+    """Bytes autograd keeps of the block, each storage once, without its parameters."""
+    block = transformer.blocks[0].requires_grad_(True)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    given = block_inputs(transformer, 1, tokens, text, kind, torch.device("cpu"))
+    given[0].requires_grad_(True)
+    own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage
+        return tensor
+
+    with (
+        mixed_norms(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        output = block(*given)
+    kept = sum(storage.nbytes() for storage in seen.values())
+    del output
+    return kept
