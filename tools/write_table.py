@@ -17,11 +17,11 @@ from typing import Any
 
 from wanquant.evaluate.stats import Item, compared, difference
 from wanquant.evaluate.sweep import METRIC, jobs_of, summarize
-from wanquant.runs.analysis_report import short
-from wanquant.runs.estimates import estimate_text
 from wanquant.runs.files import write_atomic
+from wanquant.runs.reports.columns import estimate_text, short
+from wanquant.runs.reports.sweep_table import cells, further_markdown, protocol
+from wanquant.runs.reports.table import markdown
 from wanquant.runs.run import read_result
-from wanquant.runs.sweep_table import cells, further_markdown, markdown, protocol
 
 
 def table_of_blocks(result: dict[str, Any]) -> str:

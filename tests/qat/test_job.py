@@ -26,7 +26,7 @@ from wanquant.evaluate.stats import Item, compared
 from wanquant.evaluate.sweep import summarize
 from wanquant.qat.data import read_list
 from wanquant.qat.job import verdict_of
-from wanquant.runs.training_report import drift_table
+from wanquant.runs.reports.training import drift_table
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from wanquant.runs.figures import block_magnitudes
+from wanquant.runs.reports.figures import block_magnitudes
 
 
 def heights(svg: str) -> list[float]:

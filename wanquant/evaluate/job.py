@@ -27,10 +27,10 @@ from wanquant.evaluate.sweep import jobs_of
 from wanquant.evaluate.tables import report, text
 from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
-from wanquant.runs.evaluation_report import evaluation_summary
 from wanquant.runs.files import link_or_copy
 from wanquant.runs.finished import in_use
-from wanquant.runs.report import write_report
+from wanquant.runs.reports.evaluation import evaluation_summary
+from wanquant.runs.reports.report import write_report
 from wanquant.runs.run import Run, read_config, read_result, refused_leave_no_result, write_result
 from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror

@@ -15,8 +15,8 @@ from typing import Any
 
 from wanquant.evaluate.ladder import ladder
 from wanquant.evaluate.stats import Estimate, Item, compared, difference
+from wanquant.runs.reports.sweep_table import MANY_PAIRS
 from wanquant.runs.run import SCHEMA, clean_json, failed_result, read_result
-from wanquant.runs.sweep_table import MANY_PAIRS
 
 #: By which configurations are ranked, in dB, and the difference in it that is called none.
 METRIC, MARGIN = "latent_sqnr", 1.0

@@ -33,7 +33,7 @@ from wanquant.runs.cache import locked
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.finished import in_use
 from wanquant.runs.progress import progress
-from wanquant.runs.report import summary, write_report
+from wanquant.runs.reports.report import summary, write_report
 from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
 from wanquant.runs.signature import provenance
 from wanquant.runs.tracking import mirror

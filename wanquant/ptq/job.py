@@ -37,7 +37,7 @@ from wanquant.quant.statistics import Site
 from wanquant.runs.cache import Cache
 from wanquant.runs.finished import by, find_finished, in_use, note_finished, take_over
 from wanquant.runs.progress import progress
-from wanquant.runs.report import summary, write_report
+from wanquant.runs.reports.report import summary, write_report
 from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
 from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror
