@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.evaluate.results import METRIC, named, shifted, sweep
 from wanquant.evaluate import tables as report
 from wanquant.evaluate.sweep import summarize
 from wanquant.runs import pictures
 from wanquant.runs.reports import sweep_table
-from wanquant.runs.reports.columns import estimate_text
-from wanquant.runs.reports.table import latex, markdown
+from wanquant.runs.reports.columns import FURTHER, estimate_text
+from wanquant.runs.reports.table import Table, latex, markdown
 from wanquant.runs.run import Run
 
 STATIC = {"granularity": "per_tensor", "rule": "p99.99/15", "static": True}
@@ -116,6 +117,18 @@ def test_latex_and_markdown_escape_what_they_must() -> None:
     assert text.splitlines()[5:7] == [r"\midrule", r" & attn[12]\textbackslash{}..* \\"]
     lines = markdown(heads, rows, floors).splitlines()
     assert lines[2:] == [r"| 1–4 % & ~ | x\|y |", r"|  | *attn[12]\..\** |"]
+
+
+def test_columns_are_as_wide_as_their_longest_cell() -> None:
+    assert Table(["a", "n"], [["long", "10"]], [["x", "5"]]).lines(right=[1]) == ["a      n", "long  10", "x      5"]
+    assert Table([], []).lines() == []
+
+
+def test_a_metric_added_from_outside_has_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FURTHER, "sharpness", ("sharpness", "lines"))
+    row = {"name": "x", "metrics": {"sharpness": METRIC}}
+    found = sweep_table.further_cells({"by": ["protect"], "rows": [row]})
+    assert found == (["protect", "sharpness, lines"], [["x", estimate_text(METRIC)]], ())
 
 
 def write_videos(folder: Path, jobs: int) -> None:

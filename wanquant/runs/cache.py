@@ -45,7 +45,7 @@ class Cache:
         return folder in self._whole and folder.is_dir()
 
     def folder(self, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
-        """The folder of that signature, made by ``make(empty folder)`` if it is not there yet; damage is said."""
+        """The folder of that signature; ``make(empty folder)`` fills it if it is missing, or damaged, which is reported."""
         if not self.has(kind, signature):
             with self._locked(kind, signature):
                 self._make_if_missing(kind, signature, make)
@@ -116,7 +116,7 @@ def _locked_if_free(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Holds the lock file; waiting for another process is said."""
+    """Holds the lock file; that it waits for another process is printed."""
     with _locked_if_free(path) as free:
         if free:
             yield
@@ -146,7 +146,7 @@ class Cells:
         self.folder = folder
 
     def get(self, name: str) -> Any | None:
-        """A damaged file is said, removed, and counts as not there."""
+        """The value; None where there is none, or a damaged file, which is reported and removed."""
         path = self.folder / f"{name}.json"
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))

@@ -38,6 +38,11 @@ def head(name: str) -> str:
     return ", ".join(filter(None, titles()[name]))
 
 
+def measure(name: str) -> str:
+    """A metric as a measure among others, ``PSNR``: VBench's and those of the attributes by their own names."""
+    return name.removeprefix("vbench.") if name in ATTRIBUTES or name not in titles() else titles()[name][0]
+
+
 def present(metrics: dict[str, Any], prefix: str = "") -> list[str]:
     """Names of the metrics of fidelity, and of those of how the error looks, that are there."""
     return [name for name in (*FIDELITY, *FURTHER) if prefix + name in metrics]

@@ -40,8 +40,8 @@ def vbench_table(entry: dict[str, Any]) -> Table:
             word = _verdict(metrics.get(f"difference.{name}"))
             rows.append([dimension, str(metrics[name]["n"]), *cells, word])
         else:
-            told_why = told["not_applicable"].get(dimension, "not measured")
-            rows.append([dimension, told_why, *[""] * (len(sides) + 1)])
+            reason = told["not_applicable"].get(dimension, "not measured")
+            rows.append([dimension, reason, *[""] * (len(sides) + 1)])
     return Table(["VBench", "videos", *sides.values(), "verdict"], rows)
 
 
@@ -66,25 +66,8 @@ def fidelity_table(metrics: dict[str, Any]) -> Table:
 
 def cautions(entry: dict[str, Any]) -> list[str]:
     """What a reader has to know before believing the scores."""
-    told, texts = entry["vbench"], []
-    if entry["gates_failed"]:
-        texts.append(f"collapsed: {', '.join(entry['gates_failed'])}. Whatever the averages say, they do not count")
-    if entry["demonstration"]:
-        pairs = f"{entry['pairs']} (prompt, seed) pair" + ("s are" if entry["pairs"] > 1 else " is")
-        texts.append(f"{pairs} a demonstration, compare nothing by them")
-    if not told:
-        return texts
-    if told["foreign_weights"]:
-        texts.append("the scores are meaningless: the weights are not the published ones")
     missing = [name for name in NOTICE_COLLAPSE if f"vbench.{name}" not in entry["metrics"]]
-    if missing:
-        texts.append(f"without {', '.join(missing)} VBench cannot tell a collapsed model; the collapse gates can")
-    if told["long"]:
-        texts.append(
-            f"{told['long']} of {entry['pairs']} videos last 5.0 s or more and belong to VBench-Long: VBench's "
-            f"published scores are of shorter ones"
-        )
-    return texts
+    return render("evaluation_cautions.txt", entry=entry, missing=missing).splitlines()
 
 
 def evaluation_summary(key: str, entry: dict[str, Any], folder: Path) -> str:

@@ -36,7 +36,7 @@ def _axes(height: float, right: float = 0.1, top: float = 0.3) -> tuple[Any, Any
     return figure, axes
 
 
-def _dressed(
+def _styled(
     figure: Any, axes: Any, grid: str = "y", minor: bool = False, legend: int = 0, tight: bool = False, **settings: Any
 ) -> str:
     """The figure as SVG, after what most have in common: labels and limits (``settings``), light lines across the axis
@@ -63,7 +63,7 @@ def block_magnitudes(absmax: Sequence[float | None], protected: Sequence[int]) -
         axes.plot(blocks, values, marker, color=color, markeredgecolor="black", markersize=5, label=label)
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     limits = (-0.8, len(absmax) - 0.2)
-    return _dressed(figure, axes, minor=True, yscale="log", xlabel="block", ylabel="largest magnitude", xlim=limits)
+    return _styled(figure, axes, minor=True, yscale="log", xlabel="block", ylabel="largest magnitude", xlim=limits)
 
 
 def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> str:
@@ -75,7 +75,7 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> st
         axes.annotate(f"{mean:.2f}", (mean, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
     axes.set(yticks=range(len(rows)), yticklabels=[row[0] for row in reversed(rows)])
     axes.spines["left"].set_visible(False)
-    return _dressed(figure, axes, grid="x", tight=True, xlabel=label, ylim=(-0.6, len(rows) - 0.3))
+    return _styled(figure, axes, grid="x", tight=True, xlabel=label, ylim=(-0.6, len(rows) - 0.3))
 
 
 def heatmap(rows: Sequence[Sequence[float | None]], xlabel: str, label: str, log: bool) -> str:
@@ -123,7 +123,7 @@ def zones(rows: Sequence[Sequence[float]]) -> str:
         )  # fmt: skip
         below += values[:, place]
     axes.set(ylim=(0, 1), xlim=(-0.8, len(rows) - 0.2))
-    return _dressed(figure, axes, grid="", legend=6, xlabel="block", ylabel="share of elements")
+    return _styled(figure, axes, grid="", legend=6, xlabel="block", ylabel="share of elements")
 
 
 def by_block(
@@ -138,7 +138,7 @@ def by_block(
         if low is not None and high is not None:
             axes.plot([index, index], [low, high], color=color, linewidth=3, solid_capstyle="butt")
         axes.plot(index, mean, marker, color=color, markeredgecolor="black", markersize=5)
-    return _dressed(figure, axes, xlabel="block", ylabel=label, xlim=(-0.8, len(rows) - 0.2))
+    return _styled(figure, axes, xlabel="block", ylabel=label, xlim=(-0.8, len(rows) - 0.2))
 
 
 def pareto(rows: Sequence[tuple[str, float, float, float, float]], label: str) -> str:
@@ -157,7 +157,7 @@ def pareto(rows: Sequence[tuple[str, float, float, float, float]], label: str) -
     from matplotlib.ticker import PercentFormatter
 
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    return _dressed(figure, axes, grid="both", xlabel="share of the linears' FLOPs quantized", ylabel=label)
+    return _styled(figure, axes, grid="both", xlabel="share of the linears' FLOPs quantized", ylabel=label)
 
 
 def _beats(ours: tuple[str, float, float, float, float], theirs: tuple[str, float, float, float, float]) -> bool:
@@ -195,7 +195,7 @@ def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float | None]], la
     for (name, values), (color, dashes) in zip(lines.items(), looks, strict=False):
         axes.plot(steps, np.array(values, float), dashes, color=color, linewidth=1.2, label=name)
     scale, legend = "log" if log else "linear", 4 if len(lines) > 1 else 0
-    return _dressed(figure, axes, grid="both", legend=legend, xlabel="step", ylabel=label, yscale=scale)
+    return _styled(figure, axes, grid="both", legend=legend, xlabel="step", ylabel=label, yscale=scale)
 
 
 def before_after(rows: Sequence[tuple[int, float, float]], label: str) -> str:
@@ -205,7 +205,7 @@ def before_after(rows: Sequence[tuple[int, float, float]], label: str) -> str:
         axes.plot([block, block], [before, after], color=QUANTIZED, linewidth=2)
         axes.plot(block, before, "o", color="white", markeredgecolor="black", label=None if place else "before")
         axes.plot(block, after, "o", color="black", label=None if place else "after")
-    return _dressed(figure, axes, legend=2, xlabel="block", ylabel=label, yscale="log")
+    return _styled(figure, axes, legend=2, xlabel="block", ylabel=label, yscale="log")
 
 
 def _plain_numbers(axis: Any) -> None:

@@ -17,8 +17,6 @@ from wanquant.runs.reports.training import headline, training_figures, untrained
 
 #: Videos embedded at most, and their bytes together; the others are beside the report.
 MAX_VIDEOS, MAX_VIDEO_BYTES = 10, 12_000_000
-#: Share of its prompts that BF16 has to follow before a loss could be seen.
-FOLLOWED = 0.5
 
 
 def write_report(folder: Path, result: dict[str, Any]) -> Path:
@@ -49,7 +47,7 @@ def _words(result: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         "attributes": attributes_table(result["metrics"]),
         "training": {"headline": headline(result), "table": untrained_table(result)} if trained else None,
         "failed": [name for name, gate in result["gates"].items() if gate["verdict"] == "fail"],
-        "cautions": cautions(result),
+        "cautions": render("cautions.txt", result=result).splitlines(),
     }
 
 
@@ -125,16 +123,3 @@ def convert_table(result: dict[str, Any]) -> Table:
     ]
     rows = [[what, f"{a:.3g}", f"{b:.3g}", f"{b / a:.2f}"] for what, a, b in lines]
     return Table(["", "predicted", "measured", "ratio"], rows)
-
-
-def cautions(result: dict[str, Any]) -> list[str]:
-    """What a reader has to know before believing the numbers."""
-    metrics, texts = result["metrics"], []
-    if result["demonstration"]:
-        texts.append(f"{metrics['psnr']['n']} (prompt, seed) pairs are a demonstration, compare nothing by them")
-    followed = metrics.get("bf16.attributes", {}).get("mean")
-    if followed is not None and followed < FOLLOWED:
-        texts.append(
-            f"BF16 itself follows its prompts to {100 * followed:.0f} % only, so this run cannot show what is lost"
-        )
-    return texts

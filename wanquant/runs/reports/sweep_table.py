@@ -7,17 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from wanquant.runs.reports.columns import (
-    ATTRIBUTES,
-    FIDELITY,
-    FLOORS,
-    FURTHER,
-    MAIN,
-    NOTICE_COLLAPSE,
-    estimate_text,
-    head,
-    titles,
-)
+from wanquant.runs.reports.columns import FIDELITY, FLOORS, FURTHER, MAIN, NOTICE_COLLAPSE, estimate_text, head, measure
 from wanquant.runs.reports.page import render
 from wanquant.runs.reports.table import Table, markdown
 
@@ -36,8 +26,8 @@ def cells(summary: dict[str, Any]) -> Table:
     rows = [[make(row) for make in columns.values()] for row in summary["rows"]]
     heads = list(columns)
     for job in summary["failed"]:
-        told = {"rank": "–", heads[1]: f"{job['name']} (job {job['job']})", "verdict": "job failed"}
-        rows.append([told.get(head, "") for head in heads])
+        known = {"rank": "–", heads[1]: f"{job['name']} (job {job['job']})", "verdict": "job failed"}
+        rows.append([known.get(title, "") for title in heads])
     return Table(heads, rows, _floor_rows(summary, heads))
 
 
@@ -121,7 +111,7 @@ def _floor_rows(summary: dict[str, Any], heads: list[str]) -> list[list[str]]:
         values[heads[1]] = label if count == summary["pairs"] else f"{label} ({count} pairs)"
         if prefix == "floor_ulp.":  # what BF16 itself gets right, beside the floor of the same seeds
             values["attributes right"] = estimate_text(summary["floors"]["bf16."].get("attributes"))
-        rows.append([values.get(head, "") for head in heads])
+        rows.append([values.get(title, "") for title in heads])
     return rows
 
 
@@ -178,25 +168,15 @@ def ladder_cells(summary: dict[str, Any]) -> Table:
     found = summary["ladder"]
     if found is None:
         return Table([], [])
-    rows = [
-        [
-            _measure(rung["name"]),
-            *(
-                _correlation(rung["correlations"][name]) if name in rung["correlations"] else ""
-                for name in found["cheap"]
-            ),
-        ]
-        for rung in found["rungs"]
-    ]
-    return Table(["ranks of, against", *map(_measure, found["cheap"])], rows)
+    rows = []
+    for rung in found["rungs"]:
+        known = {name: _correlation(value) for name, value in rung["correlations"].items()}
+        rows.append([measure(rung["name"]), *(known.get(name, "") for name in found["cheap"])])
+    return Table(["ranks of, against", *map(measure, found["cheap"])], rows)
 
 
 def _correlation(value: Sequence[float] | None) -> str:
     return "constant" if value is None else estimate_text({"mean": value[0], "ci95": value[1:]}, 2)
-
-
-def _measure(name: str) -> str:
-    return name.removeprefix("vbench.") if name in ATTRIBUTES or name not in titles() else titles()[name][0]
 
 
 def protocol(summary: dict[str, Any]) -> str:
