@@ -45,7 +45,7 @@ class Cache:
         return folder in self._whole and folder.is_dir()
 
     def folder(self, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
-        """The folder of that signature, which ``make(empty folder)`` fills if it is missing or damaged; damage is printed."""
+        """The folder of that signature, which ``make(empty folder)`` fills if it is missing or damaged, and says so."""
         if not self.has(kind, signature):
             with self._locked(kind, signature):
                 self._make_if_missing(kind, signature, make)
