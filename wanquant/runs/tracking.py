@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.choices import choice
-from wanquant.runs.reports.sweep_table import cells
 
 
 @dataclass
@@ -48,6 +47,8 @@ def mirror_table(config: TrackerConfig, folder: Path, summary: dict[str, Any]) -
         return
     with _only_warns("the table is complete"):
         import wandb
+
+        from wanquant.runs.reports.sweep_table import cells  # here, since all commands import this module
 
         heads, rows, floors = cells(summary)
         with _run(config, folder, "sweep", {"protocol": summary["protocol"]}) as run:
