@@ -22,6 +22,9 @@ from wanquant.runs.reports.sweep_table import cells, further_markdown, markdown,
 from wanquant.evaluate.stats import Item, compared, difference
 from wanquant.runs.analysis_report import short
 from wanquant.runs.files import write_atomic
+from wanquant.runs.reports.columns import estimate_text, short
+from wanquant.runs.reports.sweep_table import cells, further_markdown, protocol
+from wanquant.runs.reports.table import markdown
 from wanquant.runs.run import read_result
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from wanquant.evaluate.sweep.summary import summarize
-from wanquant.runs.reports import sweep_table
-from wanquant.runs.reports.columns import estimate_text
+import pytest
 
 from tests.evaluate.results import METRIC, named, shifted, sweep
-from wanquant.evaluate.sweep import tables as report
+from wanquant.evaluate import tables as report
+from wanquant.evaluate.sweep import summarize
 from wanquant.runs import pictures
+from wanquant.runs.reports import sweep_table
+from wanquant.runs.reports.columns import FURTHER, estimate_text
+from wanquant.runs.reports.table import Table, latex, markdown
 from wanquant.runs.run import Run
 
 STATIC = {"granularity": "per_tensor", "rule": "p99.99/15", "static": True}
@@ -41,7 +43,7 @@ def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
     text = sweep_table.protocol(summary)
     assert "quant=hif8_w8a8 on tiny: 24 (prompt, seed) pairs" in text
     assert "380 to 400 linears" in text
-    lines = sweep_table.markdown(heads, rows, floors).splitlines()
+    lines = markdown(heads, rows, floors).splitlines()
     assert len(lines) == 6
     assert lines[-1].startswith("|  | *BF16, noise perturbed by 1 ulp* |")
     assert all(line.count("|") == len(heads) + 1 for line in lines)
@@ -109,12 +111,24 @@ def test_quantizations_are_told_by_their_scales(tmp_path: Path) -> None:
 
 def test_latex_and_markdown_escape_what_they_must() -> None:
     heads, rows, floors = ["a_b", "c"], [["1–4 % & ~", "x|y"]], [["", r"attn[12]\..*"]]
-    text = sweep_table.latex(heads, rows, floors)
+    text = latex(heads, rows, floors)
     assert r"a\_b & c \\" in text
     assert r"1--4 \% \& \textasciitilde{} & x|y \\" in text
     assert text.splitlines()[5:7] == [r"\midrule", r" & attn[12]\textbackslash{}..* \\"]
-    lines = sweep_table.markdown(heads, rows, floors).splitlines()
+    lines = markdown(heads, rows, floors).splitlines()
     assert lines[2:] == [r"| 1–4 % & ~ | x\|y |", r"|  | *attn[12]\..\** |"]
+
+
+def test_columns_are_as_wide_as_their_longest_cell() -> None:
+    assert Table(["a", "n"], [["long", "10"]], [["x", "5"]]).lines(right=[1]) == ["a      n", "long  10", "x      5"]
+    assert Table([], []).lines() == []
+
+
+def test_a_metric_added_from_outside_has_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FURTHER, "sharpness", ("sharpness", "lines"))
+    row = {"name": "x", "metrics": {"sharpness": METRIC}}
+    found = sweep_table.further_cells({"by": ["protect"], "rows": [row]})
+    assert found == (["protect", "sharpness, lines"], [["x", estimate_text(METRIC)]], ())
 
 
 def write_videos(folder: Path, jobs: int) -> None:

@@ -24,8 +24,7 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
         heads, rows, floors = cells(summary)
         kept = [place for place, head in enumerate(heads) if place < 2 or head in _shown(summary)]
         table = [[[line[place] for place in kept] for line in part] for part in ([heads], rows, floors)]
-        lines = _aligned(table[0][0], table[1], table[2])
-        lines += _aligned(*vbench_cells(summary))
+        lines = Table(table[0][0], table[1], table[2]).lines() + vbench_cells(summary).lines()
         lines += [f"caution: {caution}" for caution in summary["cautions"]]
     lines += [f"job {job['job']} failed ({job['name']}): {job['error']}" for job in summary["failed"]]
     if summary["unfinished"]:
@@ -43,9 +42,3 @@ def _shown(summary: dict[str, Any]) -> tuple[str, ...]:
         "against its baseline",
         SINGLE_STEPS,
     )
-
-
-def _aligned(heads: list[str], rows: list[list[str]], floors: list[list[str]]) -> list[str]:
-    table = [heads, *rows, *floors] if heads else []
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,14 @@ class Cache:
         return folder in self._whole and folder.is_dir()
 
     def folder(self, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
-        """The folder of that signature, made by ``make(empty folder)`` if it is not there yet; damage is said."""
-        final = self.root / kind / signature
-        if self.has(kind, signature):
-            return final
-        with locked(final.with_name(f"{signature}.lock"), f"{kind} {signature[:8]}"):
-            self._make_if_missing(kind, signature, make)
-        return final
+        """The folder of that signature, which ``make(empty folder)`` fills if it is missing or damaged, and says so."""
+        if not self.has(kind, signature):
+            with self._locked(kind, signature):
+                self._make_if_missing(kind, signature, make)
+        return self.root / kind / signature
+
+    def _locked(self, kind: str, signature: str) -> AbstractContextManager[None]:
+        return locked(self.root / kind / f"{signature}.lock", f"{kind} {signature[:8]}")
 
     def offer(self, kind: str, signature: str, make: Callable[[Path], None]) -> None:
         """Makes it, unless it is there or another process is at it."""
@@ -60,20 +61,13 @@ class Cache:
                 self._make_if_missing(kind, signature, make)
 
     def _make_if_missing(self, kind: str, signature: str, make: Callable[[Path], None]) -> None:
-        """For the lock's holder: it may have been made meanwhile."""
-        final = self.root / kind / signature
+        """For the lock's holder: it may have been made meanwhile. What is there else, damage or a kill left."""
+        final, partial = self.root / kind / signature, self.root / kind / f"{signature}.partial"
         if self.has(kind, signature):
             return
         wrong = damaged(final) if final.is_dir() else None
         if wrong:
             print(f"damaged: {final} ({wrong}); it is made again", file=sys.stderr, flush=True)
-        self._make(final, make)
-        self._whole.add(final)
-        self.made.add(final)
-
-    def _make(self, final: Path, make: Callable[[Path], None]) -> None:
-        """Only the lock's holder writes here: what is there already, damage or a kill left."""
-        partial = final.with_name(f"{final.name}.partial")
         for path in (partial, final):
             shutil.rmtree(path, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -87,16 +81,18 @@ class Cache:
             raise OSError(f"cannot write {final}: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        self._whole.add(final)
+        self.made.add(final)
 
     def forget(self, kind: str, signature: str) -> None:
         folder = self.root / kind / signature
         self._whole.discard(folder)
-        with locked(folder.with_name(f"{signature}.lock"), f"{kind} {signature[:8]}"):
+        with self._locked(kind, signature):
             shutil.rmtree(folder, ignore_errors=True)
 
     def forget_parts(self, kind: str, signature: str) -> None:
         """Of an artefact that is whole: folders named after its signature, a dash and a number."""
-        with locked(self.root / kind / f"{signature}.lock", f"{kind} {signature[:8]}"):
+        with self._locked(kind, signature):
             for path in (self.root / kind).glob(f"{signature}-[0-9]*"):
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
@@ -109,32 +105,25 @@ class Cache:
 def _locked_if_free(path: Path) -> Iterator[bool]:
     """Holds the lock file, or yields False, since another process does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(path).acquire(timeout=0)
     except Timeout:
         yield False
         return
-    try:
+    with lock:
         yield True
-    finally:
-        lock.release()
 
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Holds the lock file; waiting for another process is said."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process, which makes {what}", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
+    """Holds the lock file; that it waits for another process is printed."""
+    with _locked_if_free(path) as free:
+        if free:
+            yield
+            return
+    print(f"waiting for another process, which makes {what}", file=sys.stderr, flush=True)
+    with FileLock(path):
         yield
-    finally:
-        lock.release()
 
 
 def damaged(folder: Path) -> str | None:
@@ -157,7 +146,7 @@ class Cells:
         self.folder = folder
 
     def get(self, name: str) -> Any | None:
-        """A damaged file is said, removed, and counts as not there."""
+        """The value; None where there is none, or a damaged file, which is reported and removed."""
         path = self.folder / f"{name}.json"
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))

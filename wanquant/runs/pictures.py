@@ -58,8 +58,7 @@ def enlarge(frames: np.ndarray, height: int = VIEW_HEIGHT) -> np.ndarray:
 def thumbnail(frame: np.ndarray, height: int = 96) -> np.ndarray:
     """A small picture enlarged as above, a large one reduced to ``height``."""
     if frame.shape[0] <= height:
-        large: np.ndarray = enlarge(frame[None], height)[0]
-        return large
+        return np.asarray(enlarge(frame[None], height)[0])
     width = round(frame.shape[1] * height / frame.shape[0])
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
 
@@ -106,26 +105,21 @@ def side_by_side(
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], columns: int = 5) -> Image.Image:
     """For each titled row its videos (label, uint8 frames), a line each of ``columns`` frames evenly spread."""
-    font = ImageFont.load_default(14)
-    lines: list[Image.Image] = []
+    font, texts, strips, top = ImageFont.load_default(14), [], [], 0
     for title, videos in rows:
-        thumbs = []
+        texts.append(((4, top + 1), title))
+        top += 20
         for label, frames in videos:
             picks = np.linspace(0, len(frames) - 1, columns).round().astype(int)
-            thumbs.append((label, np.concatenate([thumbnail(frames[i]) for i in picks], axis=1)))
-        width, height = 90 + thumbs[0][1].shape[1], 20 + sum(t.shape[0] + 4 for _, t in thumbs)
-        line = Image.new("RGB", (width, height), "white")
-        draw = ImageDraw.Draw(line)
-        draw.text((4, 1), title, fill="black", font=font)
-        top = 20
-        for label, thumb in thumbs:
-            draw.text((4, top + thumb.shape[0] // 2 - 8), label, fill="black", font=font)
-            line.paste(Image.fromarray(thumb), (90, top))
-            top += thumb.shape[0] + 4
-        lines.append(line)
-    sheet = Image.new("RGB", (max(line.width for line in lines), sum(line.height + 8 for line in lines)), "white")
-    top = 0
-    for line in lines:
-        sheet.paste(line, (0, top))
-        top += line.height + 8
+            strip = Image.fromarray(np.concatenate([thumbnail(frames[i]) for i in picks], axis=1))
+            texts.append(((4, top + strip.height // 2 - 8), label))
+            strips.append((strip, top))
+            top += strip.height + 4
+        top += 8
+    sheet = Image.new("RGB", (90 + max(strip.width for strip, _ in strips), top), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, text in texts:
+        draw.text(place, text, fill="black", font=font)
+    for strip, top in strips:
+        sheet.paste(strip, (90, top))
     return sheet

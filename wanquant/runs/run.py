@@ -64,7 +64,7 @@ def digest(value: Any) -> str:
 
 
 def remove_products(folder: Path, keep: Sequence[str] = ()) -> None:
-    """Removes all that looks like a result, but what is to be kept."""
+    """Removes an earlier run's results and what a killed run left, except the products in ``keep``."""
     summaries = [path for name in SUMMARIES for path in (folder / name, _previous(folder / name))]
     made = [folder / f"{name}{end}" for name in PRODUCTS if name not in keep for end in ("", ".partial")]
     for path in (*summaries, *made, *_unfinished(folder)):
@@ -112,15 +112,10 @@ class Run:
     """One job in its directory. ``stage`` times a part of it; ``finish`` or ``fail`` ends it."""
 
     def __init__(
-        self,
-        folder: Path,
-        job: str,
-        config_yaml: str,
-        names: dict[str, Any] | None = None,
-        keep: Sequence[str] = (),
+        self, folder: Path, job: str, config_yaml: str, names: dict[str, Any] | None = None, keep: Sequence[str] = ()
     ) -> None:
-        """``names`` are those of the model, the quantization and the protection, told even by a run that fails;
-        ``keep`` products of an earlier run that are this one's too."""
+        """``names`` are those of the model, the quantization and the protection, which a failed run's result has too;
+        ``keep`` are products of an earlier run that belong to this one as well."""
         self.folder = folder
         self.job = job
         self.names = names or {}
@@ -156,8 +151,8 @@ class Run:
             with (self.folder / "log.txt").open("a") as log:
                 traceback.print_exception(error, file=log)
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            told = "interrupted" if stopped else f"{type(error).__name__}: {error}"
-            write_result(self.folder, self._full("failed", told, self.names))
+            message = "interrupted" if stopped else f"{type(error).__name__}: {error}"
+            write_result(self.folder, self._full("failed", message, self.names))
         except OSError:
             (self.folder / "result.json").unlink(missing_ok=True)
 
@@ -174,8 +169,8 @@ def failed_result(error: str, job: str = "", names: dict[str, Any] | None = None
 
 
 def write_refusal(folder: Path, job: str, config_yaml: str, names: dict[str, Any], error: str) -> None:
-    """Of a job of a sweep that was refused before it began, so that the sweep's table can tell. An earlier run's
-    result in the folder was put aside by ``refused_leave_no_result``."""
+    """The result of a job of a sweep that was refused before it began, so that the sweep's table has it. An earlier
+    run's result in the folder was put aside by ``refused_leave_no_result``."""
     refuse_foreign(folder)
     write_atomic(folder / "config.yaml", HEADER + config_yaml)
     write_result(folder, failed_result(error, job, names))

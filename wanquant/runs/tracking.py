@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.choices import choice
-from wanquant.runs.reports.sweep_table import cells
 
 
 @dataclass
@@ -22,18 +21,38 @@ class TrackerConfig:
     project: str = "wanquant"
 
 
+@contextmanager
+def _only_warns(consolation: str) -> Iterator[None]:
+    """Whatever a tracker's error is, hours of work are not lost to it."""
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger(__name__).warning("%s, but the tracker failed: %s", consolation, error)
+
+
 def mirror(config: TrackerConfig, folder: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
     """Sends the settings, every metric with its interval, gates, timings, the contact sheet and the
     side-by-side videos of the finished run in ``folder``.
 
     The result is complete before this begins, so a tracker that fails is a warning, not the end of the run.
     """
-    if config.name == "none":
+    if config.name != "none":
+        with _only_warns("the result is complete"), _run(config, folder, result["job"], settings) as run:
+            _send(run, folder, result)
+
+
+def mirror_table(config: TrackerConfig, folder: Path, summary: dict[str, Any]) -> None:
+    """Sends the table of the finished sweep in ``folder``; a tracker that fails is a warning here too."""
+    if config.name == "none" or not summary["rows"]:
         return
-    try:
-        _send(config, folder, settings, result)
-    except Exception as error:  # whatever it is, hours of work are not lost to it
-        logging.getLogger(__name__).warning("the result is complete, but the tracker failed: %s", error)
+    with _only_warns("the table is complete"):
+        import wandb
+
+        from wanquant.runs.reports.sweep_table import cells  # here, since all commands import this module
+
+        heads, rows, floors = cells(summary)
+        with _run(config, folder, "sweep", {"protocol": summary["protocol"]}) as run:
+            run.log({"ranking": wandb.Table(columns=heads, data=[*rows, *floors])})
 
 
 @contextmanager
@@ -81,44 +100,22 @@ def _run(config: TrackerConfig, folder: Path, group: str, settings: dict[str, An
     )
 
 
-def _send(config: TrackerConfig, folder: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
+def _send(run: Any, folder: Path, result: dict[str, Any]) -> None:
     import wandb
 
-    with _run(config, folder, result["job"], settings) as run:
-        for name, metric in result.get("metrics", {}).items():
-            run.summary[name] = {"mean": metric["mean"], "low": metric["ci95"][0], "high": metric["ci95"][1]}
-        for key, entry in result.get("evaluations", {}).items():
-            for name, metric in entry["metrics"].items():
-                low, high = metric["ci95"]
-                run.summary[f"{key}/{name}"] = {"mean": metric["mean"], "low": low, "high": high}
-        for name, gate in result.get("gates", {}).items():
-            run.summary[f"gate/{name}"] = gate["verdict"]
-        run.summary.update({f"seconds/{name}": value for name, value in result["timings"].items()})
-        sheet = folder / "figures" / "contact_sheet.png"
-        if not sheet.is_file():  # an analysis has no videos
-            return
+    judged = {
+        f"{key}/{name}": metric
+        for key, entry in result.get("evaluations", {}).items()
+        for name, metric in entry["metrics"].items()
+    }
+    for name, metric in {**result.get("metrics", {}), **judged}.items():
+        low, high = metric["ci95"]
+        run.summary[name] = {"mean": metric["mean"], "low": low, "high": high}
+    for name, gate in result.get("gates", {}).items():
+        run.summary[f"gate/{name}"] = gate["verdict"]
+    run.summary.update({f"seconds/{name}": value for name, value in result["timings"].items()})
+    sheet = folder / "figures" / "contact_sheet.png"
+    if sheet.is_file():  # an analysis has no videos
         videos = sorted((folder / "videos" / "side_by_side").glob("*.mp4"))
-        run.log(
-            {
-                "contact_sheet": wandb.Image(str(sheet)),
-                **{f"videos/{path.stem}": wandb.Video(str(path), format="mp4") for path in videos},
-            }
-        )
-
-
-def mirror_table(config: TrackerConfig, folder: Path, summary: dict[str, Any]) -> None:
-    """Sends the table of the finished sweep in ``folder``; a tracker that fails is a warning here too."""
-    if config.name == "none" or not summary["rows"]:
-        return
-    try:
-        _send_table(config, folder, summary)
-    except Exception as error:
-        logging.getLogger(__name__).warning("the table is complete, but the tracker failed: %s", error)
-
-
-def _send_table(config: TrackerConfig, folder: Path, summary: dict[str, Any]) -> None:
-    import wandb
-
-    heads, rows, floors = cells(summary)
-    with _run(config, folder, "sweep", {"protocol": summary["protocol"]}) as run:
-        run.log({"ranking": wandb.Table(columns=heads, data=rows + floors)})
+        shown = {f"videos/{path.stem}": wandb.Video(str(path), format="mp4") for path in videos}
+        run.log({"contact_sheet": wandb.Image(str(sheet)), **shown})

@@ -36,6 +36,22 @@ def _axes(height: float, right: float = 0.1, top: float = 0.3) -> tuple[Any, Any
     return figure, axes
 
 
+def _styled(
+    figure: Any, axes: Any, grid: str = "y", minor: bool = False, legend: int = 0, tight: bool = False, **settings: Any
+) -> str:
+    """The figure as SVG, after what most have in common: labels and limits (``settings``), light lines across the axis
+    ``grid``, no frame at the top and the right, and a legend above, of so many columns."""
+    axes.set(**settings)
+    if settings.get("yscale") == "log":
+        _plain_numbers(axes.yaxis)
+    if grid:
+        axes.grid(axis=grid, which="both" if minor else "major", color="#dddddd")
+    if legend:
+        axes.legend(frameon=False, ncols=legend, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure, tight)
+
+
 def block_magnitudes(absmax: Sequence[float | None], protected: Sequence[int]) -> str:
     """A dot a block for the largest activation magnitude behind it, on a log scale; protected ones are diamonds."""
     figure, axes = _axes(2.6)
@@ -45,12 +61,9 @@ def block_magnitudes(absmax: Sequence[float | None], protected: Sequence[int]) -
         blocks = [index for index, value in enumerate(absmax) if (index in protected) == bool(kept) and value]
         values = [absmax[index] for index in blocks]
         axes.plot(blocks, values, marker, color=color, markeredgecolor="black", markersize=5, label=label)
-    axes.set(yscale="log", xlabel="block", ylabel="largest magnitude", xlim=(-0.8, len(absmax) - 0.2))
-    _plain_numbers(axes.yaxis)
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    axes.grid(axis="y", which="both", color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    limits = (-0.8, len(absmax) - 0.2)
+    return _styled(figure, axes, minor=True, yscale="log", xlabel="block", ylabel="largest magnitude", xlim=limits)
 
 
 def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> str:
@@ -60,11 +73,9 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> st
         axes.plot([low, high], [place, place], color=QUANTIZED, linewidth=4, solid_capstyle="butt")
         axes.plot(mean, place, "o", color="black")
         axes.annotate(f"{mean:.2f}", (mean, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-    axes.set(yticks=range(len(rows)), yticklabels=[row[0] for row in reversed(rows)], xlabel=label)
-    axes.set_ylim(-0.6, len(rows) - 0.3)
-    axes.grid(axis="x", color="#dddddd")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    return _svg(figure, tight=True)
+    axes.set(yticks=range(len(rows)), yticklabels=[row[0] for row in reversed(rows)])
+    axes.spines["left"].set_visible(False)
+    return _styled(figure, axes, grid="x", tight=True, xlabel=label, ylim=(-0.6, len(rows) - 0.3))
 
 
 def heatmap(rows: Sequence[Sequence[float | None]], xlabel: str, label: str, log: bool) -> str:
@@ -111,10 +122,8 @@ def zones(rows: Sequence[Sequence[float]]) -> str:
             linewidth=0,
         )  # fmt: skip
         below += values[:, place]
-    axes.set(xlabel="block", ylabel="share of elements", ylim=(0, 1), xlim=(-0.8, len(rows) - 0.2))
-    axes.legend(frameon=False, ncols=6, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    axes.set(ylim=(0, 1), xlim=(-0.8, len(rows) - 0.2))
+    return _styled(figure, axes, grid="", legend=6, xlabel="block", ylabel="share of elements")
 
 
 def by_block(
@@ -129,10 +138,7 @@ def by_block(
         if low is not None and high is not None:
             axes.plot([index, index], [low, high], color=color, linewidth=3, solid_capstyle="butt")
         axes.plot(index, mean, marker, color=color, markeredgecolor="black", markersize=5)
-    axes.set(xlabel="block", ylabel=label, xlim=(-0.8, len(rows) - 0.2))
-    axes.grid(axis="y", color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return _styled(figure, axes, xlabel="block", ylabel=label, xlim=(-0.8, len(rows) - 0.2))
 
 
 def pareto(rows: Sequence[tuple[str, float, float, float, float]], label: str) -> str:
@@ -148,13 +154,10 @@ def pareto(rows: Sequence[tuple[str, float, float, float, float]], label: str) -
         axes.annotate(str(number), (share, mean), (6, -3), textcoords="offset points", fontsize=8)
     line = sorted((row[1], row[2]) for row in best)
     axes.plot([x for x, _ in line], [y for _, y in line], color=PROTECTED, linewidth=1, linestyle="--")
-    axes.set(xlabel="share of the linears' FLOPs quantized", ylabel=label)
     from matplotlib.ticker import PercentFormatter
 
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return _styled(figure, axes, grid="both", xlabel="share of the linears' FLOPs quantized", ylabel=label)
 
 
 def _beats(ours: tuple[str, float, float, float, float], theirs: tuple[str, float, float, float, float]) -> bool:
@@ -191,14 +194,8 @@ def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float | None]], la
     looks = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("-", "--", ":", "-."), strict=True)
     for (name, values), (color, dashes) in zip(lines.items(), looks, strict=False):
         axes.plot(steps, np.array(values, float), dashes, color=color, linewidth=1.2, label=name)
-    axes.set(xlabel="step", ylabel=label, yscale="log" if log else "linear")
-    if log:
-        _plain_numbers(axes.yaxis)
-    if len(lines) > 1:
-        axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
-    axes.grid(color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    scale, legend = "log" if log else "linear", 4 if len(lines) > 1 else 0
+    return _styled(figure, axes, grid="both", legend=legend, xlabel="step", ylabel=label, yscale=scale)
 
 
 def before_after(rows: Sequence[tuple[int, float, float]], label: str) -> str:
@@ -208,12 +205,7 @@ def before_after(rows: Sequence[tuple[int, float, float]], label: str) -> str:
         axes.plot([block, block], [before, after], color=QUANTIZED, linewidth=2)
         axes.plot(block, before, "o", color="white", markeredgecolor="black", label=None if place else "before")
         axes.plot(block, after, "o", color="black", label=None if place else "after")
-    axes.set(xlabel="block", ylabel=label, yscale="log")
-    _plain_numbers(axes.yaxis)
-    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
-    axes.grid(axis="y", color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return _styled(figure, axes, legend=2, xlabel="block", ylabel=label, yscale="log")
 
 
 def _plain_numbers(axis: Any) -> None:
