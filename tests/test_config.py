@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from wanquant.choices import check_choices
 from wanquant.config import CONF, name_after_overrides
 from wanquant.evaluate.config import EvaluateConfig
+from wanquant.evaluate.judges.vbench import DIMENSIONS, check_dimensions
 from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
-from wanquant.evaluate.vbench import DIMENSIONS, check_dimensions
 from wanquant.ptq.config import PTQConfig
 from wanquant.qat.check import resolve_train
 from wanquant.qat.config import TrainConfig

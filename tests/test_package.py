@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import wanquant
-from wanquant.evaluate import vbench
+from wanquant.evaluate.judges import vbench
 
 
 def imported_by(statement: str) -> set[str]:

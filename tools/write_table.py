@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.evaluate.stats import Item, compared, difference
-from wanquant.evaluate.sweep import METRIC, jobs_of, summarize
+from wanquant.evaluate.sweep.summary import METRIC, jobs_of, summarize
 from wanquant.runs.analysis_report import short
 from wanquant.runs.estimates import estimate_text
 from wanquant.runs.files import write_atomic

@@ -192,8 +192,8 @@ def _announce(program: str, which: str, folder: Path, dry_run: bool, several: bo
 def end_sweep() -> bool:
     """Draws the sweep's report and sends its table to the tracker; True if no job failed and none is missing."""
     assert Watch.sweep is not None
-    from wanquant.evaluate.sweep import results_of
-    from wanquant.evaluate.tables import report, text
+    from wanquant.evaluate.sweep.summary import results_of
+    from wanquant.evaluate.sweep.tables import report, text
 
     try:
         summary = report(Watch.sweep)

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("dimensions", nargs="*", help="of these dimensions of VBench, or lpips (default: all)")
     args = parser.parse_args()
     cli.announce("doctor")
-    from wanquant.evaluate.examine import examine, fetch
+    from wanquant.evaluate.judges.examine import examine, fetch
 
     try:
         if args.command == "fetch":

@@ -20,8 +20,8 @@ def main() -> None:
     parser.add_argument("--margin", type=float, help="dB within which two are equivalent (default: 1)")
     args = parser.parse_args()
     cli.announce("report", str(args.sweep))
-    from wanquant.evaluate.sweep import MARGIN
-    from wanquant.evaluate.tables import report, text
+    from wanquant.evaluate.sweep.summary import MARGIN
+    from wanquant.evaluate.sweep.tables import report, text
 
     try:
         print(text(report(args.sweep, args.reference, MARGIN if args.margin is None else args.margin), args.sweep))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanquant.evaluate import vbench, weights
+from wanquant.evaluate.judges import vbench, weights
 
 #: As facebookresearch/dino's own: an entry point that torch.hub calls, which fetches its weights by torch.hub.
 HUBCONF = f'''

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import DECORD
-from wanquant.evaluate import frames
+from wanquant.evaluate.judges import frames
 from wanquant.runs import pictures
 
 #: Sizes that are no multiple of the codec's blocks, and a video of one frame.
@@ -69,7 +69,7 @@ class Hide:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Hide())
-from wanquant.evaluate.frames import stand_in
+from wanquant.evaluate.judges.frames import stand_in
 """
 
 

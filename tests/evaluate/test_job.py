@@ -18,8 +18,8 @@ from tests import forked
 from tests.jobs import CACHE, QUICK, ROOT, TWO, ptq, run, short
 from wanquant.evaluate import evaluation
 from wanquant.evaluate.compare import of_pair
-from wanquant.evaluate.judging import merged
-from wanquant.evaluate.sweep import summarize
+from wanquant.evaluate.judges.judging import merged
+from wanquant.evaluate.sweep.summary import summarize
 from wanquant.runs import pictures
 from wanquant.runs.run import digest, read_result
 

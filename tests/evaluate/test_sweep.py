@@ -12,7 +12,7 @@ import pytest
 
 from tests.evaluate.results import METRIC, metric, named, shifted, sweep
 from wanquant.evaluate.stats import Estimate, Item, compared, difference
-from wanquant.evaluate.sweep import pairs_needed, summarize, verdict
+from wanquant.evaluate.sweep.summary import pairs_needed, summarize, verdict
 from wanquant.runs.run import Run, clean_json, failed_result
 from wanquant.runs.sweep_table import MANY_PAIRS
 

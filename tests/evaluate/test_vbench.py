@@ -16,8 +16,8 @@ import torch
 from tests import forked
 from tests.conftest import DECORD
 from tests.evaluate import judges
-from wanquant.evaluate import frames, vbench, weights
-from wanquant.evaluate.vbench import Clip, clip_of
+from wanquant.evaluate.judges import frames, vbench, weights
+from wanquant.evaluate.judges.vbench import Clip, clip_of
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cache
 

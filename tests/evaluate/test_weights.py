@@ -11,8 +11,9 @@ import torch
 
 from tests import forked
 from tests.evaluate import judges
-from wanquant.evaluate import examine, fidelity, perceptual, weights
-from wanquant.evaluate.weights import Weight
+from wanquant.evaluate import fidelity
+from wanquant.evaluate.judges import examine, perceptual, weights
+from wanquant.evaluate.judges.weights import Weight
 
 
 @pytest.fixture(autouse=True)

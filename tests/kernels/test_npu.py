@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.kernels.inputs import WIDE, assert_same_bits
-from wanquant.evaluate.examine import chip_lines
+from wanquant.evaluate.judges.examine import chip_lines
 from wanquant.kernels import check_native, eager, npu
 
 CPU = torch.device("cpu")

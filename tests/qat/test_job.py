@@ -23,7 +23,7 @@ from tests.qat.short import overrides, result_of, train
 from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.evaluate.stats import Item, compared
-from wanquant.evaluate.sweep import summarize
+from wanquant.evaluate.sweep.summary import summarize
 from wanquant.qat.data import read_list
 from wanquant.qat.job import verdict_of
 from wanquant.runs.training_report import drift_table

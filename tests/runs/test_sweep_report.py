@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from tests.evaluate.results import METRIC, named, shifted, sweep
-from wanquant.evaluate import tables as report
-from wanquant.evaluate.sweep import summarize
+from wanquant.evaluate.sweep import tables as report
+from wanquant.evaluate.sweep.summary import summarize
 from wanquant.runs import pictures, sweep_table
 from wanquant.runs.estimates import estimate_text
 from wanquant.runs.run import Run

@@ -20,7 +20,7 @@ import math
 import numpy as np
 import torch
 
-from wanquant.evaluate.perceptual import Distance
+from wanquant.evaluate.judges.perceptual import Distance
 from wanquant.wan.generate import Sample
 
 #: Decibels reported at most, and for two that are equal, whose ratio is infinite: means need a number.

@@ -20,7 +20,7 @@ import torch
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.job import evaluate_run, note_not_judged
-from wanquant.evaluate.perceptual import distance
+from wanquant.evaluate.judges.perceptual import distance
 from wanquant.evaluate.stats import ENOUGH_PAIRS, estimate
 from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze

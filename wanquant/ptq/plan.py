@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from wanquant.choices import check_choices
-from wanquant.evaluate import perceptual, vbench
-from wanquant.evaluate.check import check_eval
 from wanquant.evaluate.config import EvalConfig
+from wanquant.evaluate.judges import perceptual, vbench
+from wanquant.evaluate.plan import check_eval
 from wanquant.evaluate.prompts import PromptsConfig, following, pairs, settled
 from wanquant.ptq.config import AnalysisConfig, ConvertConfig, PTQConfig
 from wanquant.ptq.protect import GREEDY, MEASURES, ProtectConfig, by_rule, check_protect

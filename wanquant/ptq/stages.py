@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from wanquant.evaluate.compare import of_pair
-from wanquant.evaluate.perceptual import distance
+from wanquant.evaluate.judges.perceptual import distance
 from wanquant.ptq.plan import PTQPlan
 from wanquant.quant import quantize_
 from wanquant.quant.observe import Observer

@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.perceptual import distance
+from wanquant.evaluate.judges.perceptual import distance
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference, estimate
 from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.choose import Choice, choose

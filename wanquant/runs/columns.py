@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 FIDELITY = (("latent_sqnr", "latent SQNR", "dB"), ("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""))
-#: How the error looks.
-FURTHER = (
+#: How the error looks; ``wanquant.evaluate.compare.register_metric`` appends to it.
+FURTHER = [
     ("error_flicker", "error flicker", ""),
     ("motion_energy", "motion energy", "dB"),
     ("color_mean", "colour mean", "levels"),
     ("color_spread", "colour spread", "levels"),
     ("color_histogram", "colour histogram", "levels"),
     ("lpips", "LPIPS", ""),
-)
+]
 FLOORS = (
     ("", "quantized"),
     ("floor_ulp.", "BF16, noise perturbed by 1 ulp"),

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wanquant.evaluate.ladder import ladder
 from wanquant.evaluate.stats import Estimate, Item, compared, difference
+from wanquant.evaluate.sweep.ladder import ladder
 from wanquant.runs.run import SCHEMA, clean_json, failed_result, read_result
 from wanquant.runs.sweep_table import MANY_PAIRS
 

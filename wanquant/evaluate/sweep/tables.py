@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wanquant.evaluate.sweep import MARGIN, summarize
+from wanquant.evaluate.sweep.summary import MARGIN, summarize
 from wanquant.runs.sweep_report import write_sweep
 from wanquant.runs.sweep_table import OVER_UNTRAINED, SINGLE_STEPS, cells, vbench_cells
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from wanquant.evaluate import vbench, weights
+from wanquant.evaluate.judges import vbench, weights
 from wanquant.kernels import npu
 from wanquant.runs.signature import installed
 from wanquant.wan.device import DEVICES, pick_device

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from wanquant.choices import mistaken
-from wanquant.evaluate import weights
 from wanquant.evaluate.config import LPIPS
+from wanquant.evaluate.judges import weights
 
 #: Two videos [frames, height, width, 3] in 0..1 to their mean distance over frames.
 Distance = Callable[[np.ndarray, np.ndarray], float]

@@ -32,8 +32,8 @@ from typing import Any
 import av
 import torch
 
-from wanquant.evaluate import weights
-from wanquant.evaluate.frames import stand_in, stands_in
+from wanquant.evaluate.judges import weights
+from wanquant.evaluate.judges.frames import stand_in, stands_in
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.run import digest

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from wanquant.evaluate import vbench
 from wanquant.evaluate.compare import with_differences
 from wanquant.evaluate.config import EvalConfig
+from wanquant.evaluate.judges import vbench
 from wanquant.evaluate.prompts import following, official_prompts
 from wanquant.evaluate.stats import Item, difference
 from wanquant.runs.cache import Cache
