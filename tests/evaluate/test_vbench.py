@@ -124,11 +124,6 @@ def test_what_raft_and_umt_have_nothing_to_say_on(tmp_path: Path) -> None:
         assert bool(flow.isnan().all()) is broken
 
 
-def test_devices_are_strings_without_a_number() -> None:
-    assert vbench.device_name(torch.device("cpu")) == "cpu"
-    assert vbench.device_name(torch.device("cuda", 1)) == "cuda"
-
-
 def test_bad_videos(tmp_path: Path) -> None:
     (tmp_path / "no.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"cannot read the video .*no\.mp4"):

@@ -55,8 +55,8 @@ class Dimension:
 
 
 DIMENSIONS = {
-    dimension.name: dimension
-    for dimension in (
+    each.name: each
+    for each in (
         Dimension("subject_consistency", "DINO features of the frames alike"),
         Dimension("background_consistency", "CLIP features of the frames alike"),
         Dimension("temporal_flickering", "1 less the mean change from frame to frame"),
@@ -192,12 +192,6 @@ def refuse_pointless(names: Sequence[str], prompts: Sequence[str], side: int) ->
         raise ValueError("; ".join(f"{name}: {why_not(name, clips[0])}" for name in names))
 
 
-def device_name(device: torch.device) -> str:
-    """As VBench wants it: a string, and for CUDA without a number, because motion_smoothness compares it with "cuda"
-    to learn whether it has to spare memory. The card is the current one."""
-    return device.type
-
-
 def score(
     dimension: str,
     clips: Sequence[Clip],
@@ -223,9 +217,9 @@ def score(
     by_name = dict(zip(names, clips, strict=True))
     cells = kept.cells("vbench", signature(counted, "", device, rooms=()))
     known: dict[str, Any] = {name: cells.get(name) for name in by_name}
-    if None not in known.values():
-        return [known[name] for name in names]
     missing = list(known.values()).count(None)
+    if not missing:
+        return [known[name] for name in names]
     with progress(" ".join((dimension, side)).strip(), missing, "video") as tick:
 
         def measure(chunk: list[str]) -> list[Any]:
@@ -262,7 +256,12 @@ def _evaluate(dimension: str, clips: Sequence[Clip], device: torch.device, offic
     with tempfile.TemporaryDirectory() as scratch, _quietly():
         videos = Path(scratch) / "videos"
         videos.mkdir()
-        named = {_file_name(dimension, place, clip, official): clip for place, clip in enumerate(clips)}
+        # The standard's names where VBench reads something out of them.
+        standard = official or dimension == "human_action"
+        named = {
+            f"{clip.prompt}-{clip.seed}.mp4" if standard else f"{place:05d}.mp4": clip
+            for place, clip in enumerate(clips)
+        }
         assert len(named) == len(clips)
         for name, clip in named.items():
             (videos / name).symlink_to(clip.path.resolve())
@@ -270,7 +269,8 @@ def _evaluate(dimension: str, clips: Sequence[Clip], device: torch.device, offic
         if not official:
             how["prompt_list"] = {name: clip.prompt for name, clip in named.items()}
         try:
-            judge = VBench(device_name(device), str(package / "VBench_full_info.json"), scratch)
+            # Without a number: motion_smoothness compares with "cuda" to learn whether it has to spare memory.
+            judge = VBench(device.type, str(package / "VBench_full_info.json"), scratch)
             judge.evaluate(str(videos), "run", dimension_list=[dimension], local=True, read_frame=False, **how)
         except Exception as error:
             raise ValueError(f"VBench's {dimension} failed: {_told(error)}") from error
@@ -281,13 +281,6 @@ def _evaluate(dimension: str, clips: Sequence[Clip], device: torch.device, offic
         if value is None or not math.isfinite(value):
             raise ValueError(f"VBench's {dimension} gives {'no score' if value is None else value} for {clip.path}")
     return [float(found[name]) for name in named]
-
-
-def _file_name(dimension: str, place: int, clip: Clip, official: bool) -> str:
-    """The standard's, ``prompt-seed.mp4``, where VBench reads something out of it."""
-    if official or dimension == "human_action":
-        return f"{clip.prompt}-{clip.seed}.mp4"
-    return f"{place:05d}.mp4"
 
 
 @contextmanager

@@ -15,21 +15,13 @@ from typing import Any
 
 from wanquant.evaluate.stats import Estimate, Item, compared, difference
 from wanquant.evaluate.sweep.ladder import ladder
+from wanquant.evaluate.sweep.names import VARIED, names_of, pick, refuse_incomparable, varied
 from wanquant.runs.run import SCHEMA, clean_json, failed_result, read_result
 from wanquant.runs.sweep_table import MANY_PAIRS
 
 #: By which configurations are ranked, in dB, and the difference in it that is called none.
 METRIC, MARGIN = "latent_sqnr", 1.0
-#: What a sweep may vary, and by what its runs are equal otherwise.
-VARIED = {"quant": ("quant",), "protect": ("protect.blocks", "protect.modules"), "qat": ("qat",)}
-#: What runs must share to stand in one table.
-SAME = (
-    *("mode", "demonstration", "generation", "model.fingerprint", "model.outliers", "model.octaves"),
-    *("calibration.videos", "calibration.input_absmax"),
-    *(f"provenance.{key}" for key in ("prompts", "seeds", "packages", "device", "threads", "instructions", "version")),
-    *("provenance.bf16_products", "provenance.device_name"),
-)
-#: What they should share; if they do not, it is said.
+#: What runs should share; if they do not, it is said.
 SHOULD_SAME = ("provenance.git_commit", "provenance.dirty")
 
 
@@ -60,49 +52,50 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
 
     ``reference`` is the name of the configuration the others are compared with, the first one unless told otherwise.
     """
-    done: list[tuple[int, dict[str, Any]]] = []
-    failed, unfinished = [], []
-    for job, result in ((int(folder.name), _result(folder)) for folder in jobs_of(sweep)):
-        if result["status"] == "ok":
-            done.append((job, result))
-        elif result["status"] == "failed":
-            failed.append({"job": job, "name": _told_name(result), "error": result["error"]})
-        else:
-            unfinished.append(job)
-    summary: dict[str, Any] = {"schema": SCHEMA, "sweep": sweep.name, "failed": failed, "unfinished": unfinished}
+    found = {int(folder.name): _result(folder) for folder in jobs_of(sweep)}
+    done = {job: result for job, result in found.items() if result["status"] == "ok"}
+    lost = {job: result for job, result in found.items() if result["status"] == "failed"}
+    summary = {
+        "schema": SCHEMA,
+        "sweep": sweep.name,
+        "failed": [{"job": job, "name": _told_name(each), "error": each["error"]} for job, each in lost.items()],
+        "unfinished": [job for job in found if job not in done and job not in lost],
+    }
     if not done:
         return {**summary, "rows": []}
-    results = [result for _, result in done]
+    results = list(done.values())
     if any(result.get("mode") != "quantize" for result in results):
         raise ValueError(f"{sweep} holds analyses, of which each has its own report")
-    refuse_incomparable([(sweep / str(job), result) for job, result in done])
+    refuse_incomparable([(sweep / str(job), result) for job, result in done.items()])
     names = names_of(results)
-    chosen = reference is not None
-    reference = names[0] if reference is None else reference
-    if reference not in names:
+    if reference is not None and reference not in names:
         raise ValueError(f"no configuration is named {reference}: choose {', '.join(names)}")
-    rows = [_row(job, name, result, len(done)) for name, (job, result) in zip(names, done, strict=True)]
-    _compare(rows, [_items(result) for result in results], names.index(reference), margin)
-    _compare_judged(rows, names.index(reference))
+    chosen = names[0] if reference is None else reference
+    rows = [_row(job, name, result, len(done)) for name, (job, result) in zip(names, done.items(), strict=True)]
+    _compare(rows, names.index(chosen), margin)
     if results[0]["demonstration"]:
-        for row in rows:
-            row["rank"] = None
-            if row["verdict"] not in ("reference", "broken", "collapsed"):
-                row["verdict"] = "too few pairs"
+        _without_verdicts(rows)
     rows.sort(key=lambda row: (row["rank"] is not None, _mean(row)), reverse=True)
-    not_judged = [(job, result["not_judged"]) for job, result in done if result.get("not_judged")]
-    found = {
-        **summary,
+    cautions = _cautions(results, rows, chosen)
+    earlier = [job for job in lost if job < min(done)]
+    if reference is None and earlier:
+        cautions.append(f"job {earlier[0]} failed, so the others are compared with {chosen}")
+    plain: dict[str, Any] = clean_json({**summary, **_whole(done, rows, chosen, margin, cautions)})
+    return plain
+
+
+def _whole(
+    done: dict[int, dict[str, Any]], rows: list[dict[str, Any]], reference: str, margin: float, cautions: list[str]
+) -> dict[str, Any]:
+    results = list(done.values())
+    not_judged = [(job, result["not_judged"]) for job, result in done.items() if result.get("not_judged")]
+    return {
         "by": varied(results),
         "metric": METRIC,
         "reference": reference,
         "margin": margin,
         "demonstration": results[0]["demonstration"],
-        "cautions": [
-            *_cautions(results, rows, reference),
-            *([] if chosen else _without_first(failed, done, reference)),
-            *(f"job {job} was not judged: {error}" for job, error in not_judged),
-        ],
+        "cautions": [*cautions, *(f"job {job} was not judged: {error}" for job, error in not_judged)],
         "rows": rows,
         "floors": {prefix: _floor(results[0], prefix) for prefix in ("floor_ulp.", "floor_seed.", "bf16.")},
         "pairs": results[0]["metrics"][METRIC]["n"],
@@ -111,86 +104,24 @@ def summarize(sweep: Path, reference: str | None = None, margin: float = MARGIN)
         "not_judged": not_judged,
         "protocol": _protocol(results),
     }
-    plain: dict[str, Any] = clean_json(found)
-    return plain
-
-
-def varied(results: Sequence[dict[str, Any]]) -> list[str]:
-    """The groups in which the runs differ by name; the protection if in none."""
-    found = [group for group in VARIED if len({pick(result, f"{group}.name") or "" for result in results}) > 1]
-    return found or ["protect"]
-
-
-def names_of(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What tells the runs apart: the names of the groups in which they differ, and where those are the same the
-    settings that are not (``distill, qat.lr=0.0001``); ``ValueError`` if nothing does."""
-    groups = varied(results)
-    parts = [[result[group]["name"] for group in groups] for result in results]
-    for group in VARIED:
-        settings = [_settings(result, group) for result in results]
-        told = [str(pick(result, f"{group}.name")) for result in results]
-        whole = [", ".join(part) for part in parts]
-        for key in sorted({key for each in settings for key in each}):
-            for place, each in enumerate(settings):
-                alike = [
-                    settings[other].get(key)
-                    for other in range(len(results))
-                    if told[other] == told[place] and (group not in groups or whole[other] == whole[place])
-                ]
-                if any(value != each.get(key) for value in alike):
-                    parts[place].append(f"{key}={each.get(key)}")
-    names = [", ".join(part) for part in parts]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"the sweep holds two runs of {twice[0]}")
-    return names
-
-
-def _settings(result: dict[str, Any], group: str) -> dict[str, Any]:
-    """All that can be set in a group, by its whole key; what only names it left out."""
-    found: dict[str, Any] = {}
-
-    def note(key: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                if name not in ("name", "by_language"):
-                    note(f"{key}.{name}", inner)
-        else:
-            found[key] = value
-
-    for path in VARIED[group]:
-        note(path, pick(result, path))
-    return found
-
-
-def refuse_incomparable(runs: Sequence[tuple[Path, dict[str, Any]]]) -> None:
-    """``ValueError`` names what keeps two runs from standing in one table."""
-    first_folder, first = runs[0]
-    for folder, result in runs[1:]:
-        for path in SAME:
-            if pick(result, path) != pick(first, path):
-                raise ValueError(f"{folder} differs from {first_folder} in {path}: not one table")
-
-
-def pick(result: dict[str, Any], path: str) -> Any:
-    for key in path.split("."):
-        result = result.get(key, {})
-    return result
 
 
 def _row(job: int, name: str, result: dict[str, Any], runs: int) -> dict[str, Any]:
     protect = result["protect"]
+    # With what an evaluation of the run's own prompts has added, and the noise of the blocks alone.
+    metrics = {**result["metrics"], **pick(result, "evaluations.own.metrics")}
+    metrics |= {"block_sqnr": result["block_sqnr"]} if result.get("block_sqnr") else {}
     return {
         "job": job,
         "name": name,
         "quant": {key: result["quant"][key] for key in ("name", "format", "weights", "activations", "smoothing")},
         "protect": {key: protect[key] for key in ("name", "blocks", "modules", "fraction_of_flops_quantized")},
         "converted": result["conversion"]["converted"],
-        "batch": _batch(result),
+        "batch": min(int(result["model"]["batch"]), int(result["metrics"][METRIC]["n"])),  # denoised at a time
         "gates_failed": [gate for gate, found in result["gates"].items() if found["verdict"] == "fail"],
         "gates": result["gates"],
-        "metrics": {key: value for key, value in _metrics(result).items() if not key.startswith(("floor_", "bf16."))},
-        "vbench": result.get("evaluations", {}).get("own", {}).get("vbench", {}),
+        "metrics": {key: value for key, value in metrics.items() if not key.startswith(("floor_", "bf16."))},
+        "vbench": pick(result, "evaluations.own.vbench"),
         "seconds": result["timings"]["total"],
         "over_untrained": _over_untrained(result, runs),
     }
@@ -200,100 +131,54 @@ def _over_untrained(result: dict[str, Any], runs: int) -> dict[str, Any] | None:
     """Of a training: its difference from its baseline, its interval for as many comparisons as there are runs."""
     if METRIC not in result.get("over_untrained", {}):
         return None
-    found = {
-        name: compared([_item(item) for item in result["over_untrained"][name]["per_item"]], runs)
-        for name in (METRIC, "step_sqnr")
-    }
+    found = {name: compared(_items(result["over_untrained"][name]), runs) for name in (METRIC, "step_sqnr")}
     told = "too few pairs" if result["demonstration"] else verdict(found[METRIC], 0.0)
     return {name: _without_items(value.as_json()) for name, value in found.items()} | {"verdict": told}
 
 
-def _metrics(result: dict[str, Any]) -> dict[str, Any]:
-    """And what an evaluation of the run's own prompts has added, and the noise of the blocks alone."""
-    own = result.get("evaluations", {}).get("own", {}).get("metrics", {})
-    alone = {"block_sqnr": result["block_sqnr"]} if result.get("block_sqnr") else {}
-    return {**result["metrics"], **own, **alone}
-
-
-def _mean(row: dict[str, Any]) -> float:
-    mean = row["metrics"][METRIC]["mean"]
-    return -math.inf if mean is None else float(mean)
-
-
-def _batch(result: dict[str, Any]) -> int:
-    """Videos denoised at a time."""
-    return min(int(result["model"]["batch"]), int(result["metrics"][METRIC]["n"]))
-
-
-def _item(item: dict[str, Any]) -> Item:
-    """What is not finite is null in JSON."""
-    return Item(**{**item, "value": math.nan if item["value"] is None else item["value"]})
-
-
-def _items(result: dict[str, Any]) -> list[Item] | None:
-    """The pairs' values of the ranked metric; None where one is not finite."""
-    items = [Item(**item) for item in result["metrics"][METRIC]["per_item"]]
-    return None if any(item.value is None for item in items) else items
-
-
-def _compare(rows: list[dict[str, Any]], items: list[list[Item] | None], reference: int, margin: float) -> None:
-    """Adds to each row its difference from the reference, a verdict, the pairs it would take, and its rank. What is
-    broken or has collapsed has no rank, whatever its average, and takes nobody else's place."""
-    for place, row in enumerate(rows):
-        if place == reference:
+def _compare(rows: list[dict[str, Any]], reference: int, margin: float) -> None:
+    """Adds to each row its difference from the reference, a verdict, the pairs it would take, its rank, and what VBench
+    differs by. What is broken or has collapsed has no rank, whatever its average, and takes nobody else's place."""
+    items = [_items(row["metrics"][METRIC]) for row in rows]
+    for row, ours in zip(rows, items, strict=True):
+        if row is rows[reference]:
             row |= {"difference": None, "verdict": "reference", "pairs_needed": None}
             continue
-        found = _between(items[place], items[reference], len(rows) - 1)
-        row["difference"] = None if found is None else _without_items(found.as_json())
-        row["pairs_needed"] = None if found is None else pairs_needed(found)
-        row["verdict"] = "broken" if found is None else "collapsed" if row["gates_failed"] else verdict(found, margin)
-    sound = [place for place, row in enumerate(rows) if items[place] is not None and not row["gates_failed"]]
+        found = compared(difference(ours, items[reference]), len(rows) - 1)
+        broken = math.isnan(found.mean)
+        row["difference"] = None if broken else _without_items(found.as_json())
+        row["pairs_needed"] = pairs_needed(found)
+        row["verdict"] = "broken" if broken else "collapsed" if row["gates_failed"] else verdict(found, margin)
+    sound = [place for place, row in enumerate(rows) if _mean(row) > -math.inf and not row["gates_failed"]]
     for place, row in enumerate(rows):
-        row["rank"] = _rank(place, sound, items) if place in sound else None
-
-
-def _compare_judged(rows: list[dict[str, Any]], reference: int) -> None:
-    """Adds to each row, under ``judged``, what VBench's scores differ by from the reference's, pair by pair; None for
-    the reference itself, and where the pairs are not the same."""
+        row["rank"] = _rank(items[place], [items[other] for other in sound]) if place in sound else None
     for row in rows:
-        row["judged"] = {}
-        for name in (name for name in row["metrics"] if name.startswith("vbench.")):
-            row["judged"][name] = None
-            sides = [_judged_items(other, name) for other in (row, rows[reference])]
-            same = [{(item.prompt, item.seed) for item in items} for items in sides]
-            if row is not rows[reference] and same[0] == same[1]:
-                row["judged"][name] = _without_items(compared(difference(*sides), len(rows) - 1).as_json())
+        names = [name for name in row["metrics"] if name.startswith("vbench.")]
+        row["judged"] = {name: _judged(row, rows[reference], name, len(rows) - 1) for name in names}
 
 
-def _judged_floors(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of VBench: of BF16, which is the same in all runs, and of its noise floors."""
-    found: dict[str, Any] = {}
-    for result in results:
-        own = result.get("evaluations", {}).get("own", {}).get("metrics", {})
-        names = [name for name in own if name.startswith(("bf16.vbench.", "floor_"))]
-        found |= {name: _without_items(own[name]) for name in names if "vbench." in name and name not in found}
-    return found
-
-
-def _judged_items(row: dict[str, Any], name: str) -> list[Item]:
-    return [Item(**item) for item in row["metrics"].get(name, {"per_item": []})["per_item"]]
-
-
-def _rank(place: int, sound: Sequence[int], items: list[list[Item] | None]) -> list[int]:
+def _rank(ours: list[Item], sound: Sequence[list[Item]]) -> list[int]:
     """The places no comparison rules out."""
-    above = below = 0
-    for other in sound:
-        if other != place:
-            found = _between(items[place], items[other], len(sound) * (len(sound) - 1) // 2)
-            above += found is not None and found.high < 0
-            below += found is not None and found.low > 0
-    return [1 + above, len(sound) - below]
+    count = len(sound) * (len(sound) - 1) // 2
+    found = [compared(difference(ours, theirs), count) for theirs in sound if theirs is not ours]
+    return [1 + sum(each.high < 0 for each in found), len(sound) - sum(each.low > 0 for each in found)]
 
 
-def _between(ours: list[Item] | None, theirs: list[Item] | None, comparisons: int) -> Estimate | None:
-    if ours is None or theirs is None:
+def _judged(row: dict[str, Any], reference: dict[str, Any], name: str, comparisons: int) -> dict[str, Any] | None:
+    """What a score of VBench's differs by from the reference's, pair by pair; None for the reference itself, and where
+    the pairs are not the same."""
+    ours, theirs = (_items(each["metrics"].get(name, {"per_item": []})) for each in (row, reference))
+    if row is reference or {(i.prompt, i.seed) for i in ours} != {(i.prompt, i.seed) for i in theirs}:
         return None
-    return compared(difference(ours, theirs), comparisons)
+    return _without_items(compared(difference(ours, theirs), comparisons).as_json())
+
+
+def _without_verdicts(rows: list[dict[str, Any]]) -> None:
+    """Of a demonstration."""
+    for row in rows:
+        row["rank"] = None
+        if row["verdict"] not in ("reference", "broken", "collapsed"):
+            row["verdict"] = "too few pairs"
 
 
 def verdict(found: Estimate, margin: float) -> str:
@@ -319,12 +204,18 @@ def pairs_needed(found: Estimate) -> int | None:
 
 
 def _cautions(results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], reference: str) -> list[str]:
-    texts = [f"{row['name']} collapsed, and is what the others are compared with" for row in rows
-             if row["name"] == reference and row["gates_failed"]]  # fmt: skip
+    collapsed = [row["name"] for row in rows if row["name"] == reference and row["gates_failed"]]
+    texts = [f"{name} collapsed, and is what the others are compared with" for name in collapsed]
     if results[0]["demonstration"]:
         count = results[0]["metrics"][METRIC]["n"]
         texts.append(f"{count} (prompt, seed) pairs are a demonstration, compare nothing by them")
-    texts += _judged_otherwise([row["vbench"] for row in rows if row["vbench"]])
+    told = [row["vbench"] for row in rows if row["vbench"]]
+    for key in ("version", "foreign_weights", "reader", "device"):
+        if len({str(each[key]) for each in told}) > 1:
+            texts.append(f"VBench did not judge all runs by the same {key.replace('_', ' ')}")
+    sums = {(name, sum_) for each in told for name, sum_ in each["weights"].items()}
+    if len(sums) > len({name for name, _ in sums}):
+        texts.append("VBench did not judge all runs by the same weights")
     for path in SHOULD_SAME:
         values = {str(pick(result, path)) for result in results}
         if len(values) > 1:
@@ -334,27 +225,8 @@ def _cautions(results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]],
     return texts
 
 
-def _judged_otherwise(told: Sequence[dict[str, Any]]) -> list[str]:
-    """Where VBench did not judge all runs alike."""
-    texts = []
-    for key in ("version", "foreign_weights", "reader", "device"):
-        if len({str(each[key]) for each in told}) > 1:
-            texts.append(f"VBench did not judge all runs by the same {key.replace('_', ' ')}")
-    sums = {(name, sum_) for each in told for name, sum_ in each["weights"].items()}
-    if len(sums) > len({name for name, _ in sums}):
-        texts.append("VBench did not judge all runs by the same weights")
-    return texts
-
-
-def _without_first(failed: list[dict[str, Any]], done: list[tuple[int, dict[str, Any]]], reference: str) -> list[str]:
-    first = done[0][0]
-    lost = [job["job"] for job in failed if job["job"] < first]
-    return [f"job {lost[0]} failed, so the others are compared with {reference}"] if lost else []
-
-
 def _protocol(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = results[0]
-    made = first["provenance"]
     return {
         "model": first["model"]["name"],
         "fingerprint": first["model"]["fingerprint"],
@@ -362,13 +234,34 @@ def _protocol(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{group: first[group]["name"] for group in VARIED if group in first and group not in varied(results)},
         "generation": first["generation"],
         "calibration_videos": first["calibration"]["videos"],
-        "made": made,
+        "made": first["provenance"],
     }
 
 
 def _floor(result: dict[str, Any], prefix: str) -> dict[str, Any]:
     metrics = result["metrics"]
     return {key[len(prefix) :]: _without_items(metrics[key]) for key in metrics if key.startswith(prefix)}
+
+
+def _judged_floors(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of VBench: of BF16, which is the same in all runs, and of its noise floors."""
+    found: dict[str, Any] = {}
+    for result in results:
+        for name, metric in pick(result, "evaluations.own.metrics").items():
+            if name.startswith(("bf16.vbench.", "floor_")) and "vbench." in name:
+                found.setdefault(name, _without_items(metric))
+    return found
+
+
+def _mean(row: dict[str, Any]) -> float:
+    mean = row["metrics"][METRIC]["mean"]
+    return -math.inf if mean is None else float(mean)
+
+
+def _items(metric: dict[str, Any]) -> list[Item]:
+    """What is not finite is null in JSON."""
+    return [Item(**{**item, "value": math.nan if item["value"] is None else item["value"]})
+            for item in metric["per_item"]]  # fmt: skip
 
 
 def _without_items(metric: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from wanquant.evaluate.sweep.summary import MARGIN, summarize
 from wanquant.runs.sweep_report import write_sweep
 from wanquant.runs.sweep_table import OVER_UNTRAINED, SINGLE_STEPS, cells, vbench_cells
 
+#: Columns that the terminal shows, besides the first two and the difference from the reference.
+SHOWN = ("latent SQNR, dB", "verdict", "gates", OVER_UNTRAINED, "against its baseline", SINGLE_STEPS)
+
 
 def report(sweep: Path, reference: str | None = None, margin: float = MARGIN) -> dict[str, Any]:
     """Writes the sweep's report and returns what is in it."""
@@ -21,28 +24,16 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
     """What the terminal shows: the table's most important columns, what failed, and where the report is."""
     lines = []
     if summary["rows"]:
-        heads, rows, floors = cells(summary)
-        kept = [place for place, head in enumerate(heads) if place < 2 or head in _shown(summary)]
-        table = [[[line[place] for place in kept] for line in part] for part in ([heads], rows, floors)]
-        lines = _aligned(table[0][0], table[1], table[2])
-        lines += _aligned(*vbench_cells(summary))
+        table = cells(summary)
+        shown = {*SHOWN, f"minus {summary['reference']}, dB"}
+        kept = [place for place, head in enumerate(table[0]) if place < 2 or head in shown]
+        heads, rows, floors = ([[line[place] for place in kept] for line in part] for part in ([table[0]], *table[1:]))
+        lines = [*_aligned(heads[0], rows, floors), *_aligned(*vbench_cells(summary))]
         lines += [f"caution: {caution}" for caution in summary["cautions"]]
     lines += [f"job {job['job']} failed ({job['name']}): {job['error']}" for job in summary["failed"]]
     if summary["unfinished"]:
         lines.append(f"not finished: job {', job '.join(map(str, summary['unfinished']))}")
     return "\n".join([*lines, f"report: {sweep / 'report.html'}"])
-
-
-def _shown(summary: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        "latent SQNR, dB",
-        f"minus {summary['reference']}, dB",
-        "verdict",
-        "gates",
-        OVER_UNTRAINED,
-        "against its baseline",
-        SINGLE_STEPS,
-    )
 
 
 def _aligned(heads: list[str], rows: list[list[str]], floors: list[list[str]]) -> list[str]:
