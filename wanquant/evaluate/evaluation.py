@@ -102,11 +102,6 @@ class EvaluationPlan:
     def pairs(self) -> list[Pair]:
         return [pair for pairs in self.lists for pair in pairs]
 
-    @property
-    def scenes(self) -> bool:
-        """Whether the prompts are captions of ``wanquant.wan.tiny``."""
-        return self.sides[0].model.language == "scenes"
-
     def identified(self) -> EvaluationPlan:
         """With the fingerprints of all sides."""
         return dataclasses.replace(self, sides=tuple(side.identified() for side in self.sides))
@@ -192,6 +187,7 @@ class Evaluation:
         plan = self.plan
         lpips = perceptual.settled(plan.config.lpips) if len(plan.sides) > 1 else "off"
         cells, names = self._cells(lpips), {digest(pair)[:32]: pair for pair in todo}
+        scenes = plan.sides[0].model.language == "scenes"
         lacking = [pair for name, pair in names.items() if cells.get(name) is None or not plan.is_there(pair)]
         decode = self._decoder(lacking) if lacking else None
         distance = perceptual.distance(lpips, self.device) if lacking else None
@@ -204,7 +200,7 @@ class Evaluation:
                 return samples
 
             def measure(chosen: list[str]) -> list[Values]:
-                return [_values_of(decoded(names[name]), plan.scenes, distance) for name in chosen]
+                return [_values_of(decoded(names[name]), scenes, distance) for name in chosen]
 
             found = cells.shared(list(names), measure, itertools.repeat(1))
             for pair in lacking:  # measured by another process, or for another folder

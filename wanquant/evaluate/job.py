@@ -21,7 +21,7 @@ from wanquant.evaluate.config import EvalConfig, EvaluateConfig
 from wanquant.evaluate.evaluation import Evaluation, EvaluationPlan, Side
 from wanquant.evaluate.judges import perceptual
 from wanquant.evaluate.judges.judging import merged
-from wanquant.evaluate.plan import OWN, EvaluatePlan, Refused, RunPlan, resolve_evaluate, resolve_run
+from wanquant.evaluate.plan import OWN, EvaluatePlan, RunPlan, resolve_evaluate, resolve_run
 from wanquant.evaluate.sweep.tables import report, text
 from wanquant.quant import QuantConfig
 from wanquant.quant.scheme import parse
@@ -75,13 +75,13 @@ def note_not_judged(run: Path, cache_root: Path, error: BaseException) -> None:
 def _of_runs(plan: EvaluatePlan, device: torch.device) -> list[dict[str, Any]]:
     """One after the other; of a sweep, those that can be evaluated, and its table."""
     results, failed = [], []
-    for entry in plan.runs:
+    for run, entry in plan.runs.items():
         try:
             results.append(_of_run(entry, plan.config, device))
         except (ValueError, OSError) as error:
             if plan.sweep is None:
                 raise
-            failed.append(f"{entry.run.name}: {error}")
+            failed.append(f"{run.name}: {error}")
     if plan.sweep is not None and results and _writes():
         print(text(report(plan.sweep), plan.sweep), flush=True)
     if failed:
@@ -89,9 +89,9 @@ def _of_runs(plan: EvaluatePlan, device: torch.device) -> list[dict[str, Any]]:
     return results
 
 
-def _of_run(plan: RunPlan | Refused, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
-    if isinstance(plan, Refused):
-        raise plan.error
+def _of_run(plan: RunPlan | Exception, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
+    if isinstance(plan, Exception):
+        raise plan
     result, key = _joined(plan, Path(config.cache), device)
     if _writes():
         entry = result["evaluations"][key]
@@ -207,11 +207,11 @@ def _result(
 def _print(plan: EvaluatePlan) -> None:
     """What would be done, and what generating takes of memory and time."""
     config = plan.config
-    for run in plan.runs:
-        if isinstance(run, Refused):
-            raise run.error
+    for folder, run in plan.runs.items():
+        if isinstance(run, Exception):
+            raise run
         lacking = sum(not run.is_there(pair) for pair in run.pairs)
-        print(f"{run.run}: {len(run.pairs)} pairs of {run.name}, of which {lacking} would be generated")
+        print(f"{folder}: {len(run.pairs)} pairs of {run.name}, of which {lacking} would be generated")
         for side in run.sides if lacking else ():
             if (side.source / "model_index.json").is_file():
                 print_needs(_estimate(side, lacking, plan.device), side.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,14 @@ class RunPlan(EvaluationPlan):
 
 
 @dataclass(frozen=True)
-class Refused:
-    """A run of a sweep that cannot be evaluated, and why not."""
-
-    run: Path
-    error: ValueError | OSError
-
-
-@dataclass(frozen=True)
 class EvaluatePlan:
-    """A ``model`` as it is, or ``runs``: a single one, or all of a ``sweep``."""
+    """A ``model`` as it is, or ``runs`` by their folders: a single one, or all of a ``sweep``, where one that cannot be
+    evaluated has the error that says why."""
 
     config: EvaluateConfig
     device: torch.device
     model: EvaluationPlan | None = None
-    runs: tuple[RunPlan | Refused, ...] = ()
+    runs: dict[Path, RunPlan | ValueError | OSError] = field(default_factory=dict)
     sweep: Path | None = None
 
 
@@ -74,14 +67,14 @@ def resolve_evaluate(config: EvaluateConfig) -> EvaluatePlan:
         return EvaluatePlan(config, device, _resolve_model(config))
     where, asked = Path(config.run), (config.eval, device, config.threads, config.prompts, config.reference)
     if (where / "result.json").is_file() or not _is_sweep(where):
-        return EvaluatePlan(config, device, runs=(resolve_run(where, *asked),))
-    runs: list[RunPlan | Refused] = []
+        return EvaluatePlan(config, device, runs={where: resolve_run(where, *asked)})
+    runs: dict[Path, RunPlan | ValueError | OSError] = {}
     for run in jobs_of(where):
         try:
-            runs.append(resolve_run(run, *asked))
+            runs[run] = resolve_run(run, *asked)
         except (ValueError, OSError) as error:
-            runs.append(Refused(run, error))
-    return EvaluatePlan(config, device, runs=tuple(runs), sweep=where)
+            runs[run] = error
+    return EvaluatePlan(config, device, runs=runs, sweep=where)
 
 
 def check_eval(config: EvalConfig) -> None:

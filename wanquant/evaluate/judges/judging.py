@@ -15,6 +15,7 @@ from wanquant.evaluate.prompts import following, official_prompts
 from wanquant.evaluate.stats import Item, difference
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
+from wanquant.runs.signature import installed
 from wanquant.wan.cached import Pair
 
 Scores = dict[str, list[Item]]
@@ -74,7 +75,7 @@ def _told(
 ) -> dict[str, Any]:
     """Under ``vbench`` in the entry: ``nothing`` are the dimensions without a score, and why."""
     return {
-        "version": vbench.version(),
+        "version": installed("vbench"),
         "dimensions": list(config.dimensions),
         "meanings": {name: vbench.DIMENSIONS[name].meaning for name in config.dimensions},
         "not_applicable": nothing,

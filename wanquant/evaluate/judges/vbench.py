@@ -12,7 +12,6 @@ number of frames, which is the same where all are as long.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -34,6 +33,7 @@ import torch
 
 from wanquant.evaluate.judges import weights
 from wanquant.evaluate.judges.frames import stand_in, stands_in
+from wanquant.evaluate.prompts import vbench_folder
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.run import digest
@@ -158,10 +158,6 @@ def _stand_ins() -> None:
         sys.modules[module.__name__] = module
 
 
-def version() -> str:
-    return importlib.metadata.version("vbench")
-
-
 def why_not(dimension: str, clip: Clip) -> str:
     """Why a dimension has nothing to say on a video, where VBench would call it 0; empty if it has."""
     if dimension == "human_action":
@@ -176,10 +172,7 @@ def why_not(dimension: str, clip: Clip) -> str:
 
 @cache
 def _actions() -> frozenset[str]:
-    found = importlib.util.find_spec("vbench")
-    assert found is not None
-    assert found.origin is not None
-    listed = Path(found.origin).parent / "third_party" / "umt" / "kinetics_400_categories.txt"
+    listed = vbench_folder() / "third_party" / "umt" / "kinetics_400_categories.txt"
     return frozenset(line.split("\t")[0].strip().lower() for line in listed.read_text().splitlines())
 
 
@@ -252,7 +245,6 @@ def _evaluate(dimension: str, clips: Sequence[Clip], device: torch.device, offic
     """One call of VBench on links to these files, and its figures in their order."""
     from vbench import VBench
 
-    package = Path(str(importlib.import_module("vbench").__file__)).parent
     with tempfile.TemporaryDirectory() as scratch, _quietly():
         videos = Path(scratch) / "videos"
         videos.mkdir()
@@ -265,12 +257,12 @@ def _evaluate(dimension: str, clips: Sequence[Clip], device: torch.device, offic
         assert len(named) == len(clips)
         for name, clip in named.items():
             (videos / name).symlink_to(clip.path.resolve())
-        how: dict[str, Any] = {"mode": "vbench_standard"} if official else {"mode": "custom_input"}
+        how: dict[str, Any] = {"mode": "vbench_standard"}
         if not official:
-            how["prompt_list"] = {name: clip.prompt for name, clip in named.items()}
+            how = {"mode": "custom_input", "prompt_list": {name: clip.prompt for name, clip in named.items()}}
         try:
             # Without a number: motion_smoothness compares with "cuda" to learn whether it has to spare memory.
-            judge = VBench(device.type, str(package / "VBench_full_info.json"), scratch)
+            judge = VBench(device.type, str(vbench_folder() / "VBench_full_info.json"), scratch)
             judge.evaluate(str(videos), "run", dimension_list=[dimension], local=True, read_frame=False, **how)
         except Exception as error:
             raise ValueError(f"VBench's {dimension} failed: {_told(error)}") from error
