@@ -215,7 +215,7 @@ def _asked(prompts: PromptsConfig | None, own: list[Pair], language: str) -> tup
 
 def _sides_of(
     run: Path, result: dict[str, Any], model: ModelConfig, reference: str | None, places: dict[Pair, int]
-) -> tuple[Side, Side, Side]:
+) -> tuple[Side, ...]:
     """Quantized, BF16, and that with its noise perturbed, with the run's own videos of the pairs in ``places``."""
     files = {}
     for side in ("quantized", "bf16", "bf16_ulp"):
