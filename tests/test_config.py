@@ -17,6 +17,7 @@ from wanquant.evaluate.judges.vbench import DIMENSIONS, check_dimensions
 from wanquant.choices import check_choices
 from wanquant.config import CONF, name_after_overrides
 from wanquant.evaluate.config import EvaluateConfig
+from wanquant.evaluate.judges.vbench import DIMENSIONS, check_dimensions
 from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
 from wanquant.ptq.config import PTQConfig

@@ -30,7 +30,7 @@ def test_vbenchs_version_is_one() -> None:
     root = Path(wanquant.__file__).parent.parent
     assert f"--no-deps vbench=={vbench.VERSION} pyiqa=={vbench.PYIQA}\n" in (root / "Makefile").read_text()
     assert vbench.INSTALL in (root / "README.md").read_text()
-    assert vbench.version() == vbench.VERSION
+    assert installed("vbench") == vbench.VERSION
 
 
 def test_backend_autoload_is_off_before_torch_is_imported() -> None:

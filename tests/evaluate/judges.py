@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
 from wanquant.evaluate.judges import vbench, weights
 
+DINO = next(weight.url for weight in weights.WEIGHTS if weight.name == "checkpoints/dino_vitbase16_pretrain.pth")
 #: As facebookresearch/dino's own: an entry point that torch.hub calls, which fetches its weights by torch.hub.
 HUBCONF = f'''
 import torch
@@ -26,7 +28,7 @@ def dino_vitb16(pretrained=True, **kwargs):
     # Timm's own way to draw weights takes seconds, and here they are loaded.
     model = VisionTransformer(patch_size=16, embed_dim=768, depth=12, num_heads=12, num_classes=0, weight_init="skip")
     if pretrained:
-        state = torch.hub.load_state_dict_from_url(url="{weights.DINO}", map_location="cpu")
+        state = torch.hub.load_state_dict_from_url(url="{DINO}", map_location="cpu")
         model.load_state_dict(state, strict=True)
     return model
 '''

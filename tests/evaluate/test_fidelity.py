@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
+from wanquant.evaluate.compare import REGISTERED, measure, register_metric
 from wanquant.evaluate.fidelity import (
     EQUAL_DB,
     color_statistics,
@@ -15,6 +16,7 @@ from wanquant.evaluate.fidelity import (
     latent_sqnr,
     motion_energy,
 )
+from wanquant.runs.columns import FURTHER
 from wanquant.wan.generate import Sample
 
 
@@ -73,3 +75,26 @@ def test_color_statistics_against_scipy() -> None:
     levels = [np.round(255 * v).reshape(-1, 3) for v in (reference, video)]
     apart = [wasserstein_distance(levels[0][:, c], levels[1][:, c]) for c in range(3)]
     assert found["color_histogram"] == pytest.approx(np.mean(apart))
+
+
+def test_a_metric_of_ones_own_joins_the_others() -> None:
+    """And is gone when it is taken out again."""
+    rng = np.random.default_rng(0)
+    video = rng.random((5, 16, 16, 3), np.float32)
+    couple = Sample("p", 0, torch.ones(2, 2), video), Sample("p", 0, torch.ones(2, 2), video / 2)
+    with pytest.raises(ValueError, match="a metric psnr already"):
+        register_metric("psnr", lambda reference, sample: 0.0, "again")
+    register_metric(
+        "dimmer", lambda reference, sample: float(reference.video.max() / sample.video.max()), "dimmer", "x"
+    )
+    try:
+        found = measure({"": [couple], "floor_ulp.": [(couple[0], couple[0])]}, scenes=False)
+        assert FURTHER[-1] == ("dimmer", "dimmer", "x")
+        with pytest.raises(ValueError, match="a metric dimmer already"):
+            register_metric("dimmer", lambda reference, sample: 0.0, "again")
+    finally:
+        FURTHER.remove(("dimmer", "dimmer", "x"))
+        del REGISTERED["dimmer"]
+    assert [item.value for item in found["dimmer"]] == [2.0]
+    assert [item.value for item in found["floor_ulp.dimmer"]] == [1.0]
+    assert "dimmer" not in measure({"": [couple]}, scenes=False)

@@ -12,6 +12,7 @@ import torch
 from wanquant.evaluate.judges import frames
 
 from tests.conftest import DECORD
+from wanquant.evaluate.judges import frames
 from wanquant.runs import pictures
 
 #: Sizes that are no multiple of the codec's blocks, and a video of one frame.

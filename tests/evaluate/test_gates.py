@@ -75,4 +75,4 @@ def test_an_infinity_in_the_latents_is_seen() -> None:
 def test_the_worst_item_is_named() -> None:
     gates = {gate.name: gate for gate in check([sample(GOOD), sample(0 * GOOD)], [sample(GOOD), sample(GOOD)])}
     assert gates["black"].worst == 1
-    assert gates["black"].figure == 0.0
+    assert gates["black"].figures[1] == gates["black"].as_json()["figure"] == 0.0

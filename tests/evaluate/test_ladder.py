@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from scipy.stats import spearmanr
+
 from wanquant.evaluate.sweep.ladder import MANY, ladder
 
 LATENT = [30.0, 20.0, 25.0, 28.0, 22.0, 31.0, 18.0, 26.0]

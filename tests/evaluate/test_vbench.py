@@ -18,6 +18,8 @@ from wanquant.evaluate.judges.vbench import Clip, clip_of
 from tests import forked
 from tests.conftest import DECORD
 from tests.evaluate import judges
+from wanquant.evaluate.judges import frames, vbench, weights
+from wanquant.evaluate.judges.vbench import Clip, clip_of
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cache
 
@@ -122,11 +124,6 @@ def test_what_raft_and_umt_have_nothing_to_say_on(tmp_path: Path) -> None:
         with torch.no_grad():
             _, flow = network(*torch.rand(2, 1, 3, side, side) * 255, iters=1, test_mode=True)
         assert bool(flow.isnan().all()) is broken
-
-
-def test_devices_are_strings_without_a_number() -> None:
-    assert vbench.device_name(torch.device("cpu")) == "cpu"
-    assert vbench.device_name(torch.device("cuda", 1)) == "cuda"
 
 
 def test_bad_videos(tmp_path: Path) -> None:

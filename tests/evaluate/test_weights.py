@@ -14,6 +14,8 @@ from wanquant.evaluate.judges.weights import Weight
 from tests import forked
 from tests.evaluate import judges
 from wanquant.evaluate import fidelity
+from wanquant.evaluate.judges import examine, perceptual, weights
+from wanquant.evaluate.judges.weights import Weight
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +103,7 @@ def test_what_is_on_this_disk_is_not_fetched(monkeypatch: pytest.MonkeyPatch) ->
     vocabulary = next(weight for weight in weights.WEIGHTS if weight.name.endswith("txt.gz"))
     weights.fetch(vocabulary)
     assert weights.find(vocabulary).state == "recorded"
-    one, two = (weight for weight in weights.WEIGHTS if weight.url == weights.DINO)
+    one, two = (weight for weight in weights.WEIGHTS if weight.url == judges.DINO)
     put(one, b"dino")
     weights.fetch(two)
     assert two.path.read_bytes() == b"dino"
@@ -135,7 +137,7 @@ def test_lpips_where_its_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
         perceptual.distance("auto", torch.device("cpu"))
     (published,) = weights.needed([weights.LPIPS])
     actual = weights.sum_of(published.path)
-    known(monkeypatch, Weight(published.name, published.url, published.used_by, actual, root=weights.torch_root))
+    known(monkeypatch, Weight(published.name, published.url, published.used_by, actual, root="torch"))
     distance = perceptual.distance("on", torch.device("cpu"))
     assert distance is not None
     video = torch.rand(18, 64, 64, 3).numpy()

@@ -12,8 +12,30 @@ from collections.abc import Callable, Mapping, Sequence
 from wanquant.evaluate import attributes, fidelity
 from wanquant.evaluate.judges.perceptual import Distance
 from wanquant.evaluate.stats import Item, difference
+from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER
 from wanquant.wan.generate import Sample
 from wanquant.wan.tiny import parse_caption
+
+#: Metrics of a pair (reference, sample) that were added to those of ``fidelity``, by name.
+REGISTERED: dict[str, Callable[[Sample, Sample], float]] = {}
+
+
+def register_metric(name: str, measure: Callable[[Sample, Sample], float], title: str, unit: str = "") -> None:
+    """Adds a metric: ``measure(reference, sample)`` of each pair joins ``metrics`` under its name, of the noise floors
+    too, and the tables show it as ``title`` in ``unit``. ``ValueError`` for a name that is taken.
+
+    Pairs are measured once: what the cache or a finished run holds under this name, or without it, stays as it is.
+    """
+    if name in (*(known for known, _, _ in (*FIDELITY, *FURTHER)), *ATTRIBUTES):
+        raise ValueError(f"there is a metric {name} already")
+    REGISTERED[name] = measure
+    FURTHER.append((name, title, unit))
+
+
+def distances(reference: Sample, sample: Sample, lpips: Distance | None) -> dict[str, float]:
+    """What can be measured of any pair, whatever the prompt."""
+    found = fidelity.compare(reference, sample, lpips)
+    return found | {name: measure(reference, sample) for name, measure in REGISTERED.items()}
 
 
 def of_pair(sample: Sample, reference: Sample | None, scenes: bool, lpips: Distance | None) -> dict[str, float]:
@@ -22,7 +44,7 @@ def of_pair(sample: Sample, reference: Sample | None, scenes: bool, lpips: Dista
     scenes   the prompt is a caption of ``wanquant.wan.tiny``, so attributes can be measured too
     lpips    measures that distance, where it can be measured
     """
-    found = fidelity.compare(reference, sample, lpips) if reference is not None else {}
+    found = distances(reference, sample, lpips) if reference is not None else {}
     if scenes:
         for prefix, side in (("bf16.", reference), ("", sample)):
             if side is not None:

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 
 from wanquant.evaluate import gates
-from wanquant.evaluate.compare import of_pair, with_differences
+from wanquant.evaluate.compare import REGISTERED, distances, of_pair, with_differences
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.fidelity import compare
 from wanquant.evaluate.judges import perceptual, vbench
-from wanquant.evaluate.judges.judging import judge
+from wanquant.evaluate.judges.judging import Scores, judge
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, compared, estimate
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cache, Cells
@@ -44,7 +43,7 @@ FILMS = 8
 Values = dict[str, dict[str, float]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Side:
     """One of the models. ``source`` is its pipeline's folder, ``model`` how to ask it for a video, ``how`` what is
     done to its noise, ``files`` the videos that are there. ``fingerprint`` is what the source has to be, if known."""
@@ -57,8 +56,8 @@ class Side:
     fingerprint: str = ""
     how: dict[str, str] = field(default_factory=dict)
 
-    def identify(self) -> None:
-        """Reads all of the source's files. ``ValueError`` unless it is there, and what it has to be."""
+    def identified(self) -> Side:
+        """With its fingerprint, of all the source's files. ``ValueError`` unless it is there, and what it has to be."""
         if not self.source.is_dir():
             raise ValueError(f"{self.source} is not there to generate from: run ptq.py with checkpoint=true")
         check_folder(self.source)
@@ -66,7 +65,7 @@ class Side:
             found = fingerprint(self.source, tick)
         if self.fingerprint not in ("", found):
             raise ValueError(f"{self.source} is not the model this run was made with: give that as reference=<folder>")
-        self.fingerprint = found
+        return dataclasses.replace(self, fingerprint=found)
 
     def pipeline(self, device: torch.device, cache: Cache) -> CachedPipeline:
         with progress(f"load {self.name}", LOAD_PARTS, "part") as tick:
@@ -74,60 +73,75 @@ class Side:
         plant_outliers_(whole_of(pipe), self.model.outliers)
         return CachedPipeline(pipe, self.model, self.fingerprint, device, cache)
 
+    def perturbed(self, files: dict[Pair, Path]) -> Side:
+        """BF16 with its initial noise changed by one unit in the last place: the noise floor."""
+        return dataclasses.replace(self, name="bf16_ulp", prefix="floor_ulp.", files=files, how={"perturbed": "1 ulp"})
 
-@dataclass
-class Evaluation:
-    """``lists`` are the pairs as they are generated, in batches along each list; ``known`` what a run has measured of a
-    pair already. Of ``sides`` the first is judged, the second is BF16, the third BF16 with its noise perturbed."""
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """A model, and the pairs it is measured on.
+
+    name      of the prompts
+    folder    its last part is the key in ``evaluations``; videos that are generated go there, by side
+    sides     the judged model; BF16, where there is a reference; BF16 with its noise perturbed, where that is wanted
+    lists     pairs as they are generated, in batches along each list
+    official  files are named as VBench's standard names them
+    known     what a run has measured of a pair already
+    """
 
     name: str
     folder: Path
-    sides: list[Side]
-    lists: list[list[Pair]]
+    sides: tuple[Side, ...]
+    lists: tuple[list[Pair], ...]
     config: EvalConfig
-    device: torch.device
-    cache: Cache
     official: bool = False
     known: dict[Pair, Values] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
 
     @property
     def pairs(self) -> list[Pair]:
         return [pair for pairs in self.lists for pair in pairs]
 
-    @property
-    def scenes(self) -> bool:
-        return self.sides[0].model.language == "scenes"
+    def identified(self) -> EvaluationPlan:
+        """With the fingerprints of all sides."""
+        return dataclasses.replace(self, sides=tuple(side.identified() for side in self.sides))
+
+    def file(self, side: Side, pair: Pair) -> Path:
+        """The video: one that is there already, or where it goes."""
+        there = side.files.get(pair)
+        return there if there is not None and there.is_file() else self.folder / side.name / self.named(pair)
+
+    def is_there(self, pair: Pair) -> bool:
+        """Whether all sides have its video."""
+        return all(self.file(side, pair).is_file() for side in self.sides)
+
+    def named(self, pair: Pair) -> str:
+        """The standard's name for the standard's prompts; else one that is this pair's whatever its place in a list,
+        so that no other list's video is taken for it."""
+        prompt, seed = pair
+        return f"{prompt}-{seed}.mp4" if self.official else f"{digest(prompt)[:8]}-seed{seed}.mp4"
+
+
+@dataclass
+class Evaluation:
+    """A plan that is carried out on a ``device``, as far as the ``cache`` does not hold what comes of it."""
+
+    plan: EvaluationPlan
+    device: torch.device
+    cache: Cache
+    timings: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
         """The entry of ``evaluations`` in ``result.json``."""
-        sums = vbench.prepare(self.config.dimensions, self.config.foreign_weights)
+        plan = self.plan
+        sums = vbench.prepare(plan.config.dimensions, plan.config.foreign_weights)
         with self._stage("measure"):
             values = self._values()
         with self._stage("vbench"):
-            files = {side.prefix: {pair: self._file(side, pair) for pair in self.pairs} for side in self.sides}
-            scores, told = judge(files, self.config, self.device, self.cache, sums, self.official)
-        items = {**_by_metric(values), **scores}
-        judged = gates.judge([value["figures"] for value in values.values()])
-        entry = {
-            "prompts": self.name,
-            "texts": list(dict.fromkeys(prompt for prompt, _ in self.pairs)),
-            "seeds": list(dict.fromkeys(seed for _, seed in self.pairs)),
-            "prompt_hash": hash_of(self.pairs),
-            "pairs": len(self.pairs),
-            "official": self.official,
-            "demonstration": len(self.pairs) < ENOUGH_PAIRS,
-            "metrics": {name: _estimated(name, found) for name, found in items.items()},
-            "gates": {gate.name: gate.as_json() for gate in judged},
-            "gates_failed": [gate.name for gate in judged if not gate.passed],
-            "verdict": "pass" if all(gate.passed for gate in judged) else "fail",
-            "vbench": told,
-            "sides": {side.name: {"source": str(side.source), "fingerprint": side.fingerprint} for side in self.sides},
-            "timings": dict(self.timings),
-            "provenance": provenance(self.device),
-        }
-        plain: dict[str, Any] = clean_json(entry)
-        return plain
+            files = {side.prefix: {pair: plan.file(side, pair) for pair in plan.pairs} for side in plan.sides}
+            scores, told = judge(files, plan.config, self.device, self.cache, sums, plan.official)
+        entry: dict[str, Any] = clean_json(self._entry(values, scores, told))
+        return entry
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -135,57 +149,76 @@ class Evaluation:
         yield
         self.timings[name] = time.perf_counter() - begun
 
+    def _entry(self, values: dict[Pair, Values], scores: Scores, told: dict[str, Any]) -> dict[str, Any]:
+        plan = self.plan
+        judged = gates.judge([value["figures"] for value in values.values()])
+        return {
+            "prompts": plan.name,
+            "texts": list(dict.fromkeys(prompt for prompt, _ in plan.pairs)),
+            "seeds": list(dict.fromkeys(seed for _, seed in plan.pairs)),
+            "prompt_hash": hash_of(plan.pairs),
+            "pairs": len(plan.pairs),
+            "official": plan.official,
+            "demonstration": len(plan.pairs) < ENOUGH_PAIRS,
+            "metrics": {name: _estimated(name, items) for name, items in {**_by_metric(values), **scores}.items()},
+            "gates": {gate.name: gate.as_json() for gate in judged},
+            "gates_failed": [gate.name for gate in judged if not gate.passed],
+            "verdict": "pass" if all(gate.passed for gate in judged) else "fail",
+            "vbench": told,
+            "sides": {side.name: {"source": str(side.source), "fingerprint": side.fingerprint} for side in plan.sides},
+            "timings": self.timings,
+            "provenance": provenance(self.device),
+        }
+
     def _values(self) -> dict[Pair, Values]:
         """Of every pair; and all videos on the disk at the end. Only LPIPS that is asked for by name has pairs measured
         again that lack it."""
-        asked = len(self.sides) > 1 and self.config.lpips == "on"
-        known = {pair: value for pair, value in self.known.items() if not asked or "lpips" in value["metrics"]}
-        todo = [pair for pair in self.pairs if pair not in known or not self.there(pair)]
+        plan = self.plan
+        asked = len(plan.sides) > 1 and plan.config.lpips == "on"
+        known = {pair: value for pair, value in plan.known.items() if not asked or "lpips" in value["metrics"]}
+        todo = [pair for pair in plan.pairs if pair not in known or not plan.is_there(pair)]
         if todo:
-            known |= self._made(todo)
-        return {pair: known[pair] for pair in self.pairs}
+            self.plan = plan.identified()
+            known |= self._measured(todo)
+        return {pair: known[pair] for pair in plan.pairs}
 
-    def _made(self, todo: Sequence[Pair]) -> dict[Pair, Values]:
-        for side in self.sides:
-            side.identify()
-        lpips = perceptual.settled(self.config.lpips) if len(self.sides) > 1 else "off"
+    def _measured(self, todo: Sequence[Pair]) -> dict[Pair, Values]:
+        """Generates what is lacking, and measures it, pair by pair."""
+        plan = self.plan
+        lpips = perceptual.settled(plan.config.lpips) if len(plan.sides) > 1 else "off"
         cells, names = self._cells(lpips), {digest(pair)[:32]: pair for pair in todo}
-        lacking = [pair for name, pair in names.items() if cells.get(name) is None or not self.there(pair)]
+        scenes = plan.sides[0].model.language == "scenes"
+        lacking = [pair for name, pair in names.items() if cells.get(name) is None or not plan.is_there(pair)]
         decode = self._decoder(lacking) if lacking else None
         distance = perceptual.distance(lpips, self.device) if lacking else None
         with progress("measure", len(lacking), "pair") as tick:
 
-            def measure(chosen: list[str]) -> list[Values]:
+            def decoded(pair: Pair) -> list[Sample]:
                 assert decode is not None
-                samples = decode(names[chosen[0]])
+                samples = decode(pair)
                 tick()
-                return [self._measured(samples, distance)]
+                return samples
+
+            def measure(chosen: list[str]) -> list[Values]:
+                return [_values_of(decoded(names[name]), scenes, distance) for name in chosen]
 
             found = cells.shared(list(names), measure, itertools.repeat(1))
             for pair in lacking:  # measured by another process, or for another folder
-                if not self.there(pair):
-                    assert decode is not None
-                    decode(pair)
-                    tick()
+                if not plan.is_there(pair):
+                    decoded(pair)
         return {names[name]: value for name, value in found.items()}
-
-    def _measured(self, samples: Sequence[Sample], distance: perceptual.Distance | None) -> Values:
-        sample, reference = samples[0], samples[1] if len(samples) > 1 else None
-        metrics = of_pair(sample, reference, self.scenes, distance)
-        if reference is not None and len(samples) > 2:
-            floor = compare(reference, samples[2], distance)
-            metrics |= {f"floor_ulp.{name}": value for name, value in floor.items()}
-        return {"metrics": metrics, "figures": gates.figures_of(sample, reference)}
 
     def _cells(self, lpips: str) -> Cells:
         """For these models asked in this way; videos of a batch round by each other, so the lists count."""
+        sides, model = self.plan.sides, self.plan.sides[0].model
         counted = {
-            "generation": dataclasses.asdict(self.sides[0].model.generation),
-            "sides": [(s.fingerprint, s.how, dataclasses.asdict(s.model.outliers)) for s in self.sides],
-            "lists": self.lists,
-            "batch": self.sides[0].model.batch,
-            "language": self.sides[0].model.language,
+            "generation": dataclasses.asdict(model.generation),
+            "sides": [(s.fingerprint, s.how, dataclasses.asdict(s.model.outliers)) for s in sides],
+            "lists": self.plan.lists,
+            "batch": model.batch,
+            "language": model.language,
             "lpips": lpips,
+            **({"registered": list(REGISTERED)} if REGISTERED else {}),
         }
         return self.cache.cells("pairs", signature(counted, "", self.device))
 
@@ -194,13 +227,13 @@ class Evaluation:
         side by its own VAE, and writes its files."""
         made: list[tuple[Pipeline, dict[Pair, tuple[Path, int]]]] = []
         pipeline: CachedPipeline | None = None
-        for place, side in enumerate(self.sides):
-            before = self.sides[place - 1]
-            if pipeline is None or (side.source, side.model) != (before.source, before.model):
+        sides = self.plan.sides
+        for before, side in zip((None, *sides), sides, strict=False):
+            if pipeline is None or before is None or (side.source, side.model) != (before.source, before.model):
                 _forget_all_but_vae(pipeline)
                 pipeline = side.pipeline(self.device, self.cache)
             where: dict[Pair, tuple[Path, int]] = {}
-            for pairs in self.lists:
+            for pairs in self.plan.lists:
                 for group, folder in pipeline.batches(f"generate {side.name}", pairs, side.how, only=todo):
                     where |= {pair: (folder, number) for number, pair in enumerate(group)}
             made.append((pipeline.pipe, where))
@@ -215,33 +248,16 @@ class Evaluation:
         return decode
 
     def _write(self, pair: Pair, samples: Sequence[Sample]) -> None:
+        plan = self.plan
         frames = [pictures.to_uint8(sample.video) for sample in samples]
-        fps = self.sides[0].model.generation.fps
-        for side, pixels in zip(self.sides, frames, strict=True):
-            path = self._file(side, pair)
+        fps = plan.sides[0].model.generation.fps
+        for side, pixels in zip(plan.sides, frames, strict=True):
+            path = plan.file(side, pair)
             if path != side.files.get(pair):  # what another version of the code has left gives way
                 pictures.write_mp4(path, pixels, fps)
-        if len(samples) > 1 and pair in self.pairs[:FILMS] and pair not in self.sides[0].files:
-            both = pictures.side_by_side(frames[1::-1], [side.name for side in self.sides[1::-1]])
-            pictures.write_mp4(self.folder / "side_by_side" / self._named(pair), both, fps)
-
-    def there(self, pair: Pair) -> bool:
-        return all(self._file(side, pair).is_file() for side in self.sides)
-
-    def _file(self, side: Side, pair: Pair) -> Path:
-        there = side.files.get(pair)
-        return there if there is not None and there.is_file() else self.folder / side.name / self._named(pair)
-
-    def _named(self, pair: Pair) -> str:
-        """The standard's name for the standard's prompts; else one that is this pair's whatever its place in a list,
-        so that no other list's video is taken for it."""
-        prompt, seed = pair
-        return f"{prompt}-{seed}.mp4" if self.official else f"{digest(prompt)[:8]}-seed{seed}.mp4"
-
-
-def hash_of(pairs: Sequence[Pair]) -> str:
-    """In whichever order they are generated."""
-    return digest(sorted(pairs))
+        if len(samples) > 1 and pair in plan.pairs[:FILMS] and pair not in plan.sides[0].files:
+            both = pictures.side_by_side(frames[1::-1], [side.name for side in plan.sides[1::-1]])
+            pictures.write_mp4(plan.folder / "side_by_side" / plan.named(pair), both, fps)
 
 
 def _forget_all_but_vae(pipeline: CachedPipeline | None) -> None:
@@ -249,9 +265,19 @@ def _forget_all_but_vae(pipeline: CachedPipeline | None) -> None:
         pipeline.pipe.transformer = pipeline.pipe.transformer_2 = pipeline.pipe.text_encoder = None
 
 
-def _by_metric(values: dict[Pair, Values]) -> dict[str, list[Item]]:
+def _values_of(samples: Sequence[Sample], scenes: bool, distance: perceptual.Distance | None) -> Values:
+    """Of one pair, by its samples of all sides."""
+    sample, reference = samples[0], samples[1] if len(samples) > 1 else None
+    metrics = of_pair(sample, reference, scenes, distance)
+    if reference is not None and len(samples) > 2:
+        floor = distances(reference, samples[2], distance)
+        metrics |= {f"floor_ulp.{name}": value for name, value in floor.items()}
+    return {"metrics": metrics, "figures": gates.figures_of(sample, reference)}
+
+
+def _by_metric(values: dict[Pair, Values]) -> Scores:
     """What all pairs have been measured by."""
-    found: dict[str, list[Item]] = {}
+    found: Scores = {}
     for pair, value in values.items():
         for name, number in value["metrics"].items():
             found.setdefault(name, []).append(Item(*pair, number))
@@ -262,3 +288,8 @@ def _estimated(name: str, items: Sequence[Item]) -> dict[str, Any]:
     """Differences get Student's interval, as all comparisons do."""
     between = name.startswith("difference.") or (name.startswith("floor_ulp.") and "vbench." in name)
     return (compared if between else estimate)(items).as_json()
+
+
+def hash_of(pairs: Sequence[Pair]) -> str:
+    """In whichever order they are generated."""
+    return digest(sorted(pairs))

@@ -17,10 +17,10 @@ from wanquant.wan.generate import Sample
 
 @dataclass(frozen=True)
 class Gate:
-    """``figure(sample, reference)`` beyond ``threshold`` in the bad direction fails the gate."""
+    """``measure(sample, reference)`` beyond ``threshold`` in the bad direction fails the gate."""
 
     name: str
-    figure: Callable[[Sample, Sample], float]
+    measure: Callable[[Sample, Sample], float]
     threshold: float
     bad_if: str
     meaning: str
@@ -31,23 +31,25 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """The worst figure over all videos and where it was met."""
+class GateResult(Gate):
+    """With the figures of all videos."""
 
-    name: str
-    passed: bool
-    figure: float
-    threshold: float
-    bad_if: str
-    worst: int
-    meaning: str
-    #: Of every pair.
     figures: tuple[float, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not any(self.fails(figure) for figure in self.figures)
+
+    @property
+    def worst(self) -> int:
+        """The index of the worst figure; nothing is worse than a NaN."""
+        badness = np.array(self.figures) * (-1 if self.bad_if == "below" else 1)
+        return int(np.argmax(np.where(np.isnan(badness), np.inf, badness)))
 
     def as_json(self) -> dict[str, object]:
         return {
             "verdict": "pass" if self.passed else "fail",
-            "figure": self.figure,
+            "figure": self.figures[self.worst],
             "threshold": self.threshold,
             "bad_if": self.bad_if,
             "worst_item": self.worst,
@@ -142,20 +144,12 @@ def check(samples: Sequence[Sample], references: Sequence[Sample]) -> list[GateR
 def figures_of(sample: Sample, reference: Sample | None) -> dict[str, float]:
     """Of one pair, by gate. Without a reference only those that a video has to pass alone."""
     if reference is None:
-        return {gate.name: gate.figure(sample, sample) for gate in ALONE_GATES}
-    beside = {gate.name: gate.figure(sample, reference) for gate in GATES}
-    return beside | {gate.name: gate.figure(reference, reference) for gate in REFERENCE_GATES}
+        return {gate.name: gate.measure(sample, sample) for gate in ALONE_GATES}
+    beside = {gate.name: gate.measure(sample, reference) for gate in GATES}
+    return beside | {gate.name: gate.measure(reference, reference) for gate in REFERENCE_GATES}
 
 
 def judge(found: Sequence[dict[str, float]]) -> list[GateResult]:
     """By ``figures_of`` every pair."""
     gates = [gate for gate in (*GATES, *REFERENCE_GATES, *ALONE_GATES) if gate.name in found[0]]
-    return [_judge(gate, [of_pair[gate.name] for of_pair in found]) for gate in gates]
-
-
-def _judge(gate: Gate, figures: Sequence[float]) -> GateResult:
-    badness = np.array([-figure if gate.bad_if == "below" else figure for figure in figures])
-    worst = int(np.argmax(np.where(np.isnan(badness), np.inf, badness)))
-    passed = not any(gate.fails(figure) for figure in figures)
-    at_worst = (figures[worst], gate.threshold, gate.bad_if, worst, gate.meaning)
-    return GateResult(gate.name, passed, *at_worst, tuple(figures))
+    return [GateResult(**vars(gate), figures=tuple(of_pair[gate.name] for of_pair in found)) for gate in gates]

@@ -96,13 +96,18 @@ def official_texts(config: PromptsConfig) -> list[str]:
 
 def official_prompts() -> dict[str, list[str]]:
     """Dimension to the prompts VBench judges it on; from the file in its package, which is not imported."""
-    found = importlib.util.find_spec("vbench")
-    if found is None or found.origin is None:
-        raise ValueError("prompts=vbench is the list that comes with VBench, which is not installed")
     listed: dict[str, list[str]] = {}
-    for entry in json.loads((Path(found.origin).parent / "VBench_full_info.json").read_text(encoding="utf-8")):
+    for entry in json.loads((vbench_folder() / "VBench_full_info.json").read_text(encoding="utf-8")):
         for dimension in entry["dimension"]:
             texts = listed.setdefault(dimension, [])
             if entry["prompt_en"] not in texts:
                 texts.append(entry["prompt_en"])
     return listed
+
+
+def vbench_folder() -> Path:
+    """Of its package."""
+    found = importlib.util.find_spec("vbench")
+    if found is None or found.origin is None:
+        raise ValueError("prompts=vbench is the list that comes with VBench, which is not installed")
+    return Path(found.origin).parent

@@ -102,12 +102,11 @@ def rank_correlation(a: Sequence[float], b: Sequence[float], seed: int = 0) -> t
     replacement. NaN where one of them is constant or not finite."""
     x, y = np.array(a, float), np.array(b, float)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return float("nan"), float("nan"), float("nan")
+        return math.nan, math.nan, math.nan
     drawn = np.random.default_rng(seed).integers(len(x), size=(RESAMPLES // 5, len(x)))
     found = _correlations(_ranks(x[drawn]), _ranks(y[drawn]))
     low, high = np.nanquantile(found, [0.025, 0.975]) if np.isfinite(found).any() else (np.nan, np.nan)
-    (whole,) = _correlations(_ranks(x[None]), _ranks(y[None]))
-    return float(whole), float(low), float(high)
+    return float(_correlations(_ranks(x[None]), _ranks(y[None]))[0]), float(low), float(high)
 
 
 def _ranks(rows: np.ndarray) -> np.ndarray:

@@ -11,9 +11,12 @@ from wanquant.runs.reports.figures import before_after, curves, heatmap
 
 #: Of a block's losses, in the figure.
 PARTS = 10
-TITLES = {name: (title, unit) for name, title, unit in (*FIDELITY, *FURTHER)}
-TITLES["step_sqnr"] = ("single steps, SQNR", "dB")
-TITLES |= dict.fromkeys(ATTRIBUTES, ("prompts followed", "share"))
+TITLES = {"step_sqnr": ("single steps, SQNR", "dB"), **dict.fromkeys(ATTRIBUTES, ("prompts followed", "share"))}
+
+
+def _titled(name: str) -> tuple[str, str]:
+    """Title and unit of a metric."""
+    return {**{key: (title, unit) for key, title, unit in (*FIDELITY, *FURTHER)}, **TITLES}[name]
 
 
 def who(result: dict[str, Any]) -> tuple[str, str]:
@@ -26,7 +29,7 @@ def headline(result: dict[str, Any]) -> str:
     if not result["over_untrained"]:
         return "fine-tuned; whether for the better is for python eval.py to say"
     name, metric = next(iter(result["over_untrained"].items()))
-    title, unit = TITLES[name]
+    title, unit = _titled(name)
     ours, untrained = who(result)
     if metric["mean"] is None:
         return f"{ours} against {untrained}: {metric['verdict']} (a {title} is not finite)"
@@ -43,7 +46,7 @@ def untrained_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str, str
     """Title, untrained, trained, difference, verdict of every metric that both have."""
     metrics, rows = result["metrics"], []
     for name, metric in result["over_untrained"].items():
-        title, unit = TITLES[name]
+        title, unit = _titled(name)
         sides = (estimate_text(metrics[key]) if key in metrics else "–" for key in (f"untrained.{name}", name))
         rows.append((f"{title}, {unit}" if unit else title, *sides, estimate_text(metric), metric["verdict"]))
     return rows

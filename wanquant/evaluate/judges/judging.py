@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from wanquant.evaluate.prompts import following, official_prompts
 from wanquant.evaluate.stats import Item, difference
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
+from wanquant.runs.signature import installed
 from wanquant.wan.cached import Pair
 
 Scores = dict[str, list[Item]]
+#: What scores share that stand beside each other.
+SAME = ("version", "foreign_weights", "reader", "device")
 
 
 def judge(
@@ -49,20 +52,7 @@ def judge(
             scores[f"{prefix}vbench.{dimension}"] = [Item(*pair, v) for pair, v in zip(pairs, values, strict=True)]
     if not scores:
         raise ValueError("; ".join(f"{dimension}: {reason}" for dimension, reason in nothing.items()))
-    ours = clips[""].values()
-    told = {
-        "version": vbench.version(),
-        "dimensions": list(config.dimensions),
-        "meanings": {name: vbench.DIMENSIONS[name].meaning for name in config.dimensions},
-        "not_applicable": nothing,
-        "weights": sums,
-        "foreign_weights": config.foreign_weights,
-        "reader": vbench.reader(),
-        "device": device.type,
-        "long": sum(clip.long for clip in ours),
-        "seconds": [min(clip.seconds for clip in ours), max(clip.seconds for clip in ours)],
-    }
-    return _with_floors(with_differences(scores)), told
+    return _with_floors(with_differences(scores)), _told(config, list(clips[""].values()), nothing, sums, device)
 
 
 def _clips(files: Mapping[str, Mapping[Pair, Path]]) -> dict[str, dict[Pair, vbench.Clip]]:
@@ -74,6 +64,28 @@ def _clips(files: Mapping[str, Mapping[Pair, Path]]) -> dict[str, dict[Pair, vbe
                 clips[prefix][pair] = vbench.clip_of(path, *pair)
                 tick()
     return clips
+
+
+def _told(
+    config: EvalConfig,
+    clips: Sequence[vbench.Clip],
+    nothing: dict[str, str],
+    sums: dict[str, str],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Under ``vbench`` in the entry: ``nothing`` are the dimensions without a score, and why."""
+    return {
+        "version": installed("vbench"),
+        "dimensions": list(config.dimensions),
+        "meanings": {name: vbench.DIMENSIONS[name].meaning for name in config.dimensions},
+        "not_applicable": nothing,
+        "weights": sums,
+        "foreign_weights": config.foreign_weights,
+        "reader": vbench.reader(),
+        "device": device.type,
+        "long": sum(clip.long for clip in clips),
+        "seconds": [min(clip.seconds for clip in clips), max(clip.seconds for clip in clips)],
+    }
 
 
 def _with_floors(scores: Scores) -> Scores:
@@ -102,20 +114,16 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if old.get("prompt_hash") != new["prompt_hash"]:
         return new
     theirs, ours = old["vbench"], new["vbench"]
-    same = ("version", "foreign_weights", "reader", "device")
     weights = {**theirs.get("weights", {}), **ours.get("weights", {})}
-    fits = not (theirs and ours) or (
-        all(theirs[key] == ours[key] for key in same)
-        and all(weights[name] == sum_ for name, sum_ in theirs["weights"].items())
-    )
-    kept = {name: metric for name, metric in old["metrics"].items() if fits or "vbench." not in name}
-    if not (theirs and ours and fits):
-        return {**new, "metrics": {**kept, **new["metrics"]}, "vbench": ours or theirs}
-    told = {
-        **ours,
-        "dimensions": list(dict.fromkeys((*theirs["dimensions"], *ours["dimensions"]))),
-        "meanings": {**theirs["meanings"], **ours["meanings"]},
-        "not_applicable": {**theirs["not_applicable"], **ours["not_applicable"]},
-        "weights": weights,
-    }
-    return {**new, "metrics": {**kept, **new["metrics"]}, "vbench": told}
+    both = bool(theirs and ours)
+    fits = not both or (all(theirs[key] == ours[key] for key in SAME) and theirs["weights"].items() <= weights.items())
+    metrics = {name: metric for name, metric in old["metrics"].items() if fits or "vbench." not in name}
+    told = ours or theirs
+    if both and fits:
+        told = {
+            **ours,
+            "weights": weights,
+            "dimensions": list(dict.fromkeys(theirs["dimensions"] + ours["dimensions"])),
+        }
+        told |= {key: {**theirs[key], **ours[key]} for key in ("meanings", "not_applicable")}
+    return {**new, "metrics": {**metrics, **new["metrics"]}, "vbench": told}

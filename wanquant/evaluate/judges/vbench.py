@@ -12,7 +12,6 @@ number of frames, which is the same where all are as long.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -34,6 +33,7 @@ import torch
 
 from wanquant.evaluate.judges import weights
 from wanquant.evaluate.judges.frames import stand_in, stands_in
+from wanquant.evaluate.prompts import vbench_folder
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.run import digest
@@ -55,8 +55,8 @@ class Dimension:
 
 
 DIMENSIONS = {
-    dimension.name: dimension
-    for dimension in (
+    each.name: each
+    for each in (
         Dimension("subject_consistency", "DINO features of the frames alike"),
         Dimension("background_consistency", "CLIP features of the frames alike"),
         Dimension("temporal_flickering", "1 less the mean change from frame to frame"),
@@ -158,10 +158,6 @@ def _stand_ins() -> None:
         sys.modules[module.__name__] = module
 
 
-def version() -> str:
-    return importlib.metadata.version("vbench")
-
-
 def why_not(dimension: str, clip: Clip) -> str:
     """Why a dimension has nothing to say on a video, where VBench would call it 0; empty if it has."""
     if dimension == "human_action":
@@ -176,10 +172,7 @@ def why_not(dimension: str, clip: Clip) -> str:
 
 @cache
 def _actions() -> frozenset[str]:
-    found = importlib.util.find_spec("vbench")
-    assert found is not None
-    assert found.origin is not None
-    listed = Path(found.origin).parent / "third_party" / "umt" / "kinetics_400_categories.txt"
+    listed = vbench_folder() / "third_party" / "umt" / "kinetics_400_categories.txt"
     return frozenset(line.split("\t")[0].strip().lower() for line in listed.read_text().splitlines())
 
 
@@ -190,12 +183,6 @@ def refuse_pointless(names: Sequence[str], prompts: Sequence[str], side: int) ->
     clips = [Clip(Path(), prompt, 0, "", 0.0, side) for prompt in prompts]
     if not any(why_not(name, clip) == "" for name in names for clip in clips):
         raise ValueError("; ".join(f"{name}: {why_not(name, clips[0])}" for name in names))
-
-
-def device_name(device: torch.device) -> str:
-    """As VBench wants it: a string, and for CUDA without a number, because motion_smoothness compares it with "cuda"
-    to learn whether it has to spare memory. The card is the current one."""
-    return device.type
 
 
 def score(
@@ -223,9 +210,9 @@ def score(
     by_name = dict(zip(names, clips, strict=True))
     cells = kept.cells("vbench", signature(counted, "", device, rooms=()))
     known: dict[str, Any] = {name: cells.get(name) for name in by_name}
-    if None not in known.values():
-        return [known[name] for name in names]
     missing = list(known.values()).count(None)
+    if not missing:
+        return [known[name] for name in names]
     with progress(" ".join((dimension, side)).strip(), missing, "video") as tick:
 
         def measure(chunk: list[str]) -> list[Any]:
@@ -258,19 +245,24 @@ def _evaluate(dimension: str, clips: Sequence[Clip], device: torch.device, offic
     """One call of VBench on links to these files, and its figures in their order."""
     from vbench import VBench
 
-    package = Path(str(importlib.import_module("vbench").__file__)).parent
     with tempfile.TemporaryDirectory() as scratch, _quietly():
         videos = Path(scratch) / "videos"
         videos.mkdir()
-        named = {_file_name(dimension, place, clip, official): clip for place, clip in enumerate(clips)}
+        # The standard's names where VBench reads something out of them.
+        standard = official or dimension == "human_action"
+        named = {
+            f"{clip.prompt}-{clip.seed}.mp4" if standard else f"{place:05d}.mp4": clip
+            for place, clip in enumerate(clips)
+        }
         assert len(named) == len(clips)
         for name, clip in named.items():
             (videos / name).symlink_to(clip.path.resolve())
-        how: dict[str, Any] = {"mode": "vbench_standard"} if official else {"mode": "custom_input"}
+        how: dict[str, Any] = {"mode": "vbench_standard"}
         if not official:
-            how["prompt_list"] = {name: clip.prompt for name, clip in named.items()}
+            how = {"mode": "custom_input", "prompt_list": {name: clip.prompt for name, clip in named.items()}}
         try:
-            judge = VBench(device_name(device), str(package / "VBench_full_info.json"), scratch)
+            # Without a number: motion_smoothness compares with "cuda" to learn whether it has to spare memory.
+            judge = VBench(device.type, str(vbench_folder() / "VBench_full_info.json"), scratch)
             judge.evaluate(str(videos), "run", dimension_list=[dimension], local=True, read_frame=False, **how)
         except Exception as error:
             raise ValueError(f"VBench's {dimension} failed: {_told(error)}") from error
@@ -281,13 +273,6 @@ def _evaluate(dimension: str, clips: Sequence[Clip], device: torch.device, offic
         if value is None or not math.isfinite(value):
             raise ValueError(f"VBench's {dimension} gives {'no score' if value is None else value} for {clip.path}")
     return [float(found[name]) for name in named]
-
-
-def _file_name(dimension: str, place: int, clip: Clip, official: bool) -> str:
-    """The standard's, ``prompt-seed.mp4``, where VBench reads something out of it."""
-    if official or dimension == "human_action":
-        return f"{clip.prompt}-{clip.seed}.mp4"
-    return f"{place:05d}.mp4"
 
 
 @contextmanager

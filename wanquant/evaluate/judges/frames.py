@@ -5,9 +5,11 @@ Both decode by FFmpeg and convert to RGB by its scaler, so that the frames are t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -48,18 +50,14 @@ class VideoReader:
         if (width, height) != (-1, -1):
             raise ValueError(f"{uri}: this reader does not scale; install decord")
         self._uri, self._threads = str(uri), num_threads
-        self._frames: np.ndarray | None = None
         with av.open(self._uri) as container:
             self._rate = float(container.streams.video[0].average_rate or 0)
 
-    @property
+    @cached_property
     def _all(self) -> np.ndarray:
-        if self._frames is None:
-            with av.open(self._uri) as container:
-                container.streams.video[0].codec_context.thread_count = self._threads
-                frames = container.decode(video=0)
-                self._frames = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
-        return self._frames
+        with av.open(self._uri) as container:
+            container.streams.video[0].codec_context.thread_count = self._threads
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
     def __len__(self) -> int:
         return len(self._all)
@@ -83,16 +81,12 @@ def cpu(index: int = 0) -> str:
     return f"cpu({index})"
 
 
-def _installed() -> bool:
-    try:
-        return importlib.util.find_spec("decord") is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def stand_in() -> bool:
     """Where decord is not installed, ``import decord`` gets this reader from now on. Whether it does."""
-    if "decord" not in sys.modules and not _installed():
+    installed = False
+    with contextlib.suppress(ModuleNotFoundError):
+        installed = "decord" in sys.modules or importlib.util.find_spec("decord") is not None
+    if not installed:
         module = ModuleType("decord")
         module.__dict__.update(VideoReader=VideoReader, bridge=bridge, cpu=cpu, __spec__=None)
         sys.modules["decord"], sys.modules["decord.bridge"] = module, bridge

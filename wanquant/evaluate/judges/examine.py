@@ -33,29 +33,27 @@ WORDS = {
     "other": "NOT what it should be: fetch it again",
     "missing": "missing",
 }
+#: States of weights that cannot be used.
+BAD = ("missing", "other")
 
 
 def examine() -> list[str]:
     """Lines for the terminal."""
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     usable = [name for name in DEVICES[1:] if _usable(name)]
-    lines += [f"devices: {', '.join(usable)}"]
-    lines += [line for name in usable if name == "npu" for line in chip_lines(pick_device(name))]
+    lines += [f"devices: {', '.join(usable)}", *(chip_lines(pick_device("npu")) if "npu" in usable else [])]
     lines += ["", "packages"]
     for name in (*PACKAGES, *OPTIONAL):
         version = installed(name)
         lines.append(f"  {name:<14}{version or 'not installed: ' + OPTIONAL.get(name, 'reinstall wanquant')}")
     lines += ["", "dimensions of VBench"]
-    lines += [f"  {name:<24}{_state(name)}" for name in vbench.DIMENSIONS]
-    lines += [
-        f"  {'(LPIPS)':<24}{_state(weights.LPIPS)}",
-        "",
-        f"weights in {_short(weights.vbench_root())}, {_short(weights.torch_root())}",
-    ]
+    judges = {**{name: name for name in vbench.DIMENSIONS}, "(LPIPS)": weights.LPIPS}
+    lines += [f"  {shown:<24}{_state(name)}" for shown, name in judges.items()]
+    lines += ["", f"weights in {_short(weights.vbench_root())}, {_short(weights.torch_root())}"]
     found = [weights.find(weight) for weight in weights.WEIGHTS]
     for each in found:
         lines.append(f"  {each.weight.recorded_as:<54}{each.sha256[:12] or '-':<14}{WORDS[each.state]}")
-    if any(each.state in ("missing", "other") for each in found):
+    if any(each.state in BAD for each in found):
         lines += ["", "`python -m wanquant.doctor fetch` gets what is missing, or the dimensions you name behind it"]
     return lines
 
@@ -88,9 +86,7 @@ def _usable(device: str) -> bool:
 
 def _state(name: str) -> str:
     """Whether a dimension can be measured here, found out as the measurement would."""
-    lacking = [
-        found.weight for found in map(weights.find, weights.needed([name])) if found.state in ("missing", "other")
-    ]
+    lacking = [weight for weight in weights.needed([name]) if weights.find(weight).state in BAD]
     if name != weights.LPIPS:
         try:  # imported, ViCLIP fetches its vocabulary
             vbench.importable([] if name in weights.VICLIP and lacking else [name])
@@ -101,13 +97,12 @@ def _state(name: str) -> str:
 
 def fetch(names: Sequence[str]) -> bool:
     """The missing weights of these dimensions, or of all; what cannot be had is told, and the others go on."""
-    wanted = weights.needed(names) if names else list(weights.WEIGHTS)
-    if names and {name for weight in wanted for name in weight.used_by} & set(names) != set(names):
-        known = dict.fromkeys(name for weight in weights.WEIGHTS for name in weight.used_by)
+    known = dict.fromkeys(name for weight in weights.WEIGHTS for name in weight.used_by)
+    if not set(names) <= set(known):
         raise ValueError(f"weights are known of {', '.join(known)}")
     complete = True
-    for weight in wanted:
-        if weights.find(weight).state not in ("missing", "other"):
+    for weight in weights.needed(names or list(known)):
+        if weights.find(weight).state not in BAD:
             print(f"there already: {weight.path}")
             continue
         print(f"fetching {weight.url}", flush=True)

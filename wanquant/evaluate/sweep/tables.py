@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.evaluate.sweep.summary import MARGIN, summarize
-from wanquant.runs.reports.sweep import write_sweep
-from wanquant.runs.reports.sweep_table import OVER_UNTRAINED, SINGLE_STEPS, cells, vbench_cells
+from wanquant.runs.sweep_report import write_sweep
+from wanquant.runs.sweep_table import OVER_UNTRAINED, SINGLE_STEPS, cells, vbench_cells
+
+#: Columns that the terminal shows, besides the first two and the difference from the reference.
+SHOWN = ("latent SQNR, dB", "verdict", "gates", OVER_UNTRAINED, "against its baseline", SINGLE_STEPS)
 
 
 def report(sweep: Path, reference: str | None = None, margin: float = MARGIN) -> dict[str, Any]:
@@ -21,10 +24,11 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
     """What the terminal shows: the table's most important columns, what failed, and where the report is."""
     lines = []
     if summary["rows"]:
-        heads, rows, floors = cells(summary)
-        kept = [place for place, head in enumerate(heads) if place < 2 or head in _shown(summary)]
-        table = [[[line[place] for place in kept] for line in part] for part in ([heads], rows, floors)]
-        lines = Table(table[0][0], table[1], table[2]).lines() + vbench_cells(summary).lines()
+        table = cells(summary)
+        shown = {*SHOWN, f"minus {summary['reference']}, dB"}
+        kept = [place for place, head in enumerate(table[0]) if place < 2 or head in shown]
+        heads, rows, floors = ([[line[place] for place in kept] for line in part] for part in ([table[0]], *table[1:]))
+        lines = [*_aligned(heads[0], rows, floors), *_aligned(*vbench_cells(summary))]
         lines += [f"caution: {caution}" for caution in summary["cautions"]]
     lines += [f"job {job['job']} failed ({job['name']}): {job['error']}" for job in summary["failed"]]
     if summary["unfinished"]:
@@ -32,13 +36,7 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
     return "\n".join([*lines, f"report: {sweep / 'report.html'}"])
 
 
-def _shown(summary: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        "latent SQNR, dB",
-        f"minus {summary['reference']}, dB",
-        "verdict",
-        "gates",
-        OVER_UNTRAINED,
-        "against its baseline",
-        SINGLE_STEPS,
-    )
+def _aligned(heads: list[str], rows: list[list[str]], floors: list[list[str]]) -> list[str]:
+    table = [heads, *rows, *floors] if heads else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]

@@ -25,32 +25,26 @@ FEW, MANY = 3, 8
 
 def ladder(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """``rungs``: a measure each, with its correlations by cheap measure, or None where one of the two is constant."""
-    sound = [row for row in rows if all(_finite(row, name) for name in ("latent_sqnr", "psnr"))]
+    sound = [row for row in rows if all(math.isfinite(_mean(row, name)) for name in ("latent_sqnr", "psnr"))]
     if len(sound) < FEW:
         return None
-    names = [name for name in sound[0]["metrics"] if all(_finite(row, name) for row in sound)]
+    names = [name for name in sound[0]["metrics"] if all(math.isfinite(_mean(row, name)) for row in sound)]
     cheap = [name for name in CHEAP if name in names]
     judged = [name for name in names if name.startswith("vbench.")]
     rungs = []
     for name in [*CHEAP[1:], *(name for name in EXPENSIVE if name in names), *judged]:
         below = cheap[: cheap.index(name)] if name in cheap else cheap
         if below:
-            found = {other: _correlated(sound, other, name) for other in below}
-            rungs.append({"name": name, "correlations": found})
+            rungs.append({"name": name, "correlations": {other: _correlated(sound, other, name) for other in below}})
     return {"configurations": len(sound), "few": len(sound) < MANY, "cheap": cheap, "rungs": rungs}
 
 
-def _finite(row: dict[str, Any], name: str) -> bool:
+def _mean(row: dict[str, Any], name: str) -> float:
+    """Turned where less is better; NaN where there is none."""
     mean = row["metrics"].get(name, {}).get("mean")
-    return mean is not None and math.isfinite(mean)
+    return math.nan if mean is None else -float(mean) if name in LESS_IS_BETTER else float(mean)
 
 
 def _correlated(rows: Sequence[dict[str, Any]], a: str, b: str) -> list[float] | None:
-    x, y = ([_turned(row, name) for row in rows] for name in (a, b))
-    found = rank_correlation(x, y)
+    found = rank_correlation([_mean(row, a) for row in rows], [_mean(row, b) for row in rows])
     return None if math.isnan(found[0]) else list(found)
-
-
-def _turned(row: dict[str, Any], name: str) -> float:
-    mean = float(row["metrics"][name]["mean"])
-    return -mean if name in LESS_IS_BETTER else mean

@@ -14,8 +14,9 @@ import os
 import shutil
 import sys
 import tempfile
+import tomllib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,84 +40,39 @@ def torch_root() -> Path:
 
 @dataclass(frozen=True)
 class Weight:
-    """``name`` is a path below ``root()``; ``sha256`` the publisher's, whole or its first digits, or empty; ``member``
-    is what to take out of the archive at ``url``, a file or a folder."""
+    """``name`` is a path below ``root``, that of ``vbench`` or ``torch``; ``used_by`` are dimensions; ``sha256`` is the
+    publisher's, whole or its first digits, or empty; ``member`` is what to take out of the archive at ``url``, a file
+    or a folder."""
 
     name: str
     url: str
     used_by: tuple[str, ...]
     sha256: str = ""
     member: str = ""
-    root: Callable[[], Path] = vbench_root
+    root: str = "vbench"
 
     @property
     def path(self) -> Path:
-        return self.root() / self.name
+        return (torch_root() if self.root == "torch" else vbench_root()) / self.name
 
     @property
     def recorded_as(self) -> str:
-        return self.name if self.root is vbench_root else f"torch/{self.name}"
+        return f"torch/{self.name}" if self.root == "torch" else self.name
 
 
-CLIP = "https://openaipublic.azureedge.net/clip/models"
-HUB = "https://huggingface.co"
-USED = f"{HUB}/OpenGVLab/VBench_Used_Models/resolve/main"
-DINO = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
-B32 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-L14 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+#: Dimensions that ViCLIP judges.
 VICLIP = ("overall_consistency", "temporal_style")
 #: LPIPS is no dimension of VBench.
 LPIPS = "lpips"
 
-WEIGHTS = (
-    Weight("amt_model/amt-s.pth", f"{HUB}/lalala125/AMT/resolve/main/amt-s.pth", ("motion_smoothness",)),
-    Weight(
-        "raft_model/models/raft-things.pth",
-        "https://dl.dropboxusercontent.com/s/4j4z58wuv8o0mfz/models.zip",
-        ("dynamic_degree",),
-        member="models/raft-things.pth",
-    ),
-    Weight(
-        "dino_model/facebookresearch_dino_main",
-        "https://github.com/facebookresearch/dino/archive/refs/heads/main.zip",
-        ("subject_consistency",),
-        member="dino-main/",
-    ),
-    # VBench asks for the first, and what it loads is the second.
-    Weight("dino_model/dino_vitbase16_pretrain.pth", DINO, ("subject_consistency",)),
-    Weight("checkpoints/dino_vitbase16_pretrain.pth", DINO, ("subject_consistency",), root=torch_root),
-    Weight("clip_model/ViT-B-32.pt", f"{CLIP}/{B32}/ViT-B-32.pt", ("background_consistency",), B32),
-    Weight("clip_model/ViT-L-14.pt", f"{CLIP}/{L14}/ViT-L-14.pt", ("aesthetic_quality",), L14),
-    Weight(
-        "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth",
-        "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth",
-        ("aesthetic_quality",),
-    ),
-    Weight(
-        "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",
-        "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth",
-        ("imaging_quality",),
-        "358bb6af",
-    ),
-    Weight("ViCLIP/ViClip-InternVid-10M-FLT.pth", f"{USED}/ViClip-InternVid-10M-FLT.pth", VICLIP),
-    Weight(
-        "ViCLIP/bpe_simple_vocab_16e6.txt.gz",
-        "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz",
-        VICLIP,
-    ),
-    Weight(
-        "umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth",
-        f"{USED}/l16_ptk710_ftk710_ftk400_f16_res224.pth",
-        ("human_action",),
-    ),
-    Weight(
-        "checkpoints/alexnet-owt-7be5be79.pth",
-        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-        (LPIPS,),
-        "7be5be79",
-        root=torch_root,
-    ),
-)
+
+def _listed() -> tuple[Weight, ...]:
+    """Those of ``weights.toml``."""
+    listed = tomllib.loads(Path(__file__).with_name("weights.toml").read_text(encoding="utf-8"))["weights"]
+    return tuple(Weight(**{**each, "used_by": tuple(each["used_by"])}) for each in listed)
+
+
+WEIGHTS = _listed()
 
 
 @dataclass(frozen=True)
@@ -248,20 +204,20 @@ def _at_hand(weight: Weight, target: Path) -> bool:
     clip = importlib.util.find_spec("clip")
     if clip is not None and clip.origin:
         copies.append(Path(clip.origin).parent / Path(weight.name).name)
-    there = next((copy for copy in copies if copy.is_file()), None)
-    if there is not None:
-        shutil.copyfile(there, target)
-    return there is not None
+    for copy in copies:
+        if copy.is_file():
+            shutil.copyfile(copy, target)
+            return True
+    return False
 
 
 def _place(part: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if part.is_dir():
-        partial = path.with_name(f"{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(part, partial)
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
+    if part.is_file():
+        with replacing(path) as temporary:
+            shutil.copyfile(part, temporary)
         return
-    with replacing(path) as temporary:
-        shutil.copyfile(part, temporary)
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(part, partial)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)

@@ -1,0 +1,245 @@
+"""An evaluation's config, resolved once: what is judged and beside what, of which pairs, and which videos are there.
+
+Whatever the config, the runs' results and the models' JSON files can refuse is refused here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanquant.choices import check_choices
+from wanquant.evaluate.config import EvalConfig, EvaluateConfig
+from wanquant.evaluate.evaluation import EvaluationPlan, Side, Values, hash_of
+from wanquant.evaluate.judges import perceptual, vbench
+from wanquant.evaluate.prompts import PromptsConfig, pairs, settled
+from wanquant.evaluate.sweep.summary import jobs_of
+from wanquant.quant.scheme import parse
+from wanquant.runs.run import read_config, read_result
+from wanquant.runs.signature import provenance
+from wanquant.wan.cached import Pair
+from wanquant.wan.checkpoint import config_of, quantization_of
+from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
+from wanquant.wan.device import pick_device
+from wanquant.wan.generate import check_guidance
+from wanquant.wan.load import check_folder, find_folder, transformers_of
+from wanquant.wan.tiny import parse_caption
+
+#: The prompts a run was made with, and the name of their evaluation.
+OWN = "own"
+#: What of a run's provenance has to be as it is now for its figures to stand beside new ones.
+SAME = ("packages", "device", "device_name", "threads", "instructions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(EvaluationPlan):
+    """Of a finished ``run``, whose ``result`` the evaluation joins."""
+
+    run: Path
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """A ``model`` as it is, or ``runs`` by their folders: a single one, or all of a ``sweep``, where one that cannot be
+    evaluated has the error that says why."""
+
+    config: EvaluateConfig
+    device: torch.device
+    model: EvaluationPlan | None = None
+    runs: dict[Path, RunPlan | ValueError | OSError] = field(default_factory=dict)
+    sweep: Path | None = None
+
+
+def resolve_evaluate(config: EvaluateConfig) -> EvaluatePlan:
+    """``ValueError`` and ``OSError`` name what is wrong; what is wrong with a run of a sweep is in its entry."""
+    check_choices(config)
+    check_eval(config.eval)
+    _check(config)
+    device = pick_device(config.model.device)
+    if config.run is None:
+        return EvaluatePlan(config, device, _resolve_model(config))
+    where, asked = Path(config.run), (config.eval, device, config.threads, config.prompts, config.reference)
+    if (where / "result.json").is_file() or not _is_sweep(where):
+        return EvaluatePlan(config, device, runs={where: resolve_run(where, *asked)})
+    runs: dict[Path, RunPlan | ValueError | OSError] = {}
+    for run in jobs_of(where):
+        try:
+            runs[run] = resolve_run(run, *asked)
+        except (ValueError, OSError) as error:
+            runs[run] = error
+    return EvaluatePlan(config, device, runs=runs, sweep=where)
+
+
+def check_eval(config: EvalConfig) -> None:
+    """Refuses what can be refused before a model is read: dimensions, packages, weights."""
+    vbench.check_dimensions(config.dimensions)
+    perceptual.settled(config.lpips)
+    vbench.prepare(config.dimensions, config.foreign_weights)
+
+
+def _check(config: EvaluateConfig) -> None:
+    if config.threads < 1:
+        raise ValueError(f"threads={config.threads}: must be at least 1")
+    if config.eval.block_sqnr:
+        raise ValueError("eval.block_sqnr=true is measured by ptq.py, with the calibration prompts")
+    if Path(config.prompts.name).name != config.prompts.name:
+        raise ValueError(f"prompts.name={config.prompts.name}: a folder is named so, leave / and .. out")
+    if config.run is not None and config.model.path != "tiny":
+        raise ValueError("run= knows its model: leave model.path out, or say where it is now with reference=<folder>")
+    if config.run is None and config.reference is None and config.eval.lpips == "on":
+        raise ValueError("eval.lpips=on compares with a reference: give reference=<folder>")
+
+
+def _is_sweep(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_dir() and path.name.isdigit() for path in folder.iterdir())
+
+
+def _resolve_model(config: EvaluateConfig) -> EvaluationPlan:
+    """Where there is no run, ``prompts=own`` stands for the list it was made from."""
+    prompts = settled(config.prompts)
+    own = prompts.name == OWN
+    texts = prompts.by_language[config.model.language] if own and not prompts.texts else prompts.texts
+    asked = pairs(dataclasses.replace(prompts, texts=texts, seeds=prompts.seeds or [0]))
+    name = "demo5" if own else prompts.name
+    sides = [_side("model", "", config.model, config.model.path)]
+    if config.reference is not None:
+        model = dataclasses.replace(config.model, batch=sides[0].model.batch)
+        sides.append(_side("bf16", "bf16.", model, config.reference))
+        sides += [sides[1].perturbed({})] if config.eval.noise_floor else []
+    _check_captions(asked, config.model.language)
+    return EvaluationPlan(name, Path(), tuple(sides), (asked,), config.eval, config.prompts.official)
+
+
+def _side(name: str, prefix: str, model: ModelConfig, path: str) -> Side:
+    """Videos come one at a time where a batch would share a step."""
+    source = find_folder(path)
+    check_folder(source)
+    check_guidance(source, model.generation)
+    made = [described for part in transformers_of(source).values() if (described := quantization_of(part)) is not None]
+    alone = any(not parse(config_of(described)).independent for described in made)
+    return Side(name, prefix, source, dataclasses.replace(model, batch=1) if alone else model)
+
+
+def _check_captions(asked: Sequence[Pair], language: str) -> None:
+    """``ValueError`` for a prompt that tiny-wan's grammar does not have, where the model understands no other."""
+    for prompt, _ in asked if language == "scenes" else ():
+        parse_caption(prompt)
+
+
+def resolve_run(
+    run: Path,
+    config: EvalConfig,
+    device: torch.device,
+    threads: int,
+    prompts: PromptsConfig | None = None,
+    reference: str | None = None,
+) -> RunPlan:
+    """A finished run on ``prompts``, or its own. ``reference`` is where the run's model is, if not where it was."""
+    result = _finished(run)
+    model = _model_of(run, result)
+    own = [(item["prompt"], item["seed"]) for item in result["metrics"]["psnr"]["per_item"]]
+    asked, name = _asked(prompts, own, model.language)
+    new = [pair for pair in asked if pair not in set(own)]
+    # What the run has measured elsewhere, or by other libraries, does not stand beside what is measured now.
+    ours = [pair for pair in own if pair in set(asked)] if not new or _is_alike(result, device, threads) else []
+    new = [pair for pair in asked if pair not in set(ours)]
+    sides = _sides_of(run, result, model, reference, {pair: own.index(pair) for pair in ours})
+    if not config.noise_floor or len(sides[2].files) < len(ours):
+        sides = sides[:2]
+    _check_captions(asked, model.language)
+    there = result.get("evaluations", {}).get(name)
+    key = name if there is None or there["prompt_hash"] == hash_of(asked) else f"{name}-{hash_of(asked)[:8]}"
+    measured = _measured(result, own)
+    return RunPlan(
+        name=name,
+        folder=run / "evaluations" / key,
+        sides=sides,
+        lists=tuple(pairs_ for pairs_ in (ours, new) if pairs_),
+        config=config,
+        official=prompts is not None and prompts.official,
+        known={pair: measured[pair] for pair in ours},
+        run=run,
+        result=result,
+    )
+
+
+def _finished(run: Path) -> dict[str, Any]:
+    """The run's result, if it can be evaluated."""
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}")
+    result = read_result(run)
+    if result["status"] != "ok":
+        raise ValueError(f"{run} failed ({result['error']}): there is nothing to evaluate")
+    if result.get("mode") != "quantize":
+        raise ValueError(f"{run} is no quantization: give a run or a sweep of ptq.py")
+    return result
+
+
+def _is_alike(result: dict[str, Any], device: torch.device, threads: int) -> bool:
+    """Whether the run was made as videos would be made now."""
+    now = {**provenance(device), "threads": threads}
+    return all(result["provenance"].get(key) == now[key] for key in SAME)
+
+
+def _model_of(run: Path, result: dict[str, Any]) -> ModelConfig:
+    """As the run asked it, in the batches it was asked in."""
+    raw = read_config(run)["model"]
+    nested = {"generation": GenerationConfig(**raw["generation"]), "outliers": OutliersConfig(**raw["outliers"])}
+    return ModelConfig(**{**raw, **nested, "batch": result["model"]["batch"]})
+
+
+def _asked(prompts: PromptsConfig | None, own: list[Pair], language: str) -> tuple[list[Pair], str]:
+    """The pairs, in the language of the model, and their name: ``own`` are those of the run, the texts and seeds of
+    which ``prompts=own`` stands for, where it is not given others."""
+    if prompts is None:
+        return own, OWN
+    prompts = settled(prompts)
+    texts = prompts.texts
+    if texts in prompts.by_language.values():
+        texts = prompts.by_language.get(language, texts)
+    if prompts.name == OWN and not texts:
+        texts = list(dict.fromkeys(text for text, _ in own))
+    seeds = prompts.seeds or list(dict.fromkeys(seed for _, seed in own))
+    asked = pairs(dataclasses.replace(prompts, texts=texts, seeds=seeds))
+    if asked == own:
+        return asked, OWN
+    return asked, f"{OWN}-{hash_of(asked)[:8]}" if prompts.name == OWN else prompts.name
+
+
+def _sides_of(
+    run: Path, result: dict[str, Any], model: ModelConfig, reference: str | None, places: dict[Pair, int]
+) -> tuple[Side, ...]:
+    """Quantized, BF16, and that with its noise perturbed, with the run's own videos of the pairs in ``places``."""
+    files = {}
+    for side in ("quantized", "bf16", "bf16_ulp"):
+        paths = {pair: run / "videos" / side / f"{place:03d}-seed{pair[1]}.mp4" for pair, place in places.items()}
+        files[side] = {pair: path for pair, path in paths.items() if path.is_file()}
+    made_from = find_folder(reference or model.path, shapes_only=True)
+    bf16 = Side("bf16", "bf16.", made_from, model, files["bf16"], result["model"]["fingerprint"])
+    quantized = dataclasses.replace(bf16, name="quantized", prefix="", files=files["quantized"])
+    if result["conversion"]["converted"]:
+        plain = dataclasses.replace(model, outliers=OutliersConfig())  # the checkpoint has them in its weights
+        quantized = dataclasses.replace(quantized, source=run / "checkpoint", model=plain, fingerprint="")
+    return quantized, bf16, bf16.perturbed(files["bf16_ulp"])
+
+
+def _measured(result: dict[str, Any], own: Sequence[Pair]) -> dict[Pair, Values]:
+    """What the run itself has measured of its pairs, and an earlier evaluation of them; a null is a NaN."""
+    metrics = {**result.get("evaluations", {}).get(OWN, {}).get("metrics", {}), **result["metrics"]}
+    found: dict[Pair, Values] = {pair: {"metrics": {}, "figures": {}} for pair in own}
+    for name, metric in metrics.items():
+        if not name.startswith(("floor_seed.", "difference.")) and "vbench." not in name:
+            for item in metric["per_item"]:
+                value = item["value"]
+                found[item["prompt"], item["seed"]]["metrics"][name] = math.nan if value is None else value
+    for name, gate in result["gates"].items():
+        for pair, figure in zip(own, gate["per_item"], strict=True):
+            found[pair]["figures"][name] = math.nan if figure is None else figure
+    return found
