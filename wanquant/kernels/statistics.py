@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from wanquant.kernels import cpu, eager
-from wanquant.kernels.dispatch import _check_rows
+from wanquant.kernels.dispatch import check_rows
 from wanquant.kernels.loops import WORDS
 from wanquant.kernels.observe_loop import LOWEST, MOMENTS, PER_OCTAVE, observe
 
@@ -85,7 +85,7 @@ def bin_edges() -> np.ndarray:
 
 def observe_rows(x: torch.Tensor, rules: bool = True) -> Observed:
     """Measures a matrix of BF16, float32 or float16; with ``rules`` also what each of ``DYNAMIC_RULES`` costs."""
-    _check_rows(x)
+    check_rows(x)
     seen = _on_cpu(x, rules) if x.device.type == "cpu" else _anywhere(x, rules)
     if not rules:
         seen.sums[MOMENTS:] = np.nan
