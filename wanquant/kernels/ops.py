@@ -1,6 +1,6 @@
 """The operations as torch ops (``torch.ops.wanquant``), with an implementation per device.
 
-torch's dispatcher chooses: the numba loops on the CPU, Triton on CUDA, the eager integer path on everything else, and on
+torch's dispatcher chooses: the numba loops on the CPU, Triton on CUDA, the eager integer path on everything else and on
 ``meta``, which tells ``torch.compile`` and fake tensors the shapes. Nothing is differentiated: autograd falls through.
 
 They are registered with ``Library.impl`` and not as ``torch.library.custom_op``, which costs three times the
