@@ -28,7 +28,8 @@ def round(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = Non
     check_float(x)
     saturate = saturates(overflow)
     if out is None:
-        return OPS.round_hif8.default(x, saturate)
+        values: torch.Tensor = OPS.round_hif8.default(x, saturate)
+        return values
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(f"out must be {tuple(x.shape)} {x.dtype} on {x.device}")
     # Addresses are known only where something is computed.
@@ -61,13 +62,15 @@ def round_stochastic(x: torch.Tensor, generator: torch.Generator | None = None, 
     saturate = saturates(overflow)
     device = x.device if generator is None else generator.device
     noise = torch.randint(-(2**31), 2**31, x.shape, generator=generator, device=device, dtype=torch.int32)
-    return OPS.round_hif8_stochastic.default(x, noise.to(x.device), saturate)
+    values: torch.Tensor = OPS.round_hif8_stochastic.default(x, noise.to(x.device), saturate)
+    return values
 
 
 def encode(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
     """The uint8 code of each element, rounded first, in the shape of ``x``."""
     check_float(x)
-    return OPS.encode_hif8.default(x, saturates(overflow))
+    codes: torch.Tensor = OPS.encode_hif8.default(x, saturates(overflow))
+    return codes
 
 
 def decode(codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -76,4 +79,5 @@ def decode(codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Te
         raise TypeError(f"HiF8 codes are uint8, not {codes.dtype}")
     if dtype not in FLOATS:
         raise TypeError(f"HiF8 decodes to float32, bfloat16 or float16, not {dtype}")
-    return OPS.decode_hif8.default(codes, dtype)
+    values: torch.Tensor = OPS.decode_hif8.default(codes, dtype)
+    return values

@@ -75,7 +75,7 @@ def scaled_round_hif8(
 
 
 def quantize_rows_hif8(
-    x: torch.Tensor, goal: float, power_of_two: bool, overflow: str = "inf", factors: torch.Tensor | None = None
+    x: torch.Tensor, target: float, power_of_two: bool, overflow: str = "inf", factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``scaled_round_hif8`` by the scale of each row (``absmax_to_scale``), in one pass: BF16 [rows, columns], scales
     [rows].
@@ -84,7 +84,7 @@ def quantize_rows_hif8(
     """
     check_rows(x)
     _check_factors(x, factors)
-    return OPS.quantize_rows_hif8.default(x, goal, power_of_two, saturates(overflow), factors)
+    return OPS.quantize_rows_hif8.default(x, target, power_of_two, saturates(overflow), factors)
 
 
 def descale(
