@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from tests.kernels.inputs import ALL16, MATRICES
-from wanquant.formats.registry import FORMATS, get_format
+from wanquant import quantize_
+from wanquant.formats.integer import Int8
+from wanquant.formats.registry import FORMATS, get_format, register_format
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.scheme import parse, settle
 
@@ -121,3 +123,36 @@ def test_defaults_are_the_formats_own() -> None:
         parse(QuantConfig(format="mxfp8", weights=type(settled["hif8"].weights)("per_channel", "mx")))
     with pytest.raises(ValueError, match=r"quant\.overflow=inf: int8 has no infinity"):
         parse(QuantConfig(format="int8", overflow="inf"))
+
+
+class Int4(Int8):
+    """Whole numbers from -7 to 7, as a plug-in would add them."""
+
+    name = "int4"
+    overflow = 7.5
+    target = 7.0
+
+    def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
+        return super().round(x, overflow).clamp(-7, 7)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 16, dtype=torch.bfloat16)) for _ in range(2))
+
+
+def test_a_format_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanquant.formats.registry.FORMATS", dict(FORMATS))
+    register_format(Int4())
+    with pytest.raises(ValueError, match="int4 is registered already"):
+        register_format(Int4())
+    with pytest.raises(ValueError, match=r"choose hif8, .*int4"):
+        get_format("int5")
+    model = Model()
+    quantize_(model, QuantConfig(format="int4"), protected_blocks=(0,))
+    assert type(model.blocks[0][0]) is nn.Linear
+    assert set(model.blocks[1][0].weight.unique().tolist()) == set(range(-7, 8))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="did you mean int8"):
+        get_format("int4")

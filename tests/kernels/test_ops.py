@@ -16,7 +16,7 @@ from tests.kernels.inputs import ALL16, LARGE, MATRICES, WIDE, assert_same_bits
 from tests.models import wan_inputs, wan_transformer
 from wanquant import kernels
 from wanquant.formats import hif8
-from wanquant.kernels import cpu, eager, ops, shapes
+from wanquant.kernels import cpu, eager, ops
 from wanquant.kernels.tables import NAN16, NAN_CODE, narrow
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
 from wanquant.quant.scheme import parse
@@ -48,7 +48,7 @@ def test_large_tensors_go_through_eager_in_parts(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_device_has_every_op() -> None:
-    for module in (cpu, eager, shapes):
+    for module in (cpu, eager):
         assert all(callable(getattr(module, name)) for name in ops.NAMES)
 
 

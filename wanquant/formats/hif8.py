@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from wanquant import kernels
+from wanquant.kernels.dispatch import FLOATS, OPS, check_float, saturates
 
 
 def round(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,7 +25,29 @@ def round(x: torch.Tensor, overflow: str = "inf", out: torch.Tensor | None = Non
     Takes float32, bfloat16 or float16 of any shape and layout, on any device; every HiF8 value is
     exact in all three. Free of autograd. ``out`` may be ``x`` itself. ``TypeError`` for another dtype.
     """
-    return kernels.round_hif8(x, overflow, out)
+    check_float(x)
+    saturate = saturates(overflow)
+    if out is None:
+        values: torch.Tensor = OPS.round_hif8.default(x, saturate)
+        return values
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(f"out must be {tuple(x.shape)} {x.dtype} on {x.device}")
+    # Addresses are known only where something is computed.
+    if out is not x and not torch.compiler.is_compiling() and not x.is_meta and _overlap(x, out):
+        raise ValueError("out overlaps x: it may be x itself, or must lie elsewhere")
+    OPS.round_hif8_out.default(x, saturate, out)
+    return out
+
+
+def _overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether writing one element of ``out`` may change another of ``x``. False for two views of the same elements."""
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() or not x.numel():
+        return False
+    if x.data_ptr() == out.data_ptr() and x.stride() == out.stride():
+        return False
+    last_x, last_out = (sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in (x, out))
+    first_x, first_out = x.storage_offset(), out.storage_offset()
+    return bool(first_x <= first_out + last_out and first_out <= first_x + last_x)
 
 
 def round_stochastic(x: torch.Tensor, generator: torch.Generator | None = None, overflow: str = "inf") -> torch.Tensor:
@@ -36,14 +58,26 @@ def round_stochastic(x: torch.Tensor, generator: torch.Generator | None = None, 
     probability is exact, to 2^-24 between 0 and 2^-22. Beyond 32768 there is no upper neighbour to balance: the
     choice is between 32768 and what ``overflow`` says, as if that were 49152.
     """
-    return kernels.round_hif8_stochastic(x, generator, overflow)
+    check_float(x)
+    saturate = saturates(overflow)
+    device = x.device if generator is None else generator.device
+    noise = torch.randint(-(2**31), 2**31, x.shape, generator=generator, device=device, dtype=torch.int32)
+    values: torch.Tensor = OPS.round_hif8_stochastic.default(x, noise.to(x.device), saturate)
+    return values
 
 
 def encode(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
     """The uint8 code of each element, rounded first, in the shape of ``x``."""
-    return kernels.encode_hif8(x, overflow)
+    check_float(x)
+    codes: torch.Tensor = OPS.encode_hif8.default(x, saturates(overflow))
+    return codes
 
 
 def decode(codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The values of uint8 ``codes``, in their shape."""
-    return kernels.decode_hif8(codes, dtype)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"HiF8 codes are uint8, not {codes.dtype}")
+    if dtype not in FLOATS:
+        raise TypeError(f"HiF8 decodes to float32, bfloat16 or float16, not {dtype}")
+    values: torch.Tensor = OPS.decode_hif8.default(codes, dtype)
+    return values

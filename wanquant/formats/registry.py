@@ -22,24 +22,11 @@ class HiF8(Format):
     target = 15.0
     default_overflow = "inf"
 
-    def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
-        return hif8.round(x, overflow)
-
-    def encode(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
-        return hif8.encode(x, overflow)
-
-    def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return hif8.decode(codes, dtype)
-
-    def scaled_round(
-        self, x: torch.Tensor, scale: torch.Tensor, overflow: str, factors: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernels.scaled_round_hif8(x, scale, overflow, factors)
-
-    def quantize_rows(
-        self, x: torch.Tensor, target: float, power_of_two: bool, overflow: str, factors: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernels.quantize_rows_hif8(x, target, power_of_two, overflow, factors)
+    round = staticmethod(hif8.round)
+    encode = staticmethod(hif8.encode)
+    decode = staticmethod(hif8.decode)
+    scaled_round = staticmethod(kernels.scaled_round_hif8)
+    quantize_rows = staticmethod(kernels.quantize_rows_hif8)
 
 
 class BFloat16(Format):
@@ -60,7 +47,18 @@ class BFloat16(Format):
         raise ValueError("bf16 has no 8-bit codes")
 
 
-FORMATS: dict[str, Format] = {format_.name: format_ for format_ in (HiF8(), E4M3, E5M2, MXFP8, Int8(), BFloat16())}
+FORMATS: dict[str, Format] = {}
+
+
+def register_format(format_: Format) -> None:
+    """Makes a format known by its ``name`` to configs and checkpoints. ``ValueError`` for a name that is taken."""
+    if format_.name in FORMATS:
+        raise ValueError(f"the format {format_.name} is registered already")
+    FORMATS[format_.name] = format_
+
+
+for _format in (HiF8(), E4M3, E5M2, MXFP8, Int8(), BFloat16()):
+    register_format(_format)
 
 
 def get_format(name: str) -> Format:

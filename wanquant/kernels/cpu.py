@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from wanquant.kernels.eager import fit
-from wanquant.kernels.loops import DESCALE, FACTORED, LOOPS, stochastic
+from wanquant.kernels.loops import DESCALE, LOOPS, stochastic
 from wanquant.kernels.tables import decode_table, narrow
 
 #: Elements below which one thread is quicker than waking another.
@@ -27,101 +27,64 @@ _pool: ThreadPoolExecutor | None = None
 def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     source = fit(x)
     out = torch.empty_like(source)
-    _round_into(source, out, saturate)
+    _run(LOOPS[source.dtype].round, x.numel(), x.numel(), source, out, saturate)
     return out if out.dtype == x.dtype else narrow(out, x.dtype)
 
 
 def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
     source = fit(x)
     if out.is_contiguous() and out.dtype == source.dtype:
-        _round_into(source, out, saturate)
+        _run(LOOPS[source.dtype].round, x.numel(), x.numel(), source, out, saturate)
     else:
         out.copy_(round_hif8(source, saturate))
 
 
-def _round_into(x: torch.Tensor, out: torch.Tensor, saturate: bool) -> None:
-    loop, source, target, size = LOOPS[x.dtype].round, x.data_ptr(), out.data_ptr(), x.element_size()
-    run_chunks(lambda a, b: loop(source + a * size, target + a * size, b - a, saturate), x.numel(), x.numel())
-
-
 def round_hif8_stochastic(x: torch.Tensor, noise: torch.Tensor, saturate: bool) -> torch.Tensor:
-    values, bits = x.float().contiguous(), noise.contiguous()
+    values = x.float().contiguous()
     out = torch.empty_like(values)
-    source, random, target = values.data_ptr(), bits.data_ptr(), out.data_ptr()
-
-    def call(a: int, b: int) -> None:
-        stochastic(source + 4 * a, random + 4 * a, target + 4 * a, b - a, saturate)
-
-    run_chunks(call, x.numel(), x.numel())
-    return out if x.dtype == torch.float32 else narrow(out, x.dtype)
+    _run(stochastic, x.numel(), x.numel(), values, noise.contiguous(), out, saturate)
+    return narrow(out, x.dtype)
 
 
 def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     values = fit(x)
     out = torch.empty(values.shape, dtype=torch.uint8)
-    loop, source, target, size = LOOPS[values.dtype].encode, values.data_ptr(), out.data_ptr(), values.element_size()
-    run_chunks(lambda a, b: loop(source + a * size, target + a, b - a, saturate), x.numel(), x.numel())
+    _run(LOOPS[values.dtype].encode, x.numel(), x.numel(), values, out, saturate)
     return out
 
 
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float16:
         return narrow(decode_hif8(codes, torch.float32), dtype)
-    codes = codes.contiguous()
     out = torch.empty(codes.shape, dtype=dtype)
-    loop, source, target, size = LOOPS[dtype].decode, codes.data_ptr(), out.data_ptr(), out.element_size()
-    table = decode_table(dtype).data_ptr()
-    run_chunks(lambda a, b: loop(source + a, target + a * size, b - a, table), codes.numel(), codes.numel())
+    _run(LOOPS[dtype].decode, codes.numel(), codes.numel(), codes.contiguous(), out, decode_table(dtype))
     return out
 
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
     x = fit(x)
     out = x.new_empty(x.shape[0], dtype=torch.float32)
-    loop, source, target, columns = LOOPS[x.dtype].absmax_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
-    pitch = columns * x.element_size()
-    run_chunks(lambda a, b: loop(source + a * pitch, target + 4 * a, b - a, columns), x.shape[0], x.numel())
+    _run(LOOPS[x.dtype].absmax_rows, x.shape[0], x.numel(), x, out, x.shape[1])
     return out
 
 
 def scaled_round_hif8(
     x: torch.Tensor, scale: torch.Tensor, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x, scale, (loops, by_column) = fit(x), scale.contiguous(), _loops(x, factors)
-    out, over = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.shape[0], dtype=torch.int64)
-    loop, source, target, columns = loops.scaled_round, x.data_ptr(), out.data_ptr(), x.shape[1]
-    pitch, scales, counts, stride = columns * x.element_size(), scale.data_ptr(), over.data_ptr(), scale.ndim
-
-    def call(a: int, b: int) -> None:
-        part = (source + a * pitch, scales + 4 * a * stride, stride, target + 2 * a * columns, counts + 8 * a)
-        loop(*part, b - a, columns, saturate, by_column)
-
-    run_chunks(call, x.shape[0], x.numel())
+    x, scale, (rows, columns) = fit(x), scale.contiguous(), x.shape
+    out, over = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(rows, dtype=torch.int64)
+    loop = LOOPS[x.dtype].scaled_round
+    _run(loop, rows, x.numel(), x, factors, scale, scale.ndim, out, over, columns, saturate)
     return out, over.sum()
-
-
-def _loops(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[SimpleNamespace, int]:
-    """The loops over rows of that type, with or without factors, and the address of the factors."""
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    if factors is None:
-        return LOOPS[dtype], 0
-    assert factors.is_contiguous()
-    return FACTORED[dtype], factors.data_ptr()
 
 
 def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x, (loops, by_column) = fit(x), _loops(x, factors)
-    out, scale = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.shape[0], dtype=torch.float32)
-    loop, source, target, columns = loops.quantize_rows, x.data_ptr(), out.data_ptr(), x.shape[1]
-    pitch, scales = columns * x.element_size(), scale.data_ptr()
-
-    def call(a: int, b: int) -> None:
-        part = (source + a * pitch, target + 2 * a * columns, scales + 4 * a)
-        loop(*part, b - a, columns, goal, power_of_two, saturate, by_column)
-
-    run_chunks(call, x.shape[0], x.numel())
+    x, (rows, columns) = fit(x), x.shape
+    out, scale = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(rows, dtype=torch.float32)
+    loop = LOOPS[x.dtype].quantize_rows
+    _run(loop, rows, x.numel(), x, factors, out, scale, columns, goal, power_of_two, saturate)
     return out, scale
 
 
@@ -134,23 +97,24 @@ def descale(
 ) -> torch.Tensor:
     if dtype == torch.float16:
         return descale(product, row_scale, column_scale, bias, torch.float32).to(dtype)
-    product, row_scale = fit(product), row_scale.contiguous()
-    rows, columns = product.shape
+    product, row_scale, (rows, columns) = fit(product), row_scale.contiguous(), product.shape
     column_scale = (column_scale if column_scale.ndim else column_scale.expand(columns)).contiguous()
-    if bias is not None:
-        bias = fit(bias)
+    bias = None if bias is None else fit(bias)
     out = torch.empty_like(product, dtype=dtype)
     loop = DESCALE[product.dtype, product.dtype if bias is None else bias.dtype, dtype]
-    source, target, offset = product.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr()
-    pitch, out_pitch = columns * product.element_size(), columns * out.element_size()
-    by_row, row_stride, by_column = row_scale.data_ptr(), row_scale.ndim, column_scale.data_ptr()
-
-    def call(a: int, b: int) -> None:
-        scales = (by_row + 4 * a * row_stride, row_stride, by_column)
-        loop(source + a * pitch, *scales, offset, bias is not None, target + a * out_pitch, b - a, columns)
-
-    run_chunks(call, rows, product.numel())
+    _run(loop, rows, product.numel(), product, row_scale, row_scale.ndim, column_scale, bias, out, columns)
     return out
+
+
+def _run(loop: Callable[..., Any], count: int, elements: int, *args: Any) -> None:
+    """The loop over ``range(count)``, in parts; tensors among its arguments are given as addresses."""
+    given = [_address(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+    run_chunks(lambda first, past: loop(first, past, *given), count, elements)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 def _forget_pool() -> None:

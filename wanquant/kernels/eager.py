@@ -20,20 +20,28 @@ _SMALLEST = 105 << 23  # 2^-22, the smallest positive value
 #: The magnitude from which rounding goes beyond 32768, the largest finite value.
 OVERFLOW = 40960.0
 
-
 #: Elements that go through together.
 AT_ONCE = 1 << 24
 
 
-def _in_parts(x: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """``work`` of each element, to a tensor of this type."""
-    if x.numel() <= AT_ONCE:
-        return work(x)
-    flat = x.contiguous().view(-1)
-    found = torch.empty(flat.shape, dtype=dtype, device=x.device)
-    for part, into in zip(flat.split(AT_ONCE), found.split(AT_ONCE), strict=True):
-        into.copy_(work(part))
-    return found.view(x.shape)
+def _rows_at_once(x: torch.Tensor) -> int:
+    return max(1, AT_ONCE // max(1, x.shape[1:].numel()))
+
+
+def _in_parts(
+    work: Callable[..., torch.Tensor], dtype: torch.dtype, x: torch.Tensor, by_row: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``work(x)``, or with a scale for each row or for all ``work(x, by_row)``, of some rows at a time, to a tensor of
+    this type in the shape of ``x``."""
+    rows = _rows_at_once(x)
+    given = (x,) if by_row is None else (x, by_row)
+    if x.shape[0] <= rows:
+        return work(*given)
+    found = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for first in range(0, x.shape[0], rows):
+        part = slice(first, first + rows)
+        found[part] = work(*(each[part] if each.ndim else each for each in given))
+    return found
 
 
 def round_float32(x: torch.Tensor, saturate: bool) -> torch.Tensor:
@@ -71,7 +79,10 @@ def fit(x: torch.Tensor) -> torch.Tensor:
 
 
 def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
-    return _in_parts(x, lambda part: narrow(round_float32(part.float().contiguous(), saturate), x.dtype), x.dtype)
+    def rounded(part: torch.Tensor) -> torch.Tensor:
+        return narrow(round_float32(part.float(), saturate), x.dtype)
+
+    return _in_parts(rounded, x.dtype, x.contiguous().view(-1)).view(x.shape)
 
 
 def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
@@ -99,17 +110,16 @@ def round_hif8_stochastic(x: torch.Tensor, noise: torch.Tensor, saturate: bool) 
 def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     table = encode_table(x.device)
 
-    def encode(part: torch.Tensor) -> torch.Tensor:
-        rounded = round_float32(part.float().contiguous(), saturate)
+    def encoded(part: torch.Tensor) -> torch.Tensor:
         # The upper twelve bits of a float32 are those of its BF16.
-        return table[((rounded.view(torch.int32) >> 20) & 0xFFF).long()]
+        return table[((round_float32(part.float(), saturate).view(torch.int32) >> 20) & 0xFFF).long()]
 
-    return _in_parts(x, encode, torch.uint8)
+    return _in_parts(encoded, torch.uint8, x.contiguous().view(-1)).view(x.shape)
 
 
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     table = decode_table(dtype, codes.device)
-    return _in_parts(codes, lambda part: table[part.long()], dtype)
+    return _in_parts(lambda part: table[part.long()], dtype, codes.contiguous().view(-1)).view(codes.shape)
 
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
@@ -147,26 +157,22 @@ def times(x: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
 def scaled_round_hif8(
     x: torch.Tensor, scale: torch.Tensor, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = max(1, AT_ONCE // max(1, x.shape[1]))
-    if len(x) <= rows:
-        scaled = times(x, factors) / (scale[:, None] if scale.ndim else scale)
-        return narrow(round_float32(scaled, saturate), torch.bfloat16), (scaled.abs() >= OVERFLOW).sum()
-    scales = scale.split(rows) if scale.ndim else [scale] * -(-len(x) // rows)
-    found = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     over = torch.zeros((), dtype=torch.int64, device=x.device)
-    for part, own, into in zip(x.split(rows), scales, found.split(rows), strict=True):
-        rounded, count = scaled_round_hif8(part, own, saturate, factors)
-        into.copy_(rounded)
-        over = over + count
-    return found, over
+
+    def rounded(part: torch.Tensor, by_row: torch.Tensor) -> torch.Tensor:
+        nonlocal over
+        scaled = times(part, factors) / (by_row[:, None] if by_row.ndim else by_row)
+        over = over + (scaled.abs() >= OVERFLOW).sum()
+        return narrow(round_float32(scaled, saturate), torch.bfloat16)
+
+    return _in_parts(rounded, torch.bfloat16, x.contiguous(), scale), over
 
 
 def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = max(1, AT_ONCE // max(1, x.shape[1]))
-    largest = [absmax_rows(times(part, factors)) for part in x.split(rows)] if len(x) > rows else []
-    scale = absmax_to_scale(torch.cat(largest) if largest else absmax_rows(times(x, factors)), goal, power_of_two)
+    absmax = torch.cat([absmax_rows(times(part, factors)) for part in x.split(_rows_at_once(x))])
+    scale = absmax_to_scale(absmax, goal, power_of_two)
     return scaled_round_hif8(x, scale, saturate, factors)[0], scale
 
 
@@ -177,12 +183,8 @@ def descale(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    rows = max(1, AT_ONCE // max(1, product.shape[1]))
-    if len(product) <= rows:
-        scaled = product.float() * (row_scale[:, None] if row_scale.ndim else row_scale) * column_scale
-        return (scaled if bias is None else scaled + bias).to(dtype)
-    found = torch.empty(product.shape, dtype=dtype, device=product.device)
-    scales = row_scale.split(rows) if row_scale.ndim else [row_scale] * -(-len(product) // rows)
-    for part, own, into in zip(product.split(rows), scales, found.split(rows), strict=True):
-        into.copy_(descale(part, own, column_scale, bias, dtype))
-    return found
+    def scaled(part: torch.Tensor, by_row: torch.Tensor) -> torch.Tensor:
+        values = part.float() * (by_row[:, None] if by_row.ndim else by_row) * column_scale
+        return (values if bias is None else values + bias).to(dtype)
+
+    return _in_parts(scaled, dtype, product.contiguous(), row_scale)

@@ -1,7 +1,7 @@
 """The operations as torch ops (``torch.ops.wanquant``), with an implementation per device.
 
-torch's dispatcher chooses: the numba loops on the CPU, Triton on CUDA, the eager integer path on everything else,
-shapes alone on ``meta`` and under ``torch.compile``. Nothing is differentiated: autograd falls through.
+torch's dispatcher chooses: the numba loops on the CPU, Triton on CUDA, the eager integer path on everything else and on
+``meta``, which tells ``torch.compile`` and fake tensors the shapes. Nothing is differentiated: autograd falls through.
 
 They are registered with ``Library.impl`` and not as ``torch.library.custom_op``, which costs three times the
 dispatch, more than rounding the input of a small linear.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from wanquant.kernels import cpu, eager, npu, shapes
+from wanquant.kernels import cpu, eager, npu
 
 #: Each device's module has a function of each name. ``saturate``: an overflow gives 32768 instead of infinity.
 SCHEMAS = (
@@ -74,4 +74,3 @@ for _name in ON_NPU:
     _LIBRARY.impl(_name, getattr(npu, _name), "PrivateUse1")  # torch's key for devices of other packages
 _implement("CompositeExplicitAutograd", eager)
 _implement("CPU", cpu)
-_implement("Meta", shapes)

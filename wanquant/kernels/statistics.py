@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from wanquant.kernels import cpu, eager
-from wanquant.kernels.dispatch import _check_rows
-from wanquant.kernels.observe_loop import LOWEST, MOMENTS, OBSERVE, PER_OCTAVE
+from wanquant.kernels.dispatch import check_rows
+from wanquant.kernels.loops import WORDS
+from wanquant.kernels.observe_loop import LOWEST, MOMENTS, PER_OCTAVE, observe
 
 #: The histogram ends at 2^HIGHEST, beyond what planted outliers reach.
 HIGHEST = 48
@@ -84,7 +85,7 @@ def bin_edges() -> np.ndarray:
 
 def observe_rows(x: torch.Tensor, rules: bool = True) -> Observed:
     """Measures a matrix of BF16, float32 or float16; with ``rules`` also what each of ``DYNAMIC_RULES`` costs."""
-    _check_rows(x)
+    check_rows(x)
     seen = _on_cpu(x, rules) if x.device.type == "cpu" else _anywhere(x, rules)
     if not rules:
         seen.sums[MOMENTS:] = np.nan
@@ -104,23 +105,21 @@ _LOWEST = np.array(ZONES, np.float32)
 
 
 def _on_cpu(x: torch.Tensor, rules: bool) -> Observed:
-    source = eager.fit(x)
-    rows, columns = source.shape
-    loop, address, pitch = OBSERVE[source.dtype], source.data_ptr(), columns * source.element_size()
-    several = cpu.threads_for(rows, x.numel(), _CHUNK) > 1
+    source = eager.fit(x.detach())
     # The scale of a whole tensor has to be known to each of its chunks.
-    absmax = np.float32(cpu.absmax_rows(source).amax()) if several else np.float32(0)
+    absmax = cpu.absmax_rows(source).numpy().view(np.uint32).max(initial=0)
+    patterns = source.view(torch.int16 if source.element_size() == 2 else torch.int32).numpy()
+    patterns = patterns.view(WORDS[source.dtype])
     parts: dict[int, Observed] = {}
-    targets = _TARGETS if rules else _TARGETS[:0]
 
     def call(first: int, past: int) -> None:
-        arrays = _empty(columns)
-        given = (absmax.view(np.uint32), several, targets, _POWERS, _PER_ROW, _LOWEST)
-        largest = loop(address + first * pitch, past - first, columns, *given, *arrays)
-        parts[first] = Observed(largest, *arrays)
+        arrays = _empty(x.shape[1])
+        targets = _TARGETS if rules else _TARGETS[:0]
+        observe(patterns[first:past], absmax, targets, _POWERS, _PER_ROW, _LOWEST, *arrays)
+        parts[first] = Observed(float(absmax.view(np.float32)), *arrays)
 
-    cpu.run_chunks(call, rows, x.numel(), _CHUNK)
-    return parts[0] if not several else _together([parts[first] for first in sorted(parts)])
+    cpu.run_chunks(call, x.shape[0], x.numel(), _CHUNK)
+    return _together([parts[first] for first in sorted(parts)])
 
 
 def _together(parts: list[Observed]) -> Observed:
