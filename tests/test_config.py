@@ -12,7 +12,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from wanquant.evaluate.judges.vbench import DIMENSIONS, check_dimensions
 
 from wanquant.choices import check_choices
 from wanquant.config import CONF, name_after_overrides

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wanquant.evaluate.judges import vbench
-
 import wanquant
+from wanquant.evaluate.judges import vbench
+from wanquant.runs.signature import installed
 
 
 def imported_by(statement: str) -> set[str]:

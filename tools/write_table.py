@@ -15,12 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from wanquant.evaluate.sweep.summary import METRIC, jobs_of, summarize
-from wanquant.runs.reports.columns import estimate_text
-from wanquant.runs.reports.sweep_table import cells, further_markdown, markdown, protocol
-
 from wanquant.evaluate.stats import Item, compared, difference
-from wanquant.runs.analysis_report import short
+from wanquant.evaluate.sweep.summary import METRIC, jobs_of, summarize
 from wanquant.runs.files import write_atomic
 from wanquant.runs.reports.columns import estimate_text, short
 from wanquant.runs.reports.sweep_table import cells, further_markdown, protocol

@@ -16,7 +16,7 @@ from wanquant.evaluate.fidelity import (
     latent_sqnr,
     motion_energy,
 )
-from wanquant.runs.columns import FURTHER
+from wanquant.runs.reports.columns import FURTHER
 from wanquant.wan.generate import Sample
 
 
@@ -89,11 +89,11 @@ def test_a_metric_of_ones_own_joins_the_others() -> None:
     )
     try:
         found = measure({"": [couple], "floor_ulp.": [(couple[0], couple[0])]}, scenes=False)
-        assert FURTHER[-1] == ("dimmer", "dimmer", "x")
+        assert FURTHER["dimmer"] == ("dimmer", "x")
         with pytest.raises(ValueError, match="a metric dimmer already"):
             register_metric("dimmer", lambda reference, sample: 0.0, "again")
     finally:
-        FURTHER.remove(("dimmer", "dimmer", "x"))
+        del FURTHER["dimmer"]
         del REGISTERED["dimmer"]
     assert [item.value for item in found["dimmer"]] == [2.0]
     assert [item.value for item in found["floor_ulp.dimmer"]] == [1.0]

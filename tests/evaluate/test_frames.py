@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from wanquant.evaluate.judges import frames
 
 from tests.conftest import DECORD
 from wanquant.evaluate.judges import frames

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import wandb
-from wanquant.evaluate.judges.judging import merged
-from wanquant.evaluate.sweep.summary import summarize
 
 from tests import forked
 from tests.jobs import CACHE, QUICK, ROOT, TWO, ptq, run, short

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wanquant.evaluate.sweep.summary import pairs_needed, summarize, verdict
-from wanquant.runs.reports.sweep_table import MANY_PAIRS
 
 from tests.evaluate.results import METRIC, metric, named, shifted, sweep
 from wanquant.evaluate.stats import Estimate, Item, compared, difference
 from wanquant.evaluate.sweep.summary import pairs_needed, summarize, verdict
+from wanquant.runs.reports.sweep_table import MANY_PAIRS
 from wanquant.runs.run import Run, clean_json, failed_result
 
 SQNR = "metrics.latent_sqnr"

@@ -12,8 +12,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from wanquant.evaluate.judges import frames, vbench, weights
-from wanquant.evaluate.judges.vbench import Clip, clip_of
 
 from tests import forked
 from tests.conftest import DECORD

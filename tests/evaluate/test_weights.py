@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from wanquant.evaluate.judges import examine, perceptual, weights
-from wanquant.evaluate.judges.weights import Weight
 
 from tests import forked
 from tests.evaluate import judges

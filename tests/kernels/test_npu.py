@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from wanquant.evaluate.judges.examine import chip_lines
 
 from tests.kernels.inputs import WIDE, assert_same_bits
+from wanquant.evaluate.judges.examine import chip_lines
 from wanquant.kernels import check_native, eager, npu
 
 CPU = torch.device("cpu")

@@ -17,16 +17,16 @@ import torch
 import wandb
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
-from wanquant.evaluate.sweep.summary import summarize
-from wanquant.runs.reports.training import drift_table
 
 from tests.jobs import ROOT, ptq, short
 from tests.qat.short import overrides, result_of, train
 from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.evaluate.stats import Item, compared
+from wanquant.evaluate.sweep.summary import summarize
 from wanquant.qat.check import read_list
 from wanquant.qat.job import verdict_of
+from wanquant.runs.reports.training import drift_table
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate
 

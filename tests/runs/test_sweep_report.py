@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tests.evaluate.results import METRIC, named, shifted, sweep
-from wanquant.evaluate import tables as report
-from wanquant.evaluate.sweep import summarize
+from wanquant.evaluate.sweep import tables as report
+from wanquant.evaluate.sweep.summary import summarize
 from wanquant.runs import pictures
 from wanquant.runs.reports import sweep_table
 from wanquant.runs.reports.columns import FURTHER, estimate_text

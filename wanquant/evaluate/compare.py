@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from wanquant.evaluate import attributes, fidelity
 from wanquant.evaluate.judges.perceptual import Distance
 from wanquant.evaluate.stats import Item, difference
-from wanquant.runs.columns import ATTRIBUTES, FIDELITY, FURTHER
+from wanquant.runs.reports.columns import ATTRIBUTES, FIDELITY, FURTHER
 from wanquant.wan.generate import Sample
 from wanquant.wan.tiny import parse_caption
 
@@ -26,10 +26,10 @@ def register_metric(name: str, measure: Callable[[Sample, Sample], float], title
 
     Pairs are measured once: what the cache or a finished run holds under this name, or without it, stays as it is.
     """
-    if name in (*(known for known, _, _ in (*FIDELITY, *FURTHER)), *ATTRIBUTES):
+    if name in (*FIDELITY, *FURTHER, *ATTRIBUTES):
         raise ValueError(f"there is a metric {name} already")
     REGISTERED[name] = measure
-    FURTHER.append((name, title, unit))
+    FURTHER[name] = title, unit
 
 
 def distances(reference: Sample, sample: Sample, lpips: Distance | None) -> dict[str, float]:

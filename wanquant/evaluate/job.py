@@ -28,16 +28,17 @@ from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
 from wanquant.runs.files import link_or_copy
 from wanquant.runs.finished import in_use
-from wanquant.runs.report import write_report
+from wanquant.runs.reports.evaluation import evaluation_summary
+from wanquant.runs.reports.report import write_report
 from wanquant.runs.run import Run, read_result, refused_leave_no_result, write_result
 from wanquant.runs.signature import signature
 from wanquant.runs.tracking import mirror
-from wanquant.wan.checkpoint import config_of, quantization_of
+from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
-from wanquant.wan.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_needs
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.load import hush_libraries, shape_of, transformers_of
 from wanquant.wan.outliers import chosen_blocks
+from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_needs
 
 #: What a model that nothing was done to has for the names of its quantization and protection.
 AS_IT_IS = {"quant": {"name": "as it is"}, "protect": {"name": "as it is"}}

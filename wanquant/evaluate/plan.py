@@ -24,7 +24,7 @@ from wanquant.quant.scheme import parse
 from wanquant.runs.run import read_config, read_result
 from wanquant.runs.signature import provenance
 from wanquant.wan.cached import Pair
-from wanquant.wan.checkpoint import config_of, quantization_of
+from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
 from wanquant.wan.device import pick_device
 from wanquant.wan.generate import check_guidance

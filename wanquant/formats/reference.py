@@ -7,7 +7,32 @@ from __future__ import annotations
 
 import math
 
-from wanquant.kernels.tables import code_value as decode
+#: (dot bits of the code, how many they are, exponent bits D, mantissa bits)
+DOTS = ((0b11, 2, 4, 1), (0b10, 2, 3, 2), (0b01, 2, 2, 3), (0b001, 3, 1, 3), (0b0001, 4, 0, 3))
+
+
+def decode(code: int) -> float:
+    """The value of a code 0..255: NaN for 0x80, infinities for 0x6F and 0xEF."""
+    if code == 0x80:
+        return math.nan
+    sign, body = (-1.0 if code & 0x80 else 1.0), code & 0x7F
+    if body == 0x6F:
+        return sign * math.inf
+    for dot, dot_bits, exponent_bits, mantissa_bits in DOTS:
+        if body >> (7 - dot_bits) == dot:
+            mantissa = body % 2**mantissa_bits / 2**mantissa_bits
+            exponent = _exponent(body >> mantissa_bits, exponent_bits)
+            return sign * math.ldexp(1 + mantissa, exponent)
+    # Denormal: the dot is 0000 and the three mantissa bits choose the power.
+    return sign * math.ldexp(1.0, body - 23) if body else 0.0
+
+
+def _exponent(field: int, width: int) -> int:
+    """Sign-magnitude, sign first; the magnitude's leading one is implicit."""
+    if width == 0:
+        return 0
+    magnitude = (1 << (width - 1)) + field % (1 << (width - 1))
+    return -magnitude if field >> (width - 1) & 1 else magnitude
 
 
 def mantissa_bits(exponent: int) -> int:

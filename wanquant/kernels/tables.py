@@ -6,7 +6,6 @@ its BF16 pattern identify it: encoding is one look-up in 4,096 bytes, decoding o
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import numpy as np
@@ -15,32 +14,25 @@ import torch
 NAN_CODE, INF_CODE = 0x80, 0x6F
 
 
-#: (dot bits of the code, how many they are, exponent bits D, mantissa bits)
-DOTS = ((0b11, 2, 4, 1), (0b10, 2, 3, 2), (0b01, 2, 2, 3), (0b001, 3, 1, 3), (0b0001, 4, 0, 3))
-
-
-def code_value(code: int) -> float:
-    """The value of a code 0..255: NaN for 0x80, infinities for 0x6F and 0xEF."""
+def _code_value(code: int) -> float:
+    """The value of one code, read field by field. See ``wanquant.formats.reference`` for the prose."""
     if code == NAN_CODE:
-        return math.nan
+        return float("nan")
     sign, body = (-1.0 if code & 0x80 else 1.0), code & 0x7F
     if body == INF_CODE:
-        return sign * math.inf
-    for dot, dot_bits, exponent_bits, mantissa_bits in DOTS:
-        if body >> (7 - dot_bits) == dot:
-            mantissa = body % 2**mantissa_bits / 2**mantissa_bits
-            exponent = _exponent(body >> mantissa_bits, exponent_bits)
-            return sign * math.ldexp(1 + mantissa, exponent)
-    # Denormal: the dot is 0000 and the three mantissa bits choose the power.
-    return sign * math.ldexp(1.0, body - 23) if body else 0.0
-
-
-def _exponent(field: int, width: int) -> int:
-    """Sign-magnitude, sign first; the magnitude's leading one is implicit."""
-    if width == 0:
-        return 0
-    magnitude = (1 << (width - 1)) + field % (1 << (width - 1))
-    return -magnitude if field >> (width - 1) & 1 else magnitude
+        return sign * float("inf")
+    if body < 8:
+        return sign * 2.0 ** (body - 23) if body else 0.0
+    if body < 16:
+        return sign * (1 + (body & 7) / 8)
+    # Width of the exponent field (with its sign bit) and of the mantissa, by the dot code.
+    exponent_bits, mantissa_bits = (1, 3) if body < 32 else (2, 3) if body < 64 else (3, 2) if body < 96 else (4, 1)
+    field = body >> mantissa_bits & (1 << exponent_bits) - 1
+    negative, low = field >> exponent_bits - 1, field & (1 << exponent_bits - 1) - 1
+    magnitude = (1 << exponent_bits - 1) | low
+    exponent = -magnitude if negative else magnitude
+    fraction = (body & (1 << mantissa_bits) - 1) / (1 << mantissa_bits)
+    return sign * 2.0**exponent * (1 + fraction)
 
 
 CPU = torch.device("cpu")
@@ -66,7 +58,7 @@ def narrow(rounded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @cache
 def decode_table(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> torch.Tensor:
     """[256]: the value of every code, exact in float32, BF16 and FP16."""
-    values = torch.tensor([code_value(code) for code in range(256)], dtype=torch.float32)
+    values = torch.tensor([_code_value(code) for code in range(256)], dtype=torch.float32)
     return narrow(values, dtype).to(device)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from wanquant.evaluate.stats import Estimate, Item, compared, difference
 from wanquant.evaluate.sweep.ladder import ladder
 from wanquant.evaluate.sweep.names import VARIED, names_of, pick, refuse_incomparable, varied
+from wanquant.runs.reports.sweep_table import MANY_PAIRS
 from wanquant.runs.run import SCHEMA, clean_json, failed_result, read_result
-from wanquant.runs.sweep_table import MANY_PAIRS
 
 #: By which configurations are ranked, in dB, and the difference in it that is called none.
 METRIC, MARGIN = "latent_sqnr", 1.0

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.evaluate.sweep.summary import MARGIN, summarize
-from wanquant.runs.sweep_report import write_sweep
-from wanquant.runs.sweep_table import OVER_UNTRAINED, SINGLE_STEPS, cells, vbench_cells
+from wanquant.runs.reports.sweep import write_sweep
+from wanquant.runs.reports.sweep_table import OVER_UNTRAINED, SINGLE_STEPS, cells, vbench_cells
+from wanquant.runs.reports.table import Table
 
 #: Columns that the terminal shows, besides the first two and the difference from the reference.
 SHOWN = ("latent SQNR, dB", "verdict", "gates", OVER_UNTRAINED, "against its baseline", SINGLE_STEPS)
@@ -28,15 +29,9 @@ def text(summary: dict[str, Any], sweep: Path) -> str:
         shown = {*SHOWN, f"minus {summary['reference']}, dB"}
         kept = [place for place, head in enumerate(table[0]) if place < 2 or head in shown]
         heads, rows, floors = ([[line[place] for place in kept] for line in part] for part in ([table[0]], *table[1:]))
-        lines = [*_aligned(heads[0], rows, floors), *_aligned(*vbench_cells(summary))]
+        lines = Table(heads[0], rows, floors).lines() + vbench_cells(summary).lines()
         lines += [f"caution: {caution}" for caution in summary["cautions"]]
     lines += [f"job {job['job']} failed ({job['name']}): {job['error']}" for job in summary["failed"]]
     if summary["unfinished"]:
         lines.append(f"not finished: job {', job '.join(map(str, summary['unfinished']))}")
     return "\n".join([*lines, f"report: {sweep / 'report.html'}"])
-
-
-def _aligned(heads: list[str], rows: list[list[str]], floors: list[list[str]]) -> list[str]:
-    table = [heads, *rows, *floors] if heads else []
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
