@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from wanquant.plugins import load_plugins
 from wanquant.runs.run import read_result
 
 PLUGIN = '''
+from dataclasses import replace
+
 import torch
 from diffusers import WanPipeline
 
@@ -21,7 +25,7 @@ from wanquant.formats.base import Format
 from wanquant.formats.registry import register_format
 from wanquant.ptq.protect import register_protection
 from wanquant.quant.scale import register_scale_rule
-from wanquant.wan.load import WAN, Family, register_family
+from wanquant.wan.families import WAN, register_family
 
 
 class Int4(Format):
@@ -59,7 +63,7 @@ register_format(Int4())
 register_scale_rule("mine_twice", twice)
 register_protection("mine_third", rule=every_third)
 register_metric("mine_brightness", brightness, "brightness", "")
-register_family("MyPipeline", WAN.replaced(pipeline=MyPipeline))
+register_family("MyPipeline", replace(WAN, pipeline=MyPipeline))
 '''
 
 
@@ -67,7 +71,12 @@ register_family("MyPipeline", WAN.replaced(pipeline=MyPipeline))
 def plugin(tmp_path: Path) -> dict[str, str]:
     """The environment of a command that has it."""
     (tmp_path / "mine.py").write_text(PLUGIN)
-    return {"WANQUANT_PLUGINS": "mine", "PYTHONPATH": str(tmp_path)}
+    return {"WANQUANT_PLUGINS": "mine"}
+
+
+def _on_path(folder: str) -> None:
+    """In a process that was forked, for which ``PYTHONPATH`` comes too late."""
+    sys.path.insert(0, folder)
 
 
 def test_it_adds_one_of_each(plugin: dict[str, str], tmp_path: Path) -> None:
@@ -79,6 +88,7 @@ def test_it_adds_one_of_each(plugin: dict[str, str], tmp_path: Path) -> None:
         "ptq.py",
         "quant.format=mine_int4",
         "quant.activations.rule=mine_twice/7",
+        "protect=none",
         "protect.by=mine_third",
         f"model.path={model}",
         f"cache={tmp_path / 'cache'}",
@@ -87,7 +97,7 @@ def test_it_adds_one_of_each(plugin: dict[str, str], tmp_path: Path) -> None:
         TWO,
         *QUICK,
     ]
-    done = forked.run(words, plugin)
+    done = forked.run(words, plugin, partial(_on_path, str(tmp_path)))
     assert done.returncode == 0, done.stderr
     result = read_result(tmp_path / "run")
     assert result["quant"]["format"] == "mine_int4"
@@ -99,7 +109,7 @@ def test_it_adds_one_of_each(plugin: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_without_it_the_names_are_not_known(tmp_path: Path) -> None:
-    done = forked.run(["ptq.py", "protect.by=mine_third", f"hydra.run.dir={tmp_path / 'run'}"])
+    done = forked.run(["ptq.py", "protect=none", "protect.by=mine_third", f"hydra.run.dir={tmp_path / 'run'}"])
     assert done.returncode == 1
     assert "protect.by=mine_third: choose list, middle, random" in done.stderr
 

@@ -42,7 +42,7 @@ from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.checkpoints.checkpoint import save_quantized
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
 from wanquant.wan.experts import whole_of
-from wanquant.wan.families import FOLDS
+from wanquant.wan.families import folds_of
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
@@ -276,7 +276,7 @@ class Job:
         transformer, how = calibrator.pipeline.transformer, (self.plan.scheme, choice.blocks, calibrator.modules)
         plan = plan_conversion(transformer, *how)
         with progress("quantize", len(plan.names("converted")), "linear") as tick:
-            return quantize_(transformer, *how, stats, on_linear=tick, folds=FOLDS)
+            return quantize_(transformer, *how, stats, on_linear=tick, folds=folds_of(transformer))
 
     def compare(self, couples: Couples) -> dict[str, Any]:
         """Every metric of every pair, by name."""

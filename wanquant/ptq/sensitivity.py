@@ -25,7 +25,7 @@ from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.statistics import Site
 from wanquant.wan.cached import Pair
 from wanquant.wan.experts import whole_of
-from wanquant.wan.families import FOLDS
+from wanquant.wan.families import folds_of
 from wanquant.wan.generate import Position, Sample
 from wanquant.wan.load import Pipeline
 
@@ -53,7 +53,7 @@ def quantized(
         for index, block in originals.items():
             tensors = [] if scheme.smoothing is not None else [*block.parameters(), *block.buffers()]
             blocks[index] = copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
-        yield quantize_(transformer, scheme, protected_blocks, protected_modules, stats, folds=FOLDS)
+        yield quantize_(transformer, scheme, protected_blocks, protected_modules, stats, folds=folds_of(transformer))
     finally:
         for index, block in originals.items():
             blocks[index] = block

@@ -77,7 +77,7 @@ def quantize_(
     blocks             dotted name of the list of blocks
     on_linear          called after each linear, for progress
     folds              for smoothing: by a linear's name inside a block the name of the linear or norm that alone makes
-                       its input, channel by channel, and makes nothing else's (``wanquant.wan.load.FOLDS``)
+                       its input, channel by channel, and makes nothing else's (``wanquant.wan.families.FOLDS``)
 
     Linears outside the blocks stay as they are. With ``config.attention``, attention itself is quantized where its
     ``to_q``, ``to_k`` and ``to_v`` are. Everything is checked before anything is changed:

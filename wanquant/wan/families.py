@@ -50,3 +50,9 @@ def register_family(name: str, family: Family) -> None:
 def family_of(transformer_class: str | None) -> Family:
     """By the class name of a transformer alone, which has no ``model_index.json``; Wan's where it is not known."""
     return next((f for f in FAMILIES.values() if f.transformer.__name__ == transformer_class), WAN)
+
+
+def folds_of(transformer: Any) -> Mapping[str, str]:
+    """Where smoothing may fold in a transformer, or in two as one (``wanquant.wan.experts``)."""
+    first = getattr(transformer, "parts", (transformer,))[0]
+    return family_of(type(first).__name__).folds
