@@ -60,16 +60,17 @@ def run_evaluate(config: EvaluateConfig, folder: Path, config_yaml: str) -> list
             return [_of_model(plan.model, config, folder, config_yaml, card)]
 
 
-def evaluate_run(run: Path, config: EvalConfig, cache_root: Path, device: torch.device) -> tuple[dict[str, Any], str]:
-    """Evaluates a finished run on its own prompts, and joins what is found to its result and report. Returns the
-    result, and under which key of ``evaluations`` that is."""
-    return _joined(resolve_run(run, config, device, torch.get_num_threads()), cache_root, device)
-
-
-def note_not_judged(run: Path, cache_root: Path, error: BaseException) -> None:
-    """So that a sweep's table and exit status can tell, whichever process this was."""
-    with in_use(cache_root, run):
-        write_result(run, {**read_result(run), "not_judged": str(error).splitlines()[0]})
+def judge_run(run: Path, config: EvalConfig, cache_root: Path, device: torch.device) -> dict[str, Any]:
+    """Evaluates a finished run on its own prompts, and joins what is found to its result and report; VBench's scores
+    that are in the cache are taken from there. What keeps it from that is noted in the result, so that a sweep's table
+    and exit status can tell, whichever process this was."""
+    try:
+        with one_card(device) as card:
+            return _joined(resolve_run(run, config, card, torch.get_num_threads()), cache_root, card)[0]
+    except (ValueError, OSError) as error:
+        with in_use(cache_root, run):
+            write_result(run, {**read_result(run), "not_judged": str(error).splitlines()[0]})
+        raise
 
 
 def _of_runs(plan: EvaluatePlan, device: torch.device) -> list[dict[str, Any]]:

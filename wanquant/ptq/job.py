@@ -18,7 +18,7 @@ import torch
 
 from wanquant.evaluate import gates
 from wanquant.evaluate.compare import measure
-from wanquant.evaluate.job import evaluate_run, note_not_judged
+from wanquant.evaluate.job import judge_run
 from wanquant.evaluate.judges.perceptual import distance
 from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze
@@ -79,7 +79,7 @@ def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) 
     hush_libraries()
     result, fresh = _finished(plan, folder, config_yaml, kind)
     if config.eval.dimensions and config.mode == "quantize":
-        result, fresh = _judged(plan, folder), True
+        result, fresh = judge_run(folder, config.eval, Path(config.cache), plan.device), True
     if fresh:
         mirror(config.tracker, folder, dataclasses.asdict(plan.config), result)
     return result
@@ -101,17 +101,6 @@ def _finished(plan: PTQPlan, folder: Path, config_yaml: str, kind: type[Job]) ->
         kept = evaluations_in(folder, job.asked)
         run = Run(folder, job.name, config_yaml, job.names, keep=("evaluations",) if kept else ())
         return job.carry_out(run, known, kept), True
-
-
-def _judged(plan: PTQPlan, folder: Path) -> dict[str, Any]:
-    """By VBench too: by its scores in the cache as far as they are known."""
-    cache = Path(plan.config.cache)
-    try:
-        with one_card(plan.device) as card:
-            return evaluate_run(folder, plan.config.eval, cache, card)[0]
-    except (ValueError, OSError) as error:
-        note_not_judged(folder, cache, error)
-        raise
 
 
 @dataclass
