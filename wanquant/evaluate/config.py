@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from wanquant.choices import check_choices, choice
 from wanquant.evaluate.prompts import PromptsConfig
@@ -46,4 +47,19 @@ class EvaluateConfig:
     threads: int = 1
 
     def check(self) -> None:
+        """``ValueError`` names the key at fault and what it may be; needs no torch."""
         check_choices(self)
+        if self.threads < 1:
+            raise ValueError(f"threads={self.threads}: must be at least 1")
+        if self.eval.block_sqnr:
+            raise ValueError("eval.block_sqnr=true is measured by ptq.py, with the calibration prompts")
+        if Path(self.prompts.name).name != self.prompts.name:
+            raise ValueError(f"prompts.name={self.prompts.name}: a folder is named so, leave / and .. out")
+        if self.run is not None and self.model.path != "tiny":
+            raise ValueError(
+                "run= knows its model: leave model.path out, or say where it is now with reference=<folder>"
+            )
+        if self.run is None and self.reference is None and self.eval.lpips == "on":
+            raise ValueError("eval.lpips=on compares with a reference: give reference=<folder>")
+        if self.run is not None and not Path(self.run).is_dir():
+            raise ValueError(f"there is no folder {self.run}")

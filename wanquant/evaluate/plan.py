@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from wanquant.choices import check_choices
 from wanquant.evaluate.config import EvalConfig, EvaluateConfig
 from wanquant.evaluate.evaluation import EvaluationPlan, Side, Values, hash_of
 from wanquant.evaluate.judges import perceptual, vbench
@@ -59,9 +58,8 @@ class EvaluatePlan:
 
 def resolve_evaluate(config: EvaluateConfig) -> EvaluatePlan:
     """``ValueError`` and ``OSError`` name what is wrong; what is wrong with a run of a sweep is in its entry."""
-    check_choices(config)
+    config.check()
     check_eval(config.eval)
-    _check(config)
     device = pick_device(config.model.device)
     if config.run is None:
         return EvaluatePlan(config, device, _resolve_model(config))
@@ -82,19 +80,6 @@ def check_eval(config: EvalConfig) -> None:
     vbench.check_dimensions(config.dimensions)
     perceptual.settled(config.lpips)
     vbench.prepare(config.dimensions, config.foreign_weights)
-
-
-def _check(config: EvaluateConfig) -> None:
-    if config.threads < 1:
-        raise ValueError(f"threads={config.threads}: must be at least 1")
-    if config.eval.block_sqnr:
-        raise ValueError("eval.block_sqnr=true is measured by ptq.py, with the calibration prompts")
-    if Path(config.prompts.name).name != config.prompts.name:
-        raise ValueError(f"prompts.name={config.prompts.name}: a folder is named so, leave / and .. out")
-    if config.run is not None and config.model.path != "tiny":
-        raise ValueError("run= knows its model: leave model.path out, or say where it is now with reference=<folder>")
-    if config.run is None and config.reference is None and config.eval.lpips == "on":
-        raise ValueError("eval.lpips=on compares with a reference: give reference=<folder>")
 
 
 def _is_sweep(folder: Path) -> bool:
