@@ -11,7 +11,7 @@ from diffusers import WanPipeline
 
 from tests import forked
 from tests.jobs import QUICK, TWO, short
-from wanquant.plugins import load_plugins
+from wanquant.plugins import _load, load_plugins
 from wanquant.runs.run import read_result
 
 PLUGIN = '''
@@ -116,7 +116,7 @@ def test_without_it_the_names_are_not_known(tmp_path: Path) -> None:
 
 def test_one_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANQUANT_PLUGINS", "no_such_plugin")
-    load_plugins.cache_clear()
+    _load.cache_clear()
     with pytest.raises(ValueError, match="no_such_plugin cannot be imported"):
         load_plugins()
-    load_plugins.cache_clear()
+    _load.cache_clear()

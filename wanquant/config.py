@@ -198,6 +198,7 @@ def end_sweep() -> bool:
     from wanquant.evaluate.sweep.tables import report, text
 
     try:
+        load_plugins()
         summary = report(Watch.sweep)
     except OSError as error:
         complain(error, "the table of the sweep: ")

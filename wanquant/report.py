@@ -22,8 +22,10 @@ def main() -> None:
     cli.announce("report", str(args.sweep))
     from wanquant.evaluate.sweep.summary import MARGIN
     from wanquant.evaluate.sweep.tables import report, text
+    from wanquant.plugins import load_plugins
 
     try:
+        load_plugins()
         print(text(report(args.sweep, args.reference, MARGIN if args.margin is None else args.margin), args.sweep))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ from wanquant.runs.run import Run, read_result, refused_leave_no_result, write_r
 from wanquant.runs.signature import signature
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
-from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
+from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.load import hush_libraries, shape_of, transformers_of
 from wanquant.wan.outliers import chosen_blocks
@@ -46,18 +46,18 @@ AS_IT_IS = {"quant": {"name": "as it is"}, "protect": {"name": "as it is"}}
 
 def run_evaluate(config: EvaluateConfig, folder: Path, config_yaml: str) -> list[dict[str, Any]]:
     """Evaluates, and returns the results as written. ``ValueError`` and ``OSError`` are the user's."""
-    with refused_leave_no_result(folder) if config.run is None and not config.dry_run else nullcontext():
-        plan = resolve_evaluate(config)
     torch.set_num_threads(config.threads)
     hush_libraries()
+    device = pick_device(config.model.device)
     if config.dry_run:
-        _print(plan)
+        _print(resolve_evaluate(config, device))
         return []
-    with one_card(plan.device) as card:
+    with one_card(device) as card:
+        with refused_leave_no_result(folder) if config.run is None else nullcontext():
+            plan = resolve_evaluate(config, card)
         if plan.model is None:
             return _of_runs(plan, card)
-        with refused_leave_no_result(folder):
-            return [_of_model(plan.model, config, folder, config_yaml, card)]
+        return [_of_model(plan.model, config, folder, config_yaml, card)]
 
 
 def judge_run(run: Path, config: EvalConfig, cache_root: Path, device: torch.device) -> dict[str, Any]:
@@ -138,7 +138,8 @@ def _of_model(
     plan: EvaluationPlan, config: EvaluateConfig, folder: Path, config_yaml: str, device: torch.device
 ) -> dict[str, Any]:
     """Its videos lie in the cache, for all processes of a launch; the first makes a run of them."""
-    plan = _in_cache(plan, config, device)
+    with refused_leave_no_result(folder):
+        plan = _in_cache(plan, config, device)
     evaluation = Evaluation(plan, device, Cache(Path(config.cache)))
     if not _writes():
         return {"evaluations": {plan.name: evaluation.run()}}

@@ -25,7 +25,6 @@ from wanquant.runs.signature import provenance
 from wanquant.wan.cached import Pair
 from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
-from wanquant.wan.device import pick_device
 from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import check_folder, find_folder, transformers_of
 from wanquant.wan.tiny import parse_caption
@@ -56,11 +55,11 @@ class EvaluatePlan:
     sweep: Path | None = None
 
 
-def resolve_evaluate(config: EvaluateConfig) -> EvaluatePlan:
-    """``ValueError`` and ``OSError`` name what is wrong; what is wrong with a run of a sweep is in its entry."""
+def resolve_evaluate(config: EvaluateConfig, device: torch.device) -> EvaluatePlan:
+    """``device`` is that it will run on. ``ValueError`` and ``OSError`` name what is wrong; what is wrong with a run of
+    a sweep is in its entry."""
     config.check()
     check_eval(config.eval)
-    device = pick_device(config.model.device)
     if config.run is None:
         return EvaluatePlan(config, device, _resolve_model(config))
     where, asked = Path(config.run), (config.eval, device, config.threads, config.prompts, config.reference)
@@ -103,7 +102,7 @@ def _resolve_model(config: EvaluateConfig) -> EvaluationPlan:
 
 
 def _side(name: str, prefix: str, model: ModelConfig, path: str) -> Side:
-    """Videos come one at a time where a batch would share a step."""
+    """Videos come one at a time where a batch would share a scale."""
     source = find_folder(path)
     check_folder(source)
     check_guidance(source, model.generation)

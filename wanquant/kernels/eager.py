@@ -1,6 +1,7 @@
 """The kernels of any device, one function per op: plain torch on integers. Exact, not fast.
 
-A dozen tensors of four bytes an element are alive at once inside, so large ones go through in parts.
+A dozen tensors of four bytes an element are alive at once inside, so large ones go through in parts. On ``meta`` they
+tell shapes, so that nothing here may ask for a value.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _in_parts(
     this type in the shape of ``x``."""
     rows = _rows_at_once(x)
     given = (x,) if by_row is None else (x, by_row)
-    if x.shape[0] <= rows:
+    if x.is_meta or x.shape[0] <= rows:  # tracing must not ask for the number of rows
         return work(*given)
     found = torch.empty(x.shape, dtype=dtype, device=x.device)
     for first in range(0, x.shape[0], rows):
@@ -171,7 +172,8 @@ def scaled_round_hif8(
 def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    absmax = torch.cat([absmax_rows(times(part, factors)) for part in x.split(_rows_at_once(x))])
+    parts = [x] if x.is_meta else x.split(_rows_at_once(x))
+    absmax = torch.cat([absmax_rows(times(part, factors)) for part in parts])
     scale = absmax_to_scale(absmax, goal, power_of_two)
     return scaled_round_hif8(x, scale, saturate, factors)[0], scale
 

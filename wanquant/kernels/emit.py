@@ -2,19 +2,36 @@
 
 numba widens every integer to 64 bits. These functions work in the pattern's own width: on 16-bit lanes a vector holds
 four times as many BF16 values.
+
+numba keeps the compiled loops by the date of their own file; those that are older than this one are thrown away here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from wanquant.kernels import tables
 from wanquant.kernels.tables import INF_CODE, NAN_CODE
+
+
+def _forget_older_loops() -> None:
+    sources = (Path(__file__), Path(tables.__file__))
+    changed = max(source.stat().st_mtime for source in sources)
+    for index in Path(__file__).parent.glob("__pycache__/*.nbi"):
+        with suppress(OSError):  # another process may be at it too
+            if index.stat().st_mtime < changed:
+                index.unlink()
+
+
+_forget_older_loops()
 
 WORD16, WORD32 = ir.IntType(16), ir.IntType(32)
 

@@ -74,6 +74,7 @@ class PTQConfig:
             if count < 1:
                 raise ValueError(f"{key}={count}: must be at least 1")
         if self.mode == "convert":
+            self._check_convert()
             return
         if self.convert != ConvertConfig():
             raise ValueError(f"convert is for mode=convert, not for mode={self.mode}")
@@ -84,6 +85,15 @@ class PTQConfig:
         videos = [*pairs(self.prompts), *pairs(self.calib, "calib")]
         if self.model.language == "scenes":
             check_captions(text for text, _ in videos)
+
+    def _check_convert(self) -> None:
+        """What makes no sense without generating."""
+        if self.model.outliers.blocks or self.model.outliers.count:
+            raise ValueError("mode=convert takes a model as its files have it: leave model.outliers out")
+        if self.eval.dimensions:
+            raise ValueError("mode=convert makes no videos to judge: leave eval.dimensions out")
+        if not self.checkpoint:
+            raise ValueError("mode=convert makes a checkpoint and nothing else: leave checkpoint=true")
 
 
 def check_captions(texts: Iterable[str]) -> None:

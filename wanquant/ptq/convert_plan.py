@@ -18,7 +18,7 @@ from torch import nn
 from wanquant.kernels import check_native
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.plan import resolve_model
-from wanquant.quant import ConversionReport, QuantLinear, plan_conversion
+from wanquant.quant import ConversionReport, QuantLinear
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import DESCRIPTION, INPUT, Site, load_statistics
@@ -44,8 +44,7 @@ class Part:
 
     @cached_property
     def report(self) -> ConversionReport:
-        recipe = self.recipe
-        return plan_conversion(self.shape, recipe.config, recipe.protected_blocks, recipe.protected_modules)
+        return self.recipe.plan(self.shape)
 
     @cached_property
     def needs(self) -> Needs:
@@ -85,7 +84,8 @@ def resolve_convert(config: PTQConfig) -> ConvertPlan:
     scheme = parse(dataclasses.replace(config.quant, packed=True))
     config = dataclasses.replace(config, quant=scheme.config)
     model = resolve_model(config, scheme, find_folder(config.model.path, shapes_only=True))
-    _check(config)
+    if config.quant.product == "native":
+        check_native(CPU)
     if model.protected is None:
         raise ValueError(
             f"mode=convert cannot know the blocks that protect.by={config.protect.by} would choose: let mode=analyze "
@@ -103,18 +103,6 @@ def resolve_convert(config: PTQConfig) -> ConvertPlan:
         recipe = Recipe(quant, kept, config.protect.modules, stats and _of_blocks(stats, own))
         parts[name] = Part(folder, recipe)
     return ConvertPlan(config, scheme, model.folder, parts)
-
-
-def _check(config: PTQConfig) -> None:
-    """``ValueError`` for what makes no sense without generating."""
-    if config.model.outliers.blocks or config.model.outliers.count:
-        raise ValueError("mode=convert takes a model as its files have it: leave model.outliers out")
-    if config.eval.dimensions:
-        raise ValueError("mode=convert makes no videos to judge: leave eval.dimensions out")
-    if config.quant.product == "native":
-        check_native(CPU)
-    if not config.checkpoint:
-        raise ValueError("mode=convert makes a checkpoint and nothing else: leave checkpoint=true")
 
 
 def with_files(plan: ConvertPlan) -> ConvertPlan:

@@ -131,7 +131,7 @@ def split_samples(transformer: nn.Module, samples: Trajectories, places: Sequenc
     for number, share in enumerate(shares, 1):
         if len({samples.video_of(place) for place in share}) < 2:
             which = "" if len(shares) == 1 else f" of transformer {number} of {len(shares)}"
-            raise ValueError(f"qat.scope=blockwise: fewer than two videos ask anything{which}")
+            raise ValueError(f"qat.scope=blockwise: fewer than two videos have samples{which}")
     return shares
 
 

@@ -29,9 +29,6 @@ from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.data import Recording, encode_video, encoded, read_latents
 from wanquant.wan.tiny import all_scenes, draw
 
-#: Columns that a list of videos may have them under.
-FILE_KEYS, CAPTION_KEYS = ("file", "video", "path", "file_name"), ("caption", "text", "prompt")
-
 
 @dataclass(frozen=True)
 class Batch:

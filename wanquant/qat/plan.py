@@ -21,9 +21,6 @@ from wanquant.wan.cached import Pair
 from wanquant.wan.device import pick_device
 from wanquant.wan.products import multiplies_bf16
 
-#: Ranges of numbers in the config, from and to.
-RANGES = {"lr": (0, 10), "floor": (0, 1), "ema": (0, 1), "diverged": (1, 1e9), "weight_decay": (0, 10)}
-
 
 @dataclass(frozen=True)
 class TrainPlan(PTQPlan):

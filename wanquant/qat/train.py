@@ -141,13 +141,14 @@ class Trainer:
         places = sorted(shuffled_order(len(source), qat.seed, 0, min(qat.samples or len(source), len(source))))
         parts, shares = parts_of(transformer), split_samples(transformer, source, places)
         del transformer  # two as one would keep the blocks that are replaced
-        how, rows, first = (make, chosen, new_loop, loop_config(qat), self.states, self.show), list[Row](), 0
+        how, rows, first = (new_loop, loop_config(qat), self.states, self.show), list[Row](), 0
         for part, share in zip(parts, shares, strict=True):
             count = len(part.get_submodule("blocks"))  # type: ignore[arg-type]
             inputs = record_block_inputs(part, source, share, self.pipeline.device)
             inputs.at_once = inputs.at_once if scheme.independent else 1
             inputs.trained_in = torch.float32 if self.plan.precision == "fp32" else torch.bfloat16
-            rows += Blockwise(accelerator, part, inputs, *how, first).run()
+            own = [index for index in chosen if first <= index < first + count]
+            rows += Blockwise(accelerator, part, inputs, make, own, *how, first).run()
             first += count
         return rows
 
@@ -186,7 +187,7 @@ class Trainer:
                 errors = final_errors(pipeline.generate, calibrator.pairs, references, tick)
             return statistics.fmean(item.value for item in errors)
 
-        how = (self.plan.scheme.config, self.protected, self.modules, self.stats)
+        how = (self.plan.scheme, self.protected, self.modules, self.stats)
         with quantized(original, *how) if self.qat.quantize else nullcontext():
             untrained = measure("validate untrained")
 
@@ -245,7 +246,7 @@ class WatchedLinears:
             layer.clipped = torch.zeros_like(layer.clipped)
         row: Row = {"clipped": sum(counts.values()), "clipped_by": counts}
         if self.qat.scaling == "delayed":
-            seen = torch.stack([layer.seen for layer in layers])
+            seen = torch.stack([layer.seen.to(layer.history.device) for layer in layers])
             largest = self.accelerator.gather(seen[None]).amax(0) if self.accelerator.num_processes > 1 else seen
             for layer, value in zip(layers, largest, strict=True):
                 layer.advance(value)

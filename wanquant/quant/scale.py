@@ -284,12 +284,14 @@ def quantize_matrix(
     [columns], powers of two, multiply the columns first.
     """
     assert not isinstance(rule, SearchedRule), "parse lets none be dynamic"
-    if factors is not None and not (isinstance(granularity, PerRow) and isinstance(rule, AmaxTo)):
+    # Not what a plug-in derives from them.
+    fused = rule if isinstance(rule, AmaxTo) and type(rule) in (AmaxTo, PowerOfTwo) else None
+    if factors is not None and not (isinstance(granularity, PerRow) and fused is not None):
         x, factors = kernels.times(x, factors), None
     slices = x.reshape(-1, granularity.size) if isinstance(granularity, PerBlock) else x
     over = None
-    if isinstance(rule, AmaxTo) and not isinstance(granularity, PerTensor):
-        rounded, scale = format_.quantize_rows(slices, rule.target, rule.power_of_two, overflow, factors)
+    if fused is not None and not isinstance(granularity, PerTensor):
+        rounded, scale = format_.quantize_rows(slices, fused.target, fused.power_of_two, overflow, factors)
     else:
         scale = rule(granularity.reduce(kernels.absmax_rows(slices)))
         rounded, over = format_.scaled_round(slices, scale, overflow)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import wanquant
+from wanquant.plugins import load_plugins
 from wanquant.runs.run import SCHEMA, VOLATILE, clean_json, digest
 
 #: Whose versions can change a number, besides torch's.
@@ -67,6 +68,7 @@ def signature(config: dict[str, Any], fingerprint: str, device: torch.device, ro
             "model": fingerprint,
             "schema": SCHEMA,
             "code": code_hash(rooms),
+            **({"plugins": plugins} if (plugins := load_plugins()) else {}),
             "device": device.type,
             "device_name": _card_name(device),
             "torch": torch.__version__,

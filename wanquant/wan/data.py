@@ -172,10 +172,10 @@ def step_errors(pipeline: CachedPipeline, recording: Recording, on_video: Callab
         for start in range(first, first + each, at_once):
             asked = [recording[place] for place in range(start, min(start + at_once, first + each))]
             noisy, timestep, wanted = (
-                torch.stack([getattr(each, name) for each in asked]).to(device)
+                torch.stack([getattr(step, name) for step in asked]).to(device)
                 for name in ("noisy", "timestep", "output")
             )
-            text = torch.stack([pipeline.embed(each.prompt) for each in asked]).to(device)
+            text = torch.stack([pipeline.embed(step.prompt) for step in asked]).to(device)
             with quick_products(device):
                 output = transformer(noisy, timestep, text, return_dict=False)[0]
             signal += float(wanted.double().square().sum())

@@ -48,8 +48,11 @@ def one_card(device: torch.device) -> Iterator[torch.device]:
         yield device
         return
     backend = getattr(torch, device.type)
-    names = [_card_name(device.type, index) for index in range(backend.device_count())]
-    with first_free(names) if device.index is None else contextlib.nullcontext(device.index) as index:
+    if device.index is not None:
+        backend.set_device(device.index)
+        yield device
+        return
+    with first_free([_card_name(device.type, index) for index in range(backend.device_count())]) as index:
         backend.set_device(index)
         yield torch.device(device.type, index)
 

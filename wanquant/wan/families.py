@@ -24,7 +24,8 @@ FOLDS = {"attn1.to_out.0": "attn1.to_v", "attn2.to_out.0": "attn2.to_v", "attn2.
 
 @dataclass(frozen=True)
 class Family:
-    """The classes of the pipeline and its parts, the folders it must have (``components``), and, by a linear's name
+    """The classes of the pipeline and its parts, the folders it must have (``components``, ``text_encoder``,
+    ``transformer`` and ``vae`` among them), and, by a linear's name
     inside a block, the module that smoothing may fold into (``folds``)."""
 
     pipeline: Any
@@ -44,6 +45,9 @@ def register_family(name: str, family: Family) -> None:
     """Makes pipelines whose ``_class_name`` is ``name`` known; ``ValueError`` if the name is taken."""
     if name in FAMILIES:
         raise ValueError(f"the model family {name} is known already")
+    alike = family_of(family.transformer.__name__)
+    if alike.transformer is family.transformer and alike.folds != family.folds:  # which are found by that class
+        raise ValueError(f"the model family {name}: {family.transformer.__name__} is known with other folds")
     FAMILIES[name] = family
 
 

@@ -22,8 +22,7 @@ from torch import nn
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.smooth import fold_
 from wanquant.wan.config import OutliersConfig
-from wanquant.wan.experts import parts_of
-from wanquant.wan.families import family_of
+from wanquant.wan.families import folds_of
 
 
 def chosen_blocks(config: OutliersConfig, blocks: int) -> tuple[int, ...]:
@@ -44,10 +43,9 @@ def chosen_blocks(config: OutliersConfig, blocks: int) -> tuple[int, ...]:
 def plant_outliers_(transformer: WanTransformer3DModel, config: OutliersConfig) -> tuple[int, ...]:
     """Changes the chosen blocks in place and returns them. The model computes what it did, bit for bit."""
     chosen = chosen_blocks(config, len(transformer.blocks))
-    folds = family_of(type(parts_of(transformer)[0]).__name__).folds
     for index in chosen:
         block = transformer.blocks[index]
-        for place, (reader, writer) in enumerate(folds.items()):
+        for place, (reader, writer) in enumerate(folds_of(transformer).items()):
             generator = torch.Generator().manual_seed(1000 * config.seed + 10 * index + place)
             linear = block.get_submodule(reader)
             assert isinstance(linear, nn.Linear)

@@ -102,8 +102,8 @@ def draw(scene: Scene, rng: np.random.Generator, frames: int = NUM_FRAMES) -> np
     """One video, uint8 [frames, 64, 64, 3]: size, place and speed from ``rng``, the rest from the scene.
 
     Coverage of a pixel is clip(0.5 - signed distance to the outline, 0, 1), one pixel of anti-aliasing, which lets a
-    sub-pixel motion look like motion. It is uniform; over ``NUM_FRAMES`` frames it covers at least ``MIN_TRAVEL``
-    pixels and never leaves the picture. Fewer frames show the beginning of the same motion.
+    sub-pixel motion look like motion. The motion is uniform; over ``NUM_FRAMES`` frames it covers at least
+    ``MIN_TRAVEL`` pixels and never leaves the picture. Fewer frames show the beginning of the same motion.
     """
     radius = rng.uniform(*RADIUS)
     low, high = radius, WIDTH - radius

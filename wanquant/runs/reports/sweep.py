@@ -1,5 +1,5 @@
 """``report.html`` of a sweep, and its table as ``table.md``, ``table.tex`` and ``table.csv`` beside it. Drawn from the
-summary of ``evaluate.sweep`` and the videos in the run directories; the same files from the same results.
+summary of ``evaluate.sweep.summary`` and the videos in the run directories; the same files from the same results.
 """
 
 from __future__ import annotations

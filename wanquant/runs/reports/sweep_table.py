@@ -1,4 +1,4 @@
-"""The table of a sweep as text cells, and its figures as CSV: of what ``evaluate.sweep`` found."""
+"""The table of a sweep as text cells, and its figures as CSV: of what ``evaluate.sweep.summary`` found."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wanquant
+from wanquant.plugins import load_plugins
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig, WeightConfig
 from wanquant.quant.convert import empty_like_quantized_
@@ -193,6 +194,7 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
 
 def config_of(described: dict[str, Any]) -> QuantConfig:
     """The ``QuantConfig`` a checkpoint was made with; ``ValueError`` names what is lost, for nothing is guessed."""
+    load_plugins()
     names = {field.name for field in dataclasses.fields(QuantConfig)}
     raw = {name: value for name, value in {**ADDED_LATER, **described}.items() if name in names}
     raw["weights"] = _exactly(WeightConfig, raw.get("weights", {}))

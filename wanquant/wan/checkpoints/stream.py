@@ -41,7 +41,7 @@ from wanquant.wan.checkpoints.checkpoint import (
     write_index,
 )
 from wanquant.wan.checkpoints.tensor_files import Source, file_names, write_tensors
-from wanquant.wan.families import family_of
+from wanquant.wan.families import folds_of
 from wanquant.wan.load import shape_of
 
 #: Bytes that a file of the target holds at most, unless a block alone has more.
@@ -253,8 +253,7 @@ class _Conversion:
         holder.blocks = nn.ModuleList([block])
         seen = (self.recipe.stats or {}).items()
         stats = {name.replace(own, "blocks.0.", 1): site for name, site in seen if name.startswith(own)}
-        folds = family_of(type(self.transformer).__name__).folds
         packed = replace(self.recipe.scheme, packed=True)
-        quantize_(holder, packed, (), self.recipe.protected_modules, stats, folds=folds)
+        quantize_(holder, packed, (), self.recipe.protected_modules, stats, folds=folds_of(self.transformer))
         layers = quantized_linears(block)
         return {own + name: int(layer.overflowed) for name, layer in layers.items() if layer.overflowed}
