@@ -321,6 +321,7 @@ def launched(cache: Path, *arguments: str, by_accelerate: bool = False) -> str:
     return f"{out.count(' joined: ')} written, {measured} measured"
 
 
+@pytest.mark.slow
 def test_processes_of_one_launch_share_the_work(sweep: Path, tmp_path: Path) -> None:
     """Each pair is measured and each video judged once, and one process writes."""
     run = sweep / "3"

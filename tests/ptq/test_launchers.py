@@ -91,6 +91,7 @@ def test_workers_whose_launcher_was_killed_do_no_harm(serial: dict[str, Any], tm
     assert sweep(tmp_path, *JOBLIB) == serial
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [None, pytest.param("2", marks=pytest.mark.slow)])
 def test_a_fresh_process_gives_what_a_used_one_does(
     threads: str | None, serial: dict[str, Any], tmp_path: Path

@@ -340,6 +340,7 @@ def test_a_sweep_says_what_each_has_over_its_untrained(
     assert all(row["over_untrained"][name]["n"] == 2 for row in rows for name in ("latent_sqnr", "step_sqnr"))
 
 
+@pytest.mark.slow
 def test_lora_begins_the_same_whatever_was_drawn_before(
     model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +355,7 @@ def test_lora_begins_the_same_whatever_was_drawn_before(
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_modules_that_stay_bf16_inside_a_trained_block(
     model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def recipe(blocks: int = 2, steps: int = 3, **rest: Any) -> train_transformer.Re
     return train_transformer.Recipe(blocks, steps, **{"two_levels": 0.4, "batch": 2, **rates, **rest})
 
 
+@pytest.mark.slow
 def test_transformer_training_resumes_grows_and_exports(tmp_path: Path) -> None:
     components = latents.fit(videos=4)
     train_vae.train(tmp_path / "vae", components, (train_vae.Phase(1, 1, 2, 1e-3),), 0)

@@ -139,6 +139,7 @@ def test_both_are_quantized_and_saved(model: Path, cache: Path, tmp_path: Path, 
     assert all(isinstance(part.blocks[1].ffn.net[2], QuantLinear) for part in transformers_in(pipe).values())
 
 
+@pytest.mark.slow
 def test_what_the_data_choose_is_chosen_among_both(
     model: Path, cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
