@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wanquant.choices import check_choices, choice
-from wanquant.evaluate.prompts import PromptsConfig
+from wanquant.evaluate.prompts import OWN, PromptsConfig, check_captions, pairs, settled
 from wanquant.runs.tracking import TrackerConfig
 from wanquant.wan.config import ModelConfig
+
+if TYPE_CHECKING:
+    from wanquant.wan.cached import Pair
 
 #: Whether LPIPS is measured; ``auto``: where its weights are.
 LPIPS = ("auto", "on", "off")
@@ -63,3 +67,12 @@ class EvaluateConfig:
             raise ValueError("eval.lpips=on compares with a reference: give reference=<folder>")
         if self.run is not None and not Path(self.run).is_dir():
             raise ValueError(f"there is no folder {self.run}")
+        if self.run is None:
+            check_captions((text for text, _ in self.pairs_of_model()), self.model.language)
+
+    def pairs_of_model(self) -> list[Pair]:
+        """What a model is judged on where there is no run: ``prompts=own`` stands for the list a run is made from."""
+        prompts = settled(self.prompts)
+        own = prompts.name == OWN and not prompts.texts
+        texts = prompts.by_language[self.model.language] if own else prompts.texts
+        return pairs(replace(prompts, texts=texts, seeds=prompts.seeds or [0]))

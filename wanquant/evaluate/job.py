@@ -21,7 +21,8 @@ from wanquant.evaluate.config import EvalConfig, EvaluateConfig
 from wanquant.evaluate.evaluation import Evaluation, EvaluationPlan, Side
 from wanquant.evaluate.judges import perceptual
 from wanquant.evaluate.judges.judging import merged
-from wanquant.evaluate.plan import OWN, EvaluatePlan, RunPlan, resolve_evaluate, resolve_run
+from wanquant.evaluate.plan import EvaluatePlan, RunPlan, resolve_evaluate, resolve_run
+from wanquant.evaluate.prompts import OWN
 from wanquant.evaluate.sweep.tables import report, text
 from wanquant.quant import QuantConfig
 from wanquant.quant.scheme import parse

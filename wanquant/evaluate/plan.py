@@ -17,7 +17,7 @@ import torch
 from wanquant.evaluate.config import EvalConfig, EvaluateConfig
 from wanquant.evaluate.evaluation import EvaluationPlan, Side, Values, hash_of
 from wanquant.evaluate.judges import perceptual, vbench
-from wanquant.evaluate.prompts import PromptsConfig, pairs, settled
+from wanquant.evaluate.prompts import OWN, PromptsConfig, check_captions, pairs, settled
 from wanquant.evaluate.sweep.summary import jobs_of
 from wanquant.quant.scheme import parse
 from wanquant.runs.run import read_config, read_result
@@ -27,10 +27,7 @@ from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
 from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import check_folder, find_folder, transformers_of
-from wanquant.wan.tiny import parse_caption
 
-#: The prompts a run was made with, and the name of their evaluation.
-OWN = "own"
 #: What of a run's provenance has to be as it is now for its figures to stand beside new ones.
 SAME = ("packages", "device", "device_name", "threads", "instructions")
 
@@ -86,19 +83,13 @@ def _is_sweep(folder: Path) -> bool:
 
 
 def _resolve_model(config: EvaluateConfig) -> EvaluationPlan:
-    """Where there is no run, ``prompts=own`` stands for the list it was made from."""
-    prompts = settled(config.prompts)
-    own = prompts.name == OWN
-    texts = prompts.by_language[config.model.language] if own and not prompts.texts else prompts.texts
-    asked = pairs(dataclasses.replace(prompts, texts=texts, seeds=prompts.seeds or [0]))
-    name = "demo5" if own else prompts.name
+    name = "demo5" if config.prompts.name == OWN else config.prompts.name
     sides = [_side("model", "", config.model, config.model.path)]
     if config.reference is not None:
         model = dataclasses.replace(config.model, batch=sides[0].model.batch)
         sides.append(_side("bf16", "bf16.", model, config.reference))
         sides += [sides[1].perturbed({})] if config.eval.noise_floor else []
-    _check_captions(asked, config.model.language)
-    return EvaluationPlan(name, Path(), tuple(sides), (asked,), config.eval, config.prompts.official)
+    return EvaluationPlan(name, Path(), tuple(sides), (config.pairs_of_model(),), config.eval, config.prompts.official)
 
 
 def _side(name: str, prefix: str, model: ModelConfig, path: str) -> Side:
@@ -109,12 +100,6 @@ def _side(name: str, prefix: str, model: ModelConfig, path: str) -> Side:
     made = [described for part in transformers_of(source).values() if (described := quantization_of(part)) is not None]
     alone = any(not parse(config_of(described)).independent for described in made)
     return Side(name, prefix, source, dataclasses.replace(model, batch=1) if alone else model)
-
-
-def _check_captions(asked: Sequence[Pair], language: str) -> None:
-    """``ValueError`` for a prompt that tiny-wan's grammar does not have, where the model understands no other."""
-    for prompt, _ in asked if language == "scenes" else ():
-        parse_caption(prompt)
 
 
 def resolve_run(
@@ -137,7 +122,7 @@ def resolve_run(
     sides = _sides_of(run, result, model, reference, {pair: own.index(pair) for pair in ours})
     if not config.noise_floor or len(sides[2].files) < len(ours):
         sides = sides[:2]
-    _check_captions(asked, model.language)
+    check_captions((text for text, _ in asked), model.language)
     there = result.get("evaluations", {}).get(name)
     key = name if there is None or there["prompt_hash"] == hash_of(asked) else f"{name}-{hash_of(asked)[:8]}"
     measured = _measured(result, own)

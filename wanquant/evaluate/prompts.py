@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanquant.choices import mistaken
+from wanquant.wan.tiny import parse_caption
 
 if TYPE_CHECKING:
     from wanquant.wan.cached import Pair
 
+#: The prompts a run was made with, and the name of their evaluation.
+OWN = "own"
 #: Seeds of VBench's standard, and the most its standard mode looks for.
 STANDARD_SEEDS = 5
 
@@ -69,6 +73,12 @@ def pairs(config: PromptsConfig, group: str = "prompts") -> list[Pair]:
     if config.official and not all(seed < STANDARD_SEEDS for seed in config.seeds):
         raise ValueError(f"{group}.seeds: VBench's standard has the seeds 0 to {STANDARD_SEEDS - 1}")
     return [(text, seed) for text in texts for seed in config.seeds]
+
+
+def check_captions(texts: Iterable[str], language: str) -> None:
+    """``ValueError`` for a prompt that tiny-wan's grammar does not have, where the model understands no other."""
+    for text in texts if language == "scenes" else ():
+        parse_caption(text)
 
 
 def following(seeds: list[int]) -> dict[int, int]:

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from wanquant.choices import check_choices, choice
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.prompts import PromptsConfig, pairs
+from wanquant.evaluate.prompts import PromptsConfig, check_captions, pairs
 from wanquant.ptq.protect import ProtectConfig
 from wanquant.quant.config import QuantConfig
 from wanquant.runs.tracking import TrackerConfig
 from wanquant.wan.config import ModelConfig
-from wanquant.wan.tiny import parse_caption
 
 MODES = ("quantize", "analyze", "convert")
 #: What a heatmap can show of a view, besides ``absmax``, which is known for every single step.
@@ -83,8 +81,7 @@ class PTQConfig:
         if self.mode == "analyze" and self.quant.format != "hif8":
             raise ValueError(f"mode=analyze looks at HiF8, not at {self.quant.format}: leave quant.format as it is")
         videos = [*pairs(self.prompts), *pairs(self.calib, "calib")]
-        if self.model.language == "scenes":
-            check_captions(text for text, _ in videos)
+        check_captions((text for text, _ in videos), self.model.language)
 
     def _check_convert(self) -> None:
         """What makes no sense without generating."""
@@ -94,9 +91,3 @@ class PTQConfig:
             raise ValueError("mode=convert makes no videos to judge: leave eval.dimensions out")
         if not self.checkpoint:
             raise ValueError("mode=convert makes a checkpoint and nothing else: leave checkpoint=true")
-
-
-def check_captions(texts: Iterable[str]) -> None:
-    """``ValueError`` for a prompt that tiny-wan's grammar does not have."""
-    for text in texts:
-        parse_caption(text)

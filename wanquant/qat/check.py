@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanquant.evaluate.prompts import pairs
-from wanquant.ptq.config import check_captions
+from wanquant.evaluate.prompts import check_captions, pairs
 
 if TYPE_CHECKING:
     from wanquant.qat.config import DataConfig, LossConfig, QATConfig, TrainConfig
@@ -121,8 +120,8 @@ def _check_prompts(config: TrainConfig) -> None:
     if qat.data.source == "scenes":  # which leaves them out
         return
     learned = captions_of(qat.data)
-    if qat.data.source == "trajectories" and config.model.language == "scenes":
-        check_captions(learned)
+    if qat.data.source == "trajectories":
+        check_captions(learned, config.model.language)
     validated = pairs(config.calib, "calib") if qat.check_every else []
     twice = sorted(set(learned) & {text for text, _ in (*measured, *validated)})
     if twice:
