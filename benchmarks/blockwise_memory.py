@@ -23,9 +23,10 @@ from diffusers import WanTransformer3DModel
 
 from wanquant import load_pipeline
 from wanquant.evaluate.prompts import PromptsConfig
-from wanquant.qat.config import DataConfig, QATConfig, TrainConfig
+from wanquant.qat.config import DataConfig, QATConfig
 from wanquant.qat.estimate import estimate_memory
 from wanquant.qat.plan import resolve_train
+from wanquant.qat.train_config import TrainConfig
 from wanquant.runs.run import read_result
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.resources.estimate import in_bytes

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from benchmarks.timing import Row, compare, table
 from wanquant import load_pipeline
 from wanquant.evaluate.prompts import PromptsConfig
-from wanquant.qat.config import DataConfig, QATConfig, TrainConfig
+from wanquant.qat.config import DataConfig, QATConfig
 from wanquant.qat.estimate import TrainingMemory, estimate_memory
 from wanquant.qat.plan import resolve_train
+from wanquant.qat.train_config import TrainConfig
 from wanquant.quant.convert import make_trainable_
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.device import forget_peak_memory, peak_memory

@@ -20,8 +20,8 @@ from wanquant.evaluate.judges.vbench import DIMENSIONS, check_dimensions
 from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
 from wanquant.ptq.config import PTQConfig
-from wanquant.qat.config import TrainConfig
 from wanquant.qat.plan import resolve_train
+from wanquant.qat.train_config import TrainConfig
 from wanquant.quant import QuantConfig
 from wanquant.quant.scheme import parse, settle
 from wanquant.wan import tiny

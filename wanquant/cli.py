@@ -43,11 +43,6 @@ def main(program: str | None = None) -> None:
         raise
 
 
-def announce(program: str, what: str = "") -> None:
-    """The first line of a program, before its imports, which take seconds."""
-    print(f"wanquant {wanquant.__version__} {program}" + (f": {what}" if what else ""), flush=True)
-
-
 def _named() -> str:
     """The first argument, which is taken away: what is left is the program's."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"

@@ -31,13 +31,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from wanquant import interrupt
 from wanquant.choices import did_you_mean
-from wanquant.cli import announce
 from wanquant.evaluate.config import EvaluateConfig
 from wanquant.mistakes import USER_ERRORS, complain, one_line, ran_out_of_memory
 from wanquant.plugins import load_plugins
 from wanquant.ptq.config import PTQConfig
-from wanquant.qat.config import TrainConfig
+from wanquant.qat.train_config import TrainConfig
 from wanquant.runs.files import write_atomic
+from wanquant.runs.progress import announce
 from wanquant.runs.run import VOLATILE, refused_leave_no_result, write_refusal
 from wanquant.runs.tracking import TrackerConfig, mirror_table
 

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from wanquant import cli
+from wanquant.runs.progress import announce
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     parser.add_argument("command", nargs="?", choices=("fetch",), help="get the missing weights")
     parser.add_argument("dimensions", nargs="*", help="of these dimensions of VBench, or lpips (default: all)")
     args = parser.parse_args()
-    cli.announce("doctor")
+    announce("doctor")
     from wanquant.evaluate.judges.examine import examine, fetch
 
     try:

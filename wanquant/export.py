@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from wanquant import cli
+from wanquant.runs.progress import announce
 from wanquant.wan.checkpoints.names import LAYOUTS, NAMINGS
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--naming", choices=NAMINGS, default="diffusers", help="original: as Wan's authors call it")
     args = parser.parse_args()
-    cli.announce("export", str(args.target))
+    announce("export", str(args.target))
     from wanquant.wan.checkpoints.export import export_all
 
     try:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from wanquant import cli
+from wanquant.runs.progress import announce
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("--reference", help="name of the configuration the others are compared with (default: job 0's)")
     parser.add_argument("--margin", type=float, help="dB within which two are equivalent (default: 1)")
     args = parser.parse_args()
-    cli.announce("report", str(args.sweep))
+    announce("report", str(args.sweep))
     from wanquant.evaluate.sweep.summary import MARGIN
     from wanquant.evaluate.sweep.tables import report, text
     from wanquant.plugins import load_plugins

@@ -9,10 +9,11 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from wanquant.ptq.plan import SourceModel
-from wanquant.qat.config import QATConfig, TrainConfig
+from wanquant.qat.config import QATConfig
 from wanquant.qat.estimate import count_trained, estimate_memory, shrinks
 from wanquant.qat.plan import TrainPlan, training_of
 from wanquant.qat.scope import choose_
+from wanquant.qat.train_config import TrainConfig
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig
 from wanquant.quant.convert import make_trainable_

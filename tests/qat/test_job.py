@@ -24,8 +24,8 @@ from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.evaluate.stats import Item, compared
 from wanquant.evaluate.sweep.summary import summarize
-from wanquant.qat.check import read_list
 from wanquant.qat.job import verdict_of
+from wanquant.qat.train_config import read_list
 from wanquant.runs.reports.training import drift_table
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate

@@ -30,11 +30,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from wanquant.qat.check import SET_ASIDE
 from wanquant.qat.config import AT_ONCE, LoopConfig
 from wanquant.qat.data import Trajectories, shuffled_order
 from wanquant.qat.loop import Hooks, Loop, Loss, Row, quiet
 from wanquant.qat.loss import relative_error
+from wanquant.qat.train_config import SET_ASIDE
 from wanquant.quant.convert import freeze_into_, make_trainable_
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.trainable import Training, trainable_linears

@@ -1,4 +1,4 @@
-"""The whole of ``python train.py`` as one dataclass, checked without torch. ``wanquant.qat.plan`` resolves it."""
+"""The group ``qat`` of the config, what the training loop takes of it, and the schedules of the learning rate."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, fields
 
 from wanquant.choices import choice, mistaken
 from wanquant.evaluate.prompts import PromptsConfig
-from wanquant.ptq.config import PTQConfig
-from wanquant.qat.check import check_training
 from wanquant.quant.config import GRADIENTS, SCALINGS
 
 #: What is trained, on what, by which schedule of the learning rate: ``qat.scope``, ``qat.data``, ``make_rate``.
@@ -101,17 +99,6 @@ class QATConfig:
     #: How many times its lowest value the loss may reach before the run stops.
     diverged: float = 10.0
     seed: int = 0
-
-
-@dataclass
-class TrainConfig(PTQConfig):
-    """``python train.py``: all of ``python ptq.py``, and the training between."""
-
-    qat: QATConfig = field(default_factory=QATConfig)
-
-    def check(self) -> None:
-        super().check()
-        check_training(self)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from wanquant.evaluate.prompts import pairs
-from wanquant.qat.check import read_list
 from wanquant.qat.config import DataConfig
+from wanquant.qat.train_config import read_list
 from wanquant.runs.files import sum_of_file
 from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from wanquant.ptq.estimate import count_videos
-from wanquant.qat.check import SET_ASIDE, processes
 from wanquant.qat.config import AT_ONCE, QATConfig
 from wanquant.qat.plan import TrainPlan
 from wanquant.qat.scope import is_matrix, trains_weights
+from wanquant.qat.train_config import SET_ASIDE, processes
 from wanquant.quant import plan_conversion
 from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import Scheme

@@ -39,12 +39,11 @@ from wanquant.ptq.plan import with_weights
 from wanquant.ptq.protect import Choice, choose
 from wanquant.ptq.result import conversion, verdict
 from wanquant.ptq.sensitivity import quantized
-from wanquant.qat.check import processes
-from wanquant.qat.config import TrainConfig
 from wanquant.qat.estimate import count_training_videos, estimate_memory, estimate_seconds, print_estimates
 from wanquant.qat.loop import make_accelerator
 from wanquant.qat.plan import TrainPlan, resolve_train
 from wanquant.qat.train import Trainer
+from wanquant.qat.train_config import TrainConfig, processes
 from wanquant.quant import ConversionReport, plan_conversion
 from wanquant.runs.progress import progress
 from wanquant.runs.signature import MEASURES, signature

@@ -9,10 +9,10 @@ from typing import Any
 
 from wanquant.evaluate.prompts import pairs, settled
 from wanquant.ptq.plan import PTQPlan, resolve
-from wanquant.qat.check import processes
-from wanquant.qat.config import LoraSize, QATConfig, TrainConfig
+from wanquant.qat.config import LoraSize, QATConfig
 from wanquant.qat.data import contents
 from wanquant.qat.scope import trains_weights
+from wanquant.qat.train_config import TrainConfig, processes
 from wanquant.quant.config import QuantConfig
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import Training, check_trainable

@@ -1,4 +1,4 @@
-"""Progress lines with the time left: a bar in a terminal, a line now and then in a log file."""
+"""The first line of a program; progress with the time left: a bar in a terminal, a line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+import wanquant
+
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} {unit}s, {elapsed} elapsed, {remaining} left{postfix}"
 #: Seconds between two lines where nobody watches.
 QUIET = 15.0
+
+
+def announce(program: str, what: str = "") -> None:
+    """The first line of a program, before its imports, which take seconds."""
+    print(f"wanquant {wanquant.__version__} {program}" + (f": {what}" if what else ""), flush=True)
 
 
 class Tick(Protocol):

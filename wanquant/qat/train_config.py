@@ -1,17 +1,17 @@
-"""What of a training's config is refused without torch, so at once; ``wanquant.qat.plan`` resolves the rest."""
+"""The whole of ``python train.py`` as one dataclass. ``check`` refuses what can be refused without torch, so at once;
+``wanquant.qat.plan`` resolves the rest."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wanquant.evaluate.prompts import check_captions, pairs
-
-if TYPE_CHECKING:
-    from wanquant.qat.config import DataConfig, LossConfig, QATConfig, TrainConfig
+from wanquant.ptq.config import PTQConfig
+from wanquant.qat.config import DataConfig, LossConfig, QATConfig
 
 #: Ranges of numbers in the config, from and to.
 RANGES = {"lr": (0, 10), "floor": (0, 1), "ema": (0, 1), "diverged": (1, 1e9), "weight_decay": (0, 10)}
@@ -26,18 +26,25 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_training(config: TrainConfig) -> None:
-    """``ValueError`` names the key at fault and what it may be."""
-    qat = config.qat
-    if config.mode != "quantize":
-        raise ValueError(f"mode={config.mode}: train.py has no other than quantize")
-    _check_ranges(qat)
-    _check_scope(qat)
-    _check_data(qat.data, config.model.language)
-    _check_loss(qat.loss, qat.data.source)
-    if qat.scope == "blockwise":
-        _check_blockwise(qat)
-    _check_prompts(config)
+@dataclass
+class TrainConfig(PTQConfig):
+    """``python train.py``: all of ``python ptq.py``, and the training between."""
+
+    qat: QATConfig = field(default_factory=QATConfig)
+
+    def check(self) -> None:
+        """``ValueError`` names the key at fault and what it may be."""
+        super().check()
+        qat = self.qat
+        if self.mode != "quantize":
+            raise ValueError(f"mode={self.mode}: train.py has no other than quantize")
+        _check_ranges(qat)
+        _check_scope(qat)
+        _check_data(qat.data, self.model.language)
+        _check_loss(qat.loss, qat.data.source)
+        if qat.scope == "blockwise":
+            _check_blockwise(qat)
+        _check_prompts(self)
 
 
 def _check_ranges(qat: QATConfig) -> None:
