@@ -133,7 +133,7 @@ def test_help_needs_nothing_heavy(words: str, answers: dict[str, Answer]) -> Non
 @pytest.mark.parametrize("program", [*SCHEMAS, "report", "export", "doctor"])
 def test_the_first_line_comes_before_the_imports(program: str, tmp_path: Path) -> None:
     words = {"export": ["a", "b", "--layout", "bf16"], "report": ["a"], "doctor": []}.get(
-        program, ["dry_run=true", "run=x"] if program == "eval" else ["dry_run=true"]
+        program, ["dry_run=true", f"run={tmp_path}"] if program == "eval" else ["dry_run=true"]
     )
     done = light(program, *words)
     assert done.stdout.startswith(f"wanquant {wanquant.__version__} {program}")
