@@ -7,6 +7,7 @@ and the drawing. ``wanquant.evaluate.attributes`` reads the same constants.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -58,7 +59,7 @@ class Scene:
         attributes still occurs in training, so a model that composes can draw them.
         """
         attributes = (self.color, self.shape, self.direction, self.background)
-        tables = (PALETTE, SHAPES, DIRECTIONS, BACKGROUNDS)
+        tables: tuple[Iterable[str], ...] = (PALETTE, SHAPES, DIRECTIONS, BACKGROUNDS)
         color, shape, direction, background = (list(t).index(v) for t, v in zip(tables, attributes, strict=True))
         return (color + shape + direction + 2 * background) % len(PALETTE) == 0
 
