@@ -152,7 +152,7 @@ def interrupted(
     command: list[str], ready: Callable[[psutil.Process, str], bool], whole_group: bool = True
 ) -> tuple[list[str], float]:
     """Lines of stderr behind SIGINT, which is sent once the process, or what it has printed, is ``ready``, and the
-    seconds until it and all it has started were elapsed."""
+    seconds until it and all it has started have ended."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
