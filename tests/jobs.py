@@ -6,8 +6,10 @@ import atexit
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,20 @@ TWO_STEPS = ["model.generation.steps=2", *QUICK[1:]]
 TWO = (
     'prompts.texts=["a red circle moving right on a black background","a blue square moving up on a white background"]'
 )
+
+
+def stopped_once(real: Callable[..., Any], after: int, calls: list[Any]) -> Callable[..., Any]:
+    """``real``, but with an interrupt in the place of the call behind the first ``after``; ``calls`` comes to hold the
+    second argument of each, and "cut" for that one."""
+
+    def call(first: Any, second: Any, *args: Any, **how: Any) -> Any:
+        if len(calls) == after:
+            calls.append("cut")
+            raise KeyboardInterrupt
+        calls.append(second)
+        return real(first, second, *args, **how)
+
+    return call
 
 
 @cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.config import SCHEMAS
+from wanquant.formats.registry import FORMATS
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -36,3 +37,4 @@ def test_every_key_is_explained_and_no_other() -> None:
     for key, each in known.items():
         missing = [word for word in each.metadata.get("choices", ()) if f"`{word}`" not in said[key]]
         assert not missing, f"{key}: {missing}"
+    assert all(f"`{name}`" in said["quant.format"] for name in FORMATS)

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from tests.jobs import short
+from tests.jobs import short, stopped_once
 from wanquant import load_pipeline
 from wanquant.config import CONF
 from wanquant.evaluate.stats import Item
@@ -91,16 +91,8 @@ def test_a_stopped_calibration_goes_on_at_its_video(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = calibrator_of(pipe, tmp_path / "whole").calibration(full=True).statistics
-    real, seen = calibrator_module.generate, []
-
-    def cut_in_the_second(pipe_: Any, pairs: Any, *args: Any, **how: Any) -> Any:
-        if len(seen) == 1:
-            seen.append("cut")
-            raise KeyboardInterrupt
-        seen.append(pairs)
-        return real(pipe_, pairs, *args, **how)
-
-    monkeypatch.setattr(calibrator_module, "generate", cut_in_the_second)
+    seen: list[Any] = []
+    monkeypatch.setattr(calibrator_module, "generate", stopped_once(calibrator_module.generate, 1, seen))
     with pytest.raises(KeyboardInterrupt):
         calibrator_of(pipe, tmp_path / "cut").calibration(full=True)
     found = calibrator_of(pipe, tmp_path / "cut").calibration(full=True).statistics

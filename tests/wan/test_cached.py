@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs import short
+from tests.jobs import short, stopped_once
 from wanquant import load_pipeline, quantize_
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig
@@ -58,16 +58,8 @@ def test_a_cut_generation_goes_on_where_it_was(pipe: Pipeline, tmp_path: Path, m
         block.norm2.weight.data *= 1e7
     whole, counted = cached_in(quantized, tmp_path / "whole").latents("x", PAIRS, {"quant": "q"})
     assert sum(counted.values()) > 0
-    real, calls = cached.generate, []
-
-    def cut_in_the_third(pipe_: Any, pairs: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(calls) == 2:
-            calls.append("cut")
-            raise KeyboardInterrupt
-        calls.append(pairs)
-        return real(pipe_, pairs, *args, **kwargs)
-
-    monkeypatch.setattr(cached, "generate", cut_in_the_third)
+    calls: list[Any] = []
+    monkeypatch.setattr(cached, "generate", stopped_once(cached.generate, 2, calls))
     with pytest.raises(KeyboardInterrupt):
         cached_in(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"})
     found, overflows = cached_in(quantized, tmp_path / "cut").latents("x", PAIRS, {"quant": "q"})
