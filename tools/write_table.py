@@ -18,7 +18,7 @@ from typing import Any
 from wanquant.evaluate.stats import Item, compared, difference
 from wanquant.evaluate.sweep.summary import METRIC, jobs_of, summarize
 from wanquant.runs.files import write_atomic
-from wanquant.runs.reports.columns import estimate_text, short
+from wanquant.runs.reports.columns import DRIFT, estimate_text, short
 from wanquant.runs.reports.sweep_table import cells, further_markdown, protocol
 from wanquant.runs.reports.table import markdown
 from wanquant.runs.run import read_result
@@ -28,7 +28,7 @@ def table_of_blocks(result: dict[str, Any]) -> str:
     """Markdown: a row a block, from the most sensitive to the least."""
     blocks, sensitive = result["analysis"]["blocks"], "sensitivity" in result["analysis"]["blocks"][0]
     order = "sensitivity" if sensitive else "block_sqnr"
-    heads = ["block", *(["SQNR of the final latents, dB"] if sensitive else []), "SQNR of its own output, dB"]
+    heads = ["block", *(["SQNR of single steps, dB"] if sensitive else []), "SQNR of its own output, dB"]
     heads += ["largest magnitude behind it", "largest that enters its linears", "fewer than 3 mantissa bits"]
     rows = []
     for row in sorted(blocks, key=lambda row: (row[order] is not None, row[order])):
@@ -41,7 +41,7 @@ def table_of_blocks(result: dict[str, Any]) -> str:
         f"{row['meaning']}: {short(row['spearman'])} [{short(row['ci95'][0])}, {short(row['ci95'][1])}]"
         for row in result["analysis"]["correlation"]
     ]
-    told = [f"Rank correlation with the harm to the final latents: {'; '.join(correlations)}."] if correlations else []
+    told = [f"Rank correlation with the harm to single steps: {'; '.join(correlations)}."] if correlations else []
     measured_on = (
         f"{result['model']['name']}, each block quantized alone (`quant={quant}`), {counted['pairs']} (prompt, seed) "
         f"pairs, mean and 95 % bootstrap interval clustered by prompt. {_machine(made)}."
@@ -71,7 +71,7 @@ def table_of_sweep(sweep: Path, reference: str | None = None, further: bool = Fa
 
 
 #: What trainings are compared with their PTQ baselines by, and what it is called.
-COMPARED = ((METRIC, "final latents"), ("step_sqnr", "single steps"))
+COMPARED = ((METRIC, "single steps"), (DRIFT, "final latents"))
 
 
 def table_of_trainings(sweep: Path) -> str:
@@ -83,8 +83,8 @@ def table_of_trainings(sweep: Path) -> str:
     tables = [_beside_untrained(results, settings, recipes, *metric) for metric in COMPARED]
     pairs = len(over_untrained(results[0], METRIC))
     told = (
-        f"Trained less its PTQ baseline, in dB of SQNR: of the final latents, and of single steps along BF16's "
-        f"trajectories. {pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings "
+        f"Trained less its PTQ baseline, in dB of SQNR: of single steps along BF16's trajectories, and of the "
+        f"final latents. {pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings "
         f"the mean of each pair's differences, with intervals corrected for {len(recipes)} recipes. "
         f"{results[0]['model']['name']}, {_machine(results[0]['provenance'])}."
     )

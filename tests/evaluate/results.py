@@ -33,11 +33,17 @@ RESULT: dict[str, Any] = {
     "metrics": {
         prefix + name: METRIC
         for prefix, names in {
-            "": ("latent_sqnr", "psnr", "ssim", "attributes", "difference.attributes"),
+            "": ("step_sqnr", "latent_sqnr", "psnr", "ssim", "attributes", "difference.attributes"),
             "floor_ulp.": ("latent_sqnr", "psnr", "ssim"),
             "bf16.": ("attributes",),
         }.items()
         for name in names
+    },
+    "single_steps": {
+        "step_sqnr": {
+            "frames": 17, "sigma": [1.0, 0.5], "by_step": [{"mean": 20.0, "ci95": [19.0, 21.0]}] * 2,
+            "by_branch": [{"mean": 20.0, "ci95": [19.0, 21.0]}] * 2,
+        }
     },
     "gates": {"black": {**GATE}, "static": {**GATE}},
     "timings": {"total": 100.0},

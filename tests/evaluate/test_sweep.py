@@ -16,7 +16,7 @@ from wanquant.evaluate.sweep.summary import pairs_needed, summarize, verdict
 from wanquant.runs.reports.sweep_table import MANY_PAIRS
 from wanquant.runs.run import Run, clean_json, failed_result
 
-SQNR = "metrics.latent_sqnr"
+SQNR = "metrics.step_sqnr"
 
 
 def between(low: float, high: float, mean: float | None = None, n: int = 24) -> Estimate:
@@ -71,13 +71,20 @@ def test_rows_are_ranked_and_compared_pair_by_pair(tmp_path: Path) -> None:
         "none": "reference",
         "better": "better",
         "worse": "worse",
-        "same": "equivalent (within 1)",
+        "same": "equivalent (within 0.5)",
         "open": "no difference found",
     }
     assert rows["none"]["difference"] is None
     assert rows["better"]["difference"]["mean"] == pytest.approx(2.0)
     assert rows["better"]["pairs_needed"] < 24
     assert rows["open"]["pairs_needed"] > 24
+    # What would have been seen of it is what its interval has on either side.
+    low, high = rows["open"]["difference"]["ci95"]
+    assert rows["open"]["could_see"] == pytest.approx((high - low) / 2)
+    assert rows["none"]["could_see"] is None
+    # All have drifted alike.
+    assert rows["better"]["drift"]["mean"] == 0.0
+    assert rows["none"]["drift"] is None
     # Nothing is known of "open" but that it may be anywhere; the others are in their order but for it.
     assert rows["open"]["rank"] == [1, 5]
     assert rows["better"]["rank"] == [1, 2]
@@ -133,7 +140,7 @@ def test_with_one_prompt_nothing_is_known(tmp_path: Path) -> None:
     folder = sweep(tmp_path, named("x", **{SQNR: other}))
     for number, value in (("0", alone), ("1", other)):
         result = json.loads((folder / number / "result.json").read_text())
-        result["metrics"]["latent_sqnr"] = clean_json(value)
+        result["metrics"]["step_sqnr"] = clean_json(value)
         (folder / number / "result.json").write_text(json.dumps(result))
     found = summarize(folder)
     row = next(row for row in found["rows"] if row["name"] == "x")

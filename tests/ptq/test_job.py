@@ -113,7 +113,7 @@ def test_result(finished: Path) -> None:
 def test_files(finished: Path) -> None:
     html = (finished / "report.html").read_text()
     assert html.count("<video") == 2
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3
     assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )

@@ -88,9 +88,7 @@ def test_a_recording_is_what_the_model_says_again(pipeline: CachedPipeline) -> N
     assert batch.output is not None
     with torch.no_grad():
         again = pipeline.pipe.transformer(batch.noisy, batch.timestep, batch.text, return_dict=False)[0]
-    torch.testing.assert_close(
-        again.float(), batch.output.float(), rtol=0.05, atol=0.05
-    )  # other batches round otherwise
+    torch.testing.assert_close(again.float(), batch.output.float(), rtol=0.1, atol=0.1)  # other batches round otherwise
     assert pipeline.pipe.transformer.training is False
     # What it had made by the way, is not made again.
     recorded = pairs(BOTH.prompts)

@@ -280,12 +280,12 @@ def test_the_tracker_gets_every_step_and_the_validation(
     assert train(monkeypatch, *overrides(model, cache, *more, f"hydra.run.dir={tmp_path / 'run'}")) == 0
     wandb.teardown()
     sent = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
-    for name in (b"grad_norms/blocks.1", b"drift/blocks.2", b"clipped", b"latent_sqnr", b"untrained"):
+    for name in (b"grad_norms/blocks.1", b"drift/blocks.2", b"clipped", b"step_sqnr", b"untrained"):
         assert name in sent
     checks = result_of(tmp_path / "run")["training"]["checks"]
     assert [row["step"] for row in checks] == [1, 2]
     assert checks[0]["untrained"] == checks[1]["untrained"]
-    assert checks[0]["latent_sqnr"] != checks[1]["latent_sqnr"]
+    assert checks[0]["step_sqnr"] != checks[1]["step_sqnr"]
     assert "Validation" in (tmp_path / "run" / "report.html").read_text()
 
 

@@ -25,7 +25,7 @@ STATIC = {"granularity": "per_tensor", "rule": "p99.99/15", "static": True}
 
 
 def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
-    protected = {"protect.blocks": [0, 39], "protect.modules": ["ffn.net.2"], "metrics.latent_sqnr": shifted(0.5)}
+    protected = {"protect.blocks": [0, 39], "protect.modules": ["ffn.net.2"], "metrics.step_sqnr": shifted(0.5)}
     gates = {"gates.static.verdict": "fail"}
     summary = summarize(
         sweep(tmp_path, named("ends", **protected), named("odd", **{"conversion.converted": 380, **gates}))
@@ -38,6 +38,7 @@ def test_cells_hold_each_run_and_the_floor(tmp_path: Path) -> None:
     assert (table[1]["rank"], table[2]["rank"]) == ("2", "–")
     assert table[0]["minus none, dB"] == "0.500 [0.500, 0.500]"
     assert table[0]["pairs to tell"] == "1"
+    assert table[0]["single steps, SQNR, dB"] != table[1]["single steps, SQNR, dB"]
     assert table[2]["gates"] == "FAILED: static"
     assert table[3]["latent SQNR, dB"] == table[1]["latent SQNR, dB"]
     text = sweep_table.protocol(summary)
@@ -87,7 +88,7 @@ def test_vbench_beside_bf16_and_the_reference(tmp_path: Path) -> None:
     assert "| y | " in text
     assert "| *BF16, noise perturbed by 1 ulp* | " in text
     rung = next(rung for rung in summary["ladder"]["rungs"] if rung["name"] == "vbench.temporal_flickering")
-    assert rung["correlations"]["latent_sqnr"] is None  # all three have the same
+    assert rung["correlations"]["step_sqnr"] is None  # all three have the same
 
 
 def test_runs_judged_otherwise_or_not_at_all_are_said(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def write_videos(folder: Path, jobs: int) -> None:
 def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) -> None:
     """While a job still runs, too."""
     fewer = named("y", **{"protect.fraction_of_flops_quantized": 0.8})
-    folder = sweep(tmp_path / "s", named("x", **{"metrics.latent_sqnr": shifted(1.0)}), fewer)
+    folder = sweep(tmp_path / "s", named("x", **{"metrics.step_sqnr": shifted(1.0)}), fewer)
     write_videos(folder, 3)
     Run(folder / "3", "ptq", "", {"protect": {"name": "w"}}).fail(ValueError("out of <luck>"))
     (folder / "4").mkdir()
@@ -162,7 +163,7 @@ def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) 
     assert html.count('</video>\n<div class="controls"') == 3
     assert "video { width: 100%; height: auto; image-rendering: pixelated;" in html
     assert html.count("<script>") == 1
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 4
     assert "out of &lt;luck&gt;" in html
     assert "not finished yet" in html
     assert 'src="http' not in html

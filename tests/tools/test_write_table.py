@@ -46,7 +46,7 @@ def test_further_tables_instead(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = readme.read_text()
     assert "| protect | error flicker | motion energy, dB |" in text
-    assert "| ranks of, against | latent SQNR | PSNR |" in text
+    assert "| ranks of, against | single steps, SQNR | latent SQNR | PSNR |" in text
     assert "latent SQNR, dB" not in text
 
 
@@ -99,9 +99,9 @@ def test_a_file_without_markers_is_one_line(tmp_path: Path) -> None:
 
 
 def trained(folder: Path, recipe: str, protect: str, gain: float) -> None:
-    """A training whose latents are better than its baseline's by so much, and single steps by half of it."""
+    """A training whose single steps are better than its baseline's by so much, and latents by half of it."""
     result = changed({"protect.name": protect, "qat": {"name": recipe, "quantize": True, "lr": 1e-3}})
-    for name, by in (("latent_sqnr", gain), ("step_sqnr", gain / 2)):
+    for name, by in (("step_sqnr", gain), ("latent_sqnr", gain / 2)):
         result["metrics"] |= {name: shifted(by, 0.1), f"untrained.{name}": METRIC}
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
@@ -117,11 +117,11 @@ def test_recipes_of_training_stand_beside_their_baselines(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     lines = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert rows[0] == ["final latents: qat", "hif8_w8a8, protect none", "hif8_w8a8, protect ends", "over all"]
+    assert rows[0] == ["single steps: qat", "hif8_w8a8, protect none", "hif8_w8a8, protect ends", "over all"]
     assert [row[0] for row in rows[2:5]] == ["PTQ baseline itself", "on", "flow"]
     means = [[float(cell.split(" ")[0]) for cell in row[1:] if "[" in cell] for row in rows]
     assert means[3:5] == [[2.0, 3.0, 2.5], [-1.0, -1.5, -1.25]]
-    assert rows[5][0] == "single steps: qat"
+    assert rows[5][0] == "final latents: qat"
     assert means[8:] == [[1.0, 1.5, 1.25], [-0.5, -0.75, -0.625]]
     low, high = (float(part) for part in rows[3][3].split("[")[1].rstrip("]").split(","))
     assert low < 2.5 < high

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from wanquant.evaluate import motion
 from wanquant.wan.tiny import BACKGROUNDS, DIRECTIONS, MIN_TRAVEL, PALETTE, Scene
 
 ATTRIBUTES = ("color", "shape", "direction", "background")
@@ -42,24 +43,31 @@ def measure(video: np.ndarray) -> dict[str, str | None]:
     pixels = np.asarray(video, dtype=np.float64) * 255.0
     if not np.isfinite(pixels).all():
         return dict.fromkeys(ATTRIBUTES)
+    background, shown, masks, color = _seen(pixels)
+    found: dict[str, str | None] = {"background": nearest(background, BACKGROUNDS)}
+    if color is None:
+        return {"color": None, "shape": None, "direction": None, **found}
+    found["color"] = nearest(color, PALETTE)
+    found["shape"] = _shape([mask for mask, ok in zip(masks, shown, strict=True) if ok])
+    found["direction"] = _direction(masks, shown)
+    return {name: found[name] for name in ATTRIBUTES}
+
+
+def _seen(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Colour of the background; which frames show a shape, where it is in each, and its colour, None if too few do."""
     border = np.concatenate([pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :, :2].reshape(-1, 3), pixels[:, :, -2:].reshape(-1, 3)])
     background = np.median(border, axis=0)
     masks = np.linalg.norm(pixels - background, axis=-1) > CONTRAST
     share = masks.mean(axis=(1, 2))
     shown = (share >= AREA[0]) & (share <= AREA[1])
-    found: dict[str, str | None] = {"background": nearest(background, BACKGROUNDS)}
     if shown.sum() < len(pixels) / 2:
-        return {"color": None, "shape": None, "direction": None, **found}
+        return background, shown, masks, None
     color = np.median(pixels[masks & shown[:, None, None]], axis=0)
-    found["color"] = nearest(color, PALETTE)
     # Again, now that the colour is known: inside is what is closer to it than to the background,
     # so that a soft edge is cut at its middle whatever the contrast.
     axis = color - background
-    masks = (pixels - background) @ axis > 0.5 * axis @ axis
-    found["shape"] = _shape([mask for mask, ok in zip(masks, shown, strict=True) if ok])
-    found["direction"] = _direction(masks, shown)
-    return {name: found[name] for name in ATTRIBUTES}
+    return background, shown, (pixels - background) @ axis > 0.5 * axis @ axis, color
 
 
 def _shape(masks: list[np.ndarray]) -> str | None:
@@ -84,15 +92,38 @@ def _shape(masks: list[np.ndarray]) -> str | None:
 
 def _direction(masks: np.ndarray, shown: np.ndarray) -> str | None:
     """The axis along which the centre moves farthest, by a least-squares line over the frames that show it."""
+    found = _travel(masks, shown)
+    if found is None or max(map(abs, found)) < MIN_TRAVEL / 2:
+        return None
+    dx, dy = found
+    moved = (int(np.sign(dx)), 0) if abs(dx) > abs(dy) else (0, int(np.sign(dy)))
+    return next(name for name, vector in DIRECTIONS.items() if vector == moved)
+
+
+def _travel(masks: np.ndarray, shown: np.ndarray) -> tuple[float, float] | None:
+    """How far the centre moves from the first frame to the last, right and down, by a least-squares line over the
+    frames that show it."""
     frames = np.nonzero(shown & masks.any((1, 2)))[0]
     if len(frames) < 2:
         return None
     centres = np.array([[np.nonzero(masks[f])[1].mean(), np.nonzero(masks[f])[0].mean()] for f in frames])
     dx, dy = np.polyfit(frames, centres, 1)[0] * (len(masks) - 1)
-    if max(abs(dx), abs(dy)) < MIN_TRAVEL / 2:
-        return None
-    moved = (int(np.sign(dx)), 0) if abs(dx) > abs(dy) else (0, int(np.sign(dy)))
-    return next(name for name, vector in DIRECTIONS.items() if vector == moved)
+    return float(dx), float(dy)
+
+
+def speed_ratio(reference: np.ndarray, video: np.ndarray) -> float:
+    """Of the tracked shape, ours to the reference's: 0 where ours shows none, 1 where the reference's does not move."""
+    theirs, ours = (_speed(each) for each in (reference, video))
+    return motion.ratio(ours, theirs, MIN_TRAVEL / 4)
+
+
+def _speed(video: np.ndarray) -> float:
+    """Pixels from the first frame to the last; 0 where no shape is seen."""
+    if not np.isfinite(video).all():
+        return float("nan")
+    _, shown, masks, color = _seen(np.asarray(video, dtype=np.float64) * 255.0)
+    travel = _travel(masks, shown) if color is not None else None
+    return float(np.hypot(*travel)) if travel is not None else 0.0
 
 
 def score(video: np.ndarray, scene: Scene) -> dict[str, float]:

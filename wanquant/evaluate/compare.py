@@ -8,9 +8,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from wanquant.evaluate import attributes, fidelity
-from wanquant.evaluate.judges.perceptual import Distance
+import torch
+
+from wanquant.evaluate import attributes, fidelity, motion
+from wanquant.evaluate.config import EvalConfig
+from wanquant.evaluate.judges.flow import flow
+from wanquant.evaluate.judges.perceptual import Distance, distance
+from wanquant.evaluate.motion import Flow, farneback
 from wanquant.evaluate.stats import Item, difference
 from wanquant.runs.reports.columns import ATTRIBUTES, FIDELITY, FURTHER
 from wanquant.wan.generate import Sample
@@ -32,20 +38,32 @@ def register_metric(name: str, measure: Callable[[Sample, Sample], float], title
     FURTHER[name] = title, unit
 
 
-def distances(reference: Sample, sample: Sample, lpips: Distance | None) -> dict[str, float]:
+@dataclass(frozen=True)
+class Networks:
+    """What measures with weights of its own, where they are there: the distance LPIPS, and optical flow."""
+
+    lpips: Distance | None = None
+    flow: Flow = farneback
+
+    @classmethod
+    def of(cls, config: EvalConfig, device: torch.device) -> Networks:
+        return cls(distance(config.lpips, device), flow(config.flow, device))
+
+
+def distances(reference: Sample, sample: Sample, networks: Networks) -> dict[str, float]:
     """What can be measured of any pair, whatever the prompt."""
-    found = fidelity.compare(reference, sample, lpips)
+    found = fidelity.compare(reference, sample, networks.lpips)
+    found |= motion.compare(reference.video, sample.video, networks.flow)
     return found | {name: measure(reference, sample) for name, measure in REGISTERED.items()}
 
 
-def of_pair(sample: Sample, reference: Sample | None, scenes: bool, lpips: Distance | None) -> dict[str, float]:
-    """Every metric of one pair.
-
-    scenes   the prompt is a caption of ``wanquant.wan.tiny``, so attributes can be measured too
-    lpips    measures that distance, where it can be measured
-    """
-    found = distances(reference, sample, lpips) if reference is not None else {}
+def of_pair(sample: Sample, reference: Sample | None, scenes: bool, networks: Networks) -> dict[str, float]:
+    """Every metric of one pair; ``scenes``: the prompt is a caption of ``wanquant.wan.tiny``, so that attributes can be
+    measured too."""
+    found = distances(reference, sample, networks) if reference is not None else {}
     if scenes:
+        if reference is not None:
+            found["shape_speed"] = attributes.speed_ratio(reference.video, sample.video)
         for prefix, side in (("bf16.", reference), ("", sample)):
             if side is not None:
                 scores = attributes.score(side.video, parse_caption(side.prompt))
@@ -57,7 +75,7 @@ def measure(
     beside: Mapping[str, Sequence[tuple[Sample, Sample]]],
     scenes: bool,
     on_pair: Callable[[], None] = lambda: None,
-    lpips: Distance | None = None,
+    networks: Networks = Networks(),
 ) -> dict[str, list[Item]]:
     """Every metric of every pair.
 
@@ -66,7 +84,7 @@ def measure(
     found: dict[str, list[Item]] = {}
     for prefix, couples in beside.items():
         for reference, sample in couples:
-            for name, value in of_pair(sample, reference, scenes and not prefix, lpips).items():
+            for name, value in of_pair(sample, reference, scenes and not prefix, networks).items():
                 found.setdefault(prefix + name, []).append(Item(reference.prompt, reference.seed, value))
             on_pair()
     return with_differences(found)

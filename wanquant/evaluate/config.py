@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Whether LPIPS is measured; ``auto``: where its weights are.
 LPIPS = ("auto", "on", "off")
+#: What optical flow is taken by; ``auto``: RAFT, where its weights are.
+FLOWS = ("auto", "raft", "farneback")
 
 
 @dataclass
@@ -24,11 +26,19 @@ class EvalConfig:
     in the last place; costs one more BF16 video a pair, and with a single seed two."""
 
     name: str = "fidelity"
+    #: Generate videos with the quantized model. Without, single steps alone are measured: a ranking, but no drift.
+    videos: bool = True
+    #: Denoising steps of each BF16 trajectory whose error is measured, spread evenly over it; all if it has no more.
+    single_steps: int = 10
+    #: Further numbers of frames to measure single steps at.
+    frames: list[int] = field(default_factory=list)
     noise_floor: bool = True
     #: Of VBench.
     dimensions: list[str] = field(default_factory=list)
     #: ``auto``: where its weights are.
     lpips: str = choice("auto", LPIPS)
+    #: Of ``motion_speed``. ``auto``: RAFT, where its weights are, Farnebäck's otherwise.
+    flow: str = choice("auto", FLOWS)
     #: Also quantize each block alone, on the calibration prompts: the cheapest measure, for the ladder of a sweep.
     block_sqnr: bool = False
     #: Let VBench take weights that are not the published ones; the scores are marked as meaningless.
@@ -57,6 +67,8 @@ class EvaluateConfig:
             raise ValueError(f"threads={self.threads}: must be at least 1")
         if self.eval.block_sqnr:
             raise ValueError("eval.block_sqnr=true is measured by ptq.py, with the calibration prompts")
+        if not self.eval.videos:
+            raise ValueError("eval.videos=false leaves nothing to judge: single steps are measured by ptq.py")
         if Path(self.prompts.name).name != self.prompts.name:
             raise ValueError(f"prompts.name={self.prompts.name}: a folder is named so, leave / and .. out")
         if self.run is not None and self.model.path != "tiny":

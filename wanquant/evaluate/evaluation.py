@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from wanquant.evaluate import gates
-from wanquant.evaluate.compare import REGISTERED, distances, of_pair, with_differences
+from wanquant.evaluate.compare import REGISTERED, Networks, distances, of_pair, with_differences
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.judges import perceptual, vbench
+from wanquant.evaluate.judges import flow, perceptual, vbench
 from wanquant.evaluate.judges.judging import Scores, judge
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, compared, estimate
 from wanquant.runs import pictures
@@ -186,11 +186,12 @@ class Evaluation:
         """Generates what is lacking, and measures it, pair by pair."""
         plan = self.plan
         lpips = perceptual.settled(plan.config.lpips) if len(plan.sides) > 1 else "off"
-        cells, names = self._cells(lpips), {digest(pair)[:32]: pair for pair in todo}
+        config = dataclasses.replace(plan.config, lpips=lpips, flow=flow.settled(plan.config.flow))
+        cells, names = self._cells(config), {digest(pair)[:32]: pair for pair in todo}
         scenes = plan.sides[0].model.language == "scenes"
         lacking = [pair for name, pair in names.items() if cells.get(name) is None or not plan.is_there(pair)]
         decode = self._decoder(lacking) if lacking else None
-        distance = perceptual.distance(lpips, self.device) if lacking else None
+        networks = Networks.of(config, self.device) if lacking else Networks()
         with progress("measure", len(lacking), "pair") as tick:
 
             def decoded(pair: Pair) -> list[Sample]:
@@ -200,7 +201,7 @@ class Evaluation:
                 return samples
 
             def measure(chosen: list[str]) -> list[Values]:
-                return [_values_of(decoded(names[name]), scenes, distance) for name in chosen]
+                return [_values_of(decoded(names[name]), scenes, networks) for name in chosen]
 
             found = cells.shared(list(names), measure, itertools.repeat(1))
             for pair in lacking:  # measured by another process, or for another folder
@@ -208,7 +209,7 @@ class Evaluation:
                     decoded(pair)
         return {names[name]: value for name, value in found.items()}
 
-    def _cells(self, lpips: str) -> Cells:
+    def _cells(self, config: EvalConfig) -> Cells:
         """For these models asked in this way; videos of a batch round by each other, so the lists count."""
         sides, model = self.plan.sides, self.plan.sides[0].model
         counted = {
@@ -217,7 +218,8 @@ class Evaluation:
             "lists": self.plan.lists,
             "batch": model.batch,
             "language": model.language,
-            "lpips": lpips,
+            "lpips": config.lpips,
+            "flow": config.flow,
             **({"registered": list(REGISTERED)} if REGISTERED else {}),
         }
         return self.cache.cells("pairs", signature(counted, "", self.device))
@@ -265,12 +267,12 @@ def _forget_all_but_vae(pipeline: CachedPipeline | None) -> None:
         pipeline.pipe.transformer = pipeline.pipe.transformer_2 = pipeline.pipe.text_encoder = None
 
 
-def _values_of(samples: Sequence[Sample], scenes: bool, distance: perceptual.Distance | None) -> Values:
+def _values_of(samples: Sequence[Sample], scenes: bool, networks: Networks) -> Values:
     """Of one pair, by its samples of all sides."""
     sample, reference = samples[0], samples[1] if len(samples) > 1 else None
-    metrics = of_pair(sample, reference, scenes, distance)
+    metrics = of_pair(sample, reference, scenes, networks)
     if reference is not None and len(samples) > 2:
-        floor = distances(reference, samples[2], distance)
+        floor = distances(reference, samples[2], networks)
         metrics |= {f"floor_ulp.{name}": value for name, value in floor.items()}
     return {"metrics": metrics, "figures": gates.figures_of(sample, reference)}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from wanquant.evaluate import motion
 from wanquant.wan.generate import Sample
 
 
@@ -74,7 +75,7 @@ def contrast(video: np.ndarray) -> float:
     return float(video.std((1, 2)).mean())
 
 
-def motion(video: np.ndarray) -> float:
+def change(video: np.ndarray) -> float:
     """Root mean square change from frame to frame, 0 to 1."""
     return float(np.sqrt(np.square(np.diff(video, axis=0)).mean()))
 
@@ -113,11 +114,21 @@ def _added_roughness(sample: Sample, reference: Sample) -> float:
     return roughness(sample.video) - roughness(reference.video)
 
 
+def _frozen(sample: Sample, reference: Sample) -> float:
+    return motion.frozen_share(reference.video, sample.video)
+
+
+def _speed(sample: Sample, reference: Sample) -> float:
+    return motion.speed_ratio(reference.video, sample.video)
+
+
 GATES = (
     Gate("finite", _share_not_finite, 0.0, "above", "share of values that are NaN or Inf"),
     Gate("black", _against(brightness), 0.1, "below", "brightness against BF16"),
     Gate("constant", _against(contrast), 0.1, "below", "contrast within frames against BF16"),
-    Gate("static", _against(motion), 0.1, "below", "motion against BF16"),
+    Gate("static", _against(change), 0.1, "below", "change from frame to frame against BF16"),
+    Gate("frozen", _frozen, 0.25, "above", "share of the time in which BF16 moves and this does not"),
+    Gate("slow_motion", _speed, 0.6, "below", "speed of what moves against BF16"),
     Gate("color_shift", _color_shift, 0.25, "above", "change of a channel's mean against BF16"),
     Gate("noise", _added_roughness, 0.4, "above", "roughness beyond BF16's"),
 )
@@ -126,7 +137,7 @@ REFERENCE_GATES = (
     Gate("bf16.finite", _share_not_finite, 0.0, "above", "share of values that are NaN or Inf"),
     Gate("bf16.black", _alone(brightness), 0.03, "below", "brightness of BF16"),
     Gate("bf16.constant", _alone(contrast), 0.003, "below", "contrast within frames of BF16"),
-    Gate("bf16.static", _alone(motion), 0.0005, "below", "motion of BF16"),
+    Gate("bf16.static", _alone(change), 0.0005, "below", "change from frame to frame of BF16"),
     Gate("bf16.noise", _alone(roughness), 0.7, "above", "roughness of BF16"),
 )
 #: Where there is no reference, a model's own videos have to pass what BF16 has to.
@@ -150,6 +161,6 @@ def figures_of(sample: Sample, reference: Sample | None) -> dict[str, float]:
 
 
 def judge(found: Sequence[dict[str, float]]) -> list[GateResult]:
-    """By ``figures_of`` every pair."""
-    gates = [gate for gate in (*GATES, *REFERENCE_GATES, *ALONE_GATES) if gate.name in found[0]]
+    """By ``figures_of`` every pair; of none there are no gates."""
+    gates = [gate for gate in (*GATES, *REFERENCE_GATES, *ALONE_GATES) if found and gate.name in found[0]]
     return [GateResult(**vars(gate), figures=tuple(of_pair[gate.name] for of_pair in found)) for gate in gates]

@@ -16,7 +16,7 @@ import torch
 
 from wanquant.evaluate.config import EvalConfig, EvaluateConfig
 from wanquant.evaluate.evaluation import EvaluationPlan, Side, Values, hash_of
-from wanquant.evaluate.judges import perceptual, vbench
+from wanquant.evaluate.judges import flow, perceptual, vbench
 from wanquant.evaluate.prompts import OWN, PromptsConfig, check_captions, pairs, settled
 from wanquant.evaluate.sweep.summary import jobs_of
 from wanquant.quant.scheme import parse
@@ -75,6 +75,7 @@ def check_eval(config: EvalConfig) -> None:
     """Refuses what can be refused before a model is read: dimensions, packages, weights."""
     vbench.check_dimensions(config.dimensions)
     perceptual.settled(config.lpips)
+    flow.settled(config.flow)
     vbench.prepare(config.dimensions, config.foreign_weights)
 
 
@@ -113,6 +114,8 @@ def resolve_run(
     """A finished run on ``prompts``, or its own. ``reference`` is where the run's model is, if not where it was."""
     result = _finished(run)
     model = _model_of(run, result)
+    if "psnr" not in result["metrics"]:
+        raise ValueError(f"{run} made no videos (eval.videos=false): there is nothing to judge")
     own = [(item["prompt"], item["seed"]) for item in result["metrics"]["psnr"]["per_item"]]
     asked, name = _asked(prompts, own, model.language)
     new = [pair for pair in asked if pair not in set(own)]

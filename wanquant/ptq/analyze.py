@@ -43,7 +43,7 @@ MEASURES = (
     ("few_bits", "share of what enters its linears that has fewer than 3 mantissa bits", False),
     ("input_sqnr", "least SQNR of rounding what enters one of its linears, dB", False),
     ("block_sqnr", "SQNR of its output when it alone is quantized, dB", False),
-    ("sensitivity", "SQNR of the final latents when it alone is quantized, dB", False),
+    ("sensitivity", "SQNR of single steps when it alone is quantized, dB", False),
 )
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.fidelity import EQUAL_DB
+from wanquant.evaluate.single_steps import Trajectories, measured_now, record
 from wanquant.evaluate.stats import Estimate, Item, estimate
 from wanquant.ptq import sensitivity
 from wanquant.quant import ConversionReport
@@ -45,13 +47,14 @@ class Calibration:
 @dataclass
 class Calibrator:
     """``pairs`` are the calibration prompts; ``bins`` those of denoising steps; ``modules`` patterns of what stays BF16
-    in every block."""
+    in every block; of each trajectory so many ``single_steps`` are recorded."""
 
     pipeline: CachedPipeline
     scheme: Scheme
     pairs: list[Pair]
     bins: int = 4
     modules: tuple[str, ...] = ()
+    single_steps: int = 10
     _calibrations: dict[bool, Calibration] = field(default_factory=dict)
 
     @property
@@ -129,9 +132,10 @@ class Calibrator:
         return {name: calibration.statistics.site(name, "input") for name in calibration.flops}
 
     @cached_property
-    def references(self) -> list[torch.Tensor]:
-        """Final BF16 latents of the calibration pairs."""
-        return self.pipeline.latents("reference BF16", self.pairs)[0]
+    def trajectories(self) -> Trajectories:
+        """Of BF16, of the calibration pairs."""
+        config = EvalConfig(single_steps=self.single_steps)
+        return record(self.pipeline, self.pairs, config, "record calibration")[0]
 
     def block_errors(self) -> list[Estimate]:
         """SQNR of each block's own output, quantized alone; the cheap measure."""
@@ -160,9 +164,9 @@ class Calibrator:
     def _signature(self, kind: str, **more: Any) -> str:
         return self.pipeline.signature(kind, pairs=self.pairs, **more)
 
-    def _quantized(self, kind: str) -> str:
+    def _quantized(self, kind: str, **more: Any) -> str:
         together = min(self.pipeline.model.batch, len(self.pairs))
-        return self._signature(kind, quant=self._counted(), batch=together, modules=self.modules)
+        return self._signature(kind, quant=self._counted(), batch=together, modules=self.modules, **more)
 
     def _counted(self) -> dict[str, Any]:
         """Of the quantization, what changes numbers."""
@@ -174,30 +178,30 @@ class Calibrator:
         return {"quant": self._counted(), "protect": list(blocks), "modules": self.modules, **calibrated}
 
     def unit_errors(self, units: Sequence[str]) -> dict[str, Estimate]:
-        """SQNR of the final latents with nothing quantized but the unit; the expensive measure, cell by cell."""
+        """SQNR of single steps with nothing quantized but the unit; the expensive measure, cell by cell."""
         transformer = self.pipeline.transformer
-        return self._final_errors({unit: sensitivity.all_but(transformer, unit, self.modules) for unit in units})
+        return self._step_errors({unit: sensitivity.all_but(transformer, unit, self.modules) for unit in units})
 
     def protected_errors(self, sets: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Estimate]:
-        """SQNR of the final latents with everything quantized but the blocks of each set."""
+        """SQNR of single steps with everything quantized but the blocks of each set."""
         names = {"protect " + (" ".join(map(str, blocks)) or "none"): blocks for blocks in sets}
-        found = self._final_errors({name: (list(blocks), list(self.modules)) for name, blocks in names.items()})
+        found = self._step_errors({name: (list(blocks), list(self.modules)) for name, blocks in names.items()})
         return {names[name]: value for name, value in found.items()}
 
-    def _final_errors(self, protections: dict[str, tuple[list[int], list[str]]]) -> dict[str, Estimate]:
+    def _step_errors(self, protections: dict[str, tuple[list[int], list[str]]]) -> dict[str, Estimate]:
         """By name of a protection (blocks, patterns of modules), from the cache as far as they are there."""
         pipeline = self.pipeline
-        cells = pipeline.cache.cells("sensitivity", self._quantized("sensitivity"))
+        cells = pipeline.cache.cells("sensitivity", self._quantized("sensitivity", kept=self.single_steps))
         missing = [name for name in protections if cells.get(name) is None]
         stats = self.inputs() if missing else {}
-        references = self.references if missing else []  # before the progress of the cells begins
+        steps = self.trajectories.recording.passes if missing else 0  # recorded before the progress begins
         found = {}
-        with pipeline.progress("sensitivity", self.pairs, len(missing)) as tick:
+        with progress("sensitivity", len(missing) * steps) if missing else nullcontext(lambda: None) as tick:
             for name, (blocks, modules) in protections.items():
 
                 def measure(blocks: list[int] = blocks, modules: list[str] = modules) -> list[dict[str, Any]]:
                     with sensitivity.quantized(pipeline.transformer, self.scheme, blocks, modules, stats):
-                        errors = sensitivity.final_errors(pipeline.generate, self.pairs, references, tick)
+                        errors = measured_now(self.trajectories, tick).items()
                     return [vars(item) for item in errors]
 
                 found[name] = estimate([Item(**item) for item in cells.measured(name, measure)])

@@ -68,6 +68,7 @@ class PTQConfig:
         """``ValueError`` names the key at fault and what it may be."""
         check_choices(self)
         counts = {"analysis.bins": self.analysis.bins, "threads": self.threads, "model.batch": self.model.batch}
+        counts["eval.single_steps"] = self.eval.single_steps
         for key, count in counts.items():
             if count < 1:
                 raise ValueError(f"{key}={count}: must be at least 1")
@@ -78,6 +79,11 @@ class PTQConfig:
             raise ValueError(f"convert is for mode=convert, not for mode={self.mode}")
         if self.mode == "analyze" and self.eval.dimensions:
             raise ValueError("mode=analyze makes no videos to judge: leave eval.dimensions out")
+        if self.eval.dimensions and not self.eval.videos:
+            raise ValueError("eval.videos=false makes no videos to judge: leave eval.dimensions out")
+        for frames in self.eval.frames:
+            if frames < 5 or (frames - 1) % 4:
+                raise ValueError(f"eval.frames={self.eval.frames}: must be 5, 9, 13, ... (4n + 1)")
         if self.mode == "analyze" and self.quant.format != "hif8":
             raise ValueError(f"mode=analyze looks at HiF8, not at {self.quant.format}: leave quant.format as it is")
         videos = [*pairs(self.prompts), *pairs(self.calib, "calib")]

@@ -17,8 +17,8 @@ import psutil
 import torch
 from torch import nn
 
-from wanquant.evaluate.compare import of_pair
-from wanquant.evaluate.judges.perceptual import distance
+from wanquant.evaluate.compare import Networks, of_pair
+from wanquant.evaluate.config import EvalConfig
 from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import GREEDY
 from wanquant.ptq.sensitivity import kinds
@@ -74,10 +74,18 @@ def count_videos(plan: PTQPlan) -> VideoCounts:
     beside = by in ("sensitivity", GREEDY) or (config.mode == "analyze" and config.analysis.sensitivity)
     errors = config.mode == "analyze" or by == "block_sqnr" or config.eval.block_sqnr
     texts = len({text for text, _ in (*plan.pairs, *plan.calibration)}) + 1  # the negative one
+    share = config.eval.single_steps / plan.settings.steps
     parts: dict[str, Any] = {"calibrated": calibrated, "choosing": (plain, quantized), "prompts": texts}
+    parts["recorded_share"] = share
     if config.mode == "analyze":
         renamed = (("choose", "analyze"),)
         return VideoCounts(calibrated + plain, quantized, beside=beside, all_beside=True, renamed=renamed, **parts)
+    # A trajectory of another length counts by its latent frames.
+    lengths = [((frames - 1) // 4 + 1) / ((plan.settings.num_frames - 1) // 4 + 1) for frames in config.eval.frames]
+    parts["replayed"] = measured * share * (1 + sum(lengths))
+    parts |= {"other_lengths": measured * sum(lengths), "longest": max(config.eval.frames, default=0)}
+    if not config.eval.videos:
+        return VideoCounts(calibrated + plain + measured, quantized, beside=beside, all_beside=errors, **parts)
     floors = measured + len(plan.other_seeds[0]) if config.eval.noise_floor else 0
     made = 2 * measured + floors
     return VideoCounts(
@@ -104,17 +112,24 @@ def _choosing(plan: PTQPlan) -> tuple[int, int]:
 
 def further_stages(needs: ResourceEstimate, plan: PTQPlan) -> dict[str, float]:
     config = plan.config
-    if config.mode != "quantize" or not needs.counts.held:
+    if config.mode != "quantize":
         return {}
+    stages = {
+        "load": _loading(needs.folder, needs.weights + needs.others, needs.device),
+        "quantize": _quantizing(needs),
+    }
+    return stages | (_video_stages(plan) if needs.counts.held else {})
+
+
+def _video_stages(plan: PTQPlan) -> dict[str, float]:
+    config = plan.config
     measured, settings, floors = len(plan.pairs), plan.settings, config.eval.noise_floor
     side = min(settings.height, settings.width, 64)
     frames = max(1, min(settings.num_frames, PIXELS // side**2))
     scale = settings.num_frames * settings.height * settings.width / (frames * side * side)
     prompt = plan.pairs[0][0] if config.model.language == "scenes" else None
-    comparing = _comparing(frames, side, prompt, config.eval.lpips, plan.device)
+    comparing = _comparing(frames, side, prompt, config.eval.lpips, config.eval.flow, plan.device)
     return {
-        "load": _loading(needs.folder, needs.weights + needs.others, needs.device),
-        "quantize": _quantizing(needs),
         "compare": measured * (3 if floors else 1) * comparing * scale,
         "write": measured * _writing(frames, side, settings.fps, 3 if floors else 2) * scale,
     }
@@ -125,11 +140,11 @@ def _video(frames: int, side: int) -> np.ndarray:
 
 
 @once
-def _comparing(frames: int, side: int, prompt: str | None, lpips: str, device: torch.device) -> float:
+def _comparing(frames: int, side: int, prompt: str | None, lpips: str, flow: str, device: torch.device) -> float:
     """Of a pair of videos; with a ``prompt`` of tiny-wan's attributes are looked for too."""
-    video, network = _video(frames, side), distance(lpips, device)
+    video, networks = _video(frames, side), Networks.of(EvalConfig(lpips=lpips, flow=flow), device)
     a, b = (Sample(prompt or "", 0, torch.zeros(1), changed) for changed in (video, 0.9 * video))
-    return _seconds(lambda: of_pair(b, a, prompt is not None, network))
+    return _seconds(lambda: of_pair(b, a, prompt is not None, networks))
 
 
 @once

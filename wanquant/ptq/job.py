@@ -8,6 +8,7 @@ compare, write → ``result.json`` → report. Everything that can be refused is
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 
 from wanquant.evaluate import gates
-from wanquant.evaluate.compare import measure
+from wanquant.evaluate.compare import Networks, measure
 from wanquant.evaluate.job import judge_run
-from wanquant.evaluate.judges.perceptual import distance
+from wanquant.evaluate.single_steps import measure_steps, record
 from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze
 from wanquant.ptq.calibrator import Calibrator
@@ -34,6 +35,7 @@ from wanquant.quant.statistics import Site
 from wanquant.runs.cache import Cache
 from wanquant.runs.finished import by, find_finished, in_use, note_finished, take_over
 from wanquant.runs.progress import progress
+from wanquant.runs.reports.columns import STEP_SQNR
 from wanquant.runs.reports.report import summary, write_report
 from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
 from wanquant.runs.signature import provenance, signature
@@ -170,7 +172,8 @@ class Job:
         return full
 
     def run(self) -> dict[str, Any]:
-        config, stage, pairs = self.config, self.run_.stage, self.pairs
+        config, stage = self.config, self.run_.stage
+        shown = self.pairs if config.eval.videos else []
         calibrator = self.load()
         pipeline = calibrator.pipeline
         with stage("calibrate"):
@@ -179,25 +182,30 @@ class Job:
             choice = choose(config.protect, self.plan.model.protected, calibrator)
             block_sqnr = calibrator.block_sqnr(choice.blocks).as_json() if config.eval.block_sqnr else None
         with stage("generate_bf16"):
-            baseline = self.bf16(pipeline, "generate BF16", pairs)
+            trajectories = record(pipeline, self.pairs, config.eval)
+            baseline = self.bf16(pipeline, "generate BF16", shown)
         floors = self.noise_floors(pipeline, baseline)
         with stage("quantize"):
             report = self.quantize(calibrator, choice, stats)
+        how = calibrator.what_is_quantized(report.protected_blocks)
+        with stage("single_steps"):
+            single_steps = {each.name: measure_steps(each, how, config.force) for each in trajectories}
         with stage("generate_quantized"):
-            label, how = f"generate {config.quant.format}", calibrator.what_is_quantized(report.protected_blocks)
-            latents, overflows = pipeline.latents(label, pairs, how, afresh=config.force)
-            samples = pipeline.videos(label, pairs, latents)
+            samples, overflows = self.generated(pipeline, shown, how)
         with stage("compare"):
-            metrics = self.compare({"": list(zip(baseline, samples, strict=True)), **floors})
+            metrics = {name: steps.items() for name, steps in single_steps.items()}
+            metrics |= self.compare({"": list(zip(baseline, samples, strict=True)), **floors})
             gate_results = gates.check(samples, baseline)
         with stage("write"):
             self.write_videos(baseline, samples, floors)
             self.save(pipeline, report)
+        overflows = overflows if shown else single_steps[STEP_SQNR].overflows
         return {
             **self.head(tuple(report.protected_blocks)),
             **conversion(self.plan, report, calibration, choice, overflows),
             "block_sqnr": block_sqnr,
-            **verdict(metrics, gate_results, len(pairs)),
+            "single_steps": {name: steps.as_json() for name, steps in single_steps.items()},
+            **verdict(metrics, gate_results, len(self.pairs)),
             **self.tail(calibrator, self.plan.pairs),
         }
 
@@ -225,7 +233,8 @@ class Job:
             plant_outliers_(whole_of(pipe), self.config.model.outliers)
         pipeline = CachedPipeline(pipe, self.config.model, self.fingerprint, self.device, self.cache)
         modules, bins = tuple(self.config.protect.modules), self.config.analysis.bins
-        return Calibrator(pipeline, self.plan.scheme, list(self.plan.calibration), bins, modules)
+        single_steps = self.config.eval.single_steps
+        return Calibrator(pipeline, self.plan.scheme, list(self.plan.calibration), bins, modules, single_steps)
 
     def predicted(self) -> dict[str, Any]:
         """What it would take from the beginning, with nothing in the cache."""
@@ -237,14 +246,24 @@ class Job:
     def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
         return {"bytes": needs.added, "seconds": needs.seconds, "stages": needs.stages, "guess": needs.guess}
 
+    def generated(
+        self, pipeline: CachedPipeline, pairs: list[Pair], how: dict[str, Any]
+    ) -> tuple[list[Sample], Counter[str]]:
+        """Videos of the quantized model, and how many elements overflowed, by linear."""
+        if not pairs:
+            return [], Counter()
+        label = f"generate {self.config.quant.format}"
+        latents, overflows = pipeline.latents(label, pairs, how, afresh=self.config.force)
+        return pipeline.videos(label, pairs, latents), overflows
+
     def bf16(
         self, pipeline: CachedPipeline, label: str, pairs: list[Pair], how: dict[str, str] | None = None
     ) -> list[Sample]:
-        return pipeline.videos(label, pairs, pipeline.latents(label, pairs, how)[0])
+        return pipeline.videos(label, pairs, pipeline.latents(label, pairs, how)[0]) if pairs else []
 
     def noise_floors(self, pipeline: CachedPipeline, baseline: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
         """The stage, where the config asks for it."""
-        if not self.config.eval.noise_floor:
+        if not (self.config.eval.noise_floor and baseline):
             return {}
         with self.run_.stage("noise_floor"):
             return self.floors(pipeline, baseline)
@@ -268,12 +287,14 @@ class Job:
             return quantize_(transformer, *how, stats, on_linear=tick, folds=folds_of(transformer))
 
     def compare(self, couples: Couples) -> dict[str, Any]:
-        """Every metric of every pair, by name."""
+        """Every metric of every pair of videos, by name."""
         with progress("compare", sum(map(len, couples.values())), "pair") as tick:
-            lpips = distance(self.config.eval.lpips, self.device)
-            return measure(couples, self.config.model.language == "scenes", tick, lpips)
+            networks = Networks.of(self.config.eval, self.device)
+            return measure(couples, self.config.model.language == "scenes", tick, networks)
 
     def write_videos(self, baseline: list[Sample], samples: list[Sample], floors: Couples) -> None:
+        if not samples:
+            return
         perturbed = [sample for _, sample in floors.get("floor_ulp.", ())]
         write_videos(self.run_.folder, self.config.quant.format, self.plan.settings.fps, baseline, samples, perturbed)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.judges import perceptual, vbench
+from wanquant.evaluate.judges import flow, perceptual, vbench
 from wanquant.evaluate.plan import check_eval
 from wanquant.evaluate.prompts import PromptsConfig, following, pairs, settled
 from wanquant.ptq.config import AnalysisConfig, PTQConfig
@@ -76,11 +76,12 @@ class PTQPlan:
     def __str__(self) -> str:
         config, settings, threads = self.config, self.settings, self.config.threads
         shown = self.calibration if config.mode == "analyze" else self.pairs
+        how = "" if config.eval.videos else ", single steps without videos"
         return (
             f"{config.quant.name} on {config.model.name} ({self.device.type}, {threads} "
             f"thread{'s' if threads > 1 else ''}), protect {config.protect.name}: {len(shown)} (prompt, seed) pairs "
             f"of {settings.num_frames} frames {settings.height}x{settings.width}, {settings.steps} steps, in batches "
-            f"of {config.model.batch}"
+            f"of {config.model.batch}{how}"
         )
 
     @cached_property
@@ -102,7 +103,8 @@ class PTQPlan:
         config = self.config
         batches = [min(config.model.batch, len(videos)) for videos in (self.pairs, self.calibration)]
         if config.mode == "analyze":
-            config = dataclasses.replace(config, prompts=PromptsConfig(), eval=EvalConfig())
+            alone = EvalConfig(single_steps=config.eval.single_steps)
+            config = dataclasses.replace(config, prompts=PromptsConfig(), eval=alone)
             batches = batches[1:]
         else:
             config = dataclasses.replace(config, analysis=AnalysisConfig(bins=config.analysis.bins))
@@ -145,9 +147,20 @@ def _settled(config: PTQConfig, scheme: Scheme) -> PTQConfig:
         quant=scheme.config,
         model=dataclasses.replace(config.model, batch=1) if alone else config.model,
         analysis=dataclasses.replace(config.analysis, bins=min(config.analysis.bins, config.model.generation.steps)),
-        eval=dataclasses.replace(config.eval, lpips=perceptual.settled(config.eval.lpips)),
+        eval=_settled_eval(config.eval, config.model.generation),
         prompts=settled(config.prompts),
         calib=settled(config.calib),
+    )
+
+
+def _settled_eval(config: EvalConfig, generation: GenerationConfig) -> EvalConfig:
+    """Without the model's own number of frames among the further ones, and no more single steps than there are."""
+    return dataclasses.replace(
+        config,
+        lpips=perceptual.settled(config.lpips),
+        flow=flow.settled(config.flow),
+        frames=[frames for frames in dict.fromkeys(config.frames) if frames != generation.num_frames],
+        single_steps=min(config.single_steps, generation.steps),
     )
 
 

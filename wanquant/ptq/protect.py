@@ -50,7 +50,7 @@ class ProtectConfig:
 
     Otherwise ``budget`` blocks are chosen: ``middle``, ``random`` (by ``seed``), or from the calibration prompts: the
     largest ``absmax`` or ``kurtosis`` of what enters a block's linears, the least ``block_sqnr`` of its output, the
-    greatest ``sensitivity`` of the final latents, or ``greedy``, one after the other, each the one that helps most
+    greatest ``sensitivity`` of single denoising steps, or ``greedy``, one after the other, each the one that helps most
     beside those before (of the ``candidates`` most sensitive ones; 0 for all).
     Where a pipeline has two transformers (Wan2.2), all of this holds for each of them; what the data choose is chosen
     among the blocks of both, numbered through, and a ``list`` of such numbers wants ``through``.

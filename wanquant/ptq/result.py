@@ -112,11 +112,11 @@ def evaluations_in(folder: Path, asked: str) -> dict[str, Any]:
 
 
 def verdict(metrics: Mapping[str, Sequence[Item]], gate_results: Sequence[GateResult], pairs: int) -> dict[str, Any]:
-    """The metrics with their intervals, the gates, and whether all of these are passed."""
+    """The metrics with their intervals, the gates, and whether all are passed, which is unknown of no videos."""
     return {
         "metrics": {name: estimate(items).as_json() for name, items in metrics.items()},
         "demonstration": pairs < ENOUGH_PAIRS,
-        "verdict": "pass" if all(gate.passed for gate in gate_results) else "fail",
+        "verdict": ("pass" if all(gate.passed for gate in gate_results) else "fail") if gate_results else "no videos",
         "gates": {gate.name: gate.as_json() for gate in gate_results},
     }
 

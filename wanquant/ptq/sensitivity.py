@@ -1,9 +1,9 @@
 """How much each block, and each kind of linear, costs when it alone is quantized.
 
 Two measures. The cheap one takes a single BF16 pass for all blocks: beside each block a quantized copy of it runs on
-the same input, and the SQNR of the copy's output is taken. The expensive one generates every video once for each block,
-with nothing but that block quantized, and takes the SQNR of the final latents, which is what counts. Whether the
-cheap one ranks blocks as the expensive one does is reported as their rank correlation.
+the same input, and the SQNR of the copy's output is taken. The expensive one replays BF16's denoising steps once for
+each block, with nothing but that block quantized, and takes the SQNR of the model's outputs, which is what counts.
+Whether the cheap one ranks blocks as the expensive one does is reported as their rank correlation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanquant.evaluate.fidelity import EQUAL_DB, latent_sqnr
+from wanquant.evaluate.fidelity import EQUAL_DB
 from wanquant.evaluate.stats import Item
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
 from wanquant.quant.scheme import Scheme, scheme_of
@@ -74,17 +74,6 @@ def all_but(transformer: nn.Module, unit: str, modules: Sequence[str] = ()) -> t
         count = len(transformer.get_submodule("blocks"))  # type: ignore[arg-type]
         return [index for index in range(count) if index != int(name)], list(modules)
     return [], [re.escape(kind) for kind in kinds(transformer) if kind != name]
-
-
-def final_errors(
-    make: Make, pairs: Sequence[Pair], references: Sequence[torch.Tensor], on_step: Callable[[], None]
-) -> list[Item]:
-    """Latent SQNR in dB of every pair against the reference latents, made in the same batches."""
-    samples = make(pairs, on_step, decode=False)
-    return [
-        Item(sample.prompt, sample.seed, latent_sqnr(reference, sample.latents))
-        for sample, reference in zip(samples, references, strict=True)
-    ]
 
 
 @torch.no_grad()

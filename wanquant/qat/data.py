@@ -26,7 +26,8 @@ from wanquant.qat.train_config import read_list
 from wanquant.runs.files import sum_of_file
 from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair
-from wanquant.wan.data import Recording, encode_video, encoded, read_latents
+from wanquant.wan.data import encode_video, encoded, read_latents
+from wanquant.wan.recording import Recording
 from wanquant.wan.tiny import all_scenes, draw
 
 

@@ -100,12 +100,12 @@ def count_training_videos(plan: TrainPlan) -> VideoCounts:
     return dataclasses.replace(
         counts,
         recorded=len(plan.learned),
-        untrained=2 * baselines * measured,
+        untrained=baselines * measured,
         looks=looks,
         renamed=(("generate_quantized", "generate_trained"),),
         bf16=counts.bf16 + len(plan.learned) + (calibrated if looks else 0),
-        # Single steps are measured of both models, in as many passes as a video takes.
-        quantized=counts.quantized + (2 * baselines + 1) * measured + looks,
+        quantized=counts.quantized + baselines * measured + looks,
+        replayed=(1 + baselines) * counts.replayed,
         decoded=counts.decoded + baselines * measured,
         held=counts.held + baselines * measured,
         beside=counts.beside or bool(baselines),

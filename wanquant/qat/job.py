@@ -4,8 +4,9 @@ Data flows as in ``wanquant.ptq.job``, with the training between: load, calibrat
 *untrained baseline*, which is what PTQ makes of the same model with the same protection, scales and seeds; train from
 there; generate again from the same noise, compare all three, save, report.
 
-    over_untrained.latent_sqnr   trained less untrained, pair by pair: the verdict is whether its interval holds 0
-    over_untrained.step_sqnr   the same of single steps, along BF16's own trajectories
+    over_untrained.step_sqnr     trained less untrained, pair by pair, of single steps along BF16's own trajectories:
+                                 the verdict is whether its interval holds 0
+    over_untrained.latent_sqnr   the same of the final latents
 
 Without quantization (``qat=off``) the same loop fine-tunes the BF16 model, and the baseline is the model as it was.
 """
@@ -18,7 +19,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +29,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from wanquant.evaluate import gates
-from wanquant.evaluate.compare import measure
+from wanquant.evaluate.compare import Networks, measure
 from wanquant.evaluate.config import EvalConfig
-from wanquant.evaluate.judges.perceptual import distance
+from wanquant.evaluate.single_steps import SingleSteps, Trajectories, measure_steps, record
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference
 from wanquant.ptq.calibrator import Calibration
 from wanquant.ptq.estimate import estimate_resources
@@ -46,11 +47,11 @@ from wanquant.qat.train import Trainer
 from wanquant.qat.train_config import TrainConfig, processes
 from wanquant.quant import ConversionReport, plan_conversion
 from wanquant.runs.progress import progress
+from wanquant.runs.reports.columns import DRIFT, STEP_SQNR
 from wanquant.runs.signature import MEASURES, signature
 from wanquant.runs.tracking import live
 from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.checkpoints.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
-from wanquant.wan.data import Recording, step_errors
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
@@ -58,8 +59,7 @@ from wanquant.wan.load import hush_libraries, read_transformer
 from wanquant.wan.resources.estimate import ResourceEstimate
 
 #: Measured against the untrained baseline, pair by pair. The first decides.
-STEP_SQNR = "step_sqnr"
-COMPARED = ("latent_sqnr", STEP_SQNR, "psnr", "ssim", "lpips", "attributes")
+COMPARED = (STEP_SQNR, DRIFT, "psnr", "ssim", "lpips", "attributes")
 UNTRAINED = "untrained."
 CURVES = "training.json"
 Floors = dict[str, list[tuple[Sample, Sample]]]
@@ -67,11 +67,11 @@ Floors = dict[str, list[tuple[Sample, Sample]]]
 
 @dataclass(frozen=True)
 class Generated:
-    """Videos of the measured pairs; SQNR in dB of single denoising steps, pair by pair, of a model that is or was
+    """Videos of the measured pairs; single denoising steps, by the name of their metric, of a model that is or was
     quantized; elements that overflowed, by linear."""
 
     samples: list[Sample]
-    single_steps: list[Item] = field(default_factory=list)
+    single_steps: dict[str, SingleSteps] = field(default_factory=dict)
     overflows: Counter[str] = field(default_factory=Counter)
 
 
@@ -141,16 +141,14 @@ class TrainJob(Job):
         trainer, calibration, choice = self._prepared()
         pipeline = trainer.pipeline
         with stage("generate_bf16"):
-            recording = Recording(pipeline, self.pairs, "record BF16")
+            trajectories = record(pipeline, self.pairs, self.config.eval)
             baseline = self.bf16(pipeline, "generate BF16", self.pairs)
         floors = self.noise_floors(pipeline, baseline)
         report = plan_conversion(pipeline.transformer, self.plan.scheme, choice.blocks, trainer.modules)
-        with stage("generate_untrained"):
-            untrained = self._untrained(trainer, baseline, recording)
+        untrained = self._untrained(trainer, baseline, trajectories)
         with stage("train"):
             training = self._trained(trainer)
-        with stage("generate_trained"):
-            trained = self._generated(trainer, recording)
+        trained = self._trained_videos(trainer, trajectories)
         with stage("compare"):
             metrics, over = self._compared(baseline, untrained, trained, floors)
             judged = verdict(metrics, gates.check(trained.samples, baseline), len(self.pairs))
@@ -165,6 +163,7 @@ class TrainJob(Job):
             **conversion(self.plan, report, calibration, choice, trained.overflows),
             "qat": dataclasses.asdict(self.config.qat),
             "block_sqnr": None,
+            "single_steps": {name: steps.as_json() for name, steps in trained.single_steps.items()},
             "over_untrained": over,
             "training": {**training, "processes": processes(), "precision": self.plan.precision},
             **judged,
@@ -183,7 +182,7 @@ class TrainJob(Job):
             trainer.prepare()
         return trainer, calibration, choice
 
-    def _untrained(self, trainer: Trainer, baseline: list[Sample], recording: Recording) -> Generated:
+    def _untrained(self, trainer: Trainer, baseline: list[Sample], trajectories: Sequence[Trajectories]) -> Generated:
         """By the untrained baseline, which is PTQ's model; the model stays BF16."""
         if not self.config.qat.quantize:
             return Generated(baseline)
@@ -191,30 +190,23 @@ class TrainJob(Job):
         counted = calibrator.what_is_quantized(trainer.protected)
         how = (self.plan.scheme, trainer.protected, trainer.modules, trainer.stats)
         with quantized(pipeline.transformer, *how):
-            latents, overflows = pipeline.latents(label, self.pairs, counted)
-            single_steps = self._single_steps(pipeline, recording, counted)
-        return Generated(pipeline.videos(label, self.pairs, latents), single_steps, overflows)
+            with self.run_.stage("single_steps"):
+                single_steps = {each.name: measure_steps(each, counted, self.config.force) for each in trajectories}
+            with self.run_.stage("generate_untrained"):
+                latents, overflows = pipeline.latents(label, self.pairs, counted)
+                samples = pipeline.videos(label, self.pairs, latents)
+        return Generated(samples, single_steps, overflows)
 
-    def _generated(self, trainer: Trainer, recording: Recording) -> Generated:
+    def _trained_videos(self, trainer: Trainer, trajectories: Sequence[Trajectories]) -> Generated:
         """The trained model's videos and single steps."""
         pipeline, label = trainer.pipeline, "generate trained"
         counted = {**trainer.calibrator.what_is_quantized(trainer.protected), "trained": trainer.signature}
-        latents, overflows = pipeline.latents(label, self.pairs, counted, afresh=self.config.force)
-        samples = pipeline.videos(label, self.pairs, latents)
-        return Generated(samples, self._single_steps(pipeline, recording, counted), overflows)
-
-    def _single_steps(self, pipeline: CachedPipeline, recording: Recording, counted: Mapping[str, Any]) -> list[Item]:
-        """SQNR in dB of single denoising steps by the transformer as it is now, in the cache by what is ``counted``."""
-
-        def measure_() -> list[float]:
-            with progress("single steps", len(self.pairs), "pair") as tick:
-                return step_errors(pipeline, recording, tick)
-
-        signed = pipeline.signature("single_steps", pairs=self.pairs, batch=pipeline.model.batch, **counted)
-        cells = pipeline.cache.cells("single_steps", signed)
-        found = measure_() if self.config.force else cells.measured("pairs", measure_)
-        values = (math.nan if value is None else value for value in found)
-        return [Item(*pair, value) for pair, value in zip(self.pairs, values, strict=True)]
+        with self.run_.stage("single_steps"):
+            single_steps = {each.name: measure_steps(each, counted, self.config.force) for each in trajectories}
+        with self.run_.stage("generate_trained"):
+            latents, overflows = pipeline.latents(label, self.pairs, counted, afresh=self.config.force)
+            samples = pipeline.videos(label, self.pairs, latents)
+        return Generated(samples, single_steps, overflows)
 
     def _trained(self, trainer: Trainer) -> dict[str, Any]:
         """Puts the trained transformer into the pipeline, from the cache or trained now; returns ``Trainer.train``'s
@@ -254,15 +246,14 @@ class TrainJob(Job):
         sides = {"": trained, UNTRAINED: untrained}
         beside = {prefix: list(zip(baseline, side.samples, strict=True)) for prefix, side in sides.items()} | floors
         with progress("compare", sum(map(len, beside.values())), "pair") as tick:
-            found = measure(beside, scenes, tick, distance(config.eval.lpips, self.device))
+            found = measure(beside, scenes, tick, Networks.of(config.eval, self.device))
             if scenes:
                 own = measure({"": [(sample, sample) for sample in untrained.samples]}, True)
                 own = {UNTRAINED + name: items for name, items in own.items() if "." not in name}
                 found |= {name: items for name, items in own.items() if name not in found}
         # Where nothing is quantized, the untrained baseline has none.
-        found |= {
-            prefix + STEP_SQNR: sides[prefix].single_steps for prefix in (UNTRAINED, "") if sides[prefix].single_steps
-        }
+        for prefix, side in sides.items():
+            found |= {prefix + name: steps.items() for name, steps in side.single_steps.items()}
         over = {}
         # A model that is fine-tuned is meant to move away from what it was.
         for name in COMPARED if config.qat.quantize else ("attributes",):

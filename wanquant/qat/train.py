@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,8 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from wanquant.evaluate.single_steps import measured_now
 from wanquant.ptq.calibrator import Calibrator
-from wanquant.ptq.sensitivity import final_errors, quantized
+from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.blockwise import Blockwise, record_block_inputs, split_samples, trainable_block
 from wanquant.qat.config import QATConfig, loop_config, make_rate
 from wanquant.qat.data import Source, Trajectories, make_source, shuffled_order
@@ -29,6 +29,8 @@ from wanquant.qat.plan import TrainPlan
 from wanquant.qat.scope import choose_, merge_lora_
 from wanquant.quant.convert import freeze_into_, make_trainable_, plan_conversion
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
+from wanquant.runs.progress import progress
+from wanquant.runs.reports.columns import STEP_SQNR
 from wanquant.runs.signature import GENERATES, signature
 from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
 from wanquant.wan.experts import parts_of
@@ -177,15 +179,13 @@ class Trainer:
         return vars(curves)
 
     def _validation(self, accelerator: Accelerator, student: nn.Module, original: nn.Module) -> Callable[[int], Row]:
-        """SQNR of the final latents of the calibration prompts, which are neither learned nor measured: the model's as
-        it is, and the untrained baseline's."""
-        pipeline, calibrator = self.pipeline, self.calibrator
-        references = calibrator.references
+        """SQNR of single steps of the calibration prompts, which are neither learned nor measured: the model's as it
+        is, and the untrained baseline's."""
+        pipeline, trajectories = self.pipeline, self.calibrator.trajectories
 
         def measure(label: str) -> float:
-            with pipeline.progress(label, calibrator.pairs) as tick:
-                errors = final_errors(pipeline.generate, calibrator.pairs, references, tick)
-            return statistics.fmean(item.value for item in errors)
+            with progress(label, trajectories.recording.passes) as tick:
+                return float(measured_now(trajectories, tick).decibels.mean())
 
         how = (self.plan.scheme, self.protected, self.modules, self.stats)
         with quantized(original, *how) if self.qat.quantize else nullcontext():
@@ -199,7 +199,7 @@ class Trainer:
             freeze_into_(target, now)
             pipeline.transformer = target
             try:
-                return {"latent_sqnr": measure("validate"), "untrained": untrained}
+                return {STEP_SQNR: measure("validate"), "untrained": untrained}
             finally:
                 pipeline.transformer = original
 

@@ -22,7 +22,7 @@ import yaml
 from wanquant.runs.files import write_atomic
 
 #: Of ``result.json``, and of what its numbers mean: part of every signature.
-SCHEMA = 4
+SCHEMA = 5
 #: First line of a run's ``config.yaml``, by which a directory is known to be one.
 HEADER = "# A wanquant run: the resolved config.\n"
 #: Config keys that cannot change a number, and are left out of the signature; ``*`` is any group.
@@ -132,7 +132,7 @@ class Run:
         try:
             yield
         finally:
-            self.timings[name] = time.perf_counter() - begun
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - begun
 
     def finish(self, result: dict[str, Any], publish: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         """Writes ``result.json`` with status ok, after ``publish`` drew what is drawn from it; returns it."""

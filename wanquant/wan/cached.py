@@ -161,11 +161,12 @@ class CachedPipeline:
             return [self.cache.folder(kind, each, maker) for each, maker in zip(signatures, makers, strict=True)]
 
     def _make_latents(self, perturb: Any, group: list[Pair], tick: Callable[[], None], folder: Path) -> None:
-        before = self._overflowed()
+        before = self.overflowed()
         samples = self.generate(group, tick, perturb=perturb, decode=False)
-        _write_latents(samples, {name: count - before[name] for name, count in self._overflowed().items()}, folder)
+        _write_latents(samples, {name: count - before[name] for name, count in self.overflowed().items()}, folder)
 
-    def _overflowed(self) -> dict[str, int]:
+    def overflowed(self) -> dict[str, int]:
+        """Elements so far that fell beyond the format's range, by quantized linear."""
         return {name: int(layer.overflowed) for name, layer in quantized_linears(self.transformer).items()}
 
     def keep(self, group: list[Pair], samples: Sequence[Sample]) -> None:

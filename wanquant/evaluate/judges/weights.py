@@ -64,6 +64,8 @@ class Weight:
 VICLIP = ("overall_consistency", "temporal_style")
 #: LPIPS is no dimension of VBench.
 LPIPS = "lpips"
+#: Neither is the flow that ``motion_speed`` is taken by.
+RAFT = "raft"
 
 
 def _listed() -> tuple[Weight, ...]:
@@ -87,7 +89,7 @@ class Found:
 
 
 def needed(names: Sequence[str]) -> list[Weight]:
-    """Of these dimensions, or ``LPIPS``."""
+    """Of these dimensions, ``LPIPS`` or ``RAFT``."""
     return [weight for weight in WEIGHTS if set(weight.used_by) & set(names)]
 
 

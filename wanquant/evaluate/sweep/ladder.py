@@ -1,7 +1,8 @@
 """The ladder of proxies: does a cheap measure rank a sweep's configurations as an expensive one does?
 
 Where it does, the expensive one need not be taken for every candidate. The cheapest is the noise of each block alone,
-which needs a single BF16 pass over the calibration prompts; then the final latents; then pixels; then judges. It is
+which needs a single BF16 pass over the calibration prompts; then single denoising steps along BF16's trajectories;
+then the final latents; then pixels; then judges. It is
 Spearman's rank correlation over configurations, with an interval from drawing them with replacement: of few
 configurations it says little, and then the interval says that.
 """
@@ -13,9 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from wanquant.evaluate.stats import rank_correlation
+from wanquant.runs.reports.columns import DRIFT, STEP_SQNR
 
 #: From the cheapest up.
-CHEAP = ("block_sqnr", "latent_sqnr", "psnr")
+CHEAP = ("block_sqnr", STEP_SQNR, DRIFT, "psnr")
 #: The measures that a small value is good of are turned, so that agreement is 1 everywhere.
 EXPENSIVE = ("ssim", "lpips", "error_flicker", "attributes")
 LESS_IS_BETTER = ("lpips", "error_flicker")
@@ -25,14 +27,15 @@ FEW, MANY = 3, 8
 
 def ladder(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """``rungs``: a measure each, with its correlations by cheap measure, or None where one of the two is constant."""
-    sound = [row for row in rows if all(math.isfinite(_mean(row, name)) for name in ("latent_sqnr", "psnr"))]
+    sound = [row for row in rows if all(math.isfinite(_mean(row, name)) for name in (DRIFT, "psnr"))]
     if len(sound) < FEW:
         return None
     names = [name for name in sound[0]["metrics"] if all(math.isfinite(_mean(row, name)) for row in sound)]
     cheap = [name for name in CHEAP if name in names]
     judged = [name for name in names if name.startswith("vbench.")]
     rungs = []
-    for name in [*CHEAP[1:], *(name for name in EXPENSIVE if name in names), *judged]:
+    further = [name for name in (*CHEAP[1:], *EXPENSIVE) if name in names]
+    for name in [*further, *judged]:
         below = cheap[: cheap.index(name)] if name in cheap else cheap
         if below:
             rungs.append({"name": name, "correlations": {other: _correlated(sound, other, name) for other in below}})

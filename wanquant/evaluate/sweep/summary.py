@@ -1,7 +1,9 @@
 """A sweep as one ranked table that a referee would accept: paired differences, corrected for their number.
 
-Configurations are compared by the SQNR of their final latents against BF16's, pair by pair. The difference from the
-reference configuration has an interval that is wide enough for all of them to hold together at 95 % (Bonferroni); a
+Configurations are compared by the SQNR of single denoising steps along BF16's trajectories, pair by pair, and beside it
+by that of their final latents, which has their drift in it. The difference from the reference configuration has an
+interval that is wide enough for all of them to hold together at 95 % (Bonferroni), and ``could_see`` is its half: a
+difference that would have shown. A
 rank is the span of places that no comparison of any two rules out, at 95 % for all of these together (Mogstad et al.
 2024, *Inference for Ranks*, by the same correction).
 """
@@ -16,11 +18,12 @@ from typing import Any
 from wanquant.evaluate.stats import Estimate, Item, compared, difference
 from wanquant.evaluate.sweep.ladder import ladder
 from wanquant.evaluate.sweep.names import VARIED, names_of, pick, refuse_incomparable, varied
+from wanquant.runs.reports.columns import DRIFT, STEP_SQNR
 from wanquant.runs.reports.sweep_table import MANY_PAIRS
 from wanquant.runs.run import SCHEMA, clean_json, failed_result, read_result
 
 #: By which configurations are ranked, in dB, and the difference in it that is called none.
-METRIC, MARGIN = "latent_sqnr", 1.0
+METRIC, MARGIN = STEP_SQNR, 0.5
 #: What runs should share; if they do not, it is said.
 SHOULD_SAME = ("provenance.git_commit", "provenance.dirty")
 
@@ -122,6 +125,7 @@ def _row(job: int, name: str, result: dict[str, Any], runs: int) -> dict[str, An
         "gates": result["gates"],
         "metrics": {key: value for key, value in metrics.items() if not key.startswith(("floor_", "bf16."))},
         "vbench": pick(result, "evaluations.own.vbench"),
+        "single_steps": result["single_steps"][METRIC],
         "seconds": result["timings"]["total"],
         "over_untrained": _over_untrained(result, runs),
     }
@@ -131,28 +135,31 @@ def _over_untrained(result: dict[str, Any], runs: int) -> dict[str, Any] | None:
     """Of a training: its difference from its baseline, its interval for as many comparisons as there are runs."""
     if METRIC not in result.get("over_untrained", {}):
         return None
-    found = {name: compared(_items(result["over_untrained"][name]), runs) for name in (METRIC, "step_sqnr")}
+    found = {name: compared(_items(result["over_untrained"][name]), runs) for name in (METRIC, DRIFT)}
     told = "too few pairs" if result["demonstration"] else verdict(found[METRIC], 0.0)
     return {name: _without_items(value.as_json()) for name, value in found.items()} | {"verdict": told}
 
 
 def _compare(rows: list[dict[str, Any]], reference: int, margin: float) -> None:
-    """Adds to each row its difference from the reference, a verdict, the pairs it would take, its rank, and what VBench
-    differs by. What is broken or has collapsed has no rank, whatever its average, and takes nobody else's place."""
+    """Adds to each row its difference from the reference, a verdict, the difference that would have shown, the pairs it
+    would take, its rank, its drift's difference, and what VBench differs by. What is broken or has collapsed has no
+    rank, whatever its average, and takes nobody else's place."""
     items = [_items(row["metrics"][METRIC]) for row in rows]
     for row, ours in zip(rows, items, strict=True):
         if row is rows[reference]:
-            row |= {"difference": None, "verdict": "reference", "pairs_needed": None}
+            row |= {"difference": None, "verdict": "reference", "could_see": None, "pairs_needed": None}
             continue
         found = compared(difference(ours, items[reference]), len(rows) - 1)
         broken = math.isnan(found.mean)
         row["difference"] = None if broken else _without_items(found.as_json())
+        row["could_see"] = None if math.isnan(found.low) else (found.high - found.low) / 2
         row["pairs_needed"] = pairs_needed(found)
         row["verdict"] = "broken" if broken else "collapsed" if row["gates_failed"] else verdict(found, margin)
     sound = [place for place, row in enumerate(rows) if _mean(row) > -math.inf and not row["gates_failed"]]
     for place, row in enumerate(rows):
         row["rank"] = _rank(items[place], [items[other] for other in sound]) if place in sound else None
     for row in rows:
+        row["drift"] = _judged(row, rows[reference], DRIFT, len(rows) - 1)
         names = [name for name in row["metrics"] if name.startswith("vbench.")]
         row["judged"] = {name: _judged(row, rows[reference], name, len(rows) - 1) for name in names}
 
@@ -165,10 +172,11 @@ def _rank(ours: list[Item], sound: Sequence[list[Item]]) -> list[int]:
 
 
 def _judged(row: dict[str, Any], reference: dict[str, Any], name: str, comparisons: int) -> dict[str, Any] | None:
-    """What a score of VBench's differs by from the reference's, pair by pair; None for the reference itself, and where
-    the pairs are not the same."""
+    """What another metric differs by from the reference's, pair by pair; None for the reference itself, and where the
+    pairs are not the same, or there are none."""
     ours, theirs = (_items(each["metrics"].get(name, {"per_item": []})) for each in (row, reference))
-    if row is reference or {(i.prompt, i.seed) for i in ours} != {(i.prompt, i.seed) for i in theirs}:
+    alike = {(i.prompt, i.seed) for i in ours} == {(i.prompt, i.seed) for i in theirs}
+    if row is reference or not ours or not alike or any(math.isnan(i.value) for i in (*ours, *theirs)):
         return None
     return _without_items(compared(difference(ours, theirs), comparisons).as_json())
 

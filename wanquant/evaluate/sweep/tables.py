@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.evaluate.sweep.summary import MARGIN, summarize
+from wanquant.runs.reports.columns import DRIFT, STEP_SQNR, head
 from wanquant.runs.reports.sweep import write_sweep
-from wanquant.runs.reports.sweep_table import OVER_UNTRAINED, SINGLE_STEPS, cells, vbench_cells
+from wanquant.runs.reports.sweep_table import OVER_UNTRAINED, OVER_UNTRAINED_DRIFT, cells, vbench_cells
 from wanquant.runs.reports.table import Table
 
 #: Columns that the terminal shows, besides the first two and the difference from the reference.
-SHOWN = ("latent SQNR, dB", "verdict", "gates", OVER_UNTRAINED, "against its baseline", SINGLE_STEPS)
+SHOWN = (
+    *(head(name) for name in (STEP_SQNR, DRIFT)),
+    *("verdict", "gates", OVER_UNTRAINED, "against its baseline", OVER_UNTRAINED_DRIFT),
+)
 
 
 def report(sweep: Path, reference: str | None = None, margin: float = MARGIN) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from wanquant.runs.reports.table import Table
 #: Linears in the table of those that are hardest to round, and by which rule they are.
 HARDEST, HARDEST_BY = 20, "per_token amax/15"
 #: What the figures of blocks quantized alone measure.
-ALONE = {"block_sqnr": "SQNR of the block's output, dB", "sensitivity": "SQNR of the latents, dB"}
+ALONE = {"block_sqnr": "SQNR of the block's output, dB", "sensitivity": "SQNR of single steps, dB"}
 
 
 def stand_out_table(result: dict[str, Any]) -> Table:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+#: What decides between configurations: the error of single denoising steps; and what judges its drift.
+STEP_SQNR, DRIFT = "step_sqnr", "latent_sqnr"
 #: Title and unit of what runs are compared by, the first of them before all.
-FIDELITY = {"latent_sqnr": ("latent SQNR", "dB"), "psnr": ("PSNR", "dB"), "ssim": ("SSIM", "")}
+FIDELITY = {
+    STEP_SQNR: ("single steps, SQNR", "dB"),
+    DRIFT: ("latent SQNR", "dB"),
+    "psnr": ("PSNR", "dB"),
+    "ssim": ("SSIM", ""),
+    "motion_speed": ("motion speed", "of BF16's"),
+}
 #: How the error looks. May be added to: whoever draws a table looks here when drawing.
 FURTHER = {
     "error_flicker": ("error flicker", ""),
     "motion_energy": ("motion energy", "dB"),
+    "motion_onset": ("motion onset", "frames later"),
+    "motion_spectrum": ("fast changes", "dB"),
+    "shape_speed": ("tracked shape's speed", "of BF16's"),
     "color_mean": ("colour mean", "levels"),
     "color_spread": ("colour spread", "levels"),
     "color_histogram": ("colour histogram", "levels"),
     "lpips": ("LPIPS", ""),
 }
-MAIN = "latent_sqnr"
 FLOORS = (
     ("", "quantized"),
     ("floor_ulp.", "BF16, noise perturbed by 1 ulp"),
@@ -27,25 +38,40 @@ ATTRIBUTES = ("color", "shape", "direction", "background", "attributes")
 NOTICE_COLLAPSE = ("imaging_quality", "dynamic_degree", "overall_consistency")
 
 
-def titles() -> dict[str, tuple[str, str]]:
-    """Title and unit of every metric that a table names."""
-    single = {"step_sqnr": ("single steps, SQNR", "dB"), "block_sqnr": ("blocks alone, SQNR", "dB")}
-    return {**FIDELITY, **FURTHER, **single, **dict.fromkeys(ATTRIBUTES, ("prompts followed", "share"))}
+def step_metric(frames: int) -> str:
+    """Single steps of videos of another length than the model's own."""
+    return f"{STEP_SQNR}_{frames}"
+
+
+def told(name: str) -> tuple[str, str]:
+    """Title and unit of a metric; of one that no table names, its own name."""
+    if name.startswith(f"{STEP_SQNR}_"):
+        title, unit = FIDELITY[STEP_SQNR]
+        return f"{title}, {name.rpartition('_')[2]} frames", unit
+    known = {**FIDELITY, **FURTHER, "block_sqnr": ("blocks alone, SQNR", "dB")}
+    return ("prompts followed", "share") if name in ATTRIBUTES else known.get(name, (name, ""))
 
 
 def head(name: str) -> str:
     """Of a metric's column: ``PSNR, dB``."""
-    return ", ".join(filter(None, titles()[name]))
+    return ", ".join(filter(None, told(name)))
 
 
 def measure(name: str) -> str:
     """A metric as a measure among others, ``PSNR``: VBench's and those of the attributes by their own names."""
-    return name.removeprefix("vbench.") if name in ATTRIBUTES or name not in titles() else titles()[name][0]
+    return name if name in ATTRIBUTES else told(name)[0].removeprefix("vbench.")
 
 
-def present(metrics: dict[str, Any], prefix: str = "") -> list[str]:
+def fidelity(metrics: Collection[str], prefix: str = "") -> list[str]:
+    """Names of the metrics of fidelity that are there, single steps of further lengths beside those of the model's."""
+    lengths = [name.removeprefix(prefix) for name in metrics if name.startswith(f"{prefix}{STEP_SQNR}_")]
+    first, *rest = FIDELITY
+    return [name for name in (first, *lengths, *rest) if prefix + name in metrics]
+
+
+def present(metrics: Collection[str], prefix: str = "") -> list[str]:
     """Names of the metrics of fidelity, and of those of how the error looks, that are there."""
-    return [name for name in (*FIDELITY, *FURTHER) if prefix + name in metrics]
+    return [*fidelity(metrics, prefix), *(name for name in FURTHER if prefix + name in metrics)]
 
 
 def interval(metric: dict[str, Any]) -> tuple[float, float, float] | None:

@@ -198,6 +198,25 @@ def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float | None]], la
     return _styled(figure, axes, grid="both", legend=legend, xlabel="step", ylabel=label, yscale=scale)
 
 
+def over_sigma(lines: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """SQNR of single denoising steps over the noise level, from noise at the left to the video at the right, of each
+    (label, single steps of a result); with its interval where there are few lines."""
+    figure, axes = _axes(3.4, right=1.6 if len(lines) > 4 else 0.1, top=0.5)
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    for place, (label, steps) in enumerate(lines):
+        means = np.array([step["mean"] for step in steps["by_step"]], float)
+        bounds = np.array([step["ci95"] for step in steps["by_step"]], float)
+        color, dashes = colors[place % len(colors)], ("-", "--", ":", "-.")[place % 4]
+        axes.plot(steps["sigma"], means, dashes, color=color, linewidth=1.4, marker=".", markersize=4, label=label)
+        if len(lines) <= 4:
+            axes.fill_between(steps["sigma"], *bounds.T, color=color, alpha=0.2, linewidth=0)
+    if len(lines) > 4:
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+    axes.invert_xaxis()
+    legend = len(lines) if len(lines) <= 4 else 0
+    return _styled(figure, axes, grid="both", legend=legend, xlabel="noise level, sigma", ylabel="SQNR, dB")
+
+
 def before_after(rows: Sequence[tuple[int, float, float]], label: str) -> str:
     """For each (block, before, after) a hollow dot, a full one, and a line between."""
     figure, axes = _axes(2.8)

@@ -8,9 +8,19 @@ from typing import Any
 
 from wanquant.runs.files import write_atomic
 from wanquant.runs.reports.analysis import analysis_pictures, stand_out_table
-from wanquant.runs.reports.columns import ATTRIBUTES, FIDELITY, FLOORS, FURTHER, MAIN, estimate_text, head, interval
+from wanquant.runs.reports.columns import (
+    ATTRIBUTES,
+    DRIFT,
+    FLOORS,
+    FURTHER,
+    STEP_SQNR,
+    estimate_text,
+    fidelity,
+    head,
+    interval,
+)
 from wanquant.runs.reports.evaluation import sections
-from wanquant.runs.reports.figures import block_magnitudes, intervals
+from wanquant.runs.reports.figures import block_magnitudes, intervals, over_sigma
 from wanquant.runs.reports.page import data_uri, films, render
 from wanquant.runs.reports.table import Table
 from wanquant.runs.reports.training import headline, training_figures, untrained_table
@@ -43,7 +53,7 @@ def _words(result: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return "evaluation", {}
     trained = "over_untrained" in result
     return "report", {
-        "fidelity": fidelity_table(result, FIDELITY),
+        "fidelity": fidelity_table(result, fidelity(result["metrics"])),
         "attributes": attributes_table(result["metrics"]),
         "training": {"headline": headline(result), "table": untrained_table(result)} if trained else None,
         "failed": [name for name, gate in result["gates"].items() if gate["verdict"] == "fail"],
@@ -61,7 +71,11 @@ def _pictures(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     if result["mode"] == "evaluate":
         return {"evaluations": evaluations}
     metrics = result["metrics"]
-    sqnr = [(label, *bounds) for prefix, label in _sides(result) if (bounds := interval(metrics[prefix + MAIN]))]
+    drift = [
+        (label, *bounds)
+        for prefix, label in _sides(result)
+        if prefix + DRIFT in metrics and (bounds := interval(metrics[prefix + DRIFT]))
+    ]
     videos = sorted((folder / "videos" / "side_by_side").glob("*.mp4"))[:MAX_VIDEOS]
     sheet = folder / "figures" / "contact_sheet.png"
     return {
@@ -69,7 +83,8 @@ def _pictures(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         "further": fidelity_table(result, [name for name in FURTHER if name in metrics]),
         "training_figures": training_figures(result) if "over_untrained" in result else [],
         "magnitudes": block_magnitudes(result["calibration"]["block_absmax"], result["protect"]["blocks"]),
-        "intervals": intervals(sqnr, head(MAIN)) if sqnr else "",
+        "single_steps": over_sigma([(f"{steps['frames']} frames", steps) for steps in result["single_steps"].values()]),
+        "intervals": intervals(drift, head(DRIFT)) if drift else "",
         "videos": films(((path.stem, path) for path in videos), MAX_VIDEO_BYTES),
         "sheet": data_uri(sheet, "image/png") if sheet.is_file() else None,
     }
@@ -82,7 +97,8 @@ def _sides(result: dict[str, Any]) -> list[tuple[str, str]]:
     if "over_untrained" in result:
         labels = ("trained", "not trained") if result["qat"]["quantize"] else ("fine-tuned", "BF16 as it was")
         sides[:1] = [("", labels[0]), ("untrained.", labels[1])]
-    counts = {prefix: result["metrics"].get(prefix + MAIN, {}).get("n") for prefix, _ in sides}
+    metrics = result["metrics"]
+    counts = {prefix: metrics.get(prefix + DRIFT, metrics.get(prefix + STEP_SQNR, {})).get("n") for prefix, _ in sides}
     return [
         (prefix, label if counts[prefix] == counts[""] else f"{label} ({counts[prefix]} pairs)")
         for prefix, label in sides
@@ -94,7 +110,7 @@ def fidelity_table(result: dict[str, Any], names: Iterable[str]) -> Table:
     """The run's own and the noise floors'."""
     names = list(names)
     rows = [
-        [label, *(estimate_text(result["metrics"][prefix + name]) for name in names)]
+        [label, *(estimate_text(result["metrics"].get(prefix + name)) for name in names)]
         for prefix, label in _sides(result)
     ]
     return Table(["mean [95 % interval]", *map(head, names)], rows)

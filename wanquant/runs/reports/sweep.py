@@ -12,7 +12,7 @@ from typing import Any
 from wanquant.runs import pictures
 from wanquant.runs.files import write_atomic
 from wanquant.runs.reports import figures, sweep_table
-from wanquant.runs.reports.columns import MAIN, head, interval
+from wanquant.runs.reports.columns import STEP_SQNR, head, interval
 from wanquant.runs.reports.page import data_uri, render
 from wanquant.runs.reports.table import latex, markdown
 
@@ -54,9 +54,10 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
 
 def _figures(summary: dict[str, Any]) -> dict[str, str]:
     """SVGs by name, of the rows in which every pair has a finite value, and what they leave out in words."""
+    labelled = [(f"{number}  {row['name']}", row) for number, row in enumerate(summary["rows"], 1)]
     numbered = [
-        (f"{number}  {row['name']}", row["name"], row["protect"]["fraction_of_flops_quantized"], row["metrics"][MAIN])
-        for number, row in enumerate(summary["rows"], 1)
+        (label, row["name"], row["protect"]["fraction_of_flops_quantized"], row["metrics"][STEP_SQNR])
+        for label, row in labelled
     ]
     rows = [
         (label, name, share, bounds, metric["per_item"])
@@ -73,16 +74,17 @@ def _figures(summary: dict[str, Any]) -> dict[str, str]:
     shares = [(name, share, *bounds) for _, name, share, bounds, _ in rows]
     several = len({share for _, share, *_ in shares}) > 1
     return {
-        "intervals": figures.intervals([(label, *bounds) for label, _, _, bounds, _ in rows], head(MAIN)),
-        "pareto": figures.pareto(shares, head(MAIN)) if several else "",
-        "prompts": figures.small_multiples(panels, head(MAIN)),
+        "single_steps": figures.over_sigma([(label, row["single_steps"]) for label, row in labelled]),
+        "intervals": figures.intervals([(label, *bounds) for label, _, _, bounds, _ in rows], head(STEP_SQNR)),
+        "pareto": figures.pareto(shares, head(STEP_SQNR)) if several else "",
+        "prompts": figures.small_multiples(panels, head(STEP_SQNR)),
         "left_out": f" The first {MAX_PANELS} of {len(prompts)} prompts." if len(prompts) > MAX_PANELS else "",
     }
 
 
 def _videos(folder: Path, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """(caption, data) for the first pair of each prompt: BF16 and every configuration in one film, so in step."""
-    items = rows[0]["metrics"]["psnr"]["per_item"]
+    items = rows[0]["metrics"].get("psnr", {}).get("per_item", [])
     firsts = list({item["prompt"]: place for place, item in reversed(list(enumerate(items)))}.values())
     found, size = [], 0
     for place in sorted(firsts)[:MAX_FILMS]:

@@ -7,13 +7,24 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from wanquant.runs.reports.columns import FIDELITY, FLOORS, FURTHER, MAIN, NOTICE_COLLAPSE, estimate_text, head, measure
+from wanquant.runs.reports.columns import (
+    DRIFT,
+    FLOORS,
+    FURTHER,
+    NOTICE_COLLAPSE,
+    estimate_text,
+    fidelity,
+    head,
+    measure,
+)
 from wanquant.runs.reports.page import render
 from wanquant.runs.reports.table import Table, markdown
 
 Row = dict[str, Any]
 #: What training has added to what PTQ alone makes of the same.
-OVER_UNTRAINED, SINGLE_STEPS = "minus its PTQ baseline, dB", "the same of single steps, dB"
+OVER_UNTRAINED, OVER_UNTRAINED_DRIFT = "minus its PTQ baseline, dB", "the same of final latents, dB"
+#: Columns of the CSV that are a row's own values.
+PLAIN = ("job", "name", "verdict", "could_see", "pairs_needed", "converted", "seconds")
 #: Beyond so many pairs it is not said how many it would take.
 MANY_PAIRS = 100_000
 #: Below the means of VBench: label, prefix, and whether in the column of the means (0) or of the differences (1).
@@ -33,7 +44,7 @@ def cells(summary: dict[str, Any]) -> Table:
 
 def _columns(summary: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
     """What makes the cells of each column, by its head."""
-    main, *further = FIDELITY
+    main, *further = fidelity(dict.fromkeys(name for row in summary["rows"] for name in row["metrics"]))
     usual = max(row["batch"] for row in summary["rows"])
 
     def name(row: Row) -> str:
@@ -48,17 +59,20 @@ def _columns(summary: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
         "linear FLOPs quantized": lambda row: f"{100 * row['protect']['fraction_of_flops_quantized']:.1f} %",
         head(main): _metric(main),
         f"minus {summary['reference']}, dB": lambda row: estimate_text(row["difference"]),
-        "verdict": lambda row: row["verdict"],
-        "gates": lambda row: "FAILED: " + ", ".join(row["gates_failed"]) if row["gates_failed"] else "pass",
+        "verdict": _verdict,
         "pairs to tell": _needed,
+        "gates": _gates,
     }
     if all(row["over_untrained"] for row in summary["rows"]):
         columns |= {
             OVER_UNTRAINED: lambda row: estimate_text(row["over_untrained"][main]),
             "against its baseline": lambda row: row["over_untrained"]["verdict"],
-            SINGLE_STEPS: lambda row: estimate_text(row["over_untrained"]["step_sqnr"]),
+            OVER_UNTRAINED_DRIFT: lambda row: estimate_text(row["over_untrained"][DRIFT]),
         }
-    columns |= {head(name): _metric(name) for name in further}
+    for other in further:
+        columns[head(other)] = _metric(other)
+        if other == DRIFT:
+            columns[f"its drift minus {summary['reference']}'s, dB"] = lambda row: estimate_text(row["drift"])
     if "attributes" in summary["rows"][0]["metrics"]:
         columns |= {"attributes right": _metric("attributes"), "minus BF16": _metric("difference.attributes")}
     return columns
@@ -70,7 +84,19 @@ def _by(summary: dict[str, Any]) -> str:
 
 
 def _metric(key: str) -> Callable[[Row], str]:
-    return lambda row: estimate_text(row["metrics"][key])
+    return lambda row: estimate_text(row["metrics"].get(key))
+
+
+def _verdict(row: Row) -> str:
+    """Where no difference was found, with the one that would have been."""
+    told = str(row["verdict"])
+    return f"{told} (one of {row['could_see']:.2g} would show)" if told == "no difference found" else told
+
+
+def _gates(row: Row) -> str:
+    if not row["gates"]:
+        return "no videos"
+    return "FAILED: " + ", ".join(row["gates_failed"]) if row["gates_failed"] else "pass"
 
 
 def _rank(row: Row) -> str:
@@ -106,8 +132,8 @@ def _floor_rows(summary: dict[str, Any], heads: list[str]) -> list[list[str]]:
         found = summary["floors"][prefix]
         if not found:
             continue
-        count = found[MAIN]["n"]
-        values = {head(name): estimate_text(found[name]) for name in FIDELITY}
+        count = found[DRIFT]["n"]
+        values = {head(name): estimate_text(found[name]) for name in fidelity(found)}
         values[heads[1]] = label if count == summary["pairs"] else f"{label} ({count} pairs)"
         if prefix == "floor_ulp.":  # what BF16 itself gets right, beside the floor of the same seeds
             values["attributes right"] = estimate_text(summary["floors"]["bf16."].get("attributes"))
@@ -190,7 +216,7 @@ def numbers(summary: dict[str, Any]) -> str:
     for row in summary["rows"]:
         protect, (low, high) = row["protect"], row["rank"] or (None, None)
         flat: dict[str, Any] = {
-            **{key: row[key] for key in ("job", "name", "verdict", "pairs_needed", "converted", "seconds")},
+            **{key: row[key] for key in PLAIN},
             "blocks": " ".join(map(str, protect["blocks"])),
             "modules": " ".join(protect["modules"]),
             "fraction_of_flops_quantized": protect["fraction_of_flops_quantized"],
@@ -198,7 +224,7 @@ def numbers(summary: dict[str, Any]) -> str:
             "rank_high": high,
             "gates_failed": " ".join(row["gates_failed"]),
         }
-        rows.append(flat | _flat({**row["metrics"], "minus_reference": row["difference"]}))
+        rows.append(flat | _flat({**row["metrics"], "minus_reference": row["difference"], "drift": row["drift"]}))
     rows += [{"job": job["job"], "name": job["name"], "verdict": "job failed"} for job in summary["failed"]]
     rows += [{"name": label, **_flat(summary["floors"][prefix])} for prefix, label in FLOORS[1:]]
     text = io.StringIO()

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from wanquant.runs.reports.columns import estimate_text, head, titles
+from wanquant.runs.reports.columns import STEP_SQNR, estimate_text, head, told
 from wanquant.runs.reports.figures import before_after, curves, heatmap
 from wanquant.runs.reports.table import Table
 
@@ -27,7 +27,7 @@ def headline(result: dict[str, Any]) -> str:
     if not result["over_untrained"]:
         return "fine-tuned; whether for the better is for python eval.py to say"
     name, metric = next(iter(result["over_untrained"].items()))
-    title, unit = titles()[name]
+    title, unit = told(name)
     ours, untrained = who(result)
     if metric["mean"] is None:
         return f"{ours} against {untrained}: {metric['verdict']} (a {title} is not finite)"
@@ -85,8 +85,8 @@ def _step_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         svg = heatmap(drift_table(looks, result["model"]["blocks"]), f"every {every} steps", "octaves", log=False)
         figures.append(("How far the scales have moved", svg))
     if checks:
-        over = {"trained": [row["latent_sqnr"] for row in checks], "untrained": [row["untrained"] for row in checks]}
-        figures.append(("Validation", curves([row["step"] for row in checks], over, "latent SQNR, dB", log=False)))
+        over = {"trained": [row[STEP_SQNR] for row in checks], "untrained": [row["untrained"] for row in checks]}
+        figures.append(("Validation", curves([row["step"] for row in checks], over, head(STEP_SQNR), log=False)))
     return figures
 
 

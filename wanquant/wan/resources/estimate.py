@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,11 @@ class VideoCounts:
     """Videos that are denoised in BF16 and quantized, those that are decoded, and those in memory at the end; whether
     quantized blocks stand ``beside`` those of BF16 meanwhile, and whether all of them do, packed. Then which of them
     are for what: calibration, noise floors, choosing blocks (in BF16, and quantized); in training what is learned from,
-    the PTQ baseline, and validation. ``renamed`` are stages that the job has other names for."""
+    the PTQ baseline, and validation. ``renamed`` are stages that the job has other names for.
+
+    Single steps: ``replayed`` by the quantized model, in as many passes as so many videos take; trajectories of
+    ``other_lengths``, recorded in BF16, in videos of the model's own; ``recorded_share`` of all denoising steps; the
+    ``longest`` number of frames."""
 
     bf16: int
     quantized: int
@@ -64,7 +68,15 @@ class VideoCounts:
     recorded: int = 0
     untrained: int = 0
     looks: int = 0
+    replayed: float = 0.0
+    other_lengths: float = 0.0
+    recorded_share: float = 1.0
+    longest: int = 0
     renamed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def any_quantized(self) -> bool:
+        return bool(self.quantized or self.replayed)
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,8 @@ class ResourceEstimate:
     @cached_property
     def activations(self) -> int:
         """Bytes, of the largest there are: denoising, quantized or not, or decoding."""
-        how = (self.settings, self.rows, self.device)
+        longest = max(self.settings.num_frames, self.counts.longest)
+        how = (replace(self.settings, num_frames=longest), self.rows, self.device)
         found = [denoising_bytes(self._config, kind, *how) for kind in (None, self._quantized)]
         return max(*found, decoding_bytes(self.folder / "vae", self.settings) if self.counts.decoded else 0)
 
@@ -144,7 +157,7 @@ class ResourceEstimate:
         """Bytes on the device beside what was there before. Where that is the host, the files of the weights stay
         mapped while anything of them is used, so that what is quantized comes beside them, and so do the videos."""
         counts, on_host = self.counts, self.device.type == "cpu"
-        new = counts.beside or (on_host and counts.quantized and self.names is None)
+        new = counts.beside or (on_host and counts.any_quantized and self.names is None)
         rounded = self.quantized_weights * (1 if self.scheme.packed else 2) if new else 0
         inside = sum(m.weight.numel() for m in self.shape.blocks.modules() if isinstance(m, nn.Linear))
         beside = max(rounded, inside if counts.all_beside else 0)
@@ -180,12 +193,13 @@ class ResourceEstimate:
         share = decoded / max(1, made + quantized + counts.untrained)
         found = {
             "calibrate": self._calibrating() if counts.calibrated else 0.0,
-            "choose": chosen * plain + tried * mixed,
+            "choose": counts.recorded_share * (chosen * plain + tried * mixed),
             "data": counts.recorded * plain,
-            "generate_bf16": made * (plain + share * decoding),
+            "generate_bf16": made * (plain + share * decoding) + counts.other_lengths * plain,
             "noise_floor": counts.floors * (plain + decoding),
             "generate_untrained": counts.untrained * (mixed + share * decoding),
             "train": counts.looks * mixed,
+            "single_steps": counts.replayed * mixed,
             "generate_quantized": quantized * (mixed + share * decoding),
         }
         names = dict(counts.renamed)
@@ -227,7 +241,7 @@ class ResourceEstimate:
             _, index, own = name.split(".", 2)
             inside.setdefault(index, []).append(own)
         names = max(inside.values(), key=len, default=[])
-        return Quantized(names, self.scheme) if names and self.counts.quantized else None
+        return Quantized(names, self.scheme) if names and self.counts.any_quantized else None
 
 
 def print_estimate(plan: ResourceEstimate, config_yaml: str, outside: Mapping[str, float] | None = None) -> None:
