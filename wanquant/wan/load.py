@@ -84,8 +84,8 @@ def find_folder(source: str | Path, shapes_only: bool = False) -> Path:
     ``shapes_only`` is content with the JSON files, which say what the model is without its weights; those of the models
     that have a config here come with the package.
     """
-    if str(source) == "tiny":
-        return tiny.folder()
+    if str(source) in tiny.SHIPPED:
+        return tiny.folder(str(source))
     shipped = SHAPES / str(source).replace("/", "--")
     if shapes_only and shipped.is_dir() and not Path(source).is_dir():
         return shipped

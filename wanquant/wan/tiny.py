@@ -83,9 +83,13 @@ def parse_caption(text: str) -> Scene:
         raise ValueError(f"not a tiny-wan caption: {text!r} (the grammar is wanquant.wan.tiny.caption)") from None
 
 
-def folder() -> Path:
+#: Models that ship, by ``model.path``: trained with forty blocks from the first step, and grown from ten.
+SHIPPED = {"tiny": "tiny-wan", "tiny-grown": "tiny-grown"}
+
+
+def folder(path: str = "tiny") -> Path:
     """Where the shipped weights are, in diffusers layout."""
-    return Path(__file__).parent / "weights" / "tiny-wan"
+    return Path(__file__).parent / "weights" / SHIPPED[path]
 
 
 def distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
