@@ -43,7 +43,11 @@ def test_the_places_are_those_of_vbench_and_torch(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("VBENCH_CACHE_DIR")
     assert weights.torch_root() == Path(torch.hub.get_dir())
     assert weights.vbench_root() == Path.home() / ".cache" / "vbench"
-    assert {name for weight in weights.WEIGHTS for name in weight.used_by} <= {*judges.vbench.DIMENSIONS, weights.LPIPS}
+    assert {name for weight in weights.WEIGHTS for name in weight.used_by} <= {
+        *judges.vbench.DIMENSIONS,
+        weights.LPIPS,
+        weights.RAFT,
+    }
 
 
 def test_what_is_published_is_checked_by_its_sum(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,31 @@ def test_transformer_training_resumes_grows_and_exports(tmp_path: Path) -> None:
     assert all(torch.equal(trained[name].bfloat16().float(), shipped[name]) for name in trained)
 
 
+@pytest.mark.slow
+def test_averaged_weights_are_those_that_ship(tmp_path: Path) -> None:
+    components = latents.fit(videos=4)
+    data = train_transformer.draw_latents(components, latents.SCENES[:3], per_scene=2, seed=0)
+    averaged = recipe(ema=0.5, of_ten=1)
+    train_transformer.train(tmp_path / "whole", components, data, data, averaged, compiled=False)
+    train_transformer.train(tmp_path / "parts", components, data, data, averaged, compiled=False, stop_at=2)
+    assert not (tmp_path / "parts" / train_transformer.AVERAGED).exists()
+    train_transformer.train(tmp_path / "parts", components, data, data, averaged, compiled=False)
+    found = [train_transformer.weights_in(tmp_path / name) for name in ("whole", "parts")]
+    raw = weights_in(tmp_path / "whole")
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(not torch.equal(found[0][name], raw[name]) for name in raw)
+
+
+@pytest.mark.slow
+def test_scenes_drawn_side_by_side_are_the_same() -> None:
+    components = latents.fit(videos=4)
+    alone, beside = (
+        train_transformer.draw_latents(components, latents.SCENES[:3], 2, seed=0, workers=workers) for workers in (1, 2)
+    )
+    assert torch.equal(alone["latents"], beside["latents"])
+    assert torch.equal(alone["scene"], beside["scene"])
+
+
 def clean_latents(batch: train_transformer.Batch) -> torch.Tensor:
     """What the noise was added to."""
     return batch.noisy - batch.sigma.view(-1, 1, 1, 1, 1) * batch.target

@@ -1,6 +1,6 @@
 """Puts the trained parts together into a pipeline in diffusers layout, BF16 safetensors.
 
-    python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer/stage5
+    python -m tools.tiny_wan.export --vae outputs/tiny_wan/vae --transformer outputs/tiny_wan/transformer/scratch
 
 Written beside the package's own weights under a temporary name, which takes their place when it is whole.
 """

@@ -1,42 +1,51 @@
-"""Trains tiny-wan's transformer together with its text encoder, by flow matching.
+r"""Trains tiny-wan's transformer together with its text encoder, by flow matching.
 
 x_sigma = (1 - sigma) x_0 + sigma e,  target v = e - x_0,  sigma = su / (1 + (s - 1) u) with u uniform:
 the flow shift of generation, applied in training too (arXiv 2403.03206, section 5.3.2), with s = 3 or near it as
-``STAGES`` says. A tenth of the captions is dropped to the empty string, for classifier-free guidance. The text is
+the recipes say. A tenth of the captions is dropped to the empty string, for classifier-free guidance. The text is
 encoded just as ``WanPipeline`` does it, at the same length and with zeros behind the last token, because Wan's
 cross-attention attends to the padding.
 
 Left to itself a model of this size denoises every token alone for thousands of steps, and its shapes
 are scattered tiles that do not move: with one noise level for a whole video, what a token could learn
-from its neighbours is nearly as noisy as what it knows itself. Three things help:
+from its neighbours is nearly as noisy as what it knows itself. Two things help:
 
-- For the first part of the training every video has two noise levels ("diffusion forcing", arXiv
-  2407.01392; Wan 2.2's per-token timesteps carry it), split among its tokens or among its frames. Next to
-  a clean token looking around pays at once, and between a clean frame and a noisy one lies a motion.
+- In the first part of the training videos have two noise levels ("diffusion forcing", arXiv 2407.01392; Wan 2.2's
+  per-token timesteps carry it), split among their tokens or among their frames. Next to a clean token looking around
+  pays at once, and between a clean frame and a noisy one lies a motion.
 - Each head begins by looking at one neighbour (``look_around``).
-- All this is learned with ten blocks, at less than a third of the time a step. Then three silent
-  blocks go behind each (``grow``), and the forty go on together.
 
-Most stages read latents of videos that were drawn and encoded once. That is enough to learn what moves where, but in
-the end the model knows those videos by heart (LOG.md), so the last stage draws new ones in every step. Batches, noise
-and dropout are functions of (seed, step) alone, so a resumed run goes on with what an uninterrupted one would have
-seen.
+There are two recipes. ``scratch``, of the tiny-wan that ships, trains all forty blocks from the first step, on a card:
 
-    python -m tools.tiny_wan.train_transformer --latents outputs/tiny_wan/latents.pt --out outputs/tiny_wan/transformer
+    python -m tools.tiny_wan.train_transformer --device cuda \
+        --latents outputs/tiny_wan/latents.pt --out outputs/tiny_wan/transformer
+
+``grown``, of tiny-grown, needs two days on two CPU cores: it learns with ten blocks, at less than a third of the time a
+step, then three silent blocks go behind each (``grow``), and the forty go on together, which leaves every fourth block
+with most of the work. Its stages read latents of videos that were drawn and encoded once, 40 of each scene; in the end
+the model knows those by heart (LOG.md), so the last stage draws new ones in every step.
+
+Batches, noise and dropout are functions of (seed, step) alone, so a training that was killed goes on, with
+``--resume``, with what an uninterrupted one would have seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
+import os
 import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from tools.tiny_wan.latents import SCENES, Components, load_or_fit, to_model
@@ -49,8 +58,8 @@ from wanquant.wan.tiny import Scene, all_scenes, draw
 
 TEXT_LENGTH = 64
 FLOW_SHIFT = 3.0
-#: Drawn of each of the 180 combinations.
-VIDEOS_PER_SCENE = 40
+#: Videos of a scene that are drawn before they are encoded; the averaged weights, in a stage's folder.
+DRAWN_TOGETHER, AVERAGED = 40, "averaged.safetensors"
 VALIDATION_SIGMAS = (0.9, 0.8, 0.7, 0.5)
 TEXT_CONFIG = {
     "vocab_size": 384,
@@ -163,14 +172,27 @@ def grow(state: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
     return grown
 
 
-def draw_latents(components: Components, scenes: list[Scene], per_scene: int, seed: int) -> dict[str, torch.Tensor]:
+def draw_latents(
+    components: Components, scenes: list[Scene], per_scene: int, seed: int, workers: int = 1
+) -> dict[str, torch.Tensor]:
     """Latents [videos, 16, 5, 8, 8] of freshly drawn videos, and the index of each one's scene in ``CAPTIONS``."""
-    latents = []
-    for scene in scenes:
-        rng = np.random.default_rng((seed, 1, CAPTIONS.index(scene.caption)))
-        latents.append(components.encode(torch.stack([to_model(draw(scene, rng)) for _ in range(per_scene)])))
+    one = partial(_draw_scene, components, per_scene, seed)
+    if workers > 1:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            latents = list(pool.map(one, scenes))
+    else:
+        latents = [one(scene) for scene in scenes]
     index = torch.tensor([CAPTIONS.index(scene.caption) for scene in scenes])
-    return {"latents": torch.cat(latents), "scene": index.repeat_interleave(per_scene)}
+    return {"latents": torch.cat([torch.from_numpy(each) for each in latents]),
+            "scene": index.repeat_interleave(per_scene)}  # fmt: skip
+
+
+def _draw_scene(components: Components, count: int, seed: int, scene: Scene) -> np.ndarray:
+    """A few at a time: pixels are a hundred times as large as latents."""
+    rng = np.random.default_rng((seed, 1, CAPTIONS.index(scene.caption)))
+    parts = [range(first, min(first + DRAWN_TOGETHER, count)) for first in range(0, count, DRAWN_TOGETHER)]
+    encoded = [components.encode(torch.stack([to_model(draw(scene, rng)) for _ in part])) for part in parts]
+    return np.asarray(torch.cat(encoded))
 
 
 def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,9 +202,10 @@ def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One stage of the training. ``drop`` is the share of captions replaced by the empty one, ``two_levels`` of
-    steps with two noise levels, ``shift`` that of the noise levels: more of them are high. ``fresh`` has every
-    step draw its videos anew.
+    """One stage of the training. ``drop`` is the share of captions replaced by the empty one; ``two_levels`` the first
+    part of the steps, of which ``of_ten`` in ten have two noise levels; ``shift`` that of the noise levels: more of
+    them are high. ``videos`` are drawn of each of the 180 combinations; ``fresh`` has every step draw its own. With
+    ``ema`` the weights are averaged with that decay.
 
     Muon trains the matrices of the blocks, AdamW the rest: norms, biases and modulations of the blocks
     (``lr_vectors``) and what lies outside them.
@@ -199,14 +222,24 @@ class Recipe:
     drop: float = 0.1
     seed: int = 0
     fresh: bool = False
+    of_ten: int = 10
+    videos: int = 40
+    warmup: int = 100
+    floor: float = 0.02
+    ema: float = 0.0
+    clip: float = 1.0
 
     def rate_at(self, step: int) -> float:
-        """Of the learning rates: a short warm-up, then down to a fiftieth by a cosine."""
-        warm, decay = min(1.0, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return warm * (0.02 + 0.98 * decay)
+        """Of the learning rates: a short warm-up, then down to the floor by a cosine."""
+        warm, decay = min(1.0, (step + 1) / self.warmup), 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return warm * (self.floor + (1 - self.floor) * decay)
 
 
-STAGES = (
+SCRATCH = Recipe(
+    blocks=40, steps=5776, two_levels=0.4, of_ten=6, batch=128, videos=320,
+    lr_matrices=6e-3, lr_vectors=5e-3, lr_rest=1.5e-3, warmup=200, floor=0.01, ema=0.995, clip=2.0,
+)  # fmt: skip
+GROWN = (
     Recipe(blocks=10, steps=2400, two_levels=0.6, lr_matrices=1e-2, lr_vectors=1e-2, lr_rest=2e-3),
     Recipe(blocks=10, steps=2000, two_levels=0.0, lr_matrices=1e-2, lr_vectors=1e-2, lr_rest=2e-3, shift=4.0, seed=1),
     Recipe(blocks=40, steps=1000, two_levels=0.0, lr_matrices=5e-3, lr_vectors=5e-3, lr_rest=1e-3, shift=2.0, seed=2),
@@ -261,7 +294,7 @@ def draw_batch(components: Components, data: dict[str, torch.Tensor], recipe: Re
     uniform = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch
     sigma = shift(uniform, recipe.shift)
     noise = torch.randn(clean.shape, generator=generator)
-    if step < recipe.two_levels * recipe.steps:
+    if step < recipe.two_levels * recipe.steps and step % 10 < recipe.of_ten:
         second = torch.rand(recipe.batch, 1, 1, 1, generator=generator)
         share = torch.rand(recipe.batch, 1, 1, 1, generator=generator)
         tokens = (recipe.batch, clean.shape[2], clean.shape[3] // 2, clean.shape[4] // 2)
@@ -273,9 +306,9 @@ def draw_batch(components: Components, data: dict[str, torch.Tensor], recipe: Re
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """The ``TextToVelocity`` state of a stage's folder, or of a pipeline's, in float32."""
+    """The ``TextToVelocity`` state of a stage's folder, averaged if it was, or of a pipeline's, in float32."""
     if states_in(folder):
-        state = weights_of_loop(folder)
+        state = load_file(folder / AVERAGED) if (folder / AVERAGED).is_file() else weights_of_loop(folder)
         # The encoder's own name for the embedding, which is tied.
         tied = ("text_encoder.shared.weight", "text_encoder.encoder.embed_tokens.weight")
         known = next(state[name] for name in tied if name in state)
@@ -306,13 +339,18 @@ def make_optimizers(model: TextToVelocity, recipe: Recipe) -> list[torch.optim.O
 def validate(model: TextToVelocity, held_out: dict[str, torch.Tensor], texts: tuple[torch.Tensor, torch.Tensor]) -> Row:
     """The loss on held-out combinations at a few noise levels, each one for whole videos."""
     noise = torch.randn(held_out["latents"].shape, generator=torch.Generator().manual_seed(1))
-    row: Row = {}
     scene = held_out["scene"]
-    for sigma in VALIDATION_SIGMAS:
-        batch = noised(held_out["latents"], torch.full((len(scene),), sigma), scene, noise)
-        velocity = model(batch.noisy, batch.sigma, texts[0][scene], texts[1][scene])
-        row[f"loss_{sigma}"] = F.mse_loss(velocity, batch.target).item()
-    return row
+    levels = {sigma: torch.full((len(scene),), sigma) for sigma in VALIDATION_SIGMAS}
+    batches = {sigma: noised(held_out["latents"], level, scene, noise) for sigma, level in levels.items()}
+    return {f"loss_{sigma}": flow_loss(model, batch, texts).item() for sigma, batch in batches.items()}
+
+
+def flow_loss(model: torch.nn.Module, batch: Batch, texts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """On the model's device; ``texts`` are the tokens of ``CAPTIONS`` and their mask."""
+    given = (batch.noisy, batch.sigma, *(each[batch.scene] for each in texts), batch.target)
+    device = next(model.parameters()).device
+    *inputs, target = (each.to(device) for each in given)
+    return F.mse_loss(model(*inputs), target)
 
 
 def train(
@@ -324,13 +362,14 @@ def train(
     before: Path | None = None,
     compiled: bool = True,
     stop_at: int | None = None,
+    device: str = "cpu",
 ) -> None:
     """From the last checkpoint in ``out`` to the recipe's last step, or to ``stop_at`` to go on later.
 
     It begins with new weights, or with those ``before`` (the folder of a stage or of a pipeline), grown to as many
     blocks as the recipe says.
     """
-    ids, masks = tokenize(CAPTIONS)
+    texts = tokenize(CAPTIONS)
     torch.manual_seed(recipe.seed)
     model = TextToVelocity(recipe.blocks)
     if before is not None:
@@ -341,18 +380,24 @@ def train(
             block.compile()
 
     def loss(model: torch.nn.Module, step: int, rows: range) -> dict[str, torch.Tensor]:
-        batch = draw_batch(components, data, recipe, step)
-        velocity = model(batch.noisy, batch.sigma, ids[batch.scene], masks[batch.scene])
-        return {"loss": F.mse_loss(velocity, batch.target)}
+        return {"loss": flow_loss(model, draw_batch(components, data, recipe, step), texts)}
 
     def check(step: int) -> Row:
-        return validate(model, held_out, (ids, masks))
+        return validate(model, held_out, texts)
 
     # A "row" is a whole batch: it is drawn as one, for one process.
-    config = LoopConfig(recipe.steps, batch=1, save_every=200, seed=recipe.seed, diverged=math.inf)
-    accelerator, optimizers = make_accelerator(torch.device("cpu")), make_optimizers(model, recipe)
+    how = {"save_every": 200, "seed": recipe.seed, "diverged": math.inf, "ema": recipe.ema, "clip": recipe.clip}
+    config = LoopConfig(recipe.steps, batch=1, **how)
+    accelerator, optimizers = make_accelerator(torch.device(device)), make_optimizers(model, recipe)
     loop = Loop(accelerator, model, optimizers, recipe.rate_at, loss, config, out, str(recipe))
     loop.run("train transformer", Hooks(check=check, check_every=200, show=show), stop_at)
+    if loop.average is not None and loop.done == recipe.steps:
+        loop.average.settle()
+        state = {name: tensor.cpu().contiguous() for name, tensor in loop.release().state_dict().items()}
+        # Of tied weights one, and the names of blocks without what compiling adds.
+        state.pop("text_encoder.encoder.embed_tokens.weight")
+        save_file({name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}, out / AVERAGED)
+        return
     loop.release()
 
 
@@ -366,22 +411,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--latents", type=Path, required=True, help="file of the latent space, made if it is not there")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--first-stage", type=int, default=0, help="begin with this stage, from 0")
+    parser.add_argument("--recipe", choices=("scratch", "grown"), default="scratch")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--resume", action="store_true", help="go on from the last state in --out")
+    parser.add_argument("--first-stage", type=int, default=0, help="of grown, from 0: begin with this one")
     parser.add_argument("--weights", type=Path, help="begin with these, a stage's or a pipeline's folder")
     parser.add_argument("--no-compile", action="store_true", help="slower, but needs no C++ compiler")
     args = parser.parse_args()
-    components = load_or_fit(args.latents)
-    data = draw_latents(components, SCENES, VIDEOS_PER_SCENE, seed=0)
-    held_out = draw_latents(components, [scene for scene in all_scenes() if scene.held_out], 2, seed=1)
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: there is no card")
+        torch.set_float32_matmul_precision("high")
+    stages = {f"stage{number}": recipe for number, recipe in enumerate(GROWN)}
+    stages = {"scratch": SCRATCH} if args.recipe == "scratch" else dict(list(stages.items())[args.first_stage :])
+    begun = [name for name in stages if states_in(args.out / name)]
+    if begun and not args.resume:
+        parser.error(f"{args.out / begun[-1]} holds a training: go on with --resume, or give another --out")
     before = args.weights
     if before is None and args.first_stage:
         before = args.out / f"stage{args.first_stage - 1}"
         if not states_in(before):
             parser.error(f"stage {args.first_stage} goes on from another: {before} has no state, give --weights")
-    for number, recipe in enumerate(STAGES[args.first_stage :], args.first_stage):
-        out = args.out / f"stage{number}"
-        train(out, components, data, held_out, recipe, before, compiled=not args.no_compile)
-        before = out
+    components, videos = load_or_fit(args.latents), next(iter(stages.values())).videos
+    data = draw_latents(components, SCENES, videos, seed=0, workers=min(16, os.cpu_count() or 1))
+    held_out = draw_latents(components, [scene for scene in all_scenes() if scene.held_out], 2, seed=1)
+    how = {"compiled": not args.no_compile, "device": args.device}
+    for name, recipe in stages.items():
+        train(args.out / name, components, data, held_out, recipe, before, **how)
+        before = args.out / name
 
 
 if __name__ == "__main__":

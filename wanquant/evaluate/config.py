@@ -63,6 +63,7 @@ class EvaluateConfig:
     def check(self) -> None:
         """``ValueError`` names the key at fault and what it may be; needs no torch."""
         check_choices(self)
+        self.model.check_video()
         if self.threads < 1:
             raise ValueError(f"threads={self.threads}: must be at least 1")
         if self.eval.block_sqnr:

@@ -75,6 +75,7 @@ class PTQConfig:
         if self.mode == "convert":
             self._check_convert()
             return
+        self.model.check_video()
         if self.convert != ConvertConfig():
             raise ValueError(f"convert is for mode=convert, not for mode={self.mode}")
         if self.mode == "analyze" and self.eval.dimensions:

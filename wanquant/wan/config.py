@@ -39,7 +39,7 @@ class GenerationConfig:
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 raise ValueError(f"generation.{name}={getattr(self, name)}: must be a multiple of 16")
-        if self.num_frames < 5 or (self.num_frames - 1) % 4:
+        if self.num_frames < 1 or (self.num_frames - 1) % 4:
             raise ValueError(f"generation.num_frames={self.num_frames}: must be 5, 9, 13, ... (4n + 1)")
         if not 0 < self.flow_shift < math.inf:
             raise ValueError(f"generation.flow_shift={self.flow_shift}: must be positive and finite")
@@ -78,3 +78,8 @@ class ModelConfig:
     batch: int = 1
     #: Planted after loading; none by default.
     outliers: OutliersConfig = field(default_factory=OutliersConfig)
+
+    def check_video(self) -> None:
+        """``ValueError`` for a still picture, which has no motion to measure."""
+        if self.generation.num_frames < 5:
+            raise ValueError(f"generation.num_frames={self.generation.num_frames}: must be 5, 9, 13, ... (4n + 1)")
