@@ -29,7 +29,7 @@ from wanquant.qat.plan import resolve_train
 from wanquant.qat.train_config import TrainConfig
 from wanquant.runs.run import read_result
 from wanquant.wan.config import GenerationConfig, ModelConfig
-from wanquant.wan.resources.estimate import in_bytes
+from wanquant.wan.resources.printed import in_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 BAR = 0.15

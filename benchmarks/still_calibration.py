@@ -48,7 +48,7 @@ def measured(plan: PTQPlan, pipeline: CachedPipeline, frames: int) -> dict[str, 
     calibrator = Calibrator(calibrated_on, plan.scheme, list(plan.calibration))
     pairs, stats = list(plan.pairs), calibrator.inputs()
     counted = {**calibrator.what_is_quantized(()), "calibration_frames": frames}
-    trajectories = record(pipeline, pairs, plan.config.eval)
+    trajectories = record(pipeline, pairs, plan.config.eval.single_steps)
     baseline = pipeline.videos("BF16", pairs, pipeline.latents("BF16", pairs)[0])
     with quantized(pipeline.transformer, plan.scheme, (), (), stats):
         found = {each.name: measure_steps(each, counted).items() for each in trajectories}

@@ -31,8 +31,8 @@ from wanquant.qat.train_config import TrainConfig
 from wanquant.quant.convert import make_trainable_
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.device import forget_peak_memory, peak_memory
-from wanquant.wan.resources.estimate import in_bytes
 from wanquant.wan.resources.footprint import mixed_norms
+from wanquant.wan.resources.printed import in_bytes
 
 TIME_BAR, MEMORY_BAR = 1.4, 1.2
 CPU = torch.device("cpu")

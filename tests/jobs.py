@@ -20,7 +20,7 @@ ROOT = Path(config.CONF).parent
 #: What the tests of this process share, instead of what the working tree has.
 CACHE = tempfile.mkdtemp(prefix="wanquant-cache-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-QUICK = ["model.generation.steps=1", "model.generation.num_frames=5", "model.device=cpu", "eval.frames=[]"]
+QUICK = ["model.generation.steps=1", "model.generation.num_frames=5", "model.device=cpu", "model.other_frames=[]"]
 #: So that each of two transformers makes one, and a training has steps to learn from.
 TWO_STEPS = ["model.generation.steps=2", *QUICK[1:]]
 TWO = (

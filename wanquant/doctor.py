@@ -17,7 +17,7 @@ from wanquant.runs.progress import announce
 def main() -> None:
     parser = argparse.ArgumentParser(prog="wanquant doctor", description="What is installed, and what is not.")
     parser.add_argument("command", nargs="?", choices=("fetch",), help="get the missing weights")
-    parser.add_argument("dimensions", nargs="*", help="of these dimensions of VBench, or lpips (default: all)")
+    parser.add_argument("dimensions", nargs="*", help="of these dimensions of VBench, lpips or raft (default: all)")
     args = parser.parse_args()
     announce("doctor")
     from wanquant.evaluate.judges.examine import examine, fetch

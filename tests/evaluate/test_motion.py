@@ -85,7 +85,25 @@ def test_gates_tell_slow_and_frozen_from_sound() -> None:
     assert failed(slowed(scene, 5, 0.4)) == {"slow_motion"}
     video = reference.video
     stopped = np.concatenate([video[:11], np.repeat(video[10:11], 6, axis=0)])
-    assert failed(Sample(scene.caption, 5, torch.zeros(1), stopped)) == {"frozen"}
+    assert failed(Sample(scene.caption, 5, torch.zeros(1), stopped)) == {"frozen", "slow_motion"}
+
+
+def soft(speed: float, contrast: float = 0.1) -> np.ndarray:
+    """A smooth texture that fills the picture and moves to the right."""
+    y, x = np.mgrid[:96, :96]
+    waves = [(0.3, 17.0), (1.7, 23.0), (2.9, 31.0)]
+    frames = []
+    for time in range(17):
+        at = x - speed * time
+        frames.append(sum(np.sin(2 * np.pi * (at * np.cos(a) + y * np.sin(a)) / length) for a, length in waves) / 3)
+    return np.repeat((0.5 + contrast * np.stack(frames))[..., None], 3, -1).astype(np.float32)
+
+
+@pytest.mark.parametrize("speed", [0.3, 1.0, 3.0])
+def test_soft_and_slow_motion_is_measured_too(speed: float) -> None:
+    reference = soft(speed)
+    for share in (0.9, 0.8, 0.5, 0.0):
+        assert motion.speed_ratio(reference, soft(share * speed)) == pytest.approx(share, abs=0.03)
 
 
 def test_jitter_has_more_of_the_fast_changes() -> None:

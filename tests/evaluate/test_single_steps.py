@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 
 from tests.jobs import TWO, ptq, short
 from wanquant import load_pipeline
-from wanquant.evaluate.config import EvalConfig
+from wanquant.evaluate import single_steps
 from wanquant.evaluate.single_steps import measure_steps, measured_now, record
+from wanquant.evaluate.sweep import tables
 from wanquant.ptq.sensitivity import quantized
 from wanquant.quant import QuantConfig
 from wanquant.runs.cache import Cache
+from wanquant.runs.reports import sweep_table
 from wanquant.runs.run import read_result
 from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.config import GenerationConfig, ModelConfig
@@ -30,21 +33,22 @@ THREE = [*PAIRS, (PAIRS[0][0], 2)]
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> CachedPipeline:
-    model = ModelConfig(generation=SETTINGS, batch=2)
+    model = ModelConfig(generation=SETTINGS, batch=2, other_frames=[9])
     cache = Cache(tmp_path_factory.mktemp("cache"))
     return CachedPipeline(load_pipeline(short(), "cpu"), model, "as shipped", torch.device("cpu"), cache)
 
 
 def test_bf16_replayed_is_bit_equal_at_every_length(pipeline: CachedPipeline) -> None:
-    for along in record(pipeline, THREE, EvalConfig(single_steps=2, frames=[9])):
+    found = record(pipeline, THREE, 2)
+    assert [along.name for along in found] == ["step_sqnr", "step_sqnr_9"]
+    for along in found:
         found = measured_now(along, lambda: None)
         assert found.decibels.shape == (3, 2, 2)
         assert (found.decibels == 100.0).all()
-    assert [along.name for along in record(pipeline, THREE, EvalConfig(frames=[9]))] == ["step_sqnr", "step_sqnr_9"]
 
 
 def test_errors_are_those_of_the_outputs(pipeline: CachedPipeline) -> None:
-    (along,) = record(pipeline, THREE, EvalConfig(single_steps=2))
+    (along,) = record(pipeline, THREE, 2, alone=True)
     recording = along.recording
     assert recording.kept == [1, 3]
     ticks: list[None] = []
@@ -66,7 +70,7 @@ def test_errors_are_those_of_the_outputs(pipeline: CachedPipeline) -> None:
 
 
 def test_measured_once_and_what_is_not_finite_is_known_as_such(pipeline: CachedPipeline) -> None:
-    (along,) = record(pipeline, PAIRS, EvalConfig(single_steps=1))
+    (along,) = record(pipeline, PAIRS, 1, alone=True)
     weight = pipeline.transformer.proj_out.weight
     before = weight[0, 0].item()
     with torch.no_grad():
@@ -82,6 +86,22 @@ def test_measured_once_and_what_is_not_finite_is_known_as_such(pipeline: CachedP
     assert (measure_steps(along, {"broken": True}, afresh=True).decibels == 100.0).all()
 
 
+def test_more_pairs_cost_their_own_batches_only(pipeline: CachedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was stopped goes on at its batch."""
+    real, seen = single_steps.step_sqnrs, list[Any]()
+    (two,), (three,) = (record(pipeline, pairs, 1, alone=True) for pairs in (PAIRS, THREE))
+
+    def counted(*args: Any) -> Any:
+        seen.append(args[2])
+        return real(*args)
+
+    monkeypatch.setattr(single_steps, "step_sqnrs", counted)
+    before = measure_steps(two, {"what": "this"})
+    after = measure_steps(three, {"what": "this"})
+    assert seen == [0, 1]
+    assert (after.decibels[:2] == before.decibels).all()
+
+
 def test_steps_are_spread_over_the_trajectory() -> None:
     assert spread(20, 10) == list(range(1, 20, 2))
     assert spread(50, 20)[:3] == [1, 3, 6]
@@ -92,7 +112,14 @@ def test_steps_are_spread_over_the_trajectory() -> None:
 def test_a_run_without_videos_ranks_by_single_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone = [TWO, "eval.videos=false", "eval.frames=[9]", "tracker=none", "checkpoint=false"]
+    alone = [
+        TWO,
+        "eval.videos=false",
+        "eval.block_sqnr=true",
+        "model.other_frames=[9]",
+        "tracker=none",
+        "checkpoint=false",
+    ]
     assert ptq(monkeypatch, *alone, "protect=none", f"hydra.run.dir={tmp_path / '0'}") == 0
     assert ptq(monkeypatch, *alone, "protect=boundary", f"hydra.run.dir={tmp_path / '1'}") == 0
     assert "gates: no videos were made" in capsys.readouterr().out
@@ -102,6 +129,12 @@ def test_a_run_without_videos_ranks_by_single_steps(
     assert second["verdict"] == "no videos"
     assert not (tmp_path / "1" / "videos").exists()
     assert "No videos were made" in (tmp_path / "1" / "report.html").read_text()
+    # Both in a table, ranked, with nothing said of videos.
+    summary = tables.report(tmp_path)
+    heads, rows, _ = sweep_table.cells(summary)
+    assert [row["name"] for row in summary["rows"]] == ["boundary", "none"]
+    assert {row[heads.index("gates")] for row in rows} == {"no videos"}
+    assert "PSNR, dB" not in heads
     # The same with videos: single steps come from the cache.
     assert ptq(monkeypatch, *alone[:1], *alone[2:], "protect=boundary", f"hydra.run.dir={tmp_path / 'whole'}") == 0
     whole = read_result(tmp_path / "whole")

@@ -194,12 +194,25 @@ def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["protect=auto", "protect.by=sensitivity"], "99 videos denoised in BF16, 5 quantized"),
-        (["protect=greedy", "protect.candidates=6"], "99 videos denoised in BF16, 45 quantized"),
-        (["protect=greedy", "protect.candidates=0", "protect.budget=1"], "19 videos denoised in BF16, 85 quantized"),
-        (["mode=analyze"], "4 videos denoised in BF16, 2 quantized, 0 decoded"),
+        (
+            ["protect=auto", "protect.by=sensitivity"],
+            "19 videos denoised in BF16, 5 quantized, 20 decoded, single steps of 47 ",
+        ),
+        (
+            ["protect=greedy", "protect.candidates=6"],
+            "19 videos denoised in BF16, 5 quantized, 20 decoded, single steps of 67 ",
+        ),
+        (
+            ["protect=greedy", "protect.candidates=0", "protect.budget=1"],
+            "5 quantized, 20 decoded, single steps of 47 ",
+        ),
+        (["mode=analyze"], "4 videos denoised in BF16, 2 quantized, 0 decoded, by a probe"),
+        (["eval.videos=false"], "7 videos denoised in BF16, 0 quantized, 0 decoded, single steps of 7 "),
         (["mode=analyze", "protect=auto", "protect.by=block_sqnr"], "4 videos denoised in BF16, 2 quantized, 0"),
-        (["mode=analyze", "analysis.sensitivity=true"], "86 videos denoised in BF16, 22 quantized, 0 decoded"),
+        (
+            ["mode=analyze", "analysis.sensitivity=true"],
+            "6 videos denoised in BF16, 2 quantized, 0 decoded, single steps of 50 ",
+        ),
     ],
 )
 def test_a_dry_run_counts_what_choosing_costs(
@@ -264,7 +277,7 @@ def test_a_second_run_makes_no_bf16_video_again(
         overrides = [TWO, "tracker=none", "checkpoint=false", f"cache={tmp_path / 'cache'}"]
         assert ptq(monkeypatch, *overrides, f"hydra.run.dir={tmp_path / name}", f"force={force}") == 0
         results.append(read_result(tmp_path / name))
-    made = ["calibrate", "generate BF16", "noise floor: 1 ulp", "noise floor: seed"]
+    made = ["calibrate", "record BF16", "generate BF16", "noise floor: 1 ulp", "noise floor: seed"]
     assert [result["provenance"]["from_cache"] for result in results] == [[], made]
     assert results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["signature"] == results[1]["signature"]

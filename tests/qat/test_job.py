@@ -27,6 +27,7 @@ from wanquant.evaluate.sweep.summary import summarize
 from wanquant.qat.job import verdict_of
 from wanquant.qat.train_config import read_list
 from wanquant.runs.reports.training import drift_table
+from wanquant.runs.run import read_result
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate
 
@@ -132,7 +133,23 @@ def test_the_untrained_baseline_is_ptqs(model: Path, tmp_path: Path, monkeypatch
     alone = [word for word in words if not word.startswith("qat.")]
     assert ptq(monkeypatch, *alone, "checkpoint=false", f"hydra.run.dir={tmp_path / 'ptq'}") == 0
     assert train(monkeypatch, *words, "protect.blocks=[-1,0]", f"hydra.run.dir={tmp_path / 'run'}") == 0
-    assert "generate untrained" in result_of(tmp_path / "run")["provenance"]["from_cache"]
+    result, untrained = result_of(tmp_path / "run"), read_result(tmp_path / "ptq")["metrics"]
+    assert "generate untrained" in result["provenance"]["from_cache"]
+    for name in ("step_sqnr", "psnr", "shape_speed", "motion_speed", "attributes"):
+        assert result["metrics"][f"untrained.{name}"]["per_item"] == untrained[name]["per_item"], name
+
+
+def test_training_without_videos_is_judged_by_single_steps(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = overrides(model, cache, "qat.scope=norms", "eval.videos=false", f"hydra.run.dir={tmp_path / 'run'}")
+    assert train(monkeypatch, *words) == 0
+    result = result_of(tmp_path / "run")
+    assert result["metrics"].keys() == {"step_sqnr", "untrained.step_sqnr"}
+    assert result["over_untrained"].keys() == {"step_sqnr"}
+    assert "QAT against PTQ baseline: too few pairs" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "videos").exists()
+    assert "No videos were made" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_bf16_is_fine_tuned_in_the_same_loop(

@@ -7,7 +7,7 @@ import torch
 
 from tests.models import wan_transformer
 from wanquant.quant import QuantConfig, plan_conversion
-from wanquant.wan.resources.estimate import block_map
+from wanquant.wan.resources.printed import block_map
 
 
 @pytest.mark.parametrize(

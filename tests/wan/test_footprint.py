@@ -18,13 +18,14 @@ from wanquant.wan import tiny
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.load import find_folder
 from wanquant.wan.resources import probe
-from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts, in_time
+from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
 from wanquant.wan.resources.footprint import (
     Alive,
     Quantized,
     decoding_bytes,
     denoising_bytes,
 )
+from wanquant.wan.resources.printed import in_time
 from wanquant.wan.resources.probe import block_seconds, decoding_seconds, is_small, learning_seconds, small_pass
 
 CPU = torch.device("cpu")

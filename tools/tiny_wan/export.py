@@ -66,6 +66,8 @@ def main() -> None:
     pipe.save_pretrained(temporary)
     (temporary / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
     if args.out.exists():
+        if (args.out / "README.md").is_file():  # the model card, which a person writes
+            shutil.copyfile(args.out / "README.md", temporary / "README.md")
         args.out.rename(old)
     temporary.rename(args.out)
     shutil.rmtree(old, ignore_errors=True)

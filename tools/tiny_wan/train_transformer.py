@@ -393,12 +393,16 @@ def train(
     loop.run("train transformer", Hooks(check=check, check_every=200, show=show), stop_at)
     if loop.average is not None and loop.done == recipe.steps:
         loop.average.settle()
-        state = {name: tensor.cpu().contiguous() for name, tensor in loop.release().state_dict().items()}
-        # Of tied weights one, and the names of blocks without what compiling adds.
-        state.pop("text_encoder.encoder.embed_tokens.weight")
-        save_file({name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}, out / AVERAGED)
-        return
-    loop.release()
+        save_averaged(loop.release(), out)
+    else:
+        loop.release()
+
+
+def save_averaged(model: torch.nn.Module, out: Path) -> None:
+    """Of tied weights one, and the names of blocks without what compiling adds."""
+    state = {name.replace("_orig_mod.", ""): tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state.pop("text_encoder.encoder.embed_tokens.weight")
+    save_file(state, out / AVERAGED)
 
 
 def show(row: Row) -> None:

@@ -50,20 +50,20 @@ class Networks:
         return cls(distance(config.lpips, device), flow(config.flow, device))
 
 
-def distances(reference: Sample, sample: Sample, networks: Networks) -> dict[str, float]:
-    """What can be measured of any pair, whatever the prompt."""
+def distances(reference: Sample, sample: Sample, scenes: bool, networks: Networks) -> dict[str, float]:
+    """What is measured of a sample beside its reference; ``scenes``: both show one of ``wanquant.wan.tiny``."""
     found = fidelity.compare(reference, sample, networks.lpips)
     found |= motion.compare(reference.video, sample.video, networks.flow)
+    if scenes:
+        found["shape_speed"] = attributes.speed_ratio(reference.video, sample.video)
     return found | {name: measure(reference, sample) for name, measure in REGISTERED.items()}
 
 
 def of_pair(sample: Sample, reference: Sample | None, scenes: bool, networks: Networks) -> dict[str, float]:
     """Every metric of one pair; ``scenes``: the prompt is a caption of ``wanquant.wan.tiny``, so that attributes can be
     measured too."""
-    found = distances(reference, sample, networks) if reference is not None else {}
+    found = distances(reference, sample, scenes, networks) if reference is not None else {}
     if scenes:
-        if reference is not None:
-            found["shape_speed"] = attributes.speed_ratio(reference.video, sample.video)
         for prefix, side in (("bf16.", reference), ("", sample)):
             if side is not None:
                 scores = attributes.score(side.video, parse_caption(side.prompt))
@@ -84,7 +84,11 @@ def measure(
     found: dict[str, list[Item]] = {}
     for prefix, couples in beside.items():
         for reference, sample in couples:
-            for name, value in of_pair(sample, reference, scenes and not prefix, networks).items():
+            if prefix:
+                values = distances(reference, sample, scenes, networks)
+            else:
+                values = of_pair(sample, reference, scenes, networks)
+            for name, value in values.items():
                 found.setdefault(prefix + name, []).append(Item(reference.prompt, reference.seed, value))
             on_pair()
     return with_differences(found)

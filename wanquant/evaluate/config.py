@@ -30,8 +30,6 @@ class EvalConfig:
     videos: bool = True
     #: Denoising steps of each BF16 trajectory whose error is measured, spread evenly over it; all if it has no more.
     single_steps: int = 10
-    #: Further numbers of frames to measure single steps at.
-    frames: list[int] = field(default_factory=list)
     noise_floor: bool = True
     #: Of VBench.
     dimensions: list[str] = field(default_factory=list)

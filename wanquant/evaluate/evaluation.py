@@ -186,7 +186,8 @@ class Evaluation:
         """Generates what is lacking, and measures it, pair by pair."""
         plan = self.plan
         lpips = perceptual.settled(plan.config.lpips) if len(plan.sides) > 1 else "off"
-        config = dataclasses.replace(plan.config, lpips=lpips, flow=flow.settled(plan.config.flow))
+        taken_by = flow.settled(plan.config.flow) if len(plan.sides) > 1 else "farneback"
+        config = dataclasses.replace(plan.config, lpips=lpips, flow=taken_by)
         cells, names = self._cells(config), {digest(pair)[:32]: pair for pair in todo}
         scenes = plan.sides[0].model.language == "scenes"
         lacking = [pair for name, pair in names.items() if cells.get(name) is None or not plan.is_there(pair)]
@@ -272,7 +273,7 @@ def _values_of(samples: Sequence[Sample], scenes: bool, networks: Networks) -> V
     sample, reference = samples[0], samples[1] if len(samples) > 1 else None
     metrics = of_pair(sample, reference, scenes, networks)
     if reference is not None and len(samples) > 2:
-        floor = distances(reference, samples[2], networks)
+        floor = distances(reference, samples[2], scenes, networks)
         metrics |= {f"floor_ulp.{name}": value for name, value in floor.items()}
     return {"metrics": metrics, "figures": gates.figures_of(sample, reference)}
 

@@ -22,9 +22,7 @@ import torch
 
 from wanquant.evaluate.judges.perceptual import Distance
 from wanquant.wan.generate import Sample
-
-#: Decibels reported at most, and for two that are equal, whose ratio is infinite: means need a number.
-EQUAL_DB = 100.0
+from wanquant.wan.recording import EQUAL_DB as EQUAL_DB
 
 
 def latent_sqnr(reference: torch.Tensor, latents: torch.Tensor) -> float:

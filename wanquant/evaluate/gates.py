@@ -128,7 +128,7 @@ GATES = (
     Gate("constant", _against(contrast), 0.1, "below", "contrast within frames against BF16"),
     Gate("static", _against(change), 0.1, "below", "change from frame to frame against BF16"),
     Gate("frozen", _frozen, 0.25, "above", "share of the time in which BF16 moves and this does not"),
-    Gate("slow_motion", _speed, 0.6, "below", "speed of what moves against BF16"),
+    Gate("slow_motion", _speed, 0.7, "below", "speed of what moves against BF16"),
     Gate("color_shift", _color_shift, 0.25, "above", "change of a channel's mean against BF16"),
     Gate("noise", _added_roughness, 0.4, "above", "roughness beyond BF16's"),
 )

@@ -39,7 +39,8 @@ from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.load import hush_libraries, shape_of, transformers_of
 from wanquant.wan.outliers import chosen_blocks
-from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_needs
+from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
+from wanquant.wan.resources.printed import in_time, print_needs
 
 #: What a model that nothing was done to has for the names of its quantization and protection.
 AS_IT_IS = {"quant": {"name": "as it is"}, "protect": {"name": "as it is"}}

@@ -120,7 +120,10 @@ def resolve_run(
     asked, name = _asked(prompts, own, model.language)
     new = [pair for pair in asked if pair not in set(own)]
     # What the run has measured elsewhere, or by other libraries, does not stand beside what is measured now.
-    ours = [pair for pair in own if pair in set(asked)] if not new or _is_alike(result, device, threads) else []
+    ours = [pair for pair in own if pair in set(asked)]
+    now = flow.settled(config.flow)
+    if new and not (_is_alike(result, device, threads) and result["eval"]["flow"] == now):
+        ours = []
     new = [pair for pair in asked if pair not in set(ours)]
     sides = _sides_of(run, result, model, reference, {pair: own.index(pair) for pair in ours})
     if not config.noise_floor or len(sides[2].files) < len(ours):
@@ -136,7 +139,8 @@ def resolve_run(
         lists=tuple(pairs_ for pairs_ in (ours, new) if pairs_),
         config=config,
         official=prompts is not None and prompts.official,
-        known={pair: measured[pair] for pair in ours},
+        # A flow that is asked for by name is taken.
+        known={pair: measured[pair] for pair in ours if config.flow in ("auto", result["eval"]["flow"])},
         run=run,
         result=result,
     )

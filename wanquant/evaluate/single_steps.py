@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.stats import Item, estimate
 from wanquant.runs.progress import progress
 from wanquant.runs.reports.columns import STEP_SQNR, step_metric
@@ -66,43 +67,56 @@ class SingleSteps:
 
 
 def record(
-    pipeline: CachedPipeline, pairs: Sequence[Pair], config: EvalConfig, label: str = "record BF16"
+    pipeline: CachedPipeline, pairs: Sequence[Pair], steps: int, label: str = "record BF16", alone: bool = False
 ) -> list[Trajectories]:
-    """BF16 trajectories of the model's own number of frames, and of the further ones of ``config``."""
+    """BF16 trajectories of the model's own number of frames, and of its ``other_frames`` unless it is ``alone``."""
     own = pipeline.model.generation.num_frames
     found = []
-    for frames in dict.fromkeys((own, *config.frames)):
+    for frames in dict.fromkeys((own, *([] if alone else pipeline.model.other_frames))):
         generation = dataclasses.replace(pipeline.model.generation, num_frames=frames)
         as_long = dataclasses.replace(pipeline, model=dataclasses.replace(pipeline.model, generation=generation))
         name, told = (STEP_SQNR, label) if frames == own else (step_metric(frames), f"{label}, {frames} frames")
-        found.append(Trajectories(name, as_long, Recording(as_long, pairs, told, config.single_steps)))
+        found.append(Trajectories(name, as_long, Recording(as_long, pairs, told, steps)))
     return found
 
 
 def measure_steps(along: Trajectories, counted: Mapping[str, Any], afresh: bool = False) -> SingleSteps:
-    """Of the transformer as it is now, from the cache by what is ``counted``, or measured now, always if ``afresh``."""
+    """Of the transformer as it is now, batch by batch from the cache by what is ``counted``, or measured now; always
+    if ``afresh``."""
     pipeline, recording = along.pipeline, along.recording
-    own = {"pairs": recording.pairs, "kept": recording.kept, "batch": pipeline.model.batch}
-    cells = pipeline.cache.cells("single_steps", pipeline.signature("single_steps", **own, **counted))
+    signed = [
+        pipeline.signature("single_steps", pairs=pairs, kept=recording.kept, **counted) for pairs, _ in recording.groups
+    ]
+    cells = [pipeline.cache.cells("single_steps", each) for each in signed]
+    missing = [afresh or cell.get("steps") is None for cell in cells]
+    label, found = f"single steps, {recording.frames} frames", []
+    with progress(label, sum(missing) * recording.steps) if any(missing) else nullcontext(lambda: None) as tick:
+        for batch, (cell, measured) in enumerate(zip(cells, missing, strict=True)):
+            measure = partial(_measure_batch, along, batch, tick)
+            if afresh and measured:
+                cell.put("steps", measure())
+            found.append(cell.measured("steps", measure))
+    pipeline.note(label, known=not any(missing))
+    return _joined(along, found)
 
-    def measure() -> dict[str, Any]:
-        with progress("single steps", recording.passes) as tick:
-            now = measured_now(along, tick)
-        return {"decibels": clean_json(now.decibels.tolist()), "overflows": now.overflows}
 
-    if afresh:
-        cells.put("steps", measure())
-    found = cells.measured("steps", measure)
-    decibels = np.array(found["decibels"], float)  # of None, NaN
-    return SingleSteps(recording.pairs, recording.frames, sigmas_of(along), decibels, Counter(found["overflows"]))
+def _measure_batch(along: Trajectories, batch: int, on_step: Callable[[], None]) -> dict[str, Any]:
+    before = along.pipeline.overflowed()
+    decibels = step_sqnrs(along.pipeline, along.recording, batch, on_step)
+    grown = {name: count - before[name] for name, count in along.pipeline.overflowed().items() if count > before[name]}
+    return {"decibels": clean_json(decibels), "overflows": grown}  # of NaN, None
 
 
 def measured_now(along: Trajectories, on_step: Callable[[], None]) -> SingleSteps:
-    """Of the transformer as it is now; ``on_step`` is called ``recording.passes`` times."""
-    pipeline, recording, before = along.pipeline, along.recording, along.pipeline.overflowed()
-    decibels = np.array(step_sqnrs(pipeline, recording, on_step))
-    overflows = Counter({name: count - before[name] for name, count in pipeline.overflowed().items()})
-    return SingleSteps(recording.pairs, recording.frames, sigmas_of(along), decibels, +overflows)
+    """Of the transformer as it is now, and kept nowhere; ``on_step`` is called ``recording.passes`` times."""
+    return _joined(along, [_measure_batch(along, batch, on_step) for batch in range(len(along.recording.groups))])
+
+
+def _joined(along: Trajectories, batches: Sequence[dict[str, Any]]) -> SingleSteps:
+    recording = along.recording
+    decibels = np.array([pair for batch in batches for pair in batch["decibels"]], float)  # of None, NaN
+    overflows = sum((Counter(batch["overflows"]) for batch in batches), Counter[str]())
+    return SingleSteps(recording.pairs, recording.frames, sigmas_of(along), decibels, overflows)
 
 
 def sigmas_of(along: Trajectories) -> list[float]:

@@ -86,6 +86,16 @@ def compared(items: Sequence[Item], comparisons: int = 1) -> Estimate:
     return Estimate(mean, mean - half, mean + half, tuple(items))
 
 
+def detectable(found: Estimate, comparisons: int = 1, power: float = 0.8) -> float:
+    """The difference of which an interval as wide as ``compared`` has found would leave out 0 so often; NaN where there
+    is no interval."""
+    degrees = len({item.prompt for item in found.items}) - 1
+    if degrees < 1:
+        return math.nan
+    critical = float(stdtrit(degrees, 1 - 0.025 / comparisons))
+    return (found.high - found.low) / 2 * (1 + float(stdtrit(degrees, power)) / critical)
+
+
 def _by_prompt(items: Sequence[Item]) -> tuple[float, np.ndarray, np.ndarray]:
     """The mean, NaN where a value is not finite, and of each prompt the sum and the number of its values."""
     if not items:

@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import nn
 
-from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.fidelity import EQUAL_DB
 from wanquant.evaluate.single_steps import Trajectories, measured_now, record
 from wanquant.evaluate.stats import Estimate, Item, estimate
@@ -134,8 +133,7 @@ class Calibrator:
     @cached_property
     def trajectories(self) -> Trajectories:
         """Of BF16, of the calibration pairs."""
-        config = EvalConfig(single_steps=self.single_steps)
-        return record(self.pipeline, self.pairs, config, "record calibration")[0]
+        return record(self.pipeline, self.pairs, self.single_steps, "record calibration", alone=True)[0]
 
     def block_errors(self) -> list[Estimate]:
         """SQNR of each block's own output, quantized alone; the cheap measure."""

@@ -33,7 +33,7 @@ from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
 from wanquant.wan.checkpoints.stream import Streamed, convert_transformer
 from wanquant.wan.device import forget_peak_memory, give_back_freed_memory, peak_memory
 from wanquant.wan.load import hush_libraries
-from wanquant.wan.resources.estimate import in_bytes
+from wanquant.wan.resources.printed import in_bytes
 
 
 def run_convert(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:

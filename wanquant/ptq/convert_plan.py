@@ -26,7 +26,7 @@ from wanquant.runs.run import digest
 from wanquant.wan.checkpoints.stream import Needs, Recipe, foresee
 from wanquant.wan.checkpoints.tensor_files import Source
 from wanquant.wan.load import Transformer, check_folder, check_weights, find_folder, shape_of, transformers_of
-from wanquant.wan.resources.estimate import LEGEND, block_map, in_bytes
+from wanquant.wan.resources.printed import LEGEND, block_map, in_bytes
 
 CPU = torch.device("cpu")
 

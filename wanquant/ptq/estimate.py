@@ -69,21 +69,27 @@ def predicted(
 def count_videos(plan: PTQPlan) -> VideoCounts:
     """Of a quantization, or of an analysis."""
     config, measured, calibrated = plan.config, len(plan.pairs), len(plan.calibration)
-    plain, quantized = _choosing(plan)
+    (plain, quantized), replays = _choosing(plan), _replays(plan)
     by = config.protect.by
     beside = by in ("sensitivity", GREEDY) or (config.mode == "analyze" and config.analysis.sensitivity)
     errors = config.mode == "analyze" or by == "block_sqnr" or config.eval.block_sqnr
     texts = len({text for text, _ in (*plan.pairs, *plan.calibration)}) + 1  # the negative one
     share = config.eval.single_steps / plan.settings.steps
     parts: dict[str, Any] = {"calibrated": calibrated, "choosing": (plain, quantized), "prompts": texts}
-    parts["recorded_share"] = share
+    parts["replays"] = (replays[0] * share, replays[1] * share)
+    kept, own = config.eval.single_steps, plan.settings.num_frames
+    chosen_on = ((calibrated * kept, own),) if any(replays) else ()
     if config.mode == "analyze":
         renamed = (("choose", "analyze"),)
-        return VideoCounts(calibrated + plain, quantized, beside=beside, all_beside=True, renamed=renamed, **parts)
+        parts |= {"beside": beside, "all_beside": True, "renamed": renamed, "recorded_steps": chosen_on}
+        return VideoCounts(calibrated + plain, quantized, **parts)
     # A trajectory of another length counts by its latent frames.
-    lengths = [((frames - 1) // 4 + 1) / ((plan.settings.num_frames - 1) // 4 + 1) for frames in config.eval.frames]
+    lengths = [
+        ((frames - 1) // 4 + 1) / ((plan.settings.num_frames - 1) // 4 + 1) for frames in config.model.other_frames
+    ]
     parts["replayed"] = measured * share * (1 + sum(lengths))
-    parts |= {"other_lengths": measured * sum(lengths), "longest": max(config.eval.frames, default=0)}
+    parts |= {"other_lengths": measured * sum(lengths), "longest": max(config.model.other_frames, default=0)}
+    parts["recorded_steps"] = (*chosen_on, *((measured * kept, frames) for frames in (own, *config.model.other_frames)))
     if not config.eval.videos:
         return VideoCounts(calibrated + plain + measured, quantized, beside=beside, all_beside=errors, **parts)
     floors = measured + len(plan.other_seeds[0]) if config.eval.noise_floor else 0
@@ -94,20 +100,25 @@ def count_videos(plan: PTQPlan) -> VideoCounts:
 
 
 def _choosing(plan: PTQPlan) -> tuple[int, int]:
-    """Videos that are denoised to choose blocks by data, mostly in BF16 and mostly quantized."""
+    """Videos that are denoised to choose blocks by data: in BF16 to be recorded, and beside quantized copies of all
+    blocks, which counts for one in BF16 and one quantized."""
+    config = plan.config
+    errors = config.mode == "analyze" or config.protect.by == "block_sqnr" or config.eval.block_sqnr
+    return (errors + any(_replays(plan))) * len(plan.calibration), errors * len(plan.calibration)
+
+
+def _replays(plan: PTQPlan) -> tuple[int, int]:
+    """Calibration videos whose steps are replayed to choose blocks: with little quantized, and with most of it."""
     config, model = plan.config, plan.model
     protect = config.protect
     everything = config.mode == "analyze" and config.analysis.sensitivity
     ranked = everything or protect.by == "sensitivity" or (protect.by == GREEDY and protect.candidates > 0)
-    plain = model.blocks if ranked else 0
-    quantized = len(kinds(model.shape, protect.modules)) if everything else 0
-    errors = config.mode == "analyze" or protect.by == "block_sqnr" or config.eval.block_sqnr
-    plain, quantized = plain + errors, quantized + errors
+    alone = model.blocks if ranked else 0
+    most = len(kinds(model.shape, protect.modules)) if everything else 0
     if protect.by == GREEDY:
         tried = min(protect.candidates * model.transformers or model.blocks, model.blocks)
-        quantized += sum(tried - done for done in range(protect.budget * model.transformers))
-    reference = 1 if ranked or protect.by == GREEDY else 0
-    return (plain + reference) * len(plan.calibration), quantized * len(plan.calibration)
+        most += sum(tried - done for done in range(protect.budget * model.transformers))
+    return alone * len(plan.calibration), most * len(plan.calibration)
 
 
 def further_stages(needs: ResourceEstimate, plan: PTQPlan) -> dict[str, float]:

@@ -8,7 +8,6 @@ compare, write → ``result.json`` → report. Everything that can be refused is
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.convert import run_convert
 from wanquant.ptq.estimate import count_videos, estimate_resources, predicted, start_and_end
+from wanquant.ptq.generating import bf16_videos, noise_floors, quantize_transformer, quantized_videos
 from wanquant.ptq.plan import PTQPlan, resolve, with_weights
-from wanquant.ptq.protect import Choice, choose
+from wanquant.ptq.protect import choose
 from wanquant.ptq.result import conversion, evaluations_in, head, names_of, tail, verdict, write_videos
-from wanquant.quant import ConversionReport, plan_conversion, quantize_
-from wanquant.quant.statistics import Site
+from wanquant.quant import ConversionReport
 from wanquant.runs.cache import Cache
 from wanquant.runs.finished import by, find_finished, in_use, note_finished, take_over
 from wanquant.runs.progress import progress
@@ -44,11 +43,11 @@ from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.checkpoints.checkpoint import save_quantized
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
 from wanquant.wan.experts import whole_of
-from wanquant.wan.families import folds_of
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
-from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts, in_time, print_estimate
+from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
+from wanquant.wan.resources.printed import in_time, print_estimate
 
 #: Videos (reference, sample) that are compared, by the prefix of their metrics.
 Couples = Mapping[str, Sequence[tuple[Sample, Sample]]]
@@ -130,6 +129,7 @@ class Job:
         self.planned_: dict[str, Any] = {}
         self.begun = 0
         self.config, self.device, self.pairs = self.plan.config, self.plan.device, list[Pair](self.plan.pairs)
+        self.shown = self.pairs if self.config.eval.videos else []
         self.with_checkpoint = self.config.checkpoint and self.config.mode == "quantize"
         self.cache = Cache(Path(self.config.cache))
         folder = self.plan.model.folder
@@ -173,7 +173,6 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         config, stage = self.config, self.run_.stage
-        shown = self.pairs if config.eval.videos else []
         calibrator = self.load()
         pipeline = calibrator.pipeline
         with stage("calibrate"):
@@ -182,16 +181,18 @@ class Job:
             choice = choose(config.protect, self.plan.model.protected, calibrator)
             block_sqnr = calibrator.block_sqnr(choice.blocks).as_json() if config.eval.block_sqnr else None
         with stage("generate_bf16"):
-            trajectories = record(pipeline, self.pairs, config.eval)
-            baseline = self.bf16(pipeline, "generate BF16", shown)
+            trajectories = record(pipeline, self.pairs, config.eval.single_steps)
+            baseline = bf16_videos(pipeline, "generate BF16", self.shown)
         floors = self.noise_floors(pipeline, baseline)
         with stage("quantize"):
-            report = self.quantize(calibrator, choice, stats)
+            report = quantize_transformer(calibrator, choice.blocks, stats)
         how = calibrator.what_is_quantized(report.protected_blocks)
         with stage("single_steps"):
             single_steps = {each.name: measure_steps(each, how, config.force) for each in trajectories}
         with stage("generate_quantized"):
-            samples, overflows = self.generated(pipeline, shown, how)
+            samples, overflows = quantized_videos(
+                pipeline, f"generate {config.quant.format}", self.shown, how, config.force
+            )
         with stage("compare"):
             metrics = {name: steps.items() for name, steps in single_steps.items()}
             metrics |= self.compare({"": list(zip(baseline, samples, strict=True)), **floors})
@@ -199,7 +200,7 @@ class Job:
         with stage("write"):
             self.write_videos(baseline, samples, floors)
             self.save(pipeline, report)
-        overflows = overflows if shown else single_steps[STEP_SQNR].overflows
+        overflows = overflows if self.shown else single_steps[STEP_SQNR].overflows
         return {
             **self.head(tuple(report.protected_blocks)),
             **conversion(self.plan, report, calibration, choice, overflows),
@@ -246,48 +247,17 @@ class Job:
     def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
         return {"bytes": needs.added, "seconds": needs.seconds, "stages": needs.stages, "guess": needs.guess}
 
-    def generated(
-        self, pipeline: CachedPipeline, pairs: list[Pair], how: dict[str, Any]
-    ) -> tuple[list[Sample], Counter[str]]:
-        """Videos of the quantized model, and how many elements overflowed, by linear."""
-        if not pairs:
-            return [], Counter()
-        label = f"generate {self.config.quant.format}"
-        latents, overflows = pipeline.latents(label, pairs, how, afresh=self.config.force)
-        return pipeline.videos(label, pairs, latents), overflows
-
-    def bf16(
-        self, pipeline: CachedPipeline, label: str, pairs: list[Pair], how: dict[str, str] | None = None
-    ) -> list[Sample]:
-        return pipeline.videos(label, pairs, pipeline.latents(label, pairs, how)[0]) if pairs else []
-
     def noise_floors(self, pipeline: CachedPipeline, baseline: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
         """The stage, where the config asks for it."""
         if not (self.config.eval.noise_floor and baseline):
             return {}
         with self.run_.stage("noise_floor"):
-            return self.floors(pipeline, baseline)
-
-    def floors(self, pipeline: CachedPipeline, baseline: list[Sample]) -> dict[str, list[tuple[Sample, Sample]]]:
-        """BF16 beside itself: the initial noise perturbed by one unit in its last place, and another seed."""
-        perturbed = self.bf16(pipeline, "noise floor: 1 ulp", self.pairs, {"perturbed": "1 ulp"})
-        known = {(sample.prompt, sample.seed): sample for sample in baseline}
-        further, partners = self.plan.other_seeds
-        if further:
-            for sample in self.bf16(pipeline, "noise floor: seed", further):
-                known[sample.prompt, sample.seed] = sample
-        other = [(s, known[s.prompt, partners[s.seed]]) for s in baseline if s.seed in partners]
-        return {"floor_ulp.": list(zip(baseline, perturbed, strict=True)), "floor_seed.": other}
-
-    def quantize(self, calibrator: Calibrator, choice: Choice, stats: Mapping[str, float | Site]) -> ConversionReport:
-        """The pipeline's transformer, for good."""
-        transformer, how = calibrator.pipeline.transformer, (self.plan.scheme, choice.blocks, calibrator.modules)
-        plan = plan_conversion(transformer, *how)
-        with progress("quantize", len(plan.names("converted")), "linear") as tick:
-            return quantize_(transformer, *how, stats, on_linear=tick, folds=folds_of(transformer))
+            return noise_floors(self.plan, pipeline, baseline)
 
     def compare(self, couples: Couples) -> dict[str, Any]:
         """Every metric of every pair of videos, by name."""
+        if not any(couples.values()):
+            return {}
         with progress("compare", sum(map(len, couples.values())), "pair") as tick:
             networks = Networks.of(self.config.eval, self.device)
             return measure(couples, self.config.model.language == "scenes", tick, networks)

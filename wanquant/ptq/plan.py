@@ -18,7 +18,7 @@ from wanquant.evaluate.judges import flow, perceptual, vbench
 from wanquant.evaluate.plan import check_eval
 from wanquant.evaluate.prompts import PromptsConfig, following, pairs, settled
 from wanquant.ptq.config import AnalysisConfig, PTQConfig
-from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect
+from wanquant.ptq.protect import GREEDY, ProtectConfig, by_rule, check_protect
 from wanquant.quant import plan_conversion
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
@@ -103,11 +103,16 @@ class PTQPlan:
         config = self.config
         batches = [min(config.model.batch, len(videos)) for videos in (self.pairs, self.calibration)]
         if config.mode == "analyze":
-            alone = EvalConfig(single_steps=config.eval.single_steps)
+            replayed = config.analysis.sensitivity or config.protect.by in ("sensitivity", GREEDY)
+            alone = EvalConfig(single_steps=config.eval.single_steps) if replayed else EvalConfig()
             config = dataclasses.replace(config, prompts=PromptsConfig(), eval=alone)
             batches = batches[1:]
         else:
             config = dataclasses.replace(config, analysis=AnalysisConfig(bins=config.analysis.bins))
+            if not config.eval.videos:
+                steps, errors = config.eval.single_steps, config.eval.block_sqnr
+                alone = EvalConfig(videos=False, single_steps=steps, block_sqnr=errors)
+                config = dataclasses.replace(config, eval=alone)
         if protected is not None:
             blocks = list(resolve_blocks(protected, self.model.blocks))
             config = dataclasses.replace(config, protect=ProtectConfig(blocks=blocks, modules=config.protect.modules))
@@ -142,10 +147,11 @@ def _settled(config: PTQConfig, scheme: Scheme) -> PTQConfig:
     """The config with the format's own choices, the prompts' texts, no more bins than denoising steps, and videos one
     at a time where a batch would share a scale: the videos of a real run come alone."""
     alone = config.model.batch > 1 and not scheme.independent
+    others = [n for n in dict.fromkeys(config.model.other_frames) if n != config.model.generation.num_frames]
     return dataclasses.replace(
         config,
         quant=scheme.config,
-        model=dataclasses.replace(config.model, batch=1) if alone else config.model,
+        model=dataclasses.replace(config.model, batch=1 if alone else config.model.batch, other_frames=others),
         analysis=dataclasses.replace(config.analysis, bins=min(config.analysis.bins, config.model.generation.steps)),
         eval=_settled_eval(config.eval, config.model.generation),
         prompts=settled(config.prompts),
@@ -154,12 +160,11 @@ def _settled(config: PTQConfig, scheme: Scheme) -> PTQConfig:
 
 
 def _settled_eval(config: EvalConfig, generation: GenerationConfig) -> EvalConfig:
-    """Without the model's own number of frames among the further ones, and no more single steps than there are."""
+    """With what is there to measure by, and no more single steps than there are."""
     return dataclasses.replace(
         config,
         lpips=perceptual.settled(config.lpips),
         flow=flow.settled(config.flow),
-        frames=[frames for frames in dict.fromkeys(config.frames) if frames != generation.num_frames],
         single_steps=min(config.single_steps, generation.steps),
     )
 

@@ -23,6 +23,8 @@ from wanquant.wan.cached import Pair
 from wanquant.wan.generate import Sample
 from wanquant.wan.products import multiplies_bf16
 
+#: Of the config of the evaluation, what figures are taken by.
+MEASURED_BY = ("videos", "single_steps", "flow", "lpips")
 #: Videos on the contact sheet at most.
 SHEET_ROWS = 12
 
@@ -47,6 +49,7 @@ def head(plan: PTQPlan, fingerprint: str) -> dict[str, Any]:
             "octaves": config.model.outliers.octaves,
         },
         "quant": dataclasses.asdict(config.quant),
+        "eval": {**{name: getattr(config.eval, name) for name in MEASURED_BY}, "frames": config.model.other_frames},
     }
 
 

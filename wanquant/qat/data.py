@@ -121,7 +121,7 @@ def make_source(
     """From the cache, or made now with the model in BF16: trajectories of what is ``learned``, or videos, without
     scenes whose captions are ``measured`` on."""
     if config.source == "trajectories":
-        return Trajectories(Recording(pipeline, list(learned)), pipeline.embed, seed)
+        return Trajectories(Recording(pipeline, list(learned), "record training data"), pipeline.embed, seed)
     settings = pipeline.model.generation
     if config.source == "scenes":
         captions, latents = _scenes(pipeline, config.videos_per_scene, measured)

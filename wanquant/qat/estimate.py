@@ -19,8 +19,9 @@ from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.trainable import Training
 from wanquant.wan.experts import parts_of
-from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts, in_bytes, in_time, print_estimate, tokens_of
+from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts, tokens_of
 from wanquant.wan.resources.footprint import Kept, kept_by, once
+from wanquant.wan.resources.printed import in_bytes, in_time, print_estimate
 from wanquant.wan.resources.probe import block_seconds, learning_seconds
 
 #: What training adds on the device.
@@ -96,18 +97,23 @@ def count_training_videos(plan: TrainPlan) -> VideoCounts:
     and what is measured too."""
     counts, qat, measured, calibrated = count_videos(plan), plan.qat, len(plan.pairs), len(plan.calibration)
     baselines = 1 if qat.quantize else 0
-    looks = (1 + qat.steps // qat.check_every) * calibrated if qat.check_every else 0
+    shown = measured if plan.config.eval.videos else 0
+    share = plan.config.eval.single_steps / plan.settings.steps
+    looks = (1 + qat.steps // qat.check_every) * calibrated * share if qat.check_every else 0
+    kept = [(len(plan.learned) * plan.settings.steps, plan.settings.num_frames)]
+    kept += [(calibrated * plan.config.eval.single_steps, plan.settings.num_frames)] if looks else []
     return dataclasses.replace(
         counts,
         recorded=len(plan.learned),
-        untrained=baselines * measured,
+        untrained=baselines * shown,
         looks=looks,
         renamed=(("generate_quantized", "generate_trained"),),
         bf16=counts.bf16 + len(plan.learned) + (calibrated if looks else 0),
-        quantized=counts.quantized + baselines * measured + looks,
+        quantized=counts.quantized + baselines * shown,
         replayed=(1 + baselines) * counts.replayed,
-        decoded=counts.decoded + baselines * measured,
-        held=counts.held + baselines * measured,
+        recorded_steps=(*counts.recorded_steps, *kept),
+        decoded=counts.decoded + baselines * shown,
+        held=counts.held + baselines * shown,
         beside=counts.beside or bool(baselines),
     )
 

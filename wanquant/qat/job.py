@@ -29,12 +29,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from wanquant.evaluate import gates
-from wanquant.evaluate.compare import Networks, measure
+from wanquant.evaluate.compare import Networks, of_pair
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.single_steps import SingleSteps, Trajectories, measure_steps, record
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference
 from wanquant.ptq.calibrator import Calibration
 from wanquant.ptq.estimate import estimate_resources
+from wanquant.ptq.generating import bf16_videos, quantized_videos
 from wanquant.ptq.job import Job, run_job
 from wanquant.ptq.plan import with_weights
 from wanquant.ptq.protect import Choice, choose
@@ -93,7 +94,7 @@ def run_train(config: TrainConfig, folder: Path, config_yaml: str) -> dict[str, 
 
 def assist(config: TrainConfig) -> None:
     """Waits until the first process has all that can be made once, and trains with it; that one alone judges."""
-    plan = resolve_train(dataclasses.replace(config, eval=EvalConfig()))
+    plan = resolve_train(dataclasses.replace(config, eval=EvalConfig(single_steps=config.eval.single_steps)))
     word: list[Any] = [None]
     broadcast_object_list(word)
     if word[0] is None:
@@ -141,8 +142,8 @@ class TrainJob(Job):
         trainer, calibration, choice = self._prepared()
         pipeline = trainer.pipeline
         with stage("generate_bf16"):
-            trajectories = record(pipeline, self.pairs, self.config.eval)
-            baseline = self.bf16(pipeline, "generate BF16", self.pairs)
+            trajectories = record(pipeline, self.pairs, self.config.eval.single_steps)
+            baseline = bf16_videos(pipeline, "generate BF16", self.shown)
         floors = self.noise_floors(pipeline, baseline)
         report = plan_conversion(pipeline.transformer, self.plan.scheme, choice.blocks, trainer.modules)
         untrained = self._untrained(trainer, baseline, trajectories)
@@ -193,8 +194,7 @@ class TrainJob(Job):
             with self.run_.stage("single_steps"):
                 single_steps = {each.name: measure_steps(each, counted, self.config.force) for each in trajectories}
             with self.run_.stage("generate_untrained"):
-                latents, overflows = pipeline.latents(label, self.pairs, counted)
-                samples = pipeline.videos(label, self.pairs, latents)
+                samples, overflows = quantized_videos(pipeline, label, self.shown, counted)
         return Generated(samples, single_steps, overflows)
 
     def _trained_videos(self, trainer: Trainer, trajectories: Sequence[Trajectories]) -> Generated:
@@ -204,8 +204,7 @@ class TrainJob(Job):
         with self.run_.stage("single_steps"):
             single_steps = {each.name: measure_steps(each, counted, self.config.force) for each in trajectories}
         with self.run_.stage("generate_trained"):
-            latents, overflows = pipeline.latents(label, self.pairs, counted, afresh=self.config.force)
-            samples = pipeline.videos(label, self.pairs, latents)
+            samples, overflows = quantized_videos(pipeline, label, self.shown, counted, self.config.force)
         return Generated(samples, single_steps, overflows)
 
     def _trained(self, trainer: Trainer) -> dict[str, Any]:
@@ -245,12 +244,10 @@ class TrainJob(Job):
         config, scenes, few = self.config, self.config.model.language == "scenes", len(self.pairs) < ENOUGH_PAIRS
         sides = {"": trained, UNTRAINED: untrained}
         beside = {prefix: list(zip(baseline, side.samples, strict=True)) for prefix, side in sides.items()} | floors
-        with progress("compare", sum(map(len, beside.values())), "pair") as tick:
-            found = measure(beside, scenes, tick, Networks.of(config.eval, self.device))
-            if scenes:
-                own = measure({"": [(sample, sample) for sample in untrained.samples]}, True)
-                own = {UNTRAINED + name: items for name, items in own.items() if "." not in name}
-                found |= {name: items for name, items in own.items() if name not in found}
+        found = self.compare(beside)
+        for sample in untrained.samples if scenes else ():
+            for name, value in of_pair(sample, None, True, Networks()).items():
+                found.setdefault(UNTRAINED + name, []).append(Item(sample.prompt, sample.seed, value))
         # Where nothing is quantized, the untrained baseline has none.
         for prefix, side in sides.items():
             found |= {prefix + name: steps.items() for name, steps in side.single_steps.items()}

@@ -35,8 +35,8 @@ from wanquant.runs.signature import GENERATES, signature
 from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
 from wanquant.wan.experts import parts_of
 from wanquant.wan.products import quick_products
-from wanquant.wan.resources.estimate import in_bytes
 from wanquant.wan.resources.footprint import mixed_norms
+from wanquant.wan.resources.printed import in_bytes
 
 #: Steps between two looks at how far the scales have moved.
 DRIFT_EVERY = 10
@@ -76,6 +76,7 @@ class Trainer:
             "model": {"generation": dataclasses.asdict(model.generation)},  # where the volatile is left out
             "outliers": dataclasses.asdict(model.outliers),
             "batch": model.batch,
+            "single_steps": self.calibrator.single_steps if self.qat.check_every else None,  # of the validation
         }
         return signature(settings, self.pipeline.fingerprint, self.pipeline.device, (*GENERATES, "qat"))
 

@@ -68,10 +68,10 @@ class CachedPipeline:
     def artefact(self, label: str, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
         """From the cache, which is said, or made now."""
         folder = self.cache.folder(kind, signature, make)
-        self._note(label, known=folder not in self.cache.made)
+        self.note(label, known=folder not in self.cache.made)
         return folder
 
-    def _note(self, label: str, known: bool) -> None:
+    def note(self, label: str, known: bool) -> None:
         """Once for each label: what comes from the cache, be it that another process has just made it."""
         if known and label not in self._noted:
             self.reused.append(label)
@@ -139,7 +139,7 @@ class CachedPipeline:
                 self.cache.forget("latents", self.signature("latents", pairs=group, **how))
         perturb = one_ulp_up if how.get("perturbed") == "1 ulp" else None
         folders = self.folders("latents", label, groups, partial(self._make_latents, perturb), **how)
-        self._note(label, known=not self.cache.made.intersection(folders))
+        self.note(label, known=not self.cache.made.intersection(folders))
         return list(zip(groups, folders, strict=True))
 
     def grouped(self, pairs: Sequence[Pair]) -> list[list[Pair]]:

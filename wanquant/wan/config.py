@@ -40,7 +40,7 @@ class GenerationConfig:
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 raise ValueError(f"generation.{name}={getattr(self, name)}: must be a multiple of 16")
         if self.num_frames < 1 or (self.num_frames - 1) % 4:
-            raise ValueError(f"generation.num_frames={self.num_frames}: must be 5, 9, 13, ... (4n + 1)")
+            raise ValueError(f"generation.num_frames={self.num_frames}: must be 1, 5, 9, ... (4n + 1)")
         if not 0 < self.flow_shift < math.inf:
             raise ValueError(f"generation.flow_shift={self.flow_shift}: must be positive and finite")
         for name in ("guidance_scale", "guidance_scale_2"):
@@ -76,10 +76,15 @@ class ModelConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     #: Videos denoised together: quick for a small model. Products round as those of such a batch.
     batch: int = 1
+    #: Numbers of frames besides the model's own at which single denoising steps are measured.
+    other_frames: list[int] = field(default_factory=list)
     #: Planted after loading; none by default.
     outliers: OutliersConfig = field(default_factory=OutliersConfig)
 
     def check_video(self) -> None:
         """``ValueError`` for a still picture, which has no motion to measure."""
+        for frames in self.other_frames:
+            if frames < 5 or (frames - 1) % 4:
+                raise ValueError(f"model.other_frames={list(self.other_frames)}: must be 5, 9, 13, ... (4n + 1)")
         if self.generation.num_frames < 5:
             raise ValueError(f"generation.num_frames={self.generation.num_frames}: must be 5, 9, 13, ... (4n + 1)")

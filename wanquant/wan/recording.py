@@ -26,7 +26,7 @@ from wanquant.wan.products import quick_products
 
 #: Kind of artefact, and the file in its folder.
 RECORDED, STEPS = "trajectories", "trajectories.safetensors"
-#: Decibels reported at most, which equal outputs count.
+#: Decibels reported at most, and for two that are equal, whose ratio is infinite: means need a number.
 EQUAL_DB = 100.0
 
 
@@ -63,6 +63,7 @@ class Recording:
         groups = pipeline.grouped(pairs)
         how = {} if self.steps == generation.steps else {"kept": self.kept}
         folders = pipeline.folders(RECORDED, label, groups, partial(_record, pipeline, self.kept), **how)
+        pipeline.note(label, known=not pipeline.cache.made.intersection(folders))
         self.groups = [(group, folder / STEPS) for group, folder in zip(groups, folders, strict=True)]
         self._place = [(pair[0], path, row) for group, path in self.groups for row, pair in enumerate(group)]
 
@@ -104,20 +105,22 @@ def spread(count: int, most: int) -> list[int]:
 
 
 @torch.no_grad()
-def step_sqnrs(pipeline: CachedPipeline, recording: Recording, on_step: Callable[[], None]) -> list[list[list[float]]]:
-    """SQNR in dB of the outputs of the transformer as it is now, by pair, step and branch; NaN where one is not finite.
-    ``on_step`` is called after each step of each batch."""
-    found: list[list[list[float]]] = []
-    for pairs, path in recording.groups:
-        errors = torch.empty(len(pairs), recording.steps, recording.branches, dtype=torch.float64)
-        for step, branch, output, expected in _replayed(pipeline, recording, pairs, path):
-            signal, noise = (each.flatten(1).square().sum(1) for each in (expected, output - expected))
-            decibels = torch.where((noise == 0) & signal.isfinite(), EQUAL_DB, 10 * torch.log10(signal / noise))
-            decibels = torch.where(output.flatten(1).isfinite().all(1), decibels.clamp(max=EQUAL_DB), torch.nan)
-            errors[:, step, branch] = decibels.cpu()
-            if branch == recording.branches - 1:
-                on_step()
-        found += errors.tolist()
+def step_sqnrs(
+    pipeline: CachedPipeline, recording: Recording, batch: int, on_step: Callable[[], None]
+) -> list[list[list[float]]]:
+    """SQNR in dB of the outputs of the transformer as it is now, by pair of a batch, step and branch; NaN where one is
+    not finite. ``on_step`` is called after each step."""
+    pairs, path = recording.groups[batch]
+    errors = torch.empty(len(pairs), recording.steps, recording.branches, dtype=torch.float64)
+    for step, branch, output, expected in _replayed(pipeline, recording, pairs, path):
+        signal, noise = (each.flatten(1).square().sum(1) for each in (expected, output - expected))
+        decibels = torch.where((noise == 0) & signal.isfinite(), EQUAL_DB, 10 * torch.log10(signal / noise))
+        errors[:, step, branch] = torch.where(
+            output.flatten(1).isfinite().all(1), decibels.clamp(max=EQUAL_DB), torch.nan
+        )
+        if branch == recording.branches - 1:
+            on_step()
+    found: list[list[list[float]]] = errors.tolist()
     return found
 
 
@@ -135,7 +138,7 @@ def _replayed(
             for branch in range(recording.branches):
                 with quick_products(device):
                     output = transformer(*given, texts[branch].to(given[0].dtype), return_dict=False)[0]
-                yield step, branch, output.double(), expected[step, branch].to(device).double()
+                yield step, branch, output.cpu().double(), expected[step, branch].double()  # not all devices have it
 
 
 def _record(

@@ -47,7 +47,7 @@ def examine() -> list[str]:
         version = installed(name)
         lines.append(f"  {name:<14}{version or 'not installed: ' + OPTIONAL.get(name, 'reinstall wanquant')}")
     lines += ["", "dimensions of VBench"]
-    judges = {**{name: name for name in vbench.DIMENSIONS}, "(LPIPS)": weights.LPIPS}
+    judges = {**{name: name for name in vbench.DIMENSIONS}, "(LPIPS)": weights.LPIPS, "(RAFT)": weights.RAFT}
     lines += [f"  {shown:<24}{_state(name)}" for shown, name in judges.items()]
     lines += ["", f"weights in {_short(weights.vbench_root())}, {_short(weights.torch_root())}"]
     found = [weights.find(weight) for weight in weights.WEIGHTS]
@@ -87,7 +87,7 @@ def _usable(device: str) -> bool:
 def _state(name: str) -> str:
     """Whether a dimension can be measured here, found out as the measurement would."""
     lacking = [weight for weight in weights.needed([name]) if weights.find(weight).state in BAD]
-    if name != weights.LPIPS:
+    if name not in (weights.LPIPS, weights.RAFT):
         try:  # imported, ViCLIP fetches its vocabulary
             vbench.importable([] if name in weights.VICLIP and lacking else [name])
         except ValueError as error:

@@ -27,7 +27,8 @@ FEW, MANY = 3, 8
 
 def ladder(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """``rungs``: a measure each, with its correlations by cheap measure, or None where one of the two is constant."""
-    sound = [row for row in rows if all(math.isfinite(_mean(row, name)) for name in (DRIFT, "psnr"))]
+    known = [name for name in (STEP_SQNR, DRIFT, "psnr") if any(name in row["metrics"] for row in rows)]
+    sound = [row for row in rows if all(math.isfinite(_mean(row, name)) for name in known)]
     if len(sound) < FEW:
         return None
     names = [name for name in sound[0]["metrics"] if all(math.isfinite(_mean(row, name)) for row in sound)]

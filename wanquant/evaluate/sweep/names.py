@@ -11,7 +11,7 @@ VARIED = {"quant": ("quant",), "protect": ("protect.blocks", "protect.modules"),
 #: What runs must share to stand in one table.
 SAME = (
     *("mode", "demonstration", "generation", "model.fingerprint", "model.outliers", "model.octaves"),
-    *("calibration.videos", "calibration.input_absmax"),
+    *("eval", "calibration.videos", "calibration.input_absmax"),
     *(f"provenance.{key}" for key in ("prompts", "seeds", "packages", "device", "threads", "instructions", "version")),
     *("provenance.bf16_products", "provenance.device_name"),
 )

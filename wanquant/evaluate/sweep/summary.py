@@ -2,8 +2,8 @@
 
 Configurations are compared by the SQNR of single denoising steps along BF16's trajectories, pair by pair, and beside it
 by that of their final latents, which has their drift in it. The difference from the reference configuration has an
-interval that is wide enough for all of them to hold together at 95 % (Bonferroni), and ``could_see`` is its half: a
-difference that would have shown. A
+interval that is wide enough for all of them to hold together at 95 % (Bonferroni); ``could_see`` is the difference
+that would have shown four times in five. A
 rank is the span of places that no comparison of any two rules out, at 95 % for all of these together (Mogstad et al.
 2024, *Inference for Ranks*, by the same correction).
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wanquant.evaluate.stats import Estimate, Item, compared, difference
+from wanquant.evaluate.stats import Estimate, Item, compared, detectable, difference
 from wanquant.evaluate.sweep.ladder import ladder
 from wanquant.evaluate.sweep.names import VARIED, names_of, pick, refuse_incomparable, varied
 from wanquant.runs.reports.columns import DRIFT, STEP_SQNR
@@ -152,7 +152,7 @@ def _compare(rows: list[dict[str, Any]], reference: int, margin: float) -> None:
         found = compared(difference(ours, items[reference]), len(rows) - 1)
         broken = math.isnan(found.mean)
         row["difference"] = None if broken else _without_items(found.as_json())
-        row["could_see"] = None if math.isnan(found.low) else (found.high - found.low) / 2
+        row["could_see"] = None if math.isnan(found.low) else detectable(found, len(rows) - 1)
         row["pairs_needed"] = pairs_needed(found)
         row["verdict"] = "broken" if broken else "collapsed" if row["gates_failed"] else verdict(found, margin)
     sound = [place for place, row in enumerate(rows) if _mean(row) > -math.inf and not row["gates_failed"]]

@@ -54,7 +54,7 @@ def _figures(analysis: dict[str, Any], protected: list[int]) -> dict[str, str]:
     if analysis["kinds"]:
         kinds = [(row["kind"], *_bounds(row, "sensitivity")) for row in analysis["kinds"]]
         known = [row for row in kinds if None not in row]
-        found["kinds"] = figures.intervals(known, "SQNR of the final latents, dB") if known else ""
+        found["kinds"] = figures.intervals(known, "SQNR of single steps, dB") if known else ""
     return found
 
 

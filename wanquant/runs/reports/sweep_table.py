@@ -90,7 +90,7 @@ def _metric(key: str) -> Callable[[Row], str]:
 def _verdict(row: Row) -> str:
     """Where no difference was found, with the one that would have been."""
     told = str(row["verdict"])
-    return f"{told} (one of {row['could_see']:.2g} would show)" if told == "no difference found" else told
+    return f"{told} (4 in 5 times {row['could_see']:.2g} would show)" if told == "no difference found" else told
 
 
 def _gates(row: Row) -> str:

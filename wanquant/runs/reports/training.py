@@ -23,7 +23,7 @@ def who(result: dict[str, Any]) -> tuple[str, str]:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """``QAT better than its PTQ baseline by 1.7 dB [0.3, 3.1] of latent SQNR``."""
+    """``QAT better than its PTQ baseline by 1.7 dB [0.3, 3.1] of single steps, SQNR``."""
     if not result["over_untrained"]:
         return "fine-tuned; whether for the better is for python eval.py to say"
     name, metric = next(iter(result["over_untrained"].items()))

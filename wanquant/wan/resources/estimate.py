@@ -4,7 +4,7 @@ device. ``dry_run=true`` prints it; a run keeps it, to stand beside what was mea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,6 @@ from wanquant.quant import ConversionReport, plan_conversion
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.device import resident_memory
 from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.load import Transformer
 from wanquant.wan.resources.footprint import (
@@ -40,7 +39,6 @@ from wanquant.wan.resources.probe import (
     small_pass,
 )
 
-LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
 GUESS = "; a guess: the machine is busy"
 
 
@@ -52,8 +50,9 @@ class VideoCounts:
     the PTQ baseline, and validation. ``renamed`` are stages that the job has other names for.
 
     Single steps: ``replayed`` by the quantized model, in as many passes as so many videos take; trajectories of
-    ``other_lengths``, recorded in BF16, in videos of the model's own; ``recorded_share`` of all denoising steps; the
-    ``longest`` number of frames."""
+    ``other_lengths``, recorded in BF16, in videos of the model's own; ``replays`` to choose blocks, mostly in BF16 and
+    mostly quantized; the ``longest`` number of frames; ``recorded_steps`` that are kept on the disk, and of how many
+    frames each."""
 
     bf16: int
     quantized: int
@@ -67,16 +66,22 @@ class VideoCounts:
     prompts: int = 0
     recorded: int = 0
     untrained: int = 0
-    looks: int = 0
+    looks: float = 0.0
     replayed: float = 0.0
     other_lengths: float = 0.0
-    recorded_share: float = 1.0
+    replays: tuple[float, float] = (0.0, 0.0)
     longest: int = 0
+    recorded_steps: tuple[tuple[int, int], ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
     @property
+    def replays_in_all(self) -> float:
+        """Single steps, in as many passes as so many videos take."""
+        return self.replayed + sum(self.replays) + self.looks
+
+    @property
     def any_quantized(self) -> bool:
-        return bool(self.quantized or self.replayed)
+        return bool(self.quantized or self.replays_in_all)
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,15 @@ class ResourceEstimate:
         return self.weights + self.others + self.activations + beside + (self.videos if on_host else 0)
 
     @property
+    def recorded(self) -> int:
+        """Bytes on the disk of the recorded trajectories, in BF16: of each step what the model took, and what it gave
+        by branch."""
+        each, total = 2 * (1 + self.settings.branches) * int(self._config["in_channels"]), 0
+        for steps, frames in self.counts.recorded_steps:
+            total += steps * each * math.prod(latent_size(replace(self.settings, num_frames=frames)))
+        return total
+
+    @property
     def seconds(self) -> float:
         """Of the stages, with nothing in the cache; not of starting the program, planning and the report."""
         return sum(self.stages.values())
@@ -188,12 +202,12 @@ class ResourceEstimate:
         decoding = decoding_seconds(self.folder / "vae", self.settings, self.device) if counts.decoded else 0.0
         chosen, tried = counts.choosing
         made = counts.bf16 - counts.calibrated - counts.floors - counts.recorded - chosen
-        quantized = counts.quantized - counts.untrained - counts.looks - tried
+        quantized = counts.quantized - counts.untrained - tried
         decoded = max(0, counts.decoded - counts.floors)
         share = decoded / max(1, made + quantized + counts.untrained)
         found = {
             "calibrate": self._calibrating() if counts.calibrated else 0.0,
-            "choose": counts.recorded_share * (chosen * plain + tried * mixed),
+            "choose": (chosen + counts.replays[0]) * plain + (tried + counts.replays[1]) * mixed,
             "data": counts.recorded * plain,
             "generate_bf16": made * (plain + share * decoding) + counts.other_lengths * plain,
             "noise_floor": counts.floors * (plain + decoding),
@@ -244,69 +258,8 @@ class ResourceEstimate:
         return Quantized(names, self.scheme) if names and self.counts.any_quantized else None
 
 
-def print_estimate(plan: ResourceEstimate, config_yaml: str, outside: Mapping[str, float] | None = None) -> None:
-    """``outside`` are seconds of stages that are none of the plan's."""
-    counts = plan.report.counts()
-    print(config_yaml)
-    print(f"blocks      {block_map(plan.report)}   ({LEGEND})")
-    print("linears     " + ", ".join(f"{count} {status}" for status, count in counts.items()))
-    print(f"transformer {plan.parameters:,} parameters, {in_bytes(2 * plan.parameters)} in BF16")
-    print(f"checkpoint  transformer {in_bytes(plan.packed)}, {plan.packed / (2 * plan.parameters):.2f} of BF16")
-    print_needs(plan, outside=outside)
-
-
-def print_needs(plan: ResourceEstimate, what: str = "", outside: Mapping[str, float] | None = None) -> None:
-    """Memory and time, of ``what`` where there are several."""
-    counts, on_host = plan.counts, plan.device.type == "cpu"
-    parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
-    beside = "quantized beside them, and videos" if on_host else "quantized beside them"
-    parts[beside] = plan.added - sum(parts.values())
-    told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
-    own = resident_memory(plan.device)
-    if what:
-        print(f"{what}:")
-    print(f"memory      {in_bytes(own + plan.added)}: {told}, the program itself {in_bytes(own)}")
-    if not on_host and plan.videos:
-        print(f"            {in_bytes(plan.videos)} on the host, for the videos until they are compared")
-    done = f"{counts.bf16} videos denoised in BF16, {counts.quantized} quantized, {counts.decoded} decoded"
-    stages = {**(outside or {}), **plan.stages}
-    told = f"{in_time(sum(stages.values()))}: {done}, by a probe of the device; what the cache holds takes none"
-    print(f"time        {told}{GUESS if plan.guess else ''}")
-    for name, seconds in stages.items():
-        print(f"            {name.replace('_', ' '):<20}{seconds:8.1f} s")
-
-
-def block_map(report: ConversionReport) -> str:
-    """One letter a block: ``PPqq...qqPPP``."""
-    found: dict[int, set[str]] = {index: set() for index in range(report.blocks)}
-    for module in report.modules:
-        if module.block is not None:
-            found[module.block].add(module.status)
-
-    def letter(index: int) -> str:
-        if index in report.protected_blocks:
-            return "P"
-        return "q" if found[index] == {"converted"} else "m" if "converted" in found[index] else "-"
-
-    return "".join(map(letter, found))
-
-
 def tokens_of(settings: GenerationConfig, transformer: Transformer) -> int:
     """Of one video: patches of its latents, 1×2×2 of them each."""
     return math.prod(
         size // patch for size, patch in zip(latent_size(settings), transformer.config.patch_size, strict=True)
     )
-
-
-def in_bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def in_time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

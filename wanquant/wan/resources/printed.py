@@ -1,0 +1,76 @@
+"""How an estimate of memory and time is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from wanquant.quant import ConversionReport
+from wanquant.wan.device import resident_memory
+from wanquant.wan.resources.estimate import GUESS, ResourceEstimate
+
+LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
+
+
+def print_estimate(plan: ResourceEstimate, config_yaml: str, outside: Mapping[str, float] | None = None) -> None:
+    """``outside`` are seconds of stages that are none of the plan's."""
+    counts = plan.report.counts()
+    print(config_yaml)
+    print(f"blocks      {block_map(plan.report)}   ({LEGEND})")
+    print("linears     " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    print(f"transformer {plan.parameters:,} parameters, {in_bytes(2 * plan.parameters)} in BF16")
+    print(f"checkpoint  transformer {in_bytes(plan.packed)}, {plan.packed / (2 * plan.parameters):.2f} of BF16")
+    print_needs(plan, outside=outside)
+
+
+def print_needs(plan: ResourceEstimate, what: str = "", outside: Mapping[str, float] | None = None) -> None:
+    """Memory and time, of ``what`` where there are several."""
+    counts, on_host = plan.counts, plan.device.type == "cpu"
+    parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
+    beside = "quantized beside them, and videos" if on_host else "quantized beside them"
+    parts[beside] = plan.added - sum(parts.values())
+    told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
+    own = resident_memory(plan.device)
+    if what:
+        print(f"{what}:")
+    print(f"memory      {in_bytes(own + plan.added)}: {told}, the program itself {in_bytes(own)}")
+    if not on_host and plan.videos:
+        print(f"            {in_bytes(plan.videos)} on the host, for the videos until they are compared")
+    if plan.recorded:
+        print(f"disk        {in_bytes(plan.recorded)} in the cache, for BF16's denoising steps")
+    done = f"{counts.bf16} videos denoised in BF16, {counts.quantized} quantized, {counts.decoded} decoded"
+    if counts.replays_in_all:
+        done += f", single steps of {counts.replays_in_all:.3g} more"
+    stages = {**(outside or {}), **plan.stages}
+    told = f"{in_time(sum(stages.values()))}: {done}, by a probe of the device; what the cache holds takes none"
+    print(f"time        {told}{GUESS if plan.guess else ''}")
+    for name, seconds in stages.items():
+        print(f"            {name.replace('_', ' '):<20}{seconds:8.1f} s")
+
+
+def block_map(report: ConversionReport) -> str:
+    """One letter a block: ``PPqq...qqPPP``."""
+    found: dict[int, set[str]] = {index: set() for index in range(report.blocks)}
+    for module in report.modules:
+        if module.block is not None:
+            found[module.block].add(module.status)
+
+    def letter(index: int) -> str:
+        if index in report.protected_blocks:
+            return "P"
+        return "q" if found[index] == {"converted"} else "m" if "converted" in found[index] else "-"
+
+    return "".join(map(letter, found))
+
+
+def in_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def in_time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
