@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.jobs import ROOT, TWO, ptq, short
+from tests.jobs import ROOT, TWO, TWO_STEPS, ptq, short
 from wanquant import load_pipeline
 from wanquant.ptq.analyze import stand_out
 from wanquant.ptq.protect import ProtectConfig, by_rule, check_protect, worst
@@ -25,7 +25,7 @@ from wanquant.quant.statistics import Site, load_statistics, merge
 from wanquant.runs.run import read_result
 
 #: Two steps; and one calibration video.
-SMALL = ["model.generation.steps=2", "model.generation.num_frames=5", "model.device=cpu", "tracker=none"]
+SMALL = [*TWO_STEPS, "tracker=none"]
 #: Blocks of tiny-wan that the outliers are planted in five of.
 BLOCKS = 16
 ONE = 'calib.texts=["a cyan square moving left on a black background"]'

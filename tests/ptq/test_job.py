@@ -75,6 +75,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model.device=cpu",
         "model.generation.steps=2",
         "model.generation.num_frames=9",
+        "model.other_frames=[13]",
     ]
     command.append(f"hydra.run.dir={folder}")
     command.append(f"cache={tmp_path_factory.mktemp('cache')}")

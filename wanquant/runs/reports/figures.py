@@ -200,7 +200,9 @@ def curves(steps: Sequence[int], lines: Mapping[str, Sequence[float | None]], la
 
 def over_sigma(lines: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """SQNR of single denoising steps over the noise level, from noise at the left to the video at the right, of each
-    (label, single steps of a result); with its interval where there are few lines."""
+    (label, single steps of a result); with its interval where there are few lines. Empty where there is one step."""
+    if len(lines[0][1]["sigma"]) < 2:
+        return ""
     figure, axes = _axes(3.4, right=1.6 if len(lines) > 4 else 0.1, top=0.5)
     colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
     for place, (label, steps) in enumerate(lines):
