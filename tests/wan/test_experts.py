@@ -18,12 +18,16 @@ from tests.models import wan_inputs, wan_transformer
 from tests.qat.short import overrides, result_of, train
 from tests.wan.pair import make_pair
 from wanquant import load_pipeline
+from wanquant.evaluate.single_steps import measured_now, record
 from wanquant.ptq.protect import ProtectConfig, by_rule
+from wanquant.ptq.sensitivity import quantized
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
+from wanquant.runs.cache import Cache
 from wanquant.runs.run import read_result
+from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.checkpoints.checkpoint import quantized_linears
 from wanquant.wan.checkpoints.export import export_all
-from wanquant.wan.config import GenerationConfig
+from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.experts import Experts, put, shape_of_whole, transformers_in, whole_of
 from wanquant.wan.generate import Position, generate
 
@@ -80,6 +84,21 @@ def test_each_row_is_answered_by_its_own(model: Path) -> None:
         torch.testing.assert_close(found[row : row + 1], alone)
     assert not torch.allclose(found[0], found[1])
     assert torch.equal(whole(**given).sample, found)
+
+
+def test_single_steps_of_both_are_replayed(model: Path, tmp_path: Path) -> None:
+    """Bit for bit, each step by the one that made it; and what is quantized of one changes its own steps only."""
+    settings = GenerationConfig(64, 64, 5, 4, 2.0, 3.0, 64, 8)
+    how = (ModelConfig(generation=settings, batch=2), "pair", torch.device("cpu"), Cache(tmp_path))
+    pipeline = CachedPipeline(load_pipeline(model, device="cpu"), *how)
+    (along,) = record(pipeline, [*PAIR, (PAIR[0][0], 1)], 4, alone=True)
+    assert (measured_now(along, lambda: None).decibels == 100.0).all()
+    whole = pipeline.transformer
+    parts = whole.part_of(torch.tensor(along.recording.timesteps())).tolist()
+    assert set(parts) == {0, 1}
+    with quantized(whole, QuantConfig(), [3, 4, 5]):
+        found = measured_now(along, lambda: None).decibels.mean((0, 2))
+    assert [value == 100.0 for value in found] == [part == 1 for part in parts]
 
 
 def test_blocks_are_numbered_through(model: Path) -> None:
