@@ -106,6 +106,22 @@ def test_soft_and_slow_motion_is_measured_too(speed: float) -> None:
         assert motion.speed_ratio(reference, soft(share * speed)) == pytest.approx(share, abs=0.03)
 
 
+def test_a_video_is_measured_once_for_as_long_as_it_lives() -> None:
+    calls = []
+
+    def counted(video: np.ndarray) -> np.ndarray:
+        calls.append(len(video))
+        return motion.farneback(video)
+
+    reference, video = soft(1.0), soft(0.5)
+    first = motion.compare(reference, video, counted)
+    assert motion.compare(reference, video, counted) == first
+    assert len(calls) == 2
+    before = len(motion._known)
+    del reference, video
+    assert len(motion._known) == before - 2
+
+
 def test_jitter_has_more_of_the_fast_changes() -> None:
     video = filmed(SCENES[2], 7).video
     shaken = np.clip(video + 0.1 * np.random.default_rng(0).standard_normal(video.shape).astype(np.float32), 0, 1)

@@ -17,6 +17,7 @@ does. Noise that quantization adds counts as something that stands still: at 3 %
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -48,8 +49,21 @@ def farneback(video: np.ndarray) -> np.ndarray:
     )
 
 
+#: By video and flow: what is compared with several others, or judged by a gate too, is measured once.
+_known: dict[tuple[int, Flow], np.ndarray] = {}
+
+
 def speeds(video: np.ndarray, flow: Flow = farneback) -> np.ndarray:
-    """Pixels a frame of what moves, [frames - 1]; 0 where nothing changes, NaN where a pixel is not finite."""
+    """Pixels a frame of what moves, [frames - 1]; 0 where nothing changes, NaN where a pixel is not finite. Kept for as
+    long as the video is."""
+    key = (id(video), flow)
+    if key not in _known:
+        _known[key] = _speeds(video, flow)
+        weakref.finalize(video, _known.pop, key, None)
+    return _known[key]
+
+
+def _speeds(video: np.ndarray, flow: Flow) -> np.ndarray:
     if not np.isfinite(video).all():
         return np.full(len(video) - 1, np.nan)
     import cv2
