@@ -80,7 +80,8 @@ def table_of_trainings(sweep: Path) -> str:
     results = [read_result(folder) for folder in jobs_of(sweep)]
     settings = list(dict.fromkeys(_setting(result) for result in results))
     recipes = list(dict.fromkeys(result["qat"]["name"] for result in results))
-    tables = [_beside_untrained(results, settings, recipes, *metric) for metric in COMPARED]
+    known = [metric for metric in COMPARED if all(metric[0] in result["metrics"] for result in results)]
+    tables = [_beside_untrained(results, settings, recipes, *metric) for metric in known]
     pairs = len(over_untrained(results[0], METRIC))
     told = (
         f"Trained less its PTQ baseline, in dB of SQNR: of single steps along BF16's trajectories, and of the "

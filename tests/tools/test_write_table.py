@@ -125,5 +125,14 @@ def test_recipes_of_training_stand_beside_their_baselines(tmp_path: Path) -> Non
     assert means[8:] == [[1.0, 1.5, 1.25], [-0.5, -0.75, -0.625]]
     low, high = (float(part) for part in rows[3][3].split("[")[1].rstrip("]").split(","))
     assert low < 2.5 < high
+    # Trainings that made no videos have the first half of it, and a sweep's table too.
+    for path in (tmp_path / "sweep").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        kept = {name: value for name, value in result["metrics"].items() if name.endswith("step_sqnr")}
+        over = {"over_untrained": {"step_sqnr": METRIC}, "gates": {}, "metrics": kept}
+        path.write_text(json.dumps(result | over))
+    assert "single steps: qat" in write_table.write(tmp_path / "sweep", untrained=True)
+    assert "final latents: qat" not in write_table.write(tmp_path / "sweep", untrained=True)
+    assert "against its baseline" in write_table.write(tmp_path / "sweep")
     (tmp_path / "sweep" / "3" / "result.json").unlink()
     assert run(tmp_path / "sweep", "T", readme, "--trainings").returncode == 2

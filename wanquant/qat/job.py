@@ -205,7 +205,7 @@ class TrainJob(Job):
             single_steps = {each.name: measure_steps(each, counted, self.config.force) for each in trajectories}
         with self.run_.stage("generate_trained"):
             samples, overflows = quantized_videos(pipeline, label, self.shown, counted, self.config.force)
-        return Generated(samples, single_steps, overflows)
+        return Generated(samples, single_steps, overflows if self.shown else single_steps[STEP_SQNR].overflows)
 
     def _trained(self, trainer: Trainer) -> dict[str, Any]:
         """Puts the trained transformer into the pipeline, from the cache or trained now; returns ``Trainer.train``'s

@@ -135,7 +135,8 @@ def _over_untrained(result: dict[str, Any], runs: int) -> dict[str, Any] | None:
     """Of a training: its difference from its baseline, its interval for as many comparisons as there are runs."""
     if METRIC not in result.get("over_untrained", {}):
         return None
-    found = {name: compared(_items(result["over_untrained"][name]), runs) for name in (METRIC, DRIFT)}
+    over = result["over_untrained"]
+    found = {name: compared(_items(over[name]), runs) for name in (METRIC, DRIFT) if name in over}
     told = "too few pairs" if result["demonstration"] else verdict(found[METRIC], 0.0)
     return {name: _without_items(value.as_json()) for name, value in found.items()} | {"verdict": told}
 

@@ -67,7 +67,7 @@ def _columns(summary: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
         columns |= {
             OVER_UNTRAINED: lambda row: estimate_text(row["over_untrained"][main]),
             "against its baseline": lambda row: row["over_untrained"]["verdict"],
-            OVER_UNTRAINED_DRIFT: lambda row: estimate_text(row["over_untrained"][DRIFT]),
+            OVER_UNTRAINED_DRIFT: lambda row: estimate_text(row["over_untrained"].get(DRIFT)),
         }
     for other in further:
         columns[head(other)] = _metric(other)
