@@ -24,10 +24,11 @@ PRELOADED = ["wanquant.ptq.job", "wanquant.qat.job", "wanquant.evaluate.job", "w
 
 
 @cache
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
+def context() -> Any:
+    """For processes that run functions."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(PRELOADED)
+    return found
 
 
 class Forked:
@@ -40,7 +41,7 @@ class Forked:
         self.out, self.err = folder / "out", folder / "err"
         # The whole of it: what is forked from has the variables of the time it was started.
         given = (list(words), {**os.environ, **environment}, str(self.out), str(self.err), before)
-        self.process = _context().Process(target=_child, args=given)
+        self.process = context().Process(target=_child, args=given)
         self.process.start()
 
     def poll(self) -> int | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.evaluate.stats import Item, compared, difference
+from wanquant.evaluate.sweep.names import settings_below
 from wanquant.evaluate.sweep.summary import METRIC, jobs_of, summarize
 from wanquant.runs.files import write_atomic
 from wanquant.runs.reports.columns import DRIFT, estimate_text, short
@@ -78,32 +79,64 @@ def table_of_trainings(sweep: Path) -> str:
     """Markdown: every recipe of a training against its PTQ baselines, in each setting and over all of them."""
     table_of_sweep(sweep)  # refuses what is not whole, or not to be compared
     results = [read_result(folder) for folder in jobs_of(sweep)]
-    settings = list(dict.fromkeys(_setting(result) for result in results))
-    recipes = list(dict.fromkeys(result["qat"]["name"] for result in results))
+    trainings = list(zip(results, recipes_of(results), strict=True))
     known = [metric for metric in COMPARED if all(metric[0] in result["metrics"] for result in results)]
-    tables = [_beside_untrained(results, settings, recipes, *metric) for metric in known]
-    pairs = len(over_untrained(results[0], METRIC))
+    tables = [_beside_untrained(trainings, *metric) for metric in known]
+    pairs, seeds = len(over_untrained(results[0], METRIC)), {result["qat"].get("seed", 0) for result in results}
+    repeated = (
+        f" Each recipe was trained {len(seeds)} times (`qat.seed`), and each pair's difference is the mean of these. "
+        f"The last column is the mean over all pairs and settings of each training by itself, lowest and highest."
+    )
     told = (
         f"Trained less its PTQ baseline, in dB of SQNR: of single steps along BF16's trajectories, and of the "
         f"final latents. {pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings "
-        f"the mean of each pair's differences, with intervals corrected for {len(recipes)} recipes. "
+        f"the mean of each pair's differences, with intervals corrected for {len({name for _, name in trainings})} "
+        f"recipes.{repeated if len(seeds) > 1 else ''} "
         f"{results[0]['model']['name']}, {_machine(results[0]['provenance'])}."
     )
     return "\n\n".join([*tables, told])
 
 
-def _beside_untrained(
-    results: list[dict[str, Any]], settings: list[tuple[str, str]], recipes: list[str], name: str, title: str
-) -> str:
+def recipes_of(results: list[dict[str, Any]]) -> list[str]:
+    """Of each result the recipe's name, with the settings by which one of the name differs but for the seed."""
+    found = []
+    flat = [dict(settings_below(result["qat"], "")) for result in results]
+    for result, own in zip(results, flat, strict=True):
+        alike = [
+            each for other, each in zip(results, flat, strict=True) if other["qat"]["name"] == result["qat"]["name"]
+        ]
+        varied = [key for key in own if key != ".seed" and any(each.get(key) != own[key] for each in alike)]
+        found.append(" ".join([result["qat"]["name"], *(f"{key[1:]}={own[key]}" for key in varied)]))
+    return found
+
+
+def _beside_untrained(trainings: list[tuple[dict[str, Any], str]], name: str, title: str) -> str:
+    settings = list(dict.fromkeys(_setting(result) for result, _ in trainings))
+    recipes = list(dict.fromkeys(recipe for _, recipe in trainings))
+    gained: dict[tuple[str, tuple[str, str], int], list[Item]] = {}
+    for result, recipe in trainings:
+        key = recipe, _setting(result), result["qat"].get("seed", 0)
+        if key in gained:
+            raise ValueError(f"qat={recipe} stands twice in one setting")
+        gained[key] = over_untrained(result, name)
+    seeds = sorted({seed for *_, seed in gained})
     heads = [f"{title}: qat", *(f"{quant}, protect {protect}" for quant, protect in settings), "over all"]
-    untrained = {_setting(result): result["metrics"][f"untrained.{name}"] for result in results}
+    untrained = {_setting(result): result["metrics"][f"untrained.{name}"] for result, _ in trainings}
     rows = [["PTQ baseline itself", *(estimate_text(untrained[setting]) for setting in settings), ""]]
     for recipe in recipes:
-        own = {_setting(result): over_untrained(result, name) for result in results if result["qat"]["name"] == recipe}
-        if len(own) < len(settings):
+        if any((recipe, setting, seed) not in gained for setting in settings for seed in seeds):
             raise ValueError(f"qat={recipe} was not run in every setting")
+        own = {setting: pooled(gained[recipe, setting, seed] for seed in seeds) for setting in settings}
         found = [*(compared(own[setting]) for setting in settings), compared(pooled(own.values()), len(recipes))]
         rows.append([recipe, *(estimate_text(cell.as_json()) for cell in found)])
+        if len(seeds) > 1:
+            means = [
+                statistics.fmean(item.value for setting in settings for item in gained[recipe, setting, seed])
+                for seed in seeds
+            ]
+            rows[-1].append(f"{min(means):.2f} to {max(means):.2f}")
+    if len(seeds) > 1:
+        heads, rows[0] = [*heads, f"{len(seeds)} seeds"], [*rows[0], ""]
     return markdown(heads, rows)
 
 

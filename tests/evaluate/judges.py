@@ -136,5 +136,12 @@ JUDGES: dict[str, Callable[[], None]] = {
     "overall_consistency": viclip,
     "human_action": umt,
 }
-#: Of more than 150 million parameters.
-LARGE = ("aesthetic_quality", "background_consistency", "overall_consistency", "human_action")
+#: Of more than 150 million parameters, or slow on a CPU.
+LARGE = (
+    "subject_consistency",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "background_consistency",
+    "overall_consistency",
+    "human_action",
+)

@@ -23,6 +23,7 @@ from wanquant.evaluate.sweep.summary import summarize
 from wanquant.runs import pictures
 from wanquant.runs.run import digest, read_result
 
+FLOORS = "eval.noise_floor=true"
 FLICKER = "eval.dimensions=[temporal_flickering]"
 NEW = (
     'prompts.texts=["a red circle moving right on a black background","a green square moving up on a gray background"]'
@@ -43,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "sweep"
     with pytest.MonkeyPatch.context() as patch:
         protect = "protect=none,entry,exit,boundary"
-        assert ptq(patch, "-m", protect, TWO, "tracker=none", f"hydra.sweep.dir={folder}") == 0
+        assert ptq(patch, "-m", protect, TWO, FLOORS, "tracker=none", f"hydra.sweep.dir={folder}") == 0
     return folder
 
 
@@ -102,11 +103,11 @@ def test_a_sweep_by_vbench_and_in_its_report(sweep: Path, monkeypatch: pytest.Mo
 
 def test_the_same_by_ptq_itself(tmp_path: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    assert ptq(monkeypatch, "protect=boundary", TWO, "tracker=none", FLICKER, f"hydra.run.dir={run}") == 0
+    assert ptq(monkeypatch, "protect=boundary", TWO, FLOORS, "tracker=none", FLICKER, f"hydra.run.dir={run}") == 0
     assert evaluate(monkeypatch, f"run={sweep / '3'}", FLICKER) == 0
     assert entry(run)["metrics"] == entry(sweep / "3")["metrics"]
     written = (run / "result.json").stat().st_mtime_ns
-    assert ptq(monkeypatch, "protect=boundary", TWO, "tracker=none", f"hydra.run.dir={run}") == 0
+    assert ptq(monkeypatch, "protect=boundary", TWO, FLOORS, "tracker=none", f"hydra.run.dir={run}") == 0
     assert (run / "result.json").stat().st_mtime_ns == written
 
 
@@ -191,6 +192,7 @@ def test_long_videos_are_said_to_be(sweep: Path, monkeypatch: pytest.MonkeyPatch
     assert "2 of 2 videos last 5.0 s or more and belong to VBench-Long" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_one_evaluation_after_another_keeps_both(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = sweep / "3"
     assert evaluate(monkeypatch, f"run={run}", FLICKER) == 0
@@ -201,7 +203,7 @@ def test_one_evaluation_after_another_keeps_both(sweep: Path, monkeypatch: pytes
     # So does ptq.py, which makes the same videos again for a checkpoint that is gone.
     assert evaluate(monkeypatch, f"run={run}", NEW, "prompts.name=new") == 0
     shutil.rmtree(run / "checkpoint")
-    again = ["protect=boundary", TWO, "tracker=none", f"hydra.run.dir={run}"]
+    again = ["protect=boundary", TWO, FLOORS, "tracker=none", f"hydra.run.dir={run}"]
     assert ptq(monkeypatch, *again) == 0
     assert (run / "checkpoint").is_dir()
     assert entry(run)["metrics"] == before["metrics"]
@@ -260,6 +262,7 @@ def test_a_list_is_the_same_in_any_order_and_takes_no_other_lists_videos(
     assert entry(run, "mine")["metrics"] == first["metrics"]
 
 
+@pytest.mark.slow
 def test_prompts_given_without_a_name_are_not_the_runs_own(
     sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,13 +284,13 @@ def test_a_run_that_cannot_be_judged_is_said_by_its_sweep(
     """Whichever process it was in."""
     broken = sweep / "3" / "videos" / "bf16" / "000-seed0.mp4"
     broken.write_bytes(b"no video")
-    job = ["protect=boundary", TWO, "tracker=none", FLICKER, f"hydra.run.dir={sweep / '3'}"]
+    job = ["protect=boundary", TWO, FLOORS, "tracker=none", FLICKER, f"hydra.run.dir={sweep / '3'}"]
     assert ptq(monkeypatch, *job) == 1
     assert f"cannot read the video {broken}" in complaint(capsys)
     summary = summarize(sweep)
     assert [job for job, _ in summary["not_judged"]] == [3]
     assert any("job 3 was not judged" in caution for caution in summary["cautions"])
-    assert ptq(monkeypatch, "protect=boundary", TWO, "tracker=none", "eval.dimensions=[dynamic_degree]") == 1
+    assert ptq(monkeypatch, "protect=boundary", TWO, FLOORS, "tracker=none", "eval.dimensions=[dynamic_degree]") == 1
     assert "weights are missing" in complaint(capsys)
     shutil.copy(sweep / "0" / "videos" / "bf16" / "000-seed0.mp4", broken)
     assert ptq(monkeypatch, *job) == 0
@@ -338,6 +341,7 @@ def test_processes_of_one_launch_share_a_model(sweep: Path, tmp_path: Path) -> N
     assert read_result(tmp_path / "run")["evaluations"]["given"]["pairs"] == 4
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of a measurement; what was finished is not done again, and the end is the same."""
     run, cache = sweep / "3", f"cache={tmp_path / 'cache'}"

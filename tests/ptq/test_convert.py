@@ -72,6 +72,7 @@ def test_it_is_the_checkpoint_a_run_saves(
     assert "is there already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_statistics_come_from_an_analysis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

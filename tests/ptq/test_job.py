@@ -74,8 +74,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         TWO,
         "model.device=cpu",
         "model.generation.steps=2",
-        "model.generation.num_frames=9",
-        "model.other_frames=[13]",
+        "model.generation.num_frames=5",
+        "model.other_frames=[9]",
     ]
     command.append(f"hydra.run.dir={folder}")
     command.append(f"cache={tmp_path_factory.mktemp('cache')}")
@@ -122,7 +122,7 @@ def test_files(finished: Path) -> None:
     for kind in ("bf16", "quantized"):
         for path in sorted((finished / "videos" / kind).iterdir()):
             frames = [frame.to_ndarray(format="rgb24") for frame in av.open(str(path)).decode(video=0)]
-            assert np.stack(frames).shape == (9, 64, 64, 3)
+            assert np.stack(frames).shape == (5, 64, 64, 3)
     assert len(list((finished / "videos" / "side_by_side").glob("*.mp4"))) == 2
     assert Image.open(finished / "figures" / "contact_sheet.png").width > 400
     assert (finished / "config.yaml").read_text().startswith("# A wanquant run")
@@ -275,7 +275,7 @@ def test_a_second_run_makes_no_bf16_video_again(
 ) -> None:
     results = []
     for name, force in (("first", "false"), ("second", "true")):
-        overrides = [TWO, "tracker=none", "checkpoint=false", f"cache={tmp_path / 'cache'}"]
+        overrides = [TWO, "eval.noise_floor=true", "tracker=none", "checkpoint=false", f"cache={tmp_path / 'cache'}"]
         assert ptq(monkeypatch, *overrides, f"hydra.run.dir={tmp_path / name}", f"force={force}") == 0
         results.append(read_result(tmp_path / name))
     made = ["calibrate", "record BF16", "generate BF16", "noise floor: 1 ulp", "noise floor: seed"]
@@ -419,6 +419,7 @@ def refused(
     assert not left
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_one_line_and_no_result(tmp_path: Path) -> None:
     """The process may write no file above 5 MB, so the checkpoint fails as it would on a full disk."""
     command = ["ptq.py", f"model.path={short()}", TWO, *QUICK, "tracker=none", "eval.noise_floor=false"]

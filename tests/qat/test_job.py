@@ -63,7 +63,7 @@ SCOPES: dict[str, tuple[list[str], str]] = {
 
 
 #: Those that have no other test of a whole job.
-QUICK_SCOPES = ("blockwise", "all", "lora", "delayed")
+QUICK_SCOPES = ("blockwise", "all", "lora")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,7 @@ def test_what_is_trained_is_what_is_saved(
     assert "PTQ baseline" in report
 
 
+@pytest.mark.slow
 def test_finished_is_not_trained_again(model: Path, cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     words = overrides(model, cache, "qat.scope=norms", "qat.data.prompts.seeds=[5]")
     assert train(monkeypatch, *words, f"hydra.run.dir={tmp_path / 'a'}") == 0
@@ -306,6 +307,7 @@ def test_the_tracker_gets_every_step_and_the_validation(
     assert "Validation" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_what_was_planned(
     model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import time
@@ -15,10 +14,11 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
+from tests import forked
 from wanquant.runs.cache import SUMS, Cache, damaged
 from wanquant.wan.device import first_free
 
-SPAWN = multiprocessing.get_context("spawn")
+FORKED = forked.context()
 
 
 def make_slowly(root: Path, notes: Path) -> None:
@@ -39,7 +39,7 @@ def hold(path: Path, ready: Path) -> None:
 
 def test_side_by_side_it_is_made_once(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
-    workers = [SPAWN.Process(target=make_slowly, args=(tmp_path / "cache", notes)) for _ in range(3)]
+    workers = [FORKED.Process(target=make_slowly, args=(tmp_path / "cache", notes)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -53,7 +53,7 @@ def test_a_dead_holders_lock_does_not_block(tmp_path: Path, capfd: pytest.Captur
     cache, ready = Cache(tmp_path), tmp_path / "ready"
     (tmp_path / "kind" / "s.partial").mkdir(parents=True)
     (tmp_path / "kind" / "s.partial" / "half").touch()
-    holder = SPAWN.Process(target=hold, args=(tmp_path / "kind" / "s.lock", ready))
+    holder = FORKED.Process(target=hold, args=(tmp_path / "kind" / "s.lock", ready))
     holder.start()
     while not ready.exists():
         time.sleep(0.05)
@@ -149,7 +149,7 @@ def test_each_job_has_a_card_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
     """Jobs in processes of their own take the first that is free; a killed job's is free again."""
     ready, names = tmp_path / "ready", ["card-0", "card-1"]
     ready.mkdir()
-    jobs = [SPAWN.Process(target=take, args=(names, tmp_path / "locks", ready)) for _ in names]
+    jobs = [FORKED.Process(target=take, args=(names, tmp_path / "locks", ready)) for _ in names]
     for job in jobs:
         job.start()
     while len(list(ready.iterdir())) < 2:
@@ -182,8 +182,8 @@ def share(root: str, both: Any, done: Any) -> None:
 
 
 def test_processes_side_by_side_share_the_cells(tmp_path: Path) -> None:
-    both, done = SPAWN.Barrier(2), SPAWN.Queue()
-    workers = [SPAWN.Process(target=share, args=(str(tmp_path), both, done)) for _ in range(2)]
+    both, done = FORKED.Barrier(2), FORKED.Queue()
+    workers = [FORKED.Process(target=share, args=(str(tmp_path), both, done)) for _ in range(2)]
     for worker in workers:
         worker.start()
     found = dict(done.get(timeout=120) for _ in workers)

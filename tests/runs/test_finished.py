@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.evaluate.results import changed
 from wanquant.runs.cache import Cache
 from wanquant.runs.finished import find_finished, in_use, note_finished, take_over
@@ -88,9 +88,9 @@ def use(cache: Path, folder: Path, notes: Path) -> None:
 
 
 def test_a_directory_is_one_process_at_a_time(tmp_path: Path) -> None:
-    spawn, notes = multiprocessing.get_context("spawn"), tmp_path / "notes"
+    notes = tmp_path / "notes"
     arguments = (tmp_path / "cache", tmp_path / "run", notes)
-    workers = [spawn.Process(target=use, args=arguments) for _ in range(3)]
+    workers = [forked.context().Process(target=use, args=arguments) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -98,9 +98,9 @@ def test_a_file_without_markers_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def trained(folder: Path, recipe: str, protect: str, gain: float) -> None:
+def trained(folder: Path, recipe: str, protect: str, gain: float, seed: int = 0, lr: float = 1e-3) -> None:
     """A training whose single steps are better than its baseline's by so much, and latents by half of it."""
-    result = changed({"protect.name": protect, "qat": {"name": recipe, "quantize": True, "lr": 1e-3}})
+    result = changed({"protect.name": protect, "qat": {"name": recipe, "quantize": True, "lr": lr, "seed": seed}})
     for name, by in (("step_sqnr", gain), ("latent_sqnr", gain / 2)):
         result["metrics"] |= {name: shifted(by, 0.1), f"untrained.{name}": METRIC}
     folder.mkdir(parents=True)
@@ -136,3 +136,18 @@ def test_recipes_of_training_stand_beside_their_baselines(tmp_path: Path) -> Non
     assert "against its baseline" in write_table.write(tmp_path / "sweep")
     (tmp_path / "sweep" / "3" / "result.json").unlink()
     assert run(tmp_path / "sweep", "T", readme, "--trainings").returncode == 2
+
+
+def test_a_recipe_is_the_mean_of_its_seeds(tmp_path: Path) -> None:
+    for number, (gain, seed, lr) in enumerate([(1.0, 0, 1e-3), (3.0, 1, 1e-3), (-1.0, 0, 1e-4), (-2.0, 1, 1e-4)]):
+        trained(tmp_path / str(number), "on", "none", gain, seed, lr)
+    text = write_table.write(tmp_path, untrained=True)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    assert rows[0][-1] == "2 seeds"
+    assert [(row[0], float(row[1].split(" ")[0]), row[-1]) for row in rows[3:5]] == [
+        ("on lr=0.001", 2.0, "1.00 to 3.00"),
+        ("on lr=0.0001", -1.5, "-2.00 to -1.00"),
+    ]
+    trained(tmp_path / "4", "on", "none", 1.0, 2)
+    with pytest.raises(ValueError, match="not run in every setting"):
+        write_table.write(tmp_path, untrained=True)

@@ -24,7 +24,7 @@ PROMPT = tiny.caption("red", "circle", "left", "black")
 
 @pytest.fixture(scope="module")
 def settings() -> GenerationConfig:
-    return GenerationConfig(**{**read_generation(tiny.folder()), "steps": 2})
+    return GenerationConfig(**{**read_generation(tiny.folder()), "steps": 1, "num_frames": 5})
 
 
 def one_video(pipe: WanPipeline, settings: GenerationConfig) -> Sample:

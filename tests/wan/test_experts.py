@@ -238,6 +238,7 @@ def test_what_cannot_be(model: Path, tmp_path: Path, monkeypatch: Any, capsys: A
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.slow
 def test_one_of_them_protected_as_a_whole(model: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """It stays as it is, in a run, a conversion, a training, an export, and where the checkpoint is used."""
     words = ["protect=none", "protect.through=true", "protect.blocks=[3,4,5]", f"model.path={model}", "tracker=none"]

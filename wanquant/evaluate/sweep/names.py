@@ -45,7 +45,9 @@ def names_of(results: Sequence[dict[str, Any]]) -> list[str]:
     groups = varied(results)
     parts = [[result[group]["name"] for group in groups] for result in results]
     for group, paths in VARIED.items():
-        settings = [dict(item for path in paths for item in _settings(pick(result, path), path)) for result in results]
+        settings = [
+            dict(item for path in paths for item in settings_below(pick(result, path), path)) for result in results
+        ]
         told = [str(pick(result, f"{group}.name")) for result in results]
         whole = [", ".join(part) for part in parts]
         for key in sorted({key for each in settings for key in each}):
@@ -64,11 +66,11 @@ def names_of(results: Sequence[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _settings(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+def settings_below(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     """All that can be set below a key, by its whole key; what only names it left out."""
     if not isinstance(value, dict):
         yield key, value
         return
     for name, inner in value.items():
         if name not in ("name", "by_language"):
-            yield from _settings(inner, f"{key}.{name}")
+            yield from settings_below(inner, f"{key}.{name}")
