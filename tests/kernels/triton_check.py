@@ -38,9 +38,33 @@ def main() -> None:
                 expected, expected_over = eager.scaled_round_hif8(x, scale, saturate, factors)
                 assert_same_bits(got, expected)
                 assert over == expected_over
+        for x in (some(matrix).to(dtype) for matrix in MATRICES[:2] for dtype in (torch.float32, torch.bfloat16)):
+            powers = torch.ldexp(torch.ones(x.shape[1]), torch.arange(x.shape[1]) % 7 - 3)
+            for grid, goal, lift in ((0, 15.0, 16.0), (1, 448.0, 1.0), (2, 127.0, 1.0)):
+                factors = powers if saturate else None
+                coded = cuda.quantize_rows_coded(x, grid, goal, saturate, lift, factors)
+                for got, expected in zip(
+                    coded, eager.quantize_rows_coded(x, grid, goal, saturate, lift, factors), strict=True
+                ):
+                    assert_same_bits(got, expected)
+        for product in (torch.randn(5, 67).to(dtype) for dtype in (torch.float32, torch.bfloat16)):
+            product[1, 3] = torch.nan
+            rows, columns, bias = torch.rand(5), torch.rand(67), torch.randn(67).to(product.dtype)
+            one = torch.tensor(0.37)
+            for how in ((rows, columns, bias), (one, columns, None), (rows, one, bias)):
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    assert_same_bits(cuda.descale(product, *how, dtype), eager.descale(product, *how, dtype))
+    wide = torch.randn(2, 16500)  # more columns than a program holds
+    for got, expected in zip(
+        cuda.quantize_rows_coded(wide, 0, 15.0, False, 16.0),
+        eager.quantize_rows_coded(wide, 0, 15.0, False, 16.0),
+        strict=True,
+    ):
+        assert_same_bits(got, expected)
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert_same_bits(cuda.decode_hif8(codes, dtype), eager.decode_hif8(codes, dtype))
+    assert_same_bits(cuda.look_up(codes, codes.flip(0)), codes.flip(0))
     print("all equal")
 
 

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
-from wanquant.kernels.eager import fit
-from wanquant.kernels.loops import DESCALE, LOOPS, stochastic
-from wanquant.kernels.tables import decode_table, narrow
+from wanquant.kernels import eager
+from wanquant.kernels.eager import fit, quantize_rows_coded
+from wanquant.kernels.loops import DESCALE, LOOPS, carry, stochastic
+from wanquant.kernels.tables import carry_table, decode_table, narrow
+
+__all__ = ["quantize_rows_coded"]
 
 #: Elements below which one thread is quicker than waking another.
 _CHUNK = 1 << 17
@@ -56,9 +59,23 @@ def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float16:
         return narrow(decode_hif8(codes, torch.float32), dtype)
-    out = torch.empty(codes.shape, dtype=dtype)
-    _run(LOOPS[dtype].decode, codes.numel(), codes.numel(), codes.contiguous(), out, decode_table(dtype))
+    return look_up(codes, decode_table(dtype))
+
+
+def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    if table.dtype not in LOOPS:
+        return eager.look_up(codes, table)
+    out = torch.empty(codes.shape, dtype=table.dtype)
+    _run(LOOPS[table.dtype].decode, codes.numel(), codes.numel(), codes.contiguous(), out, table)
     return out
+
+
+def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    values, rows = values.contiguous(), len(values)
+    out, lost = torch.empty(values.shape, dtype=torch.uint8), torch.empty(rows, dtype=torch.int64)
+    columns = values.numel() // max(1, rows)
+    _run(carry, rows, values.numel(), values, out, carry_table(lift), lost, columns)
+    return out, lost.sum()
 
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:

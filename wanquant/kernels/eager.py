@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from wanquant.kernels.tables import decode_table, encode_table, narrow
+from wanquant.kernels.tables import LARGEST_E4M3, NAN_E4M3, carry_table, decode_table, encode_table, narrow
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
@@ -20,6 +20,9 @@ _TINY = 104 << 23  # 2^-23: below it, zero
 _SMALLEST = 105 << 23  # 2^-22, the smallest positive value
 #: The magnitude from which rounding goes beyond 32768, the largest finite value.
 OVERFLOW = 40960.0
+
+#: Whose codes ``quantize_rows_coded`` gives: of HiF8 those of E4M3 that carry it.
+CODED_HIF8, CODED_E4M3, CODED_INT8 = range(3)
 
 #: Elements that go through together.
 AT_ONCE = 1 << 24
@@ -119,8 +122,12 @@ def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
 
 
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    table = decode_table(dtype, codes.device)
-    return _in_parts(lambda part: table[part.long()], dtype, codes.contiguous().view(-1)).view(codes.shape)
+    return look_up(codes, decode_table(dtype, codes.device))
+
+
+def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The entry of each uint8 code in ``table`` [256]."""
+    return _in_parts(lambda part: table[part.long()], table.dtype, codes.contiguous().view(-1)).view(codes.shape)
 
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
@@ -176,6 +183,40 @@ def quantize_rows_hif8(
     absmax = torch.cat([absmax_rows(times(part, factors)) for part in parts])
     scale = absmax_to_scale(absmax, goal, power_of_two)
     return scaled_round_hif8(x, scale, saturate, factors)[0], scale
+
+
+def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    table = carry_table(lift, values.device)
+    entries = look_up12(values, table)
+    return (entries & 0xFF).to(torch.uint8), (entries >> 8).sum()
+
+
+def look_up12(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The entry in ``table`` [4096] of BF16 values with at most three mantissa bits."""
+
+    def found(part: torch.Tensor) -> torch.Tensor:
+        return table[((part.view(torch.int16) >> 4) & 0xFFF).long()]
+
+    return _in_parts(found, table.dtype, values.contiguous().view(-1)).view(values.shape)
+
+
+def quantize_rows_coded(
+    x: torch.Tensor, grid: int, goal: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if grid == CODED_HIF8:
+        # By the device's own op, which is quicker.
+        values, scale = torch.ops.wanquant.quantize_rows_hif8.default(x, goal, power_of_two, False, factors)
+        codes, lost = torch.ops.wanquant.carry_e4m3.default(values, lift)
+        return codes, scale, lost
+    x = times(x, factors)
+    scale = absmax_to_scale(absmax_rows(x), goal, power_of_two)
+    scaled = x / scale[:, None]
+    if grid == CODED_E4M3:
+        codes = scaled.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn).view(torch.uint8)
+        codes = torch.where(scaled.isnan(), NAN_E4M3, codes)
+    else:
+        codes = scaled.nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
+    return codes, scale, torch.zeros((), dtype=torch.int64, device=x.device)
 
 
 def descale(

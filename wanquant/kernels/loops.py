@@ -118,6 +118,21 @@ def _element_loops(word: type) -> dict[str, Any]:
     return {"round": round_, "encode": encode, "decode": decode}
 
 
+@njit
+def carry(first, past, source, target, entries, lost, columns):
+    """Codes of BF16 values by the entries of their upper twelve bits; ``lost`` [rows] counts entries beyond 255."""
+    x = carray(pointer(source), (past, columns), np.uint16)
+    y = carray(pointer(target), (past, columns), np.uint8)
+    table, counts = carray(pointer(entries), 4096, np.uint16), carray(pointer(lost), past, np.int64)
+    for row in range(first, past):
+        count = 0
+        for column in range(columns):
+            entry = table[x[row, column] >> 4]
+            y[row, column] = entry & 0xFF
+            count += entry >> 8
+        counts[row] = count
+
+
 def _row_loops(word: type) -> dict[str, Any]:
     """``factors``, by which columns are multiplied first, may be None."""
 

@@ -36,6 +36,8 @@ def _code_value(code: int) -> float:
 
 
 CPU = torch.device("cpu")
+#: The largest value of E4M3, and the code of its NaN.
+LARGEST_E4M3, NAN_E4M3 = 448.0, 0x7F
 
 
 #: The NaN of float16 that every device gives.
@@ -75,3 +77,39 @@ def encode_table(device: torch.device = CPU) -> torch.Tensor:
             table[values[code] >> 4] = code
     table[0x8000 >> 4] = 0
     return torch.from_numpy(table).to(device)
+
+
+@cache
+def carry_table(lift: float, device: torch.device = CPU) -> torch.Tensor:
+    """int16 [4096]: by the upper twelve bits of a BF16 pattern the code of E4M3 of the value times ``lift``, and 256
+    more where that is another value. Beyond 448 it is 448, and of what is not finite NaN."""
+    values = (torch.arange(4096, dtype=torch.int32) << 20).view(torch.float32) * lift
+    carried = values.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+    codes, finite = carried.view(torch.uint8).to(torch.int16), values.isfinite()
+    lost = ((carried.float() != values) & finite).to(torch.int16) << 8
+    return torch.where(finite, codes | lost, NAN_E4M3).to(torch.int16).to(device)
+
+
+@cache
+def round_table(saturate: bool, device: torch.device = CPU) -> torch.Tensor:
+    """int64 [256]: rounding by the exponent field of a float32. Its pattern plus the lower half of the entry, and then
+    only the bits of the upper half, is the rounded value; 2^16 stands for what overflows to infinity, unless it
+    saturates. NaN is not looked after.
+    """
+    signed, entries = -(2**31), []  # the sign bit, in int32
+    for exponent in range(256):
+        distance = abs(exponent - 127)
+        drop = 20 + (distance > 3) + (distance > 7) + (distance > 15)
+        add, keep = 1 << drop - 1, -(1 << drop)
+        if exponent < 104:  # zero, which has no sign
+            add, keep = 0, 0
+        elif exponent == 104:  # up to the smallest value
+            add, keep = 1 << 23, signed | 0x7F800000
+        elif exponent == 142:  # 32768 up to 40960
+            add, keep = 0 if saturate else 3 << 21, signed | 0x7F800000
+        elif exponent == 255:
+            add, keep = 0, -1
+        elif exponent > 142:
+            add, keep = (142 if saturate else 255) - exponent << 23, signed | 0x7F800000
+        entries.append((keep << 32) | (add & 0xFFFFFFFF))
+    return torch.tensor(entries, dtype=torch.int64, device=device)
