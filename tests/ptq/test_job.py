@@ -270,6 +270,36 @@ def test_other_formats_make_the_same_videos_from_their_checkpoint(
     assert measured_again(result, load_pipeline(tmp_path / "checkpoint", "cpu"), short()) == recorded(result)
 
 
+def test_values_that_fp8_loses_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And its checkpoint is HiF8's, which loads for any product."""
+    words = ["quant=hif8_fp8", "protect=none", TWO, "tracker=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert ptq(monkeypatch, *words) == 0
+    result = read_result(tmp_path / "run")
+    lost = result["lost_to_fp8"]
+    assert 0 < lost["inputs_share"] < 0.05
+    assert 0 < lost["weights_share"] < 0.05
+    assert lost["inputs"] > lost["weights"] > 0
+    assert result["overflow"] == {"elements": 0, "modules": {}}
+    layers = [
+        quantized_linears(load_pipeline(tmp_path / "run" / "checkpoint", device="cpu", **how).transformer)
+        for how in ({}, {"product": "fast"}, {"packed": True})
+    ]
+    assert sum(layer.lost_weights() for layer in layers[0].values()) == lost["weights"]
+    for name, layer in layers[0].items():
+        assert all(torch.equal(layer.codes(), each[name].codes()) for each in layers[1:])
+        assert layers[1][name].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "words", [["quant.format=int8", "quant.product=fp8"], ["quant=weight_mse", "quant.product=fp8"]]
+)
+def test_a_product_that_a_quantization_does_not_have_is_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ptq(monkeypatch, *words, f"hydra.run.dir={tmp_path}") == 1
+    assert "choose" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_second_run_makes_no_bf16_video_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,13 +40,14 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class SingleSteps:
-    """``decibels`` [pairs, steps, branches] at noise levels ``sigmas``, and how many elements overflowed, by linear."""
+    """``decibels`` [pairs, steps, branches] at noise levels ``sigmas``, and what quantized linears counted
+    (``CachedPipeline.counted``)."""
 
     pairs: Sequence[Pair]
     frames: int
     sigmas: Sequence[float]
     decibels: np.ndarray
-    overflows: Counter[str]
+    counts: Counter[str]
 
     def items(self) -> list[Item]:
         means = self.decibels.mean((1, 2))
@@ -101,10 +102,10 @@ def measure_steps(along: Trajectories, counted: Mapping[str, Any], afresh: bool 
 
 
 def _measure_batch(along: Trajectories, batch: int, on_step: Callable[[], None]) -> dict[str, Any]:
-    before = along.pipeline.overflowed()
+    before = along.pipeline.counted()
     decibels = step_sqnrs(along.pipeline, along.recording, batch, on_step)
-    grown = {name: count - before[name] for name, count in along.pipeline.overflowed().items() if count > before[name]}
-    return {"decibels": clean_json(decibels), "overflows": grown}  # of NaN, None
+    grown = {name: count - before[name] for name, count in along.pipeline.counted().items() if count > before[name]}
+    return {"decibels": clean_json(decibels), "counts": grown}  # of NaN, None
 
 
 def measured_now(along: Trajectories, on_step: Callable[[], None]) -> SingleSteps:
@@ -115,8 +116,8 @@ def measured_now(along: Trajectories, on_step: Callable[[], None]) -> SingleStep
 def _joined(along: Trajectories, batches: Sequence[dict[str, Any]]) -> SingleSteps:
     recording = along.recording
     decibels = np.array([pair for batch in batches for pair in batch["decibels"]], float)  # of None, NaN
-    overflows = sum((Counter(batch["overflows"]) for batch in batches), Counter[str]())
-    return SingleSteps(recording.pairs, recording.frames, sigmas_of(along), decibels, overflows)
+    counts = sum((Counter(batch["counts"]) for batch in batches), Counter[str]())
+    return SingleSteps(recording.pairs, recording.frames, sigmas_of(along), decibels, counts)
 
 
 def sigmas_of(along: Trajectories) -> list[float]:

@@ -2,21 +2,40 @@
 
 from wanquant.kernels.dispatch import (
     absmax_rows,
+    carry_e4m3,
     check_native,
     descale,
+    look_up,
     native_product,
+    quantize_rows_coded,
     quantize_rows_hif8,
     scaled_round_hif8,
 )
-from wanquant.kernels.eager import OVERFLOW, absmax_to_scale, times, two_to
+from wanquant.kernels.eager import (
+    CODED_E4M3,
+    CODED_HIF8,
+    CODED_INT8,
+    OVERFLOW,
+    absmax_to_scale,
+    times,
+    two_to,
+)
+from wanquant.kernels.tables import LARGEST_E4M3
 
 __all__ = [
+    "CODED_E4M3",
+    "CODED_HIF8",
+    "CODED_INT8",
+    "LARGEST_E4M3",
     "OVERFLOW",
     "absmax_rows",
     "absmax_to_scale",
+    "carry_e4m3",
     "check_native",
     "descale",
+    "look_up",
     "native_product",
+    "quantize_rows_coded",
     "quantize_rows_hif8",
     "scaled_round_hif8",
     "times",

@@ -87,6 +87,36 @@ def quantize_rows_hif8(
     return OPS.quantize_rows_hif8.default(x, target, power_of_two, saturates(overflow), factors)
 
 
+def quantize_rows_coded(
+    x: torch.Tensor, codes: int, target: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x / scale as uint8 codes [rows, columns] of a kind, by the scales that ``quantize_rows_hif8`` takes, [rows]; and
+    how many of the format's values they do not hold, int64 [].
+
+    ``codes`` is ``CODED_HIF8``, HiF8's values times ``lift`` as E4M3, ``CODED_E4M3`` or ``CODED_INT8``. Of a row that
+    is not finite, the scale is NaN.
+    """
+    check_rows(x)
+    _check_factors(x, factors)
+    return OPS.quantize_rows_coded.default(x, codes, target, power_of_two, lift, factors)
+
+
+def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 codes of E4M3 of BF16 values, with at most three mantissa bits, times ``lift``, a power of two; int64 [],
+    how many of them are other values. What is beyond 448 becomes that, and what is not finite NaN."""
+    if values.dtype != torch.bfloat16:
+        raise TypeError(f"carried values are bfloat16, not {values.dtype}")
+    return OPS.carry_e4m3.default(values, lift)
+
+
+def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The entry of each uint8 code in ``table`` [256], in their shape."""
+    if codes.dtype != torch.uint8 or table.shape != (256,) or codes.device != table.device:
+        raise TypeError(f"{codes.dtype} codes on {codes.device}, a table {tuple(table.shape)} on {table.device}")
+    found: torch.Tensor = OPS.look_up.default(codes, table)
+    return found
+
+
 def descale(
     product: torch.Tensor,
     row_scale: torch.Tensor,

@@ -186,18 +186,15 @@ def quantize_rows_hif8(
 
 
 def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    if values.is_meta:  # shapes alone: a table made while tracing would not be one of numbers
+        return values.new_empty(values.shape, dtype=torch.uint8), values.new_empty((), dtype=torch.int64)
     table = carry_table(lift, values.device)
-    entries = look_up12(values, table)
-    return (entries & 0xFF).to(torch.uint8), (entries >> 8).sum()
-
-
-def look_up12(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The entry in ``table`` [4096] of BF16 values with at most three mantissa bits."""
 
     def found(part: torch.Tensor) -> torch.Tensor:
         return table[((part.view(torch.int16) >> 4) & 0xFFF).long()]
 
-    return _in_parts(found, table.dtype, values.contiguous().view(-1)).view(values.shape)
+    entries = _in_parts(found, table.dtype, values.contiguous().view(-1)).view(values.shape)
+    return (entries & 0xFF).to(torch.uint8), (entries >> 8).sum()
 
 
 def quantize_rows_coded(

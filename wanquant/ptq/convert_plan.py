@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanquant.kernels import check_native
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.plan import resolve_model
 from wanquant.quant import ConversionReport, QuantLinear
+from wanquant.quant.eight_bit import check_product
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import DESCRIPTION, INPUT, Site, load_statistics
@@ -84,8 +84,7 @@ def resolve_convert(config: PTQConfig) -> ConvertPlan:
     scheme = parse(dataclasses.replace(config.quant, packed=True))
     config = dataclasses.replace(config, quant=scheme.config)
     model = resolve_model(config, scheme, find_folder(config.model.path, shapes_only=True))
-    if config.quant.product == "native":
-        check_native(CPU)
+    check_product(scheme, CPU)
     if model.protected is None:
         raise ValueError(
             f"mode=convert cannot know the blocks that protect.by={config.protect.by} would choose: let mode=analyze "

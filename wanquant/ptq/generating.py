@@ -36,11 +36,11 @@ def bf16_videos(
 def quantized_videos(
     pipeline: CachedPipeline, label: str, pairs: list[Pair], how: dict[str, Any], afresh: bool = False
 ) -> tuple[list[Sample], Counter[str]]:
-    """And how many elements overflowed, by linear."""
+    """And what quantized linears counted."""
     if not pairs:
         return [], Counter()
-    latents, overflows = pipeline.latents(label, pairs, how, afresh)
-    return pipeline.videos(label, pairs, latents), overflows
+    latents, counts = pipeline.latents(label, pairs, how, afresh)
+    return pipeline.videos(label, pairs, latents), counts
 
 
 def noise_floors(

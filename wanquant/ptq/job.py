@@ -20,7 +20,6 @@ from wanquant.evaluate import gates
 from wanquant.evaluate.compare import Networks, measure
 from wanquant.evaluate.job import judge_run
 from wanquant.evaluate.single_steps import measure_steps, record
-from wanquant.kernels import check_native
 from wanquant.ptq.analyze import analyze
 from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.config import PTQConfig
@@ -29,8 +28,9 @@ from wanquant.ptq.estimate import count_videos, estimate_resources, predicted, s
 from wanquant.ptq.generating import bf16_videos, noise_floors, quantize_transformer, quantized_videos
 from wanquant.ptq.plan import PTQPlan, resolve, with_weights
 from wanquant.ptq.protect import choose
-from wanquant.ptq.result import conversion, evaluations_in, head, names_of, tail, verdict, write_videos
+from wanquant.ptq.result import conversion, evaluations_in, head, lost_to_codes, names_of, tail, verdict, write_videos
 from wanquant.quant import ConversionReport
+from wanquant.quant.eight_bit import check_product
 from wanquant.runs.cache import Cache
 from wanquant.runs.finished import by, find_finished, in_use, note_finished, take_over
 from wanquant.runs.progress import progress
@@ -70,8 +70,7 @@ def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) 
         plan = kind.resolve(config)
         torch.set_num_threads(plan.config.threads)
         if not config.dry_run:
-            if plan.scheme.product == "native":
-                check_native(plan.device)
+            check_product(plan.scheme, plan.device)
             plan = with_weights(plan)
     print(plan, flush=True)
     if config.dry_run:
@@ -190,7 +189,7 @@ class Job:
         with stage("single_steps"):
             single_steps = {each.name: measure_steps(each, how, config.force) for each in trajectories}
         with stage("generate_quantized"):
-            samples, overflows = quantized_videos(
+            samples, counts = quantized_videos(
                 pipeline, f"generate {config.quant.format}", self.shown, how, config.force
             )
         with stage("compare"):
@@ -200,10 +199,11 @@ class Job:
         with stage("write"):
             self.write_videos(baseline, samples, floors)
             self.save(pipeline, report)
-        overflows = overflows if self.shown else single_steps[STEP_SQNR].overflows
+        counts = counts if self.shown else single_steps[STEP_SQNR].counts
         return {
             **self.head(tuple(report.protected_blocks)),
-            **conversion(self.plan, report, calibration, choice, overflows),
+            **conversion(self.plan, report, calibration, choice, counts),
+            **lost_to_codes(self.plan.scheme, pipeline.transformer, counts),
             "block_sqnr": block_sqnr,
             "single_steps": {name: steps.as_json() for name, steps in single_steps.items()},
             **verdict(metrics, gate_results, len(self.pairs)),

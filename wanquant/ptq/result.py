@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from wanquant.evaluate.gates import GateResult
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, estimate
 from wanquant.ptq.calibrator import Calibration
@@ -15,11 +17,13 @@ from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import Choice
 from wanquant.quant import ConversionReport
+from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import RESIDUAL
 from wanquant.runs import pictures
 from wanquant.runs.progress import progress
 from wanquant.runs.run import digest, read_result
 from wanquant.wan.cached import Pair
+from wanquant.wan.checkpoints.checkpoint import quantized_linears
 from wanquant.wan.generate import Sample
 from wanquant.wan.products import multiplies_bf16
 
@@ -54,10 +58,10 @@ def head(plan: PTQPlan, fingerprint: str) -> dict[str, Any]:
 
 
 def conversion(
-    plan: PTQPlan, report: ConversionReport, calibration: Calibration, choice: Choice, overflows: Counter[str]
+    plan: PTQPlan, report: ConversionReport, calibration: Calibration, choice: Choice, counts: Counter[str]
 ) -> dict[str, Any]:
     """What was quantized, why the rest was not, and what calibration saw."""
-    statistics, protect = calibration.statistics, plan.config.protect
+    statistics, protect, overflows = calibration.statistics, plan.config.protect, of_kind(counts, "overflow")
     return {
         "protect": {
             "name": protect.name,
@@ -81,6 +85,22 @@ def conversion(
             "input_absmax": statistics.input_absmax(),
         },
     }
+
+
+def of_kind(counts: Counter[str], kind: str) -> dict[str, int]:
+    """What quantized linears counted of one kind, by their names."""
+    return {name.removeprefix(f"{kind} "): count for name, count in counts.items() if name.startswith(f"{kind} ")}
+
+
+def lost_to_codes(scheme: Scheme, transformer: nn.Module, counts: Counter[str]) -> dict[str, Any]:
+    """With a product of codes, ``lost_to_fp8``: how many values of inputs and weights these do not hold."""
+    if scheme.product != "fp8":
+        return {}
+    layers = quantized_linears(transformer).values()
+    inputs, coded = (sum(of_kind(counts, kind).values()) for kind in ("lost", "coded"))
+    weights, all_weights = sum(layer.lost_weights() for layer in layers), sum(layer.weight.numel() for layer in layers)
+    shares = {"inputs_share": inputs / max(1, coded), "weights_share": weights / max(1, all_weights)}
+    return {"lost_to_fp8": {"inputs": inputs, "weights": weights, **shares}}
 
 
 def tail(

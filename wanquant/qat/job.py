@@ -69,11 +69,11 @@ Floors = dict[str, list[tuple[Sample, Sample]]]
 @dataclass(frozen=True)
 class Generated:
     """Videos of the measured pairs; single denoising steps, by the name of their metric, of a model that is or was
-    quantized; elements that overflowed, by linear."""
+    quantized; what quantized linears counted."""
 
     samples: list[Sample]
     single_steps: dict[str, SingleSteps] = field(default_factory=dict)
-    overflows: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def run_train(config: TrainConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
@@ -161,7 +161,7 @@ class TrainJob(Job):
         tail["memory"]["peak_bytes"] = max(tail["memory"]["peak_bytes"], trainer.peak_before)
         return {
             **self.head(tuple(report.protected_blocks)),
-            **conversion(self.plan, report, calibration, choice, trained.overflows),
+            **conversion(self.plan, report, calibration, choice, trained.counts),
             "qat": dataclasses.asdict(self.config.qat),
             "block_sqnr": None,
             "single_steps": {name: steps.as_json() for name, steps in trained.single_steps.items()},
@@ -194,8 +194,8 @@ class TrainJob(Job):
             with self.run_.stage("single_steps"):
                 single_steps = {each.name: measure_steps(each, counted, self.config.force) for each in trajectories}
             with self.run_.stage("generate_untrained"):
-                samples, overflows = quantized_videos(pipeline, label, self.shown, counted)
-        return Generated(samples, single_steps, overflows)
+                samples, counts = quantized_videos(pipeline, label, self.shown, counted)
+        return Generated(samples, single_steps, counts)
 
     def _trained_videos(self, trainer: Trainer, trajectories: Sequence[Trajectories]) -> Generated:
         """The trained model's videos and single steps."""
@@ -204,8 +204,8 @@ class TrainJob(Job):
         with self.run_.stage("single_steps"):
             single_steps = {each.name: measure_steps(each, counted, self.config.force) for each in trajectories}
         with self.run_.stage("generate_trained"):
-            samples, overflows = quantized_videos(pipeline, label, self.shown, counted, self.config.force)
-        return Generated(samples, single_steps, overflows if self.shown else single_steps[STEP_SQNR].overflows)
+            samples, counts = quantized_videos(pipeline, label, self.shown, counted, self.config.force)
+        return Generated(samples, single_steps, counts if self.shown else single_steps[STEP_SQNR].counts)
 
     def _trained(self, trainer: Trainer) -> dict[str, Any]:
         """Puts the trained transformer into the pipeline, from the cache or trained now; returns ``Trainer.train``'s

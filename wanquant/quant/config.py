@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from wanquant.choices import check_choices, choice
 
-PRODUCTS = ("fast", "exact", "native")
+PRODUCTS = ("fast", "exact", "native", "fp8", "int8")
 ATTENTION = ("off", "qkv", "qkvp")
 #: Of the gradients in the backward pass of training, and of static inputs meanwhile.
 GRADIENTS = ("none", "hif8", "stochastic")
@@ -41,7 +41,7 @@ class QuantConfig:
     #: ``inf`` or ``saturate``: what a magnitude beyond the format's range becomes.
     overflow: str = choice(DEFAULT, OVERFLOWS)
     #: ``fast``: a BF16 product, scaled in float32; ``exact``: a float32 product, the reference; ``native``: the
-    #: chip's own product of codes, where it has one.
+    #: chip's own product of codes, where it has one; ``fp8``, ``int8``: of 8-bit codes (``wanquant.quant.eight_bit``).
     product: str = choice("fast", PRODUCTS)
     #: ``qkv``: attention takes Q, K and V in the format; ``qkvp``: and multiplies V by probabilities in it.
     attention: str = choice("off", ATTENTION)

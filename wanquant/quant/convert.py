@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanquant.kernels import check_native
 from wanquant.quant.attention import QuantAttention, check_processor
 from wanquant.quant.config import QuantConfig, Training
+from wanquant.quant.eight_bit import check_product, check_shape
+from wanquant.quant.last_input import LastInput
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.select import match_names, resolve_blocks
 from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing, smooth_
-from wanquant.quant.trainable import LastInput, TrainableQuantLinear, check_trainable, trainable_linears
+from wanquant.quant.trainable import TrainableQuantLinear, check_trainable, trainable_linears
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,8 @@ def _set_attention(module: nn.Module, names: Sequence[str], scheme: Scheme) -> N
 def _check_weights(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
     for name in names:
         weight = _linear(module, name).weight
-        if scheme.product == "native":
-            check_native(weight.device)
+        check_product(scheme, weight.device)
+        check_shape(scheme, _linear(module, name), name)
         if not scheme.format.codes_all and not weight.isfinite().all():
             raise ValueError(f"{name} has weights that are not finite, for which {scheme.format.name} has no code")
 

@@ -4,7 +4,8 @@
 
 Q rounds to an 8-bit format whose values are exact in BF16, so a BF16 product of them with float32
 accumulation has exact products, provided the scales are applied after it. ``product=fast`` takes
-that product in BF16, whose output is rounded once more; ``product=exact`` takes it in float32.
+that product in BF16, whose output is rounded once more; ``product=exact`` takes it in float32;
+``product=fp8`` and ``int8`` multiply codes (``wanquant.quant.eight_bit``).
 
 Block formats (MXFP8) are the exception: their scales, powers of two, go into the operands, where they are exact.
 
@@ -15,14 +16,17 @@ touches an operand: what is simulated is what the hardware does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from wanquant.kernels import descale, native_product
+from wanquant.quant.eight_bit import Codes, encode_input, encode_weight, lost_in_weight, multiply, multiply_mx
+from wanquant.quant.last_input import LastInput
 from wanquant.quant.scale import PerBlock
-from wanquant.quant.scheme import Rounded, Scheme
+from wanquant.quant.scheme import EIGHT_BIT, Rounded, Scheme
 from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing
 
@@ -43,24 +47,32 @@ class QuantLinear(nn.Linear):
     input_factor  float32 [in], powers of two by which channels are multiplied before rounding; where smoothing is
     bias          BF16
     overflowed    int64 []: elements, of the weight and of all inputs so far, that fell beyond the format's range
+    lost          int64 [2]: of all inputs so far, values that a product of codes does not hold, and all of them
     """
+
+    #: Shared by all, so that ``to_q``, ``to_k`` and ``to_v`` round what they all get once.
+    _last = LastInput()
 
     weight_scale: torch.Tensor
     input_scale: torch.Tensor | None
     input_factor: torch.Tensor | None
     overflowed: torch.Tensor
+    lost: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme, factored: bool = False) -> None:
         """An empty layer of the right shapes, on meta; ``from_linear`` or a checkpoint fills it."""
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=torch.bfloat16)
         self.scheme = scheme
-        dtype = torch.uint8 if scheme.packed else torch.bfloat16
+        dtype = torch.uint8 if scheme.coded else torch.bfloat16
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device="meta"), False)
         shape = scheme.weight_granularity.scale_shape(out_features, in_features)
         self.register_buffer("weight_scale", torch.empty(shape, device="meta"))
         self.register_buffer("input_scale", torch.empty((), device="meta") if scheme.act_static else None)
         self.register_buffer("input_factor", torch.empty(in_features, device="meta") if factored else None)
         self.register_buffer("overflowed", torch.zeros((), dtype=torch.int64, device="cpu"), persistent=False)
+        self.register_buffer("lost", torch.zeros(2, dtype=torch.int64, device="cpu"), persistent=False)
+        #: The weight it was made of, and its codes as a product takes them.
+        self._coded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -97,9 +109,10 @@ class QuantLinear(nn.Linear):
         """Of a weight [out, in] as ``Scheme.quantize_weight`` gives it."""
         rounded, weight_scale, overflowed = weight
         self = cls(rounded.shape[1], rounded.shape[0], bias is not None, scheme, input_factor is not None)
-        self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.packed else rounded, False)
+        self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.coded else rounded, False)
         self.weight_scale = weight_scale
         self.overflowed = torch.zeros_like(weight_scale, dtype=torch.int64).sum() if overflowed is None else overflowed
+        self.lost = torch.zeros(2, dtype=torch.int64, device=rounded.device)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
         self.input_scale, self.input_factor = input_scale, input_factor
@@ -153,13 +166,50 @@ class QuantLinear(nn.Linear):
         return self._multiply(x)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        operand, scale = self.quantize_input(x.reshape(-1, self.in_features))
+        rows = x.reshape(-1, self.in_features)
+        if self.scheme.product in EIGHT_BIT and not self.scheme.format.block:
+            return self._multiply_codes(x, rows).view(*x.shape[:-1], self.out_features)
+        scheme, how = self.scheme, (self.input_scale, self.input_factor)
+        operand, scale, over = self._shared(x, lambda: scheme.quantize_input(rows, *how))
+        if over is not None:
+            self.overflowed += over
         if self.scheme.product == "native":
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
+        elif self.scheme.product == "fp8" and operand.is_cuda:
+            weight = (self.codes(), self.weight_scale)
+            y = multiply_mx((self.scheme.format.encode(operand, "saturate"), scale), weight, self.bias).to(x.dtype)
         else:
-            weight = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
-            y = take_product((operand, scale), (weight, self.weight_scale), self.bias, self.scheme, x.dtype)
+            values = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
+            y = take_product((operand, scale), (values, self.weight_scale), self.bias, self.scheme, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _shared(self, x: torch.Tensor, round_: Callable[[], Any]) -> Any:
+        """What is made of the input, once for all layers that make the same of it."""
+        if self.input_scale is not None or self.input_factor is not None or torch.compiler.is_compiling():
+            return round_()
+        return self._last.rounded(x, round_, of=self.scheme)
+
+    def _multiply_codes(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        codes: Codes = self._shared(x, lambda: encode_input(self.scheme, rows, self.input_scale, self.input_factor))
+        if codes.over is not None:
+            self.overflowed += codes.over
+        self.lost[0] += codes.lost
+        self.lost[1] += rows.numel()
+        return multiply(self.scheme, codes, self._coded_weight(), self.weight_scale, self.bias, x.dtype)
+
+    def _coded_weight(self) -> torch.Tensor:
+        """The weight as a product of codes takes it, uint8 [out, in]; made once, and of a packed one in every
+        forward."""
+        if self._coded is not None and self._coded[0] is self.weight and self._coded[1].device == self.weight.device:
+            return self._coded[1]
+        made = encode_weight(self.scheme, self.codes())
+        if not (self.scheme.packed or torch.compiler.is_compiling()):
+            self._coded = self.weight, made
+        return made
+
+    def lost_weights(self) -> int:
+        """How many values of the weight a product of codes does not hold."""
+        return lost_in_weight(self.scheme, self.codes()) if self.scheme.product in EIGHT_BIT else 0
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
         """Moves like any module, but a change of type leaves the scales in float32 and the weight what it is."""
@@ -189,8 +239,11 @@ def take_product(
 
 
 def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """float32 [rows, out] of BF16 values [rows, in] and [out, in]. Large weights are widened some rows at a time into
-    the same memory, because a fresh float32 copy of all of them costs a seventh of the product."""
+    """float32 [rows, out] of BF16 values [rows, in] and [out, in]. A card multiplies BF16 exactly and sums in float32,
+    at the speed of BF16. Elsewhere large weights are widened some rows at a time into the same memory, because a fresh
+    float32 copy of all of them costs a seventh of the product."""
+    if operand.is_cuda:
+        return torch.mm(operand.detach(), weight.detach().T, out_dtype=torch.float32)
     wide, weight, rows = operand.detach().float(), weight.detach(), max(1, WIDENED_AT_ONCE // weight.shape[1])
     if len(weight) <= rows or torch.compiler.is_compiling():  # the compiler refuses to write into columns
         return F.linear(wide, weight.float())

@@ -26,6 +26,8 @@ from wanquant.quant.scale import (
 )
 from wanquant.quant.statistics import Site
 
+#: Products of 8-bit codes, which weights are kept as.
+EIGHT_BIT = ("fp8", "int8")
 #: BF16 values on the grid, float32 scales, and how many elements overflowed (int64 []; None: none could).
 Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -51,6 +53,11 @@ class Scheme:
     def independent(self) -> bool:
         """Whether the rounding of one row knows nothing of the others, so that videos can share a batch."""
         return self.act_static or isinstance(self.act_rule, Direct) or not isinstance(self.act_granularity, PerTensor)
+
+    @property
+    def coded(self) -> bool:
+        """Whether weights are kept as codes: packed, or for a product of them."""
+        return self.packed or self.product in EIGHT_BIT
 
     @property
     def by_output(self) -> bool:
@@ -156,6 +163,11 @@ def _check_config(config: QuantConfig, format_: Format) -> None:
         raise ValueError(f"quant.overflow={config.overflow}: {error}") from None
     if config.product == "native" and config.format != "hif8":
         raise ValueError(f"quant.product=native: there is none for {config.format}")
+    whole = config.format == "int8"
+    if config.product in EIGHT_BIT and (format_.keeps_all or whole != (config.product == "int8")):
+        raise ValueError(
+            f"quant.product={config.product}: not with {format_.name}, choose {'int8' if whole else 'fast'}"
+        )
     if config.attention != "off" and (format_.block or format_.keeps_all):
         raise ValueError(f"quant.attention={config.attention}: {format_.name} has no attention of its own")
     if config.activations.static and config.activations.granularity != "per_tensor":
@@ -172,6 +184,9 @@ def _check_rules(config: QuantConfig, format_: Format, weight_rule: Rule, act_ru
             raise ValueError(f"quant.{side}.rule: target {target:g} is beyond the range of {format_.name}")
         if format_.block and not getattr(rule, "power_of_two", False):
             raise ValueError(f"quant.{side}.rule: the scales of {format_.name} are powers of two, choose mx or pow2")
+        if config.product == "fp8" and config.format in ("hif8", "e5m2") and not target:
+            other = f"quant.{side}.rule=amax/{format_.target:g}"
+            raise ValueError(f"quant.product=fp8 carries {format_.name} up to a target: choose {other}")
     if isinstance(weight_rule, Ema):
         raise ValueError("quant.weights.rule=ema: a weight has no history, that rule is for static activations")
     if not isinstance(act_rule, SearchedRule):

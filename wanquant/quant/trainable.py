@@ -24,8 +24,6 @@ of the dimension that is summed over cannot wait until after the product.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from torch import nn
 from wanquant import kernels
 from wanquant.formats import hif8
 from wanquant.quant.config import Training as Training
+from wanquant.quant.last_input import LastInput
 from wanquant.quant.linear import QuantLinear, take_product
 from wanquant.quant.scale import Direct, PerBlock, SearchedRule, SharedExponent
 from wanquant.quant.scheme import Rounded, Scheme
@@ -50,8 +49,8 @@ def check_trainable(scheme: Scheme, how: Training) -> None:
         raise ValueError(f"{scheme.format.name} cannot be trained: its scales go into the operands")
     if scheme.smoothing is not None:
         raise ValueError("quant.smoothing cannot be trained: its factors are found for the weights as they were")
-    if scheme.product == "native":
-        raise ValueError("quant.product=native cannot be trained: choose fast or exact")
+    if scheme.product not in ("fast", "exact"):
+        raise ValueError(f"quant.product={scheme.product} cannot be trained: choose fast or exact")
     if how.gradients != "none" and scheme.format.name != "hif8":
         raise ValueError(f"gradients={how.gradients} are rounded to HiF8, and quant.format is {scheme.format.name}")
     if how.scaling == "delayed":
@@ -60,21 +59,6 @@ def check_trainable(scheme: Scheme, how: Training) -> None:
         if isinstance(scheme.act_rule, SearchedRule | Direct | SharedExponent):  # no target for the history's maximum
             rule = scheme.config.activations.rule
             raise ValueError(f"scaling=delayed needs quant.activations.rule=amax or pow2, not {rule}")
-
-
-class LastInput:
-    """The input that was rounded last and its rounding, shared by the layers that get the same one: ``to_q``, ``to_k``
-    and ``to_v`` do. Rounding it once saves time, and two copies of it kept for the backward pass."""
-
-    def __init__(self) -> None:
-        self._of: weakref.ref[torch.Tensor] | None = None
-        self._version = -1
-        self._found: Any = None
-
-    def rounded(self, x: torch.Tensor, round_: Callable[[], Any]) -> Any:
-        if self._of is None or self._of() is not x or self._version != x._version:
-            self._found, self._of, self._version = round_(), weakref.ref(x), x._version
-        return self._found
 
 
 class TrainableQuantLinear(nn.Linear):

@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from wanquant.quant.scheme import EIGHT_BIT
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.signature import GENERATES, signature
@@ -36,7 +37,7 @@ Pair = tuple[str, int]
 NOT_COUNTED = ("fps",)
 #: Writes to a folder what is kept of a batch; calls back after each denoising step.
 MakeBatch = Callable[[list[Pair], Callable[[], None], Path], None]
-LATENTS, OVERFLOWS, TEXT = "latents.safetensors", "overflows.json", "text.safetensors"
+LATENTS, COUNTS, TEXT = "latents.safetensors", "counts.json", "text.safetensors"
 
 
 @dataclass
@@ -108,15 +109,15 @@ class CachedPipeline:
     def latents(
         self, label: str, pairs: list[Pair], how: dict[str, Any] | None = None, afresh: bool = False
     ) -> tuple[list[torch.Tensor], Counter[str]]:
-        """Final latents of every pair, float32 [channels, frames', h, w], and how many elements overflowed by linear;
-        ``how`` and ``afresh`` as in ``batches``."""
+        """Final latents of every pair, float32 [channels, frames', h, w], and what quantized linears counted
+        (``counted``); ``how`` and ``afresh`` as in ``batches``."""
         latents: list[torch.Tensor] = []
-        overflows: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for group, folder in self.batches(label, pairs, how, afresh):
             found = load_file(folder / LATENTS)
             latents += [found[str(number)] for number in range(len(group))]
-            overflows.update(json.loads((folder / OVERFLOWS).read_text()))
-        return latents, overflows
+            counts.update(json.loads((folder / COUNTS).read_text()))
+        return latents, counts
 
     def batches(
         self,
@@ -161,13 +162,19 @@ class CachedPipeline:
             return [self.cache.folder(kind, each, maker) for each, maker in zip(signatures, makers, strict=True)]
 
     def _make_latents(self, perturb: Any, group: list[Pair], tick: Callable[[], None], folder: Path) -> None:
-        before = self.overflowed()
+        before = self.counted()
         samples = self.generate(group, tick, perturb=perturb, decode=False)
-        _write_latents(samples, {name: count - before[name] for name, count in self.overflowed().items()}, folder)
+        _write_latents(samples, {name: count - before[name] for name, count in self.counted().items()}, folder)
 
-    def overflowed(self) -> dict[str, int]:
-        """Elements so far that fell beyond the format's range, by quantized linear."""
-        return {name: int(layer.overflowed) for name, layer in quantized_linears(self.transformer).items()}
+    def counted(self) -> dict[str, int]:
+        """Of each quantized linear so far, ``overflow NAME``: elements that fell beyond the format's range; where it
+        multiplies codes, ``lost NAME``: values of its inputs that these do not hold, of ``coded NAME``."""
+        found = {}
+        for name, layer in quantized_linears(self.transformer).items():
+            found[f"overflow {name}"] = int(layer.overflowed)
+            if layer.scheme.product in EIGHT_BIT:
+                found[f"lost {name}"], found[f"coded {name}"] = layer.lost.tolist()
+        return found
 
     def keep(self, group: list[Pair], samples: Sequence[Sample]) -> None:
         """The latents of a batch that the BF16 model made on another occasion, so that it need not make them again."""
@@ -184,9 +191,9 @@ class CachedPipeline:
         return samples
 
 
-def _write_latents(samples: Sequence[Sample], overflowed: Mapping[str, int], folder: Path) -> None:
+def _write_latents(samples: Sequence[Sample], counts: Mapping[str, int], folder: Path) -> None:
     save_file({str(i): sample.latents for i, sample in enumerate(samples)}, folder / LATENTS)
-    (folder / OVERFLOWS).write_text(json.dumps({name: count for name, count in overflowed.items() if count}))
+    (folder / COUNTS).write_text(json.dumps({name: count for name, count in counts.items() if count}))
 
 
 def load_latents(folder: Path, place: int) -> torch.Tensor:

@@ -231,7 +231,7 @@ def load_transformer(
         for scale in (name + ending for ending in FLOAT32):
             if scale in tensors:
                 check_type(scale, tensors[scale], torch.float32, folder)
-    if not scheme.packed:
+    if not scheme.coded:
         for name in described["modules"]:
             tensors[f"{name}.weight"] = scheme.format.decode(tensors[f"{name}.weight"])
     transformer.load_state_dict(tensors, strict=True, assign=True)

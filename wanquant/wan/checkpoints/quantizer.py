@@ -75,7 +75,7 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
         """By which diffusers reckons where a part of the model has room."""
-        return torch.uint8 if self.scheme.packed else torch_dtype
+        return torch.uint8 if self.scheme.coded else torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         known = set(loaded_keys)
@@ -115,7 +115,7 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if name != "weight":
             setattr(layer, name, stored)
             return
-        layer.weight = nn.Parameter(stored if self.scheme.packed else self.scheme.format.decode(stored), False)
+        layer.weight = nn.Parameter(stored if self.scheme.coded else self.scheme.format.decode(stored), False)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.requires_grad_(False)

@@ -102,8 +102,8 @@ class Quantized:
 
 
 def runs_anywhere(how: Quantized | None) -> Quantized | None:
-    """The chip's own product replaced by the fast one, which needs no less of memory and time."""
-    if how is None or how.scheme.product != "native":
+    """A product of codes replaced by the fast one, which needs no less of memory and time."""
+    if how is None or how.scheme.product in ("fast", "exact"):
         return how
     return replace(how, scheme=replace(how.scheme, product="fast"))
 

@@ -1,0 +1,211 @@
+"""Products of 8-bit codes: ``product=fp8`` on the FP8 units of a card, ``product=int8`` on its whole-number units.
+
+    y = s_x · s_w · (codes of Q(x / s_x) · codes of Q(w / s_w)ᵀ) + b
+
+E4M3 and INT8 multiply their own codes. HiF8 and E5M2 are *carried*: their values times a power of two, the lift, which
+brings the target of the scale rule below 448, are E4M3's, all but those below 2^-6 of E4M3 that are no multiples of
+2^-9. What is lost so is counted, in weights and inputs. The lift goes into the scales, where it is exact.
+
+Where there are no such units, as on the CPU, the same codes are multiplied in BF16: what such a product makes of a
+model's quality can be measured anywhere. On a card FP8 units sum with fewer bits than float32 has, and the scales are
+applied before the only rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wanquant import kernels
+from wanquant.formats.registry import get_format
+from wanquant.kernels import CODED_E4M3, CODED_HIF8, CODED_INT8, LARGEST_E4M3
+from wanquant.quant.scale import AmaxTo, PerRow, PowerOfTwo
+from wanquant.quant.scheme import EIGHT_BIT, Scheme
+
+#: By format, the codes that one pass over an input makes of it.
+GRIDS = {"hif8": CODED_HIF8, "e4m3": CODED_E4M3, "int8": CODED_INT8}
+#: Compute capability of the first cards with a product of E4M3, and with one of MXFP8.
+SINCE, SINCE_MX = (8, 9), (10, 0)
+#: What ``_carried`` and ``_as_bf16`` have found; dictionaries, because torch.compile sees through a cached function.
+_TABLES: dict[tuple[str, float, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+_VALUES: dict[torch.device, torch.Tensor] = {}
+#: Rows that torch's product of whole numbers needs more than, on cards.
+FEWEST_ROWS = 16
+
+
+def check_product(scheme: Scheme, device: torch.device) -> None:
+    """``ValueError`` for a product that the device does not have."""
+    if scheme.product == "native":
+        kernels.check_native(device)
+    if scheme.product not in EIGHT_BIT or device.type in ("cpu", "meta"):
+        return
+    if device.type != "cuda":
+        raise ValueError(f"quant.product={scheme.product}: not on {device.type}, choose fast, exact or native")
+    check_capability(scheme, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+
+
+def check_capability(scheme: Scheme, found: tuple[int, int], card: str) -> None:
+    needed = SINCE_MX if scheme.format.block else SINCE
+    if scheme.product == "fp8" and found < needed:
+        raise ValueError(
+            f"quant.product=fp8 with {scheme.format.name} needs compute capability {needed[0]}.{needed[1]}, and {card} "
+            f"has {found[0]}.{found[1]}: choose quant.product=fast"
+        )
+
+
+def check_shape(scheme: Scheme, linear: nn.Linear, name: str) -> None:
+    """``ValueError`` for a linear that the units of a card do not take."""
+    of = {"fp8": 16, "int8": 8}.get(scheme.product, 1)
+    if linear.weight.is_cuda and (linear.in_features % of or linear.out_features % of):
+        raise ValueError(f"quant.product={scheme.product}: {name} has no multiples of {of} as features")
+
+
+def lift_of(scheme: Scheme, rule: Any) -> float:
+    """The power of two by which values of the format are multiplied to be carried; 1 where it multiplies its own."""
+    if _multiplies_its_own(scheme):
+        return 1.0
+    return 2.0 ** math.floor(math.log2(LARGEST_E4M3 / rule.target))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Of an input: uint8 [rows, in]; its scales, float32 [rows] or []; int64 [], how many fell beyond the format's
+    range (None: none could), and how many of its values the codes do not hold."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    over: torch.Tensor | None
+    lost: torch.Tensor
+
+
+def encode_input(scheme: Scheme, rows: torch.Tensor, scale: torch.Tensor | None, factors: torch.Tensor | None) -> Codes:
+    """Of a matrix [rows, in], by a static ``scale`` or its own."""
+    lift, rule = lift_of(scheme, scheme.act_rule), scheme.act_rule
+    by_row = scale is None and isinstance(scheme.act_granularity, PerRow) and type(rule) in (AmaxTo, PowerOfTwo)
+    grid = GRIDS.get(scheme.format.name)
+    if by_row and grid is not None:
+        assert isinstance(rule, AmaxTo)
+        codes, scale, lost = kernels.quantize_rows_coded(rows, grid, rule.target, rule.power_of_two, lift, factors)
+        return Codes(codes, scale / lift, None, lost)
+    values, scale, over = scheme.quantize_input(rows, scale, factors)
+    if scheme.product == "fp8":
+        codes, lost = kernels.carry_e4m3(values, lift)
+        return Codes(codes, scale / lift, over, lost)
+    # A whole number cannot say that it is none: its row's scale does.
+    broken = values.isnan()
+    codes = values.masked_fill(broken, 0).to(torch.int8).view(torch.uint8)
+    return Codes(codes, torch.where(broken.any(1), torch.nan, scale), over, over.new_zeros(()))  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def encode_weight(scheme: Scheme, codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, in] that the units multiply, of the format's codes."""
+    if _multiplies_its_own(scheme):
+        return codes
+    return kernels.look_up(codes, _carried(scheme.format.name, lift_of(scheme, scheme.weight_rule), codes.device)[0])
+
+
+def lost_in_weight(scheme: Scheme, codes: torch.Tensor) -> int:
+    """How many values of the format's codes are others in what ``encode_weight`` makes of them."""
+    if _multiplies_its_own(scheme):
+        return 0
+    marks = _carried(scheme.format.name, lift_of(scheme, scheme.weight_rule), codes.device)[1]
+    return int(kernels.look_up(codes, marks).sum(dtype=torch.int64))
+
+
+def _multiplies_its_own(scheme: Scheme) -> bool:
+    return scheme.product == "int8" or scheme.format.name in ("e4m3", "mxfp8")
+
+
+def _carried(format_name: str, lift: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [256], by code: that of E4M3 which carries its value, and 1 where that is another value."""
+    known = (format_name, lift, device)
+    if known not in _TABLES:
+        _TABLES[known] = _carry_all(*known)
+    return _TABLES[known]
+
+
+def _carry_all(format_name: str, lift: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    values = get_format(format_name).decode(torch.arange(256, dtype=torch.int32).to(torch.uint8))
+    codes, _ = kernels.carry_e4m3(values, lift)
+    held = codes.view(torch.float8_e4m3fn).float() == values.float() * lift
+    return codes.to(device), (values.isfinite() & ~held).to(torch.uint8).to(device)
+
+
+def _as_bf16(device: torch.device) -> torch.Tensor:
+    """BF16 [256]: the value of each code of E4M3."""
+    if device not in _VALUES:
+        _VALUES[device] = _all_values(device)
+    return _VALUES[device]
+
+
+def _all_values(device: torch.device) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16).to(device)
+
+
+def multiply(
+    scheme: Scheme,
+    x: Codes,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[rows, out] of codes [rows, in] and [out, in]."""
+    weight_scale = weight_scale / lift_of(scheme, scheme.weight_rule)
+    if scheme.product == "int8":
+        return kernels.descale(_whole_product(x.values, weight).float(), x.scale, weight_scale, bias, dtype)
+    if x.values.is_cuda:
+        return _on_card(x, weight, weight_scale, bias).to(dtype)
+    operands = (kernels.look_up(codes, _as_bf16(codes.device)) for codes in (x.values, weight))
+    return kernels.descale(F.linear(*operands), x.scale, weight_scale, bias, dtype)
+
+
+def _on_card(x: Codes, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The card's product of E4M3, its scales applied to float32 and rounded once to BF16."""
+    rows, columns = len(x.values), len(weight)
+    return torch._scaled_mm(
+        x.values.view(torch.float8_e4m3fn),
+        weight.view(torch.float8_e4m3fn).T,
+        scale_a=x.scale.expand(rows)[:, None].contiguous(),
+        scale_b=weight_scale.expand(columns)[None, :].contiguous(),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+def _whole_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int32 [rows, out]."""
+    rows, x = len(x), x.view(torch.int8)
+    if x.is_cuda and rows <= FEWEST_ROWS:
+        x = F.pad(x, (0, 0, 0, FEWEST_ROWS + 1 - rows))
+    return torch._int_mm(x, weight.view(torch.int8).T)[:rows]
+
+
+def multiply_mx(
+    x: tuple[torch.Tensor, torch.Tensor],
+    weight: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """A card's product of MXFP8, BF16 [rows, out]: of codes [rows, in] and [out, in], each with the scales of its
+    blocks of 32, float32 powers of two [rows, in / 32]."""
+    from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
+
+    how, layout = ScalingType.BlockWise1x32, SwizzleType.SWIZZLE_32_4_4
+    (left, by_left), (right, by_right) = ((c.view(torch.float8_e4m3fn), in_tiles(s)) for c, s in (x, weight))
+    return scaled_mm(left, right.T, by_left, how, by_right, how, swizzle_a=layout, swizzle_b=layout, bias=bias)
+
+
+def in_tiles(scale: torch.Tensor) -> torch.Tensor:
+    """Scales [rows, blocks] as E8M0 in the order in which cards of compute capability 10.0 read them: tiles of 128 by
+    4, and in a tile row r and block b at 16 · (r mod 32) + 4 · (r div 32) + b; the rest is filled up."""
+    rows, blocks = -(-scale.shape[0] // 128) * 128, -(-scale.shape[1] // 4) * 4
+    filled = F.pad(scale, (0, blocks - scale.shape[1], 0, rows - scale.shape[0]), value=1.0)
+    tiles = filled.to(torch.float8_e8m0fnu).view(torch.uint8).view(rows // 128, 4, 32, blocks // 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(torch.float8_e8m0fnu)
