@@ -165,7 +165,10 @@ def _descale_kernel(
         values *= tl.load(column_scales)
     if has_bias:
         values += tl.load(bias + column, column < columns, 0).to(tl.float32)[None, :]
-    tl.store(y + at, bfloat16(values) if is_bfloat16 else values.to(tl.int32, bitcast=True), inside)
+    if is_bfloat16:
+        tl.store(y + at, bfloat16(values), inside)
+    else:
+        tl.store(y + at, tl.where(values == values, values.to(tl.int32, bitcast=True), 0x7FC00000), inside)
 
 
 def quantize_rows_hif8(

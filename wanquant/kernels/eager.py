@@ -225,6 +225,7 @@ def descale(
 ) -> torch.Tensor:
     def scaled(part: torch.Tensor, by_row: torch.Tensor) -> torch.Tensor:
         values = part.float() * (by_row[:, None] if by_row.ndim else by_row) * column_scale
-        return (values if bias is None else values + bias).to(dtype)
+        rounded = (values if bias is None else values + bias).to(dtype)
+        return rounded.masked_fill(rounded.isnan(), torch.nan)  # torch's own cast to BF16 has two kinds of it
 
     return _in_parts(scaled, dtype, product.contiguous(), row_scale)

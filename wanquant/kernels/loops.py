@@ -168,6 +168,11 @@ def _row_loops(word: type) -> dict[str, Any]:
     return {"absmax_rows": absmax_rows, "scaled_round": scaled_round, "quantize_rows": quantize_rows}
 
 
+@njit(inline="always")
+def _one_nan(bits):
+    return np.uint32(0x7FC00000) if bits & np.uint32(0x7FFFFFFF) > INF_BITS else bits
+
+
 def _descale_loop(product_word: type, bias_word: type, out_word: type) -> Any:
     """The loop of ``descale`` from patterns of one type to patterns of another. ``bias`` may be None. Columns have no
     stride: an unknown one would keep the loop from vectors."""
@@ -189,7 +194,7 @@ def _descale_loop(product_word: type, bias_word: type, out_word: type) -> Any:
                 value = to_float(widen(x[row, column])) * factor * by_column[column]
                 if bias is not None:
                     value += to_float(widen(offset[column]))
-                y[row, column] = _bfloat16(to_bits(value)) if to_bfloat16 else to_bits(value)
+                y[row, column] = _bfloat16(to_bits(value)) if to_bfloat16 else _one_nan(to_bits(value))
 
     return descale
 
