@@ -108,7 +108,8 @@ def test_an_experiment_is_a_sweep_over_presets_with_pairs_enough(name: str) -> N
             for other, choice in CHOICES
             if other == "quant"
             and composed(f"quant={choice}").quant.format == "hif8"
-            and composed(f"quant={choice}").quant.attention == "off"
+            and (composed(f"quant={choice}").quant.attention, composed(f"quant={choice}").quant.product)
+            == ("off", "fast")
         }
 
 

@@ -164,7 +164,8 @@ def test_a_dry_run_says_what_it_would_take(
     assert not list(Path(model).rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 5])
 def test_killed_it_goes_on(kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By SIGKILL, in files of a block or two."""
     small = "import wanquant.wan.checkpoints.stream as stream; stream.SHARD = 600_000; import runpy; "

@@ -265,15 +265,17 @@ def test_layers_that_share_an_input_round_it_once() -> None:
     rounded = []
     for each in layers:
         each(x)
-        rounded.append(last._found[0])
+        assert last._last is not None
+        rounded.append(last._last[2][0])
     assert rounded[0] is rounded[1]
     first = layers[0](x)
     x.mul_(2)
     layers[1](x)
-    assert last._found[0] is not rounded[0]
+    assert last._last is not None
+    assert last._last[2][0] is not rounded[0]
     assert not torch.equal(layers[0](x), first)
     layers[0](x.clone())
-    assert last._of is None or last._of() is None  # the clone is gone, and is not mistaken for another
+    assert last._last is None  # the clone is gone, and is not mistaken for another
 
 
 def test_what_cannot_be_trained_is_refused() -> None:

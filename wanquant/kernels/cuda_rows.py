@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wanquant.kernels.cuda_bits import bfloat16, factored, is16, pattern, round_bits, scale_of, widen
+from wanquant.kernels.cuda_bits import bfloat16, e4m3, factored, is16, pattern, round_bits, scale_of, widen
 from wanquant.kernels.eager import CODED_E4M3, CODED_HIF8, CODED_INT8, fit
 from wanquant.kernels.tables import narrow, round_table
 
@@ -30,15 +30,7 @@ def _placed(values, scale, table, lift, grid: tl.constexpr, saturate: tl.constex
         placed = tl.where(known, tl.minimum(tl.maximum(whole, -127.0), 127.0), 0.0).to(tl.int8)
         return placed.to(tl.uint8, bitcast=True), scaled != scaled
     elif grid == _E4M3:
-        clamped = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
-        # To nearest, ties to even, before the cast, of which Triton's interpreter rounds otherwise than a card: beside
-        # 2^20 times its power of two, at least 2^-6, a number keeps three mantissa bits.
-        power = tl.maximum(clamped.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
-        beside = (power + (20 << 23)).to(tl.float32, bitcast=True)
-        rounded = tl.where(clamped < 0, (clamped - beside) + beside, (clamped + beside) - beside)
-        code = rounded.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        # What is rounded to nothing keeps its sign, as torch has it.
-        code = tl.where(rounded == 0, (scaled.to(tl.int32, bitcast=True) >> 24 & 0x80).to(tl.uint8), code)
+        code, _ = e4m3(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
         return tl.where(known, code, 0x7F), scaled != scaled
     else:
         rounded = round_bits(scaled.to(tl.int32, bitcast=True), table, saturate)
@@ -46,9 +38,8 @@ def _placed(values, scale, table, lift, grid: tl.constexpr, saturate: tl.constex
             return (rounded >> 16).to(tl.int16), scaled != scaled
         else:
             lifted = rounded.to(tl.float32, bitcast=True) * lift
-            code = lifted.to(tl.float8e4nv)
-            lost = known & (code.to(tl.float32) != lifted)
-            return tl.where(known, code.to(tl.uint8, bitcast=True), 0x7F), lost
+            code, held = e4m3(lifted)
+            return tl.where(known, code, 0x7F), known & (held != lifted)
 
 
 @triton.jit
