@@ -145,6 +145,7 @@ def test_other_prompts_are_generated_and_the_runs_own_are_not(
     assert len(read_result(run)["evaluations"]) == 2
 
 
+@pytest.mark.slow
 def test_the_standards_prompts_under_the_standards_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model that is told the texts are English; what it makes of them does not matter."""
     run, cache = tmp_path / "run", f"cache={tmp_path / 'cache'}"

@@ -107,6 +107,7 @@ def test_blocks_chosen_by_data_are_protected_and_said_why(
     assert 0.6 < result["protect"]["fraction_of_flops_quantized"] < 0.7
 
 
+@pytest.mark.slow
 def test_smoothing_goes_through_the_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
     status = ptq(
         monkeypatch,

@@ -105,6 +105,7 @@ def test_both_transformers_are_converted(tmp_path: Path, monkeypatch: pytest.Mon
     assert not same(tensors(found), tensors(found, "transformer_2"))
 
 
+@pytest.mark.slow
 def test_a_transformer_alone_and_under_its_authors_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized, or only renamed, which makes of their checkpoint one that diffusers reads."""
     names, described = (

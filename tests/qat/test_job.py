@@ -344,6 +344,7 @@ def test_a_list_of_videos_is_checked(tmp_path: Path) -> None:
     assert read_list(tmp_path) == [(tmp_path / "a.mp4", "one")]
 
 
+@pytest.mark.slow
 def test_a_sweep_says_what_each_has_over_its_baseline(
     model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

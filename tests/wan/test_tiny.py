@@ -54,7 +54,7 @@ def test_it_follows_its_prompts() -> None:
 
 def test_noise_is_the_same_wherever_and_whatever_else_is_generated() -> None:
     pipe = load_pipeline("tiny", device="cpu")
-    settings = GenerationConfig(**{**read_generation(tiny.folder()), "steps": 1})
+    settings = GenerationConfig(**{**read_generation(tiny.folder()), "steps": 1, "num_frames": 5})
     first, second = (scene.caption for scene in tiny.all_scenes()[:2])
     alone = generate(pipe, [(second, 1)], settings)[0]
     after = generate(pipe, [(first, 0), (second, 1)], settings)[1]
@@ -63,7 +63,7 @@ def test_noise_is_the_same_wherever_and_whatever_else_is_generated() -> None:
 
 def test_videos_are_what_the_pipeline_itself_decodes() -> None:
     pipe = load_pipeline("tiny", device="cpu")
-    settings = GenerationConfig(**{**read_generation(tiny.folder()), "steps": 1})
+    settings = GenerationConfig(**{**read_generation(tiny.folder()), "steps": 1, "num_frames": 5})
     caption = tiny.all_scenes()[0].caption
     with quick_products(pipe.device):
         frames = pipe(

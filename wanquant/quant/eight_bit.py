@@ -99,7 +99,8 @@ def encode_input(scheme: Scheme, rows: torch.Tensor, scale: torch.Tensor | None,
     # A whole number cannot say that it is none: its row's scale does.
     broken = values.isnan()
     codes = values.masked_fill(broken, 0).to(torch.int8).view(torch.uint8)
-    return Codes(codes, torch.where(broken.any(1), torch.nan, scale), over, over.new_zeros(()))  # type: ignore[union-attr]
+    none = torch.zeros((), dtype=torch.int64, device=values.device)
+    return Codes(codes, torch.where(broken.any(1), torch.nan, scale), over, none)
 
 
 @torch.no_grad()
