@@ -40,13 +40,23 @@ def main() -> None:
                 assert over == expected_over
         for x in (some(matrix).to(dtype) for matrix in MATRICES[:2] for dtype in (torch.float32, torch.bfloat16)):
             powers = torch.ldexp(torch.ones(x.shape[1]), torch.arange(x.shape[1]) % 7 - 3)
-            for grid, goal, lift in ((0, 15.0, 16.0), (1, 448.0, 1.0), (2, 127.0, 1.0)):
+            for kind, goal, lift in ((0, 15.0, 16.0), (1, 448.0, 1.0), (2, 127.0, 1.0)):
                 factors = powers if saturate else None
-                coded = cuda.quantize_rows_coded(x, grid, goal, saturate, lift, factors)
+                coded = cuda.quantize_rows_coded(x, kind, goal, saturate, lift, factors)
                 for got, expected in zip(
-                    coded, eager.quantize_rows_coded(x, grid, goal, saturate, lift, factors), strict=True
+                    coded, eager.quantize_rows_coded(x, kind, goal, saturate, lift, factors), strict=True
                 ):
                     assert_same_bits(got, expected)
+        rounded = eager.round_hif8(WIDE[:4].to(torch.bfloat16), saturate)
+        for got, expected in zip(cuda.carry_e4m3(rounded, 16.0), eager.carry_e4m3(rounded, 16.0), strict=True):
+            assert_same_bits(got, expected)
+        whole = torch.randint(-(2**26), 2**26, (5, 67), dtype=torch.int32)
+        columns = torch.rand(67)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_same_bits(
+                cuda.descale(whole, columns[:5], columns, columns, dtype),
+                eager.descale(whole, columns[:5], columns, columns, dtype),
+            )
         for product in (torch.randn(5, 67).to(dtype) for dtype in (torch.float32, torch.bfloat16)):
             product[1, 3] = torch.nan
             rows, columns, bias = torch.rand(5), torch.rand(67), torch.randn(67).to(product.dtype)

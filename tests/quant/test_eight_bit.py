@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from tests.models import wan_inputs, wan_transformer
 from wanquant import kernels
 from wanquant.formats import hif8
 from wanquant.formats.registry import get_format
-from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, quantize_
-from wanquant.quant.eight_bit import check_capability, encode_input, encode_weight, in_tiles, lift_of, lost_in_weight
+from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, eight_bit, quantize_
+from wanquant.quant.eight_bit import check_capability, encode_input, encode_weight, in_tiles, lost_in_weight
 from wanquant.quant.last_input import LastInput
 from wanquant.quant.scheme import parse
 
@@ -84,12 +85,12 @@ def test_what_is_lost_is_counted_and_small(format_: str, static: bool) -> None:
     error = (ours(x).float() - expected).norm() / expected.norm()
     operand, _ = fast.quantize_input(x)
     codes = encode_input(scheme, x, ours.input_scale, None).values.view(torch.float8_e4m3fn)
-    lost = int((codes.float() / lift_of(scheme, scheme.act_rule) != operand.float()).sum())
+    lost = int((codes.float() / scheme.lifts[1] != operand.float()).sum())
     assert ours.lost.tolist() == [lost, x.numel()]
     assert (lost == 0) == (format_ == "e4m3")
     assert error < 2e-3
     weights = encode_weight(scheme, ours.codes()).view(torch.float8_e4m3fn).float()
-    held = weights / lift_of(scheme, scheme.weight_rule) == scheme.format.decode(ours.codes(), torch.float32)
+    held = weights / scheme.lifts[0] == scheme.format.decode(ours.codes(), torch.float32)
     assert ours.lost_weights() == lost_in_weight(scheme, ours.codes()) == int((~held).sum())
 
 
@@ -181,6 +182,63 @@ def test_overflow_is_counted_for_each_layer_that_gets_the_input() -> None:
     for layer in layers:
         layer(x)
     assert [int(layer.overflowed) - first for layer, first in zip(layers, before, strict=True)] == [96, 96, 96]
+
+
+def test_what_e4m3_cuts_off_is_told_as_overflow() -> None:
+    """A static scale for 1, and an input of 8: HiF8 holds 120, E4M3 no more than 28."""
+    act = ActivationConfig(granularity="per_tensor", static=True)
+    layer = QuantLinear.from_linear(linear(), parse(config("hif8", activations=act)), 1.0)
+    x = torch.zeros(2, 48, dtype=torch.bfloat16)
+    x[0, 3], x[1, 4] = 8.0, -1.5
+    layer(x)
+    assert (int(layer.overflowed), layer.lost.tolist()) == (1, [1, 96])
+
+
+def test_lifts_leave_room_for_what_the_target_is_rounded_to() -> None:
+    rules = {"amax/15": 16.0, "amax/16": 16.0, "amax/448": 0.5, "amax/8": 32.0}
+    for rule, lift in rules.items():
+        found = parse(config("hif8", activations=ActivationConfig(rule=rule))).lifts
+        assert found == (16.0, lift)
+    assert parse(config("e5m2")).lifts == (2.0**-7, 2.0**-7)
+    assert parse(config("e4m3")).lifts == parse(config("mxfp8")).lifts == (1.0, 1.0)
+
+
+def test_codes_are_made_anew_of_another_weight() -> None:
+    first, second = linear(), nn.Linear(48, 33, dtype=torch.bfloat16)
+    ours, other = (QuantLinear.from_linear(source, parse(config("hif8"))) for source in (first, second))
+    x = torch.randn(4, 48, dtype=torch.bfloat16)
+    assert not torch.equal(ours(x), other(x))
+    ours.load_state_dict(other.state_dict())
+    assert torch.equal(ours(x), other(x))
+    assert ours._coded is not None
+    ours.to("meta")
+    assert ours._coded is None
+
+
+def test_nothing_of_a_trace_is_kept() -> None:
+    scheme = parse(config("e5m2", weights=WeightConfig(rule="amax/1024")))
+    layer = QuantLinear.from_linear(linear(), scheme)
+    eight_bit._TABLES.clear()
+    eight_bit._VALUES.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer._coded = None
+        layer(torch.randn(2, 48, dtype=torch.bfloat16))
+    assert not eight_bit._TABLES
+    assert not eight_bit._VALUES
+    assert not isinstance(layer(torch.randn(2, 48, dtype=torch.bfloat16)), FakeTensor)
+
+
+def test_a_layer_that_runs_again_rounds_again() -> None:
+    """The others that get the same input round it no more; each pass of one does, whatever was written behind torch's
+    back."""
+    scheme = parse(config("hif8"))
+    layers = [QuantLinear.from_linear(linear(), scheme) for _ in range(2)]
+    x = torch.randn(4, 48, dtype=torch.bfloat16)
+    first = layers[0](x)
+    assert torch.equal(layers[1](x), first)
+    x.data.mul_(-1)
+    assert torch.equal(layers[0](x), layers[0](x.clone()))
+    assert not torch.equal(layers[0](x), first)
 
 
 def test_formats_agree_on_their_codes() -> None:

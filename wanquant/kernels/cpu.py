@@ -114,6 +114,7 @@ def descale(
 ) -> torch.Tensor:
     if dtype == torch.float16:
         return descale(product, row_scale, column_scale, bias, torch.float32).to(dtype)
+    product = product.float() if product.dtype == torch.int32 else product
     product, row_scale, (rows, columns) = fit(product), row_scale.contiguous(), product.shape
     column_scale = (column_scale if column_scale.ndim else column_scale.expand(columns)).contiguous()
     bias = None if bias is None else fit(bias)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wanquant.kernels.cuda_bits import is16, pattern, round_bits, widen
+from wanquant.kernels.cuda_bits import carried, is16, pattern, round_bits, widen
 from wanquant.kernels.cuda_rows import descale, quantize_rows_coded, quantize_rows_hif8, scaled_round_hif8
 from wanquant.kernels.eager import fit
 from wanquant.kernels.tables import decode_table, encode_table, narrow, round_table
@@ -42,6 +42,14 @@ def _encode_kernel(
 def _decode_kernel(x, y, table, count, block: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     tl.store(y + at, tl.load(table + tl.load(x + at, at < count, 0).to(tl.int32)), at < count)
+
+
+@triton.jit
+def _carry_kernel(x, y, lost, count, lift, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    code, gone = carried(widen(tl.load(x + at, at < count, 0), True).to(tl.float32, bitcast=True) * lift)
+    tl.store(y + at, code, at < count)
+    tl.store(lost + tl.program_id(0), tl.sum(gone.to(tl.int32), 0))
 
 
 def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
@@ -84,6 +92,15 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     if codes.numel():
         _decode_kernel[_grid(codes)](codes, pattern(out), pattern(table), codes.numel(), _BLOCK)
     return out
+
+
+def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    values = values.contiguous()
+    out = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    lost = torch.zeros(triton.cdiv(values.numel(), _BLOCK), dtype=torch.int32, device=values.device)
+    if values.numel():
+        _carry_kernel[_grid(values)](pattern(values), out, lost, values.numel(), lift, _BLOCK)
+    return out, lost.sum()
 
 
 def _grid(x: torch.Tensor) -> tuple[int]:

@@ -83,6 +83,14 @@ def e4m3(values):
     return tl.where(rounded == 0, ((bits >> 24) & 0x80).to(tl.uint8), code), rounded
 
 
+@triton.jit
+def carried(lifted):
+    """uint8 codes of E4M3 of float32, NaN of what is not finite, and where they are other values of finite ones."""
+    finite = (lifted.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+    code, held = e4m3(tl.minimum(tl.maximum(lifted, -448.0), 448.0))
+    return tl.where(finite, code, 0x7F), finite & (held != lifted)
+
+
 def is16(x: torch.Tensor) -> bool:
     return x.dtype == torch.bfloat16
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wanquant.kernels.cuda_bits import bfloat16, e4m3, factored, is16, pattern, round_bits, scale_of, widen
+from wanquant.kernels.cuda_bits import bfloat16, carried, e4m3, factored, is16, pattern, round_bits, scale_of, widen
 from wanquant.kernels.eager import CODED_E4M3, CODED_HIF8, CODED_INT8, fit
 from wanquant.kernels.tables import narrow, round_table
 
@@ -21,76 +21,72 @@ _HIF8, _E4M3, _INT8 = tl.constexpr(CODED_HIF8), tl.constexpr(CODED_E4M3), tl.con
 
 
 @triton.jit
-def _placed(values, scale, table, lift, grid: tl.constexpr, saturate: tl.constexpr):
-    """values / scale on the grid, as what is stored; and where that is another value than the format's."""
+def _placed(values, scale, table, lift, kind: tl.constexpr, saturate: tl.constexpr):
+    """values / scale as what is stored, and where that is another value than the format's."""
     scaled = tl.div_rn(values, scale)
     known = scaled == scaled
-    if grid == _INT8:
+    if kind == _INT8:
         whole = (scaled + 12582912.0) - 12582912.0  # to nearest, ties to even
         placed = tl.where(known, tl.minimum(tl.maximum(whole, -127.0), 127.0), 0.0).to(tl.int8)
         return placed.to(tl.uint8, bitcast=True), scaled != scaled
-    elif grid == _E4M3:
+    elif kind == _E4M3:
         code, _ = e4m3(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
         return tl.where(known, code, 0x7F), scaled != scaled
     else:
         rounded = round_bits(scaled.to(tl.int32, bitcast=True), table, saturate)
-        if grid == _BF16:
+        if kind == _BF16:
             return (rounded >> 16).to(tl.int16), scaled != scaled
         else:
-            lifted = rounded.to(tl.float32, bitcast=True) * lift
-            code, held = e4m3(lifted)
-            return tl.where(known, code, 0x7F), known & (held != lifted)
+            code, lost = carried(rounded.to(tl.float32, bitcast=True) * lift)
+            return code, lost
+
+
+@triton.jit
+def _values(x, factors, row, at, columns, has_factors: tl.constexpr, is_bfloat16: tl.constexpr):
+    """A part of a row in float32, each column times its factor."""
+    bits = widen(tl.load(x + row * columns + at, at < columns, 0), is_bfloat16)
+    return factored(bits, factors, at, columns, has_factors)
+
+
+@triton.jit
+def _magnitude(values):
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _quantize_kernel(
-    x,
-    y,
-    scales,
-    lost,
-    factors,
-    table,
-    columns,
-    goal,
-    lift,
-    has_factors: tl.constexpr,
-    is_bfloat16: tl.constexpr,
-    power_of_two: tl.constexpr,
-    saturate: tl.constexpr,
-    grid: tl.constexpr,
-    whole: tl.constexpr,
-    block: tl.constexpr,
-):
-    """A program a row, by the scale of its absmax; ``lost`` [rows] counts what the grid cannot hold."""
+    x, y, scales, lost, factors, table, columns, goal, lift,
+    has_factors: tl.constexpr, is_bfloat16: tl.constexpr, power_of_two: tl.constexpr, saturate: tl.constexpr,
+    kind: tl.constexpr, whole: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """A program a row, by the scale of its absmax; ``lost`` [rows] counts what the codes do not hold."""
     row = tl.program_id(0).to(tl.int64)
     if whole:
         at = tl.arange(0, block)
-        bits = widen(tl.load(x + row * columns + at, at < columns, 0), is_bfloat16)
-        values = factored(bits, factors, at, columns, has_factors)
-        scale = scale_of(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), goal, power_of_two)
-        placed, gone = _placed(values, scale, table, lift, grid, saturate)
+        values = _values(x, factors, row, at, columns, has_factors, is_bfloat16)
+        scale = scale_of(tl.max(_magnitude(values), 0), goal, power_of_two)
+        placed, gone = _placed(values, scale, table, lift, kind, saturate)
         tl.store(y + row * columns + at, placed, at < columns)
         missing = tl.sum((gone & (at < columns)).to(tl.int32), 0)
     else:
         largest = tl.zeros([block], tl.int32)
         for first in range(0, columns, block):
             at = first + tl.arange(0, block)
-            bits = widen(tl.load(x + row * columns + at, at < columns, 0), is_bfloat16)
-            values = factored(bits, factors, at, columns, has_factors)
-            largest = tl.maximum(largest, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            values = _values(x, factors, row, at, columns, has_factors, is_bfloat16)
+            largest = tl.maximum(largest, _magnitude(values))
         scale = scale_of(tl.max(largest, 0), goal, power_of_two)
         counted = tl.zeros([block], tl.int32)
         for first in range(0, columns, block):
             at = first + tl.arange(0, block)
-            bits = widen(tl.load(x + row * columns + at, at < columns, 0), is_bfloat16)
-            values = factored(bits, factors, at, columns, has_factors)
-            placed, gone = _placed(values, scale, table, lift, grid, saturate)
+            values = _values(x, factors, row, at, columns, has_factors, is_bfloat16)
+            placed, gone = _placed(values, scale, table, lift, kind, saturate)
             tl.store(y + row * columns + at, placed, at < columns)
             counted += (gone & (at < columns)).to(tl.int32)
         missing = tl.sum(counted, 0)
-    tl.store(scales + row, scale)
-    if grid == _HIF8:
+    if kind == _HIF8:
         tl.store(lost + row, missing)
+        scale /= lift  # a power of two
+    tl.store(scales + row, scale)
 
 
 @triton.jit
@@ -171,10 +167,10 @@ def quantize_rows_hif8(
 
 
 def quantize_rows_coded(
-    x: torch.Tensor, grid: int, goal: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
+    x: torch.Tensor, kind: int, goal: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    scale, lost = _quantize(fit(x), out, goal, power_of_two, False, grid, lift, factors)
+    scale, lost = _quantize(fit(x), out, goal, power_of_two, False, kind, lift, factors)
     return out, scale, lost.sum()
 
 
@@ -184,18 +180,18 @@ def _quantize(
     goal: float,
     power_of_two: bool,
     saturate: bool,
-    grid: int,
+    kind: int,
     lift: float,
     factors: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (rows, columns), counts = x.shape, grid == CODED_HIF8
+    (rows, columns), counts = x.shape, kind == CODED_HIF8
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     lost = torch.zeros(rows if counts else 1, dtype=torch.int32, device=x.device)
     whole = columns <= _WHOLE
     block = max(32, triton.next_power_of_2(columns)) if whole else _BLOCK
     if rows:
-        given = (scale, lost, scale if factors is None else factors, round_table(saturate, x.device))
-        how = (factors is not None, is16(x), power_of_two, saturate, grid, whole, block)
+        given = (scale, lost, scale if factors is None else factors.contiguous(), round_table(saturate, x.device))
+        how = (factors is not None, is16(x), power_of_two, saturate, kind, whole, block)
         warps = min(16, max(1, block // 1024))
         _quantize_kernel[(rows,)](pattern(x), pattern(out), *given, columns, goal, lift, *how, num_warps=warps)
     return scale, lost
@@ -208,7 +204,13 @@ def scaled_round_hif8(
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     over = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
     if x.shape[0]:
-        given = (scale, scale if factors is None else factors, over, round_table(saturate, x.device), x.shape[1])
+        given = (
+            scale,
+            scale if factors is None else factors.contiguous(),
+            over,
+            round_table(saturate, x.device),
+            x.shape[1],
+        )
         how = (bool(scale.ndim), factors is not None, is16(x), saturate, _BLOCK)
         _scaled_kernel[(x.shape[0],)](pattern(x), pattern(out), *given, *how)
     return out, over.sum()

@@ -32,6 +32,10 @@ def saturates(overflow: str) -> bool:
 def check_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> None:
     """Refuses what a kernel would read past the end of, or take for other numbers."""
     check_float(x)
+    _check_matrix(x, scale)
+
+
+def _check_matrix(x: torch.Tensor, scale: torch.Tensor | None) -> None:
     if x.ndim != 2:
         raise ValueError(f"rows come as a matrix, not in the shape {tuple(x.shape)}")
     if scale is not None:
@@ -88,17 +92,17 @@ def quantize_rows_hif8(
 
 
 def quantize_rows_coded(
-    x: torch.Tensor, codes: int, target: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
+    x: torch.Tensor, kind: int, target: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x / scale as uint8 codes [rows, columns] of a kind, by the scales that ``quantize_rows_hif8`` takes, [rows]; and
-    how many of the format's values they do not hold, int64 [].
+    """x / scale as uint8 codes [rows, columns], by the scales that ``quantize_rows_hif8`` takes; the scales of what the
+    codes stand for, [rows]; and how many of the format's values they do not hold, int64 [].
 
-    ``codes`` is ``CODED_HIF8``, HiF8's values times ``lift`` as E4M3, ``CODED_E4M3`` or ``CODED_INT8``. Of a row that
-    is not finite, the scale is NaN.
+    ``kind`` is ``CODED_HIF8``, HiF8's values times ``lift`` as E4M3, whose scales are divided by ``lift``,
+    ``CODED_E4M3`` or ``CODED_INT8``. Of a row that is not finite, the scale is NaN.
     """
     check_rows(x)
     _check_factors(x, factors)
-    return OPS.quantize_rows_coded.default(x, codes, target, power_of_two, lift, factors)
+    return OPS.quantize_rows_coded.default(x, kind, target, power_of_two, lift, factors)
 
 
 def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +117,7 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The entry of each uint8 code in ``table`` [256], in their shape."""
     if codes.dtype != torch.uint8 or table.shape != (256,) or codes.device != table.device:
         raise TypeError(f"{codes.dtype} codes on {codes.device}, a table {tuple(table.shape)} on {table.device}")
-    found: torch.Tensor = OPS.look_up.default(codes, table)
+    found: torch.Tensor = OPS.look_up.default(codes, table.contiguous())
     return found
 
 
@@ -126,9 +130,12 @@ def descale(
 ) -> torch.Tensor:
     """product · row scale · column scale + bias in float32, rounded once to ``dtype``.
 
-    ``product`` is [rows, columns]; the scales are float32, [rows] and [columns] or of no dimension.
+    ``product`` is [rows, columns], of whole numbers int32; the scales are float32, [rows] and [columns] or of no
+    dimension.
     """
-    check_rows(product, row_scale)
+    if product.dtype != torch.int32:
+        check_float(product)
+    _check_matrix(product, row_scale)
     _check_scale(column_scale, product.shape[1], "columns", product.device)
     if bias is not None:
         check_float(bias)

@@ -198,17 +198,17 @@ def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.T
 
 
 def quantize_rows_coded(
-    x: torch.Tensor, grid: int, goal: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
+    x: torch.Tensor, kind: int, goal: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if grid == CODED_HIF8:
+    if kind == CODED_HIF8:
         # By the device's own op, which is quicker.
         values, scale = torch.ops.wanquant.quantize_rows_hif8.default(x, goal, power_of_two, False, factors)
         codes, lost = torch.ops.wanquant.carry_e4m3.default(values, lift)
-        return codes, scale, lost
+        return codes, scale / lift, lost
     x = times(x, factors)
     scale = absmax_to_scale(absmax_rows(x), goal, power_of_two)
     scaled = x / scale[:, None]
-    if grid == CODED_E4M3:
+    if kind == CODED_E4M3:
         codes = scaled.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn).view(torch.uint8)
         codes = torch.where(scaled.isnan(), NAN_E4M3, codes)
     else:

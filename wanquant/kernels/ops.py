@@ -34,14 +34,14 @@ SCHEMAS = (
     "descale(Tensor product, Tensor row_scale, Tensor column_scale, Tensor? bias, ScalarType dtype) -> Tensor",
     "look_up(Tensor codes, Tensor table) -> Tensor",
     "carry_e4m3(Tensor values, float lift) -> (Tensor, Tensor)",
-    "quantize_rows_coded(Tensor x, int grid, float goal, bool power_of_two, float lift, Tensor? factors=None)"
+    "quantize_rows_coded(Tensor x, int kind, float goal, bool power_of_two, float lift, Tensor? factors=None)"
     " -> (Tensor, Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 #: Those with a Triton kernel; the others are few elements, or plain torch does them well.
 ON_CUDA = (
     *("round_hif8", "round_hif8_out", "encode_hif8", "decode_hif8", "look_up"),
-    *("scaled_round_hif8", "quantize_rows_hif8", "quantize_rows_coded", "descale"),
+    *("scaled_round_hif8", "quantize_rows_hif8", "quantize_rows_coded", "carry_e4m3", "descale"),
 )
 #: Those for which the chip may have a cast of its own.
 ON_NPU = ("round_hif8", "round_hif8_out", "encode_hif8", "scaled_round_hif8", "quantize_rows_hif8")

@@ -28,7 +28,7 @@ from wanquant.ptq.estimate import count_videos, estimate_resources, predicted, s
 from wanquant.ptq.generating import bf16_videos, noise_floors, quantize_transformer, quantized_videos
 from wanquant.ptq.plan import PTQPlan, resolve, with_weights
 from wanquant.ptq.protect import choose
-from wanquant.ptq.result import conversion, evaluations_in, head, lost_to_codes, names_of, tail, verdict, write_videos
+from wanquant.ptq.result import conversion, evaluations_in, head, lost_to_fp8, names_of, tail, verdict, write_videos
 from wanquant.quant import ConversionReport
 from wanquant.quant.eight_bit import check_product
 from wanquant.runs.cache import Cache
@@ -203,7 +203,7 @@ class Job:
         return {
             **self.head(tuple(report.protected_blocks)),
             **conversion(self.plan, report, calibration, choice, counts),
-            **lost_to_codes(self.plan.scheme, pipeline.transformer, counts),
+            **lost_to_fp8(self.plan.scheme, pipeline.transformer, counts),
             "block_sqnr": block_sqnr,
             "single_steps": {name: steps.as_json() for name, steps in single_steps.items()},
             **verdict(metrics, gate_results, len(self.pairs)),

@@ -17,6 +17,7 @@ from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import Choice
 from wanquant.quant import ConversionReport
+from wanquant.quant.eight_bit import CARRIED
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import RESIDUAL
 from wanquant.runs import pictures
@@ -92,9 +93,9 @@ def of_kind(counts: Counter[str], kind: str) -> dict[str, int]:
     return {name.removeprefix(f"{kind} "): count for name, count in counts.items() if name.startswith(f"{kind} ")}
 
 
-def lost_to_codes(scheme: Scheme, transformer: nn.Module, counts: Counter[str]) -> dict[str, Any]:
-    """With a product of codes, ``lost_to_fp8``: how many values of inputs and weights these do not hold."""
-    if scheme.product != "fp8":
+def lost_to_fp8(scheme: Scheme, transformer: nn.Module, counts: Counter[str]) -> dict[str, Any]:
+    """Where values are carried by E4M3: how many of inputs and weights it does not hold."""
+    if scheme.product != "fp8" or scheme.format.name not in CARRIED:
         return {}
     layers = quantized_linears(transformer).values()
     inputs, coded = (sum(of_kind(counts, kind).values()) for kind in ("lost", "coded"))

@@ -8,34 +8,36 @@ brings the target of the scale rule below 448, are E4M3's, all but those below 2
 
 Where there are no such units, as on the CPU, the same codes are multiplied in BF16: what such a product makes of a
 model's quality can be measured anywhere. On a card FP8 units sum with fewer bits than float32 has, and the scales are
-applied before the only rounding.
+applied before the only rounding; sums are torch's fast ones (measured on an H200: an error of 0.54 % where the accurate
+ones have 0.52 %, and the rounding to HiF8 itself 3.5 %).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from wanquant import kernels
-from wanquant.formats.registry import get_format
 from wanquant.kernels import CODED_E4M3, CODED_HIF8, CODED_INT8, LARGEST_E4M3
 from wanquant.quant.scale import AmaxTo, PerRow, PowerOfTwo
 from wanquant.quant.scheme import EIGHT_BIT, Scheme
 
 #: By format, the codes that one pass over an input makes of it.
-GRIDS = {"hif8": CODED_HIF8, "e4m3": CODED_E4M3, "int8": CODED_INT8}
+KINDS = {"hif8": CODED_HIF8, "e4m3": CODED_E4M3, "int8": CODED_INT8}
+#: Formats whose values E4M3 carries.
+CARRIED = ("hif8", "e5m2")
 #: Compute capability of the first cards with a product of E4M3, and with one of MXFP8.
 SINCE, SINCE_MX = (8, 9), (10, 0)
 #: What ``_carried`` and ``_as_bf16`` have found; dictionaries, because torch.compile sees through a cached function.
 _TABLES: dict[tuple[str, float, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 _VALUES: dict[torch.device, torch.Tensor] = {}
-#: Rows that torch's product of whole numbers needs more than, on cards.
-FEWEST_ROWS = 16
+#: Rows that torch's product of whole numbers gets at least, on cards.
+FEWEST_ROWS = 32
 
 
 def check_product(scheme: Scheme, device: torch.device) -> None:
@@ -65,13 +67,6 @@ def check_shape(scheme: Scheme, linear: nn.Linear, name: str) -> None:
         raise ValueError(f"quant.product={scheme.product}: {name} has no multiples of {of} as features")
 
 
-def lift_of(scheme: Scheme, rule: Any) -> float:
-    """The power of two by which values of the format are multiplied to be carried; 1 where it multiplies its own."""
-    if _multiplies_its_own(scheme):
-        return 1.0
-    return 2.0 ** math.floor(math.log2(LARGEST_E4M3 / rule.target))
-
-
 @dataclass(frozen=True)
 class Codes:
     """Of an input: uint8 [rows, in]; its scales, float32 [rows] or []; int64 [], how many fell beyond the format's
@@ -85,17 +80,18 @@ class Codes:
 
 def encode_input(scheme: Scheme, rows: torch.Tensor, scale: torch.Tensor | None, factors: torch.Tensor | None) -> Codes:
     """Of a matrix [rows, in], by a static ``scale`` or its own."""
-    lift, rule = lift_of(scheme, scheme.act_rule), scheme.act_rule
+    lift, rule = scheme.lifts[1], scheme.act_rule
     by_row = scale is None and isinstance(scheme.act_granularity, PerRow) and type(rule) in (AmaxTo, PowerOfTwo)
-    grid = GRIDS.get(scheme.format.name)
-    if by_row and grid is not None:
+    kind = KINDS.get(scheme.format.name)
+    if by_row and kind is not None:
         assert isinstance(rule, AmaxTo)
-        codes, scale, lost = kernels.quantize_rows_coded(rows, grid, rule.target, rule.power_of_two, lift, factors)
-        return Codes(codes, scale / lift, None, lost)
+        codes, scale, lost = kernels.quantize_rows_coded(rows, kind, rule.target, rule.power_of_two, lift, factors)
+        return Codes(codes, scale, None, lost)
     values, scale, over = scheme.quantize_input(rows, scale, factors)
     if scheme.product == "fp8":
         codes, lost = kernels.carry_e4m3(values, lift)
-        return Codes(codes, scale / lift, over, lost)
+        # E4M3 ends at 448, long before HiF8 does.
+        return Codes(codes, scale / lift, (values.abs() > LARGEST_E4M3 / lift).sum(), lost)
     # A whole number cannot say that it is none: its row's scale does.
     broken = values.isnan()
     codes = values.masked_fill(broken, 0).to(torch.int8).view(torch.uint8)
@@ -105,48 +101,49 @@ def encode_input(scheme: Scheme, rows: torch.Tensor, scale: torch.Tensor | None,
 
 @torch.no_grad()
 def encode_weight(scheme: Scheme, codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [out, in] that the units multiply, of the format's codes."""
-    if _multiplies_its_own(scheme):
-        return codes
-    return kernels.look_up(codes, _carried(scheme.format.name, lift_of(scheme, scheme.weight_rule), codes.device)[0])
+    """uint8 [out, in] that the units multiply, of the format's codes: those themselves, or of E4M3."""
+    return codes if _multiplies_its_own(scheme) else kernels.look_up(codes, _carried(scheme, codes.device)[0])
 
 
 def lost_in_weight(scheme: Scheme, codes: torch.Tensor) -> int:
     """How many values of the format's codes are others in what ``encode_weight`` makes of them."""
     if _multiplies_its_own(scheme):
         return 0
-    marks = _carried(scheme.format.name, lift_of(scheme, scheme.weight_rule), codes.device)[1]
-    return int(kernels.look_up(codes, marks).sum(dtype=torch.int64))
+    return int(kernels.look_up(codes, _carried(scheme, codes.device)[1]).sum(dtype=torch.int64))
 
 
 def _multiplies_its_own(scheme: Scheme) -> bool:
     return scheme.product == "int8" or scheme.format.name in ("e4m3", "mxfp8")
 
 
-def _carried(format_name: str, lift: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 [256], by code: that of E4M3 which carries its value, and 1 where that is another value."""
-    known = (format_name, lift, device)
-    if known not in _TABLES:
-        _TABLES[known] = _carry_all(*known)
-    return _TABLES[known]
-
-
-def _carry_all(format_name: str, lift: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    values = get_format(format_name).decode(torch.arange(256, dtype=torch.int32).to(torch.uint8))
-    codes, _ = kernels.carry_e4m3(values, lift)
-    held = codes.view(torch.float8_e4m3fn).float() == values.float() * lift
-    return codes.to(device), (values.isfinite() & ~held).to(torch.uint8).to(device)
+def _carried(scheme: Scheme, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [256], by code of a weight: that of E4M3 which carries its value, and 1 where that is another value."""
+    key = (scheme.format.name, scheme.lifts[0], device)
+    if key in _TABLES:
+        return _TABLES[key]
+    values = scheme.format.decode(torch.arange(256, dtype=torch.int32).to(torch.uint8))
+    codes, _ = kernels.carry_e4m3(values, scheme.lifts[0])
+    held = codes.view(torch.float8_e4m3fn).float() == values.float() * scheme.lifts[0]
+    made: tuple[torch.Tensor, torch.Tensor] = _kept(
+        _TABLES, key, (codes.to(device), (values.isfinite() & ~held).to(torch.uint8).to(device))
+    )
+    return made
 
 
 def _as_bf16(device: torch.device) -> torch.Tensor:
     """BF16 [256]: the value of each code of E4M3."""
-    if device not in _VALUES:
-        _VALUES[device] = _all_values(device)
-    return _VALUES[device]
+    if device in _VALUES:
+        return _VALUES[device]
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    made: torch.Tensor = _kept(_VALUES, device, codes.view(torch.float8_e4m3fn).to(torch.bfloat16).to(device))
+    return made
 
 
-def _all_values(device: torch.device) -> torch.Tensor:
-    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16).to(device)
+def _kept(tables: dict[Any, Any], key: Any, made: Any) -> Any:
+    """``made``, for the next time too, unless it has no numbers (under ``FakeTensorMode``)."""
+    if not isinstance(made[0], FakeTensor):
+        tables[key] = made
+    return made
 
 
 def multiply(
@@ -157,10 +154,9 @@ def multiply(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """[rows, out] of codes [rows, in] and [out, in]."""
-    weight_scale = weight_scale / lift_of(scheme, scheme.weight_rule)
+    """[rows, out] of codes [rows, in] and [out, in]; ``weight_scale`` is that of what the codes stand for."""
     if scheme.product == "int8":
-        return kernels.descale(_whole_product(x.values, weight).float(), x.scale, weight_scale, bias, dtype)
+        return kernels.descale(_whole_product(x.values, weight), x.scale, weight_scale, bias, dtype)
     if x.values.is_cuda:
         return _on_card(x, weight, weight_scale, bias).to(dtype)
     operands = (kernels.look_up(codes, _as_bf16(codes.device)) for codes in (x.values, weight))
@@ -175,7 +171,7 @@ def _on_card(x: Codes, weight: torch.Tensor, weight_scale: torch.Tensor, bias: t
         weight.view(torch.float8_e4m3fn).T,
         scale_a=x.scale.expand(rows)[:, None].contiguous(),
         scale_b=weight_scale.expand(columns)[None, :].contiguous(),
-        bias=bias,
+        bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
@@ -184,8 +180,8 @@ def _on_card(x: Codes, weight: torch.Tensor, weight_scale: torch.Tensor, bias: t
 def _whole_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """int32 [rows, out]."""
     rows, x = len(x), x.view(torch.int8)
-    if x.is_cuda and rows <= FEWEST_ROWS:
-        x = F.pad(x, (0, 0, 0, FEWEST_ROWS + 1 - rows))
+    if x.is_cuda and rows < FEWEST_ROWS:
+        x = F.pad(x, (0, 0, 0, FEWEST_ROWS - rows))
     return torch._int_mm(x, weight.view(torch.int8).T)[:rows]
 
 

@@ -21,9 +21,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from wanquant.kernels import descale, native_product
-from wanquant.quant.eight_bit import Codes, encode_input, encode_weight, lost_in_weight, multiply, multiply_mx
+from wanquant.quant.eight_bit import (
+    Codes,
+    check_product,
+    check_shape,
+    encode_input,
+    encode_weight,
+    lost_in_weight,
+    multiply,
+    multiply_mx,
+)
 from wanquant.quant.last_input import LastInput
 from wanquant.quant.scale import PerBlock
 from wanquant.quant.scheme import EIGHT_BIT, Rounded, Scheme
@@ -71,8 +81,8 @@ class QuantLinear(nn.Linear):
         self.register_buffer("input_factor", torch.empty(in_features, device="meta") if factored else None)
         self.register_buffer("overflowed", torch.zeros((), dtype=torch.int64, device="cpu"), persistent=False)
         self.register_buffer("lost", torch.zeros(2, dtype=torch.int64, device="cpu"), persistent=False)
-        #: The weight it was made of, and its codes as a product takes them.
-        self._coded: tuple[torch.Tensor, torch.Tensor] | None = None
+        #: What tells the weight it was made of, and its codes as a product takes them.
+        self._coded: tuple[Any, torch.Tensor] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -116,7 +126,7 @@ class QuantLinear(nn.Linear):
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
         self.input_scale, self.input_factor = input_scale, input_factor
-        return self
+        return self.prepare_()
 
     @property
     def is_packed(self) -> bool:
@@ -184,10 +194,12 @@ class QuantLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _shared(self, x: torch.Tensor, round_: Callable[[], Any]) -> Any:
-        """What is made of the input, once for all layers that make the same of it."""
-        if self.input_scale is not None or self.input_factor is not None or torch.compiler.is_compiling():
+        """What is made of the input, once for all layers that make the same of it. Not in what is compiled or captured,
+        which runs again where this does not."""
+        own = self.input_scale is not None or self.input_factor is not None
+        if own or torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return round_()
-        return self._last.rounded(x, round_, of=self.scheme)
+        return self._last.rounded(x, round_, of=self.scheme, by=self)
 
     def _multiply_codes(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         codes: Codes = self._shared(x, lambda: encode_input(self.scheme, rows, self.input_scale, self.input_factor))
@@ -195,17 +207,36 @@ class QuantLinear(nn.Linear):
             self.overflowed += codes.over
         self.lost[0] += codes.lost
         self.lost[1] += rows.numel()
-        return multiply(self.scheme, codes, self._coded_weight(), self.weight_scale, self.bias, x.dtype)
+        scale = self.weight_scale / self.scheme.lifts[0]
+        return multiply(self.scheme, codes, self._coded_weight(), scale, self.bias, x.dtype)
 
     def _coded_weight(self) -> torch.Tensor:
         """The weight as a product of codes takes it, uint8 [out, in]; made once, and of a packed one in every
         forward."""
-        if self._coded is not None and self._coded[0] is self.weight and self._coded[1].device == self.weight.device:
+        if torch.compiler.is_compiling():
+            return encode_weight(self.scheme, self.codes()) if self._coded is None else self._coded[1]
+        if self.scheme.packed or isinstance(self.weight, FakeTensor) or self.weight.is_inference():
+            return encode_weight(self.scheme, self.codes())
+        made_of = self.weight._version, self.weight.data_ptr(), self.scheme.lifts
+        if self._coded is not None and self._coded[0] == made_of:
             return self._coded[1]
         made = encode_weight(self.scheme, self.codes())
-        if not (self.scheme.packed or torch.compiler.is_compiling()):
-            self._coded = self.weight, made
+        if not isinstance(made, FakeTensor) and made.data_ptr() != self.weight.data_ptr():
+            self._coded = made_of, made
         return made
+
+    def prepare_(self) -> QuantLinear:
+        """For a product of codes: checks that the device has it (``ValueError``), and makes now what the first pass
+        would make."""
+        if self.scheme.product in EIGHT_BIT and not self.weight.is_meta:
+            check_product(self.scheme, self.weight.device)
+            check_shape(self.scheme, self, "a linear")
+            self._coded_weight()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._coded = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def lost_weights(self) -> int:
         """How many values of the weight a product of codes does not hold."""
@@ -214,7 +245,7 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
         """Moves like any module, but a change of type leaves the scales in float32 and the weight what it is."""
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        weight = self.weight.data
+        weight, self._coded = self.weight.data, None
         super()._apply(fn, recurse)
         if self.weight.dtype != weight.dtype:
             self.weight = nn.Parameter(weight.to(self.weight.device), requires_grad=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from wanquant.choices import check_choices, did_you_mean
 from wanquant.formats.base import Format
 from wanquant.formats.registry import get_format
+from wanquant.kernels import LARGEST_E4M3
 from wanquant.quant.config import DEFAULT, QuantConfig
 from wanquant.quant.scale import (
     Direct,
@@ -28,6 +30,8 @@ from wanquant.quant.statistics import Site
 
 #: Products of 8-bit codes, which weights are kept as.
 EIGHT_BIT = ("fp8", "int8")
+#: The formats whose values such a product multiplies; no others, whose values need not be E4M3's.
+MULTIPLIED = {"fp8": ("hif8", "e4m3", "e5m2", "mxfp8"), "int8": ("int8",)}
 #: BF16 values on the grid, float32 scales, and how many elements overflowed (int64 []; None: none could).
 Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -58,6 +62,16 @@ class Scheme:
     def coded(self) -> bool:
         """Whether weights are kept as codes: packed, or for a product of them."""
         return self.packed or self.product in EIGHT_BIT
+
+    @cached_property
+    def lifts(self) -> tuple[float, float]:
+        """Powers of two, of weights and of inputs, by which values are multiplied to be carried by E4M3: so that what
+        the target is rounded to is at most 448. 1 for what multiplies its own codes."""
+        if self.product != "fp8" or self.format.block or self.format.name == "e4m3":
+            return 1.0, 1.0
+        targets = torch.tensor([getattr(rule, "target", 1.0) for rule in (self.weight_rule, self.act_rule)])
+        weights, inputs = (LARGEST_E4M3 / self.format.round(targets, "saturate")).log2().floor().exp2().tolist()
+        return weights, inputs
 
     @property
     def by_output(self) -> bool:
@@ -139,7 +153,7 @@ def parse(config: QuantConfig) -> Scheme:
     _check_config(config, format_)
     weight_rule, act_rule = parse_rule(weights.rule, format_), parse_rule(act.rule, format_)
     _check_rules(config, format_, weight_rule, act_rule)
-    return Scheme(
+    scheme = Scheme(
         config=config,
         format=format_,
         weight_granularity=parse_granularity(weights.granularity, "per_channel", format_),
@@ -153,6 +167,8 @@ def parse(config: QuantConfig) -> Scheme:
         packed=config.packed,
         smoothing=config.smoothing,
     )
+    assert scheme.lifts  # found now, and not while a model is traced
+    return scheme
 
 
 def _check_config(config: QuantConfig, format_: Format) -> None:
@@ -163,11 +179,9 @@ def _check_config(config: QuantConfig, format_: Format) -> None:
         raise ValueError(f"quant.overflow={config.overflow}: {error}") from None
     if config.product == "native" and config.format != "hif8":
         raise ValueError(f"quant.product=native: there is none for {config.format}")
-    whole = config.format == "int8"
-    if config.product in EIGHT_BIT and (format_.keeps_all or whole != (config.product == "int8")):
-        raise ValueError(
-            f"quant.product={config.product}: not with {format_.name}, choose {'int8' if whole else 'fast'}"
-        )
+    if config.product in EIGHT_BIT and config.format not in MULTIPLIED[config.product]:
+        other = "int8" if config.format == "int8" else "fast"
+        raise ValueError(f"quant.product={config.product}: not with {format_.name}, choose {other}")
     if config.attention != "off" and (format_.block or format_.keeps_all):
         raise ValueError(f"quant.attention={config.attention}: {format_.name} has no attention of its own")
     if config.activations.static and config.activations.granularity != "per_tensor":

@@ -21,7 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from wanquant.runs.files import sum_of_file
 from wanquant.wan import tiny
-from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, load_transformer, quantization_of, read_json
+from wanquant.wan.checkpoints.checkpoint import (
+    TRANSFORMERS,
+    load_transformer,
+    quantization_of,
+    quantized_linears,
+    read_json,
+)
 from wanquant.wan.checkpoints.names import config_to_diffusers
 from wanquant.wan.checkpoints.quantizer import attach
 from wanquant.wan.device import pick_device
@@ -68,6 +74,9 @@ def load_pipeline(
         raise ValueError(f"cannot load a Wan pipeline from {folder}: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     pipe.to(target)
+    for name in TRANSFORMERS:
+        for layer in quantized_linears(parts[name]).values() if parts.get(name) is not None else ():
+            layer.prepare_()
     on_part()
     return pipe
 
