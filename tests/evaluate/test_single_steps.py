@@ -109,6 +109,7 @@ def test_steps_are_spread_over_the_trajectory() -> None:
     assert spread(20, 1) == [10]
 
 
+@pytest.mark.slow
 def test_a_run_without_videos_ranks_by_single_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

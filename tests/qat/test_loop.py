@@ -76,7 +76,8 @@ def small(tmp_path: Path, name: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "tests.qat.small", str(tmp_path / name), str(tmp_path / f"{name}.json"), *more]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 20])
 def test_killed_it_ends_the_same(kills: int, tmp_path: Path) -> None:
     """By SIGKILL, whenever: also while a state is written."""
     assert forked.run(small(tmp_path, "whole", str(20 * kills + 20))[1:]).returncode == 0
