@@ -270,12 +270,16 @@ def test_other_formats_make_the_same_videos_from_their_checkpoint(
     assert measured_again(result, load_pipeline(tmp_path / "checkpoint", "cpu"), short()) == recorded(result)
 
 
-def test_values_that_fp8_loses_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_values_that_fp8_loses_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And its checkpoint is HiF8's, which loads for any product."""
     words = ["quant=hif8_fp8", "protect=none", TWO, "tracker=none", f"hydra.run.dir={tmp_path / 'run'}"]
     assert ptq(monkeypatch, *words) == 0
     result = read_result(tmp_path / "run")
     lost = result["lost_to_fp8"]
+    assert f"<b>{100 * lost['inputs_share']:.3f} %</b>" in (tmp_path / "run" / "report.html").read_text()
+    assert f"lost to FP8: {100 * lost['inputs_share']:.3f} %" in capsys.readouterr().out
     assert 0 < lost["inputs_share"] < 0.05
     assert 0 < lost["weights_share"] < 0.05
     assert lost["inputs"] > lost["weights"] > 0

@@ -14,8 +14,8 @@ import triton.language as tl
 def round_bits(bits, table, saturate: tl.constexpr):
     """HiF8 rounding of float32 patterns (int32), as ``wanquant.kernels.eager.round_float32``.
 
-    What is added and what is kept depends on the exponent alone, and comes from ``round_table``: a third of the
-    instructions of computing it. The two products leave all values of HiF8 as they are, and make infinity of 2^16,
+    What is added and what is kept depends on the exponent alone, and comes from ``round_table``, which halves
+    the instructions of the kernel. The two products leave all values of HiF8 as they are, and make infinity of 2^16,
     which is what rounding gives beyond 32768.
     """
     both = tl.load(table + ((bits >> 23) & 0xFF))

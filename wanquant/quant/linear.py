@@ -270,8 +270,8 @@ def take_product(
 
 
 def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """float32 [rows, out] of BF16 values [rows, in] and [out, in]. A card multiplies BF16 exactly and sums in float32,
-    at the speed of BF16. Elsewhere large weights are widened some rows at a time into the same memory, because a fresh
+    """float32 [rows, out] of BF16 values [rows, in] and [out, in]. A card multiplies BF16 exactly and sums in float32.
+    Elsewhere large weights are widened some rows at a time into the same memory, because a fresh
     float32 copy of all of them costs a seventh of the product."""
     if operand.is_cuda:
         return torch.mm(operand.detach(), weight.detach().T, out_dtype=torch.float32)
