@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from wanquant.kernels import products
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig, WeightConfig
 from wanquant.quant.linear import QuantLinear
@@ -134,6 +137,39 @@ def test_fast_gradients_are_close_to_exact_ones() -> None:
         assert exact is not None
         assert fast is not None
         assert 0 < float((exact - fast).norm() / exact.norm()) < 5e-3
+
+
+class _Products(TorchDispatchMode):
+    """Which types are multiplied by which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seen.append(args[-1].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradients", ["none", "hif8"])
+def test_a_cpu_without_bf16_products_takes_none_in_backward(gradients: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There they take eight times as long, and torch takes backward outside of the modes that replace them."""
+    trained = TrainableQuantLinear(nn.Linear(64, 48), parse(QuantConfig()), how=Training(gradients=gradients))
+    x, upstream, found = torch.randn(40, 64), torch.randn(40, 48), []
+    for multiplies in (torch.backends.mkldnn.is_available(), False):
+        monkeypatch.setattr(products, "multiplies_bf16", lambda device, answer=multiplies: answer)
+        leaf = x.clone().requires_grad_()
+        trained.weight.grad = None
+        output = trained(leaf)
+        with _Products() as taken:
+            output.backward(upstream)
+        assert taken.seen == [torch.bfloat16 if multiplies else torch.float32] * 2
+        found.append((leaf.grad, trained.weight.grad))
+    for native, wide in zip(*found, strict=True):
+        assert native is not None
+        assert wide is not None
+        assert torch.allclose(native, wide, rtol=2**-7, atol=2**-7 * float(native.abs().max()))
 
 
 def test_it_learns() -> None:

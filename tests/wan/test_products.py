@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from wanquant.wan import products
+from wanquant.kernels import products
 from wanquant.wan.products import WideProducts, quick_products
 
 

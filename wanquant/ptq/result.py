@@ -12,6 +12,7 @@ from torch import nn
 
 from wanquant.evaluate.gates import GateResult
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, estimate
+from wanquant.kernels.products import multiplies_bf16
 from wanquant.ptq.calibrator import Calibration
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.plan import PTQPlan
@@ -26,7 +27,6 @@ from wanquant.runs.run import digest, read_result
 from wanquant.wan.cached import Pair
 from wanquant.wan.checkpoints.checkpoint import quantized_linears
 from wanquant.wan.generate import Sample
-from wanquant.wan.products import multiplies_bf16
 
 #: Of the config of the evaluation, what figures are taken by.
 MEASURED_BY = ("videos", "single_steps", "flow", "lpips")

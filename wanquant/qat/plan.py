@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanquant.evaluate.prompts import pairs, settled
+from wanquant.kernels.products import multiplies_bf16
 from wanquant.ptq.plan import PTQPlan, resolve
 from wanquant.qat.config import LoraSize, QATConfig
 from wanquant.qat.data import contents
@@ -19,7 +20,6 @@ from wanquant.quant.trainable import Training, check_trainable
 from wanquant.runs.signature import installed
 from wanquant.wan.cached import Pair
 from wanquant.wan.device import pick_device
-from wanquant.wan.products import multiplies_bf16
 
 
 @dataclass(frozen=True)

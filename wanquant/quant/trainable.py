@@ -32,6 +32,7 @@ from torch import nn
 
 from wanquant import kernels
 from wanquant.formats import hif8
+from wanquant.kernels.products import bf16_linear
 from wanquant.quant.config import Training as Training
 from wanquant.quant.last_input import LastInput
 from wanquant.quant.linear import QuantLinear, take_product
@@ -249,8 +250,8 @@ def _product(grad: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, ctx:
     if values.numel() < grad.numel():
         scaled = torch.empty_like(values)
         torch.mul(values, _over_rows(scale), out=scaled)
-        return F.linear(grad.to(torch.bfloat16), scaled.T)
-    return F.linear((grad * scale).to(torch.bfloat16), values.T)
+        return bf16_linear(grad.to(torch.bfloat16), scaled.T)
+    return bf16_linear((grad * scale).to(torch.bfloat16), values.T)
 
 
 def _quantized_product(scaled: torch.Tensor, values: torch.Tensor, ctx: Any) -> torch.Tensor:
@@ -258,8 +259,9 @@ def _quantized_product(scaled: torch.Tensor, values: torch.Tensor, ctx: Any) -> 
     scale = kernels.absmax_to_scale(scaled.abs().amax().float(), GRADIENT_TARGET, False)
     divided = scaled.float() / scale
     rounded = hif8.round_stochastic(divided) if ctx.gradients == "stochastic" else hif8.round(divided)
-    dtype = torch.float32 if ctx.exact else torch.bfloat16
-    return F.linear(rounded.to(dtype), values.T.to(dtype)).float() * scale
+    if ctx.exact:
+        return F.linear(rounded.float(), values.T.float()) * scale
+    return bf16_linear(rounded.to(torch.bfloat16), values.T).float() * scale
 
 
 def trainable_linears(module: nn.Module) -> dict[str, TrainableQuantLinear]:
