@@ -148,7 +148,7 @@ def patterns(place: Place, generator: torch.Generator) -> list[torch.Tensor]:
 
 def row_ops(choice: bool, scale: torch.Tensor) -> list[tuple[str, tuple[Any, ...]]]:
     coded = [
-        ("quantize_rows_coded", (grid, goal, choice, lift))
+        ("quantize_rows_coded", (grid, goal, choice, lift, lift))
         for grid, goal, lift in ((0, 15.0, 16.0), (1, 448.0, 1.0), (2, 127.0, 1.0))
     ]
     return [
@@ -169,9 +169,8 @@ def elementwise(place: Place) -> Rows:
     columns = place.size(5120, 128)
     rows = x[: x.numel() // columns * columns].view(-1, columns)
     yield place.compare("quantize_rows", lambda: quantize_rows_hif8(rows, 15.0, False), "clone", rows.clone, 1.15)
-    yield place.compare(
-        "quantize_rows to codes", lambda: quantize_rows_coded(rows, 0, 15.0, False, 16.0), "clone", rows.clone, 1.15
-    )
+    how = (eager.CODED_HIF8, 15.0, False, 16.0, 256.0)
+    yield place.compare("quantize_rows to codes", lambda: quantize_rows_coded(rows, *how), "clone", rows.clone, 1.15)
     scales = (torch.rand(len(rows), device=place.device), torch.rand(columns, device=place.device))
     bias = torch.randn(columns, device=place.device).to(torch.bfloat16)
     yield place.compare("descale", lambda: descale(rows, *scales, bias, torch.bfloat16), "clone", rows.clone, 1.2)

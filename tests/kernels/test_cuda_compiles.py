@@ -77,7 +77,7 @@ def launches(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> Iterator[No
             for power_of_two in (False, True):
                 cuda.quantize_rows_hif8(matrix, 15.0, power_of_two, saturate, factors)
                 for kind in KINDS:
-                    cuda.quantize_rows_coded(matrix, kind, 15.0, power_of_two, 16.0, factors)
+                    cuda.quantize_rows_coded(matrix, kind, 15.0, power_of_two, 16.0, 256.0, factors)
             for scale in (torch.ones(()), torch.ones(3)):
                 cuda.scaled_round_hif8(matrix, scale, saturate, factors)
         if dtype != torch.float16:  # no product comes in it
@@ -94,7 +94,7 @@ def wide_launches() -> Iterator[None]:
         matrix = torch.zeros(2, columns, dtype=torch.bfloat16)
         cuda.quantize_rows_hif8(matrix, 15.0, False, False)
         for kind in KINDS:
-            cuda.quantize_rows_coded(matrix, kind, 15.0, False, 16.0)
+            cuda.quantize_rows_coded(matrix, kind, 15.0, False, 16.0, 256.0)
         yield
 
 

@@ -169,7 +169,7 @@ def test_ops_keep_their_contract() -> None:
         "descale": (x, torch.rand(6), torch.rand(32), None, torch.bfloat16),
         "look_up": (codes, torch.rand(256)),
         "carry_e4m3": (torch.ones(6, 32, dtype=torch.bfloat16), 16.0),
-        "quantize_rows_coded": (x, eager.CODED_HIF8, 15.0, False, 16.0),
+        "quantize_rows_coded": (x, eager.CODED_HIF8, 15.0, False, 16.0, 256.0),
     }
     assert set(calls) == set(ops.NAMES)
     for name, args in calls.items():

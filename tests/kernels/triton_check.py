@@ -42,9 +42,9 @@ def main() -> None:
             powers = torch.ldexp(torch.ones(x.shape[1]), torch.arange(x.shape[1]) % 7 - 3)
             for kind, goal, lift in ((0, 15.0, 16.0), (1, 448.0, 1.0), (2, 127.0, 1.0)):
                 factors = powers if saturate else None
-                coded = cuda.quantize_rows_coded(x, kind, goal, saturate, lift, factors)
+                coded = cuda.quantize_rows_coded(x, kind, goal, saturate, lift, 4 * lift, factors)
                 for got, expected in zip(
-                    coded, eager.quantize_rows_coded(x, kind, goal, saturate, lift, factors), strict=True
+                    coded, eager.quantize_rows_coded(x, kind, goal, saturate, lift, 4 * lift, factors), strict=True
                 ):
                     assert_same_bits(got, expected)
         rounded = eager.round_hif8(WIDE[:4].to(torch.bfloat16), saturate)
@@ -69,8 +69,8 @@ def main() -> None:
     every = values[values.isfinite() & (values.abs() <= 15)][None]  # the ties of E4M3 among them
     wide = torch.randn(2, 16500, generator=torch.Generator().manual_seed(0))  # more columns than a program holds
     for x in (every, wide):
-        ours = cuda.quantize_rows_coded(x, 0, 15.0, False, 16.0)
-        for got, expected in zip(ours, eager.quantize_rows_coded(x, 0, 15.0, False, 16.0), strict=True):
+        ours = cuda.quantize_rows_coded(x, 0, 15.0, False, 16.0, 32.0)
+        for got, expected in zip(ours, eager.quantize_rows_coded(x, 0, 15.0, False, 16.0, 32.0), strict=True):
             assert_same_bits(got, expected)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert_same_bits(cuda.decode_hif8(codes, dtype), eager.decode_hif8(codes, dtype))

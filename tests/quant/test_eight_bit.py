@@ -43,7 +43,7 @@ def test_e4m3_carries_hif8_down_to_a_twelfth_binary_place() -> None:
     assert (carried[exact.abs() < 2.0**-14] == 0).all()
     assert set(carried[exact.isfinite() & (exact.abs() > 28)].tolist()) == {-28.0, 28.0}
     assert carried[~exact.isfinite()].isnan().all()
-    assert lost == (carried != exact)[exact.isfinite()].sum()
+    assert lost.tolist() == [int((carried != exact)[exact.isfinite()].sum()), 256]
     with pytest.raises(TypeError, match="bfloat16"):
         kernels.carry_e4m3(values.float(), 16.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from wanquant.wan.resources.footprint import (
     Quantized,
     decoding_bytes,
     denoising_bytes,
+    latent_size,
 )
 from wanquant.wan.resources.printed import in_time
 from wanquant.wan.resources.probe import block_seconds, decoding_seconds, is_small, learning_seconds, small_pass
@@ -110,6 +112,20 @@ def test_every_quantization_has_a_footprint(name: str, product: str) -> None:
     found = [denoising_bytes(config, quantized, LARGE, 1, torch.device(kind)) for kind in ("cpu", "meta")]
     assert found[0] >= denoising_bytes(config, None, LARGE, 1, CPU)
     assert found[1] > found[0] or name != "hif8"
+
+
+def test_a_cards_own_products_are_planned() -> None:
+    """Exact ones of BF16 operands, in float32 until they are scaled; whole numbers as on the CPU."""
+    config = {**wan_transformer(1).config, "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 128}
+
+    def bytes_of(format_: str, product: str, device: str) -> int:
+        quantized = Quantized(ALL, parse(QuantConfig(format=format_, product=product)))
+        return denoising_bytes(config, quantized, LARGE, 1, torch.device(device))
+
+    tokens = math.prod(latent_size(LARGE)) // 4
+    assert bytes_of("hif8", "exact", "cuda") - bytes_of("hif8", "fast", "cuda") == 2 * tokens * 128
+    assert bytes_of("hif8", "fp8", "cuda") == bytes_of("hif8", "fast", "cuda")
+    assert bytes_of("int8", "int8", "cuda") == bytes_of("int8", "int8", "cpu") < bytes_of("int8", "fast", "cpu")
 
 
 def test_what_is_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:

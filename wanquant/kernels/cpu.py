@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from wanquant.kernels import eager
-from wanquant.kernels.eager import fit, quantize_rows_coded
+from wanquant.kernels.eager import counted, fit, quantize_rows_coded
 from wanquant.kernels.loops import DESCALE, LOOPS, carry, stochastic
 from wanquant.kernels.tables import carry_table, decode_table, narrow
 
@@ -75,7 +75,7 @@ def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.T
     out, lost = torch.empty(values.shape, dtype=torch.uint8), torch.empty(rows, dtype=torch.int64)
     columns = values.numel() // max(1, rows)
     _run(carry, rows, values.numel(), values, out, carry_table(lift), lost, columns)
-    return out, lost.sum()
+    return out, counted(lost.sum(), values.numel())
 
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wanquant.kernels.cuda_bits import carried, is16, pattern, round_bits, widen
+from wanquant.kernels.cuda_bits import carried, count_lost, is16, pattern, round_bits, widen
 from wanquant.kernels.cuda_rows import descale, quantize_rows_coded, quantize_rows_hif8, scaled_round_hif8
 from wanquant.kernels.eager import fit
 from wanquant.kernels.tables import decode_table, encode_table, narrow, round_table
@@ -49,7 +49,7 @@ def _carry_kernel(x, y, lost, count, lift, block: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     code, gone = carried(widen(tl.load(x + at, at < count, 0), True).to(tl.float32, bitcast=True) * lift)
     tl.store(y + at, code, at < count)
-    tl.store(lost + tl.program_id(0), tl.sum(gone.to(tl.int32), 0))
+    count_lost(lost, tl.sum(gone.to(tl.int32), 0), count)
 
 
 def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
@@ -97,10 +97,10 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.Tensor]:
     values = values.contiguous()
     out = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
-    lost = torch.zeros(triton.cdiv(values.numel(), _BLOCK), dtype=torch.int32, device=values.device)
+    lost = torch.zeros(2, dtype=torch.int64, device=values.device)
     if values.numel():
         _carry_kernel[_grid(values)](pattern(values), out, lost, values.numel(), lift, _BLOCK)
-    return out, lost.sum()
+    return out, lost
 
 
 def _grid(x: torch.Tensor) -> tuple[int]:

@@ -53,6 +53,13 @@ def scale_of(absmax_bits, goal, power_of_two: tl.constexpr):
 
 
 @triton.jit
+def count_lost(lost, missing, among):
+    """Adds what this program found to ``lost`` [2], int64; ``among`` is how many all programs look at."""
+    tl.atomic_add(lost, missing.to(tl.int64), missing > 0)
+    tl.store(lost + 1, among, tl.program_id(0) == 0)
+
+
+@triton.jit
 def factored(bits, factors, at, columns, has_factors: tl.constexpr):
     """float32 of the patterns, each column times its factor."""
     values = bits.to(tl.float32, bitcast=True)

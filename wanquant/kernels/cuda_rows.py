@@ -6,7 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from wanquant.kernels.cuda_bits import bfloat16, carried, e4m3, factored, is16, pattern, round_bits, scale_of, widen
+from wanquant.kernels.cuda_bits import (
+    bfloat16,
+    carried,
+    count_lost,
+    e4m3,
+    factored,
+    is16,
+    pattern,
+    round_bits,
+    scale_of,
+    widen,
+)
 from wanquant.kernels.eager import CODED_E4M3, CODED_HIF8, CODED_INT8, fit
 from wanquant.kernels.tables import narrow, round_table
 
@@ -55,11 +66,11 @@ def _magnitude(values):
 
 @triton.jit
 def _quantize_kernel(
-    x, y, scales, lost, factors, table, columns, goal, lift,
+    x, y, scales, lost, factors, table, columns, goal, lift, divisor,
     has_factors: tl.constexpr, is_bfloat16: tl.constexpr, power_of_two: tl.constexpr, saturate: tl.constexpr,
     kind: tl.constexpr, whole: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A program a row, by the scale of its absmax; ``lost`` [rows] counts what the codes do not hold."""
+    """A program a row, by the scale of its absmax; ``lost`` counts what the codes do not hold, and all."""
     row = tl.program_id(0).to(tl.int64)
     if whole:
         at = tl.arange(0, block)
@@ -83,9 +94,9 @@ def _quantize_kernel(
             tl.store(y + row * columns + at, placed, at < columns)
             counted += (gone & (at < columns)).to(tl.int32)
         missing = tl.sum(counted, 0)
-    if kind == _HIF8:
-        tl.store(lost + row, missing)
-        scale /= lift  # a power of two
+    if kind != _BF16:
+        count_lost(lost, missing if kind == _HIF8 else 0 * missing, tl.num_programs(0).to(tl.int64) * columns)
+        scale /= divisor  # a power of two
     tl.store(scales + row, scale)
 
 
@@ -162,16 +173,22 @@ def quantize_rows_hif8(
     x: torch.Tensor, goal: float, power_of_two: bool, saturate: bool, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    scale, _ = _quantize(fit(x), out, goal, power_of_two, saturate, -1, 1.0, factors)
+    scale, _ = _quantize(fit(x), out, goal, power_of_two, saturate, -1, 1.0, 1.0, factors)
     return out, scale
 
 
 def quantize_rows_coded(
-    x: torch.Tensor, kind: int, goal: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
+    x: torch.Tensor,
+    kind: int,
+    goal: float,
+    power_of_two: bool,
+    lift: float,
+    divisor: float,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    scale, lost = _quantize(fit(x), out, goal, power_of_two, False, kind, lift, factors)
-    return out, scale, lost.sum()
+    scale, lost = _quantize(fit(x), out, goal, power_of_two, False, kind, lift, divisor, factors)
+    return out, scale, lost
 
 
 def _quantize(
@@ -182,18 +199,19 @@ def _quantize(
     saturate: bool,
     kind: int,
     lift: float,
+    divisor: float,
     factors: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (rows, columns), counts = x.shape, kind == CODED_HIF8
+    rows, columns = x.shape
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    lost = torch.zeros(rows if counts else 1, dtype=torch.int32, device=x.device)
+    lost = scale if kind < 0 else torch.zeros(2, dtype=torch.int64, device=x.device)
     whole = columns <= _WHOLE
     block = max(32, triton.next_power_of_2(columns)) if whole else _BLOCK
     if rows:
         given = (scale, lost, scale if factors is None else factors.contiguous(), round_table(saturate, x.device))
         how = (factors is not None, is16(x), power_of_two, saturate, kind, whole, block)
         warps = min(16, max(1, block // 1024))
-        _quantize_kernel[(rows,)](pattern(x), pattern(out), *given, columns, goal, lift, *how, num_warps=warps)
+        _quantize_kernel[(rows,)](pattern(x), pattern(out), *given, columns, goal, lift, divisor, *how, num_warps=warps)
     return scale, lost
 
 

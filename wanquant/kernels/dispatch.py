@@ -12,6 +12,7 @@ import torch
 
 from wanquant.kernels import npu
 from wanquant.kernels import ops as _registered  # noqa: F401  torch.ops.wanquant
+from wanquant.kernels.tables import decode_table, encode_table, round_table
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS: Any = torch.ops.wanquant
@@ -92,22 +93,29 @@ def quantize_rows_hif8(
 
 
 def quantize_rows_coded(
-    x: torch.Tensor, kind: int, target: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
+    x: torch.Tensor,
+    kind: int,
+    target: float,
+    power_of_two: bool,
+    lift: float,
+    divisor: float,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x / scale as uint8 codes [rows, columns], by the scales that ``quantize_rows_hif8`` takes; the scales of what the
-    codes stand for, [rows]; and how many of the format's values they do not hold, int64 [].
+    """x / scale as uint8 codes [rows, columns], by the scales that ``quantize_rows_hif8`` takes; those scales over
+    ``divisor``, a power of two, [rows]; and how many of the format's values the codes do not hold, of how many, int64
+    [2].
 
-    ``kind`` is ``CODED_HIF8``, HiF8's values times ``lift`` as E4M3, whose scales are divided by ``lift``,
-    ``CODED_E4M3`` or ``CODED_INT8``. Of a row that is not finite, the scale is NaN.
+    ``kind`` is ``CODED_HIF8``, HiF8's values times ``lift`` as E4M3, ``CODED_E4M3`` or ``CODED_INT8``. Of a row that is
+    not finite, the scale is NaN.
     """
     check_rows(x)
     _check_factors(x, factors)
-    return OPS.quantize_rows_coded.default(x, kind, target, power_of_two, lift, factors)
+    return OPS.quantize_rows_coded.default(x, kind, target, power_of_two, lift, divisor, factors)
 
 
 def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 codes of E4M3 of BF16 values, with at most three mantissa bits, times ``lift``, a power of two; int64 [],
-    how many of them are other values. What is beyond 448 becomes that, and what is not finite NaN."""
+    """uint8 codes of E4M3 of BF16 values, with at most three mantissa bits, times ``lift``, a power of two; int64 [2],
+    how many of them are other values, of how many. What is beyond 448 becomes that, and what is not finite NaN."""
     if values.dtype != torch.bfloat16:
         raise TypeError(f"carried values are bfloat16, not {values.dtype}")
     return OPS.carry_e4m3.default(values, lift)
@@ -144,6 +152,15 @@ def descale(
     if dtype not in FLOATS:
         raise TypeError(f"products are scaled to float32, bfloat16 or float16, not {dtype}")
     return OPS.descale.default(product, row_scale, column_scale, bias, dtype)
+
+
+def make_tables(device: torch.device, overflow: str = "inf") -> None:
+    """Makes now what a card's kernels look things up in. Made by the first pass, it would belong to a CUDA graph that
+    captures that."""
+    if device.type == "cuda":
+        round_table(saturates(overflow), device)
+        encode_table(device)
+        decode_table(torch.bfloat16, device)
 
 
 def check_native(device: torch.device) -> None:

@@ -187,24 +187,35 @@ def quantize_rows_hif8(
 
 def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.Tensor]:
     if values.is_meta:  # shapes alone: a table made while tracing would not be one of numbers
-        return values.new_empty(values.shape, dtype=torch.uint8), values.new_empty((), dtype=torch.int64)
+        return values.new_empty(values.shape, dtype=torch.uint8), values.new_empty(2, dtype=torch.int64)
     table = carry_table(lift, values.device)
 
     def found(part: torch.Tensor) -> torch.Tensor:
         return table[((part.view(torch.int16) >> 4) & 0xFFF).long()]
 
     entries = _in_parts(found, table.dtype, values.contiguous().view(-1)).view(values.shape)
-    return (entries & 0xFF).to(torch.uint8), (entries >> 8).sum()
+    return (entries & 0xFF).to(torch.uint8), counted((entries >> 8).sum(), entries.numel())
+
+
+def counted(found: torch.Tensor, among: int) -> torch.Tensor:
+    """int64 [2]."""
+    return torch.stack([found, torch.full_like(found, among)])
 
 
 def quantize_rows_coded(
-    x: torch.Tensor, kind: int, goal: float, power_of_two: bool, lift: float, factors: torch.Tensor | None = None
+    x: torch.Tensor,
+    kind: int,
+    goal: float,
+    power_of_two: bool,
+    lift: float,
+    divisor: float,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if kind == CODED_HIF8:
         # By the device's own op, which is quicker.
         values, scale = torch.ops.wanquant.quantize_rows_hif8.default(x, goal, power_of_two, False, factors)
         codes, lost = torch.ops.wanquant.carry_e4m3.default(values, lift)
-        return codes, scale / lift, lost
+        return codes, scale / divisor, lost
     x = times(x, factors)
     scale = absmax_to_scale(absmax_rows(x), goal, power_of_two)
     scaled = x / scale[:, None]
@@ -213,7 +224,7 @@ def quantize_rows_coded(
         codes = torch.where(scaled.isnan(), NAN_E4M3, codes)
     else:
         codes = scaled.nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
-    return codes, scale, torch.zeros((), dtype=torch.int64, device=x.device)
+    return codes, scale / divisor, counted(torch.zeros((), dtype=torch.int64, device=x.device), x.numel())
 
 
 def descale(

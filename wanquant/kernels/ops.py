@@ -34,8 +34,8 @@ SCHEMAS = (
     "descale(Tensor product, Tensor row_scale, Tensor column_scale, Tensor? bias, ScalarType dtype) -> Tensor",
     "look_up(Tensor codes, Tensor table) -> Tensor",
     "carry_e4m3(Tensor values, float lift) -> (Tensor, Tensor)",
-    "quantize_rows_coded(Tensor x, int kind, float goal, bool power_of_two, float lift, Tensor? factors=None)"
-    " -> (Tensor, Tensor, Tensor)",
+    "quantize_rows_coded(Tensor x, int kind, float goal, bool power_of_two, float lift, float divisor,"
+    " Tensor? factors=None) -> (Tensor, Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 #: Those with a Triton kernel; the others are few elements, or plain torch does them well.

@@ -23,7 +23,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from wanquant import kernels
-from wanquant.kernels import CODED_E4M3, CODED_HIF8, CODED_INT8, LARGEST_E4M3
+from wanquant.kernels import CODED_E4M3, CODED_HIF8, CODED_INT8, LARGEST_E4M3, eager
 from wanquant.quant.scale import AmaxTo, PerRow, PowerOfTwo
 from wanquant.quant.scheme import EIGHT_BIT, Scheme
 
@@ -69,8 +69,9 @@ def check_shape(scheme: Scheme, linear: nn.Linear, name: str) -> None:
 
 @dataclass(frozen=True)
 class Codes:
-    """Of an input: uint8 [rows, in]; its scales, float32 [rows] or []; int64 [], how many fell beyond the format's
-    range (None: none could), and how many of its values the codes do not hold."""
+    """Of an input: uint8 [rows, in]; its scales, float32 [rows] or [], which the weight's multiply as they are: both
+    lifts are taken out of these; int64 [], how many fell beyond the format's range (None: none could); int64 [2], how
+    many of its values the codes do not hold, of how many."""
 
     values: torch.Tensor
     scale: torch.Tensor
@@ -80,22 +81,23 @@ class Codes:
 
 def encode_input(scheme: Scheme, rows: torch.Tensor, scale: torch.Tensor | None, factors: torch.Tensor | None) -> Codes:
     """Of a matrix [rows, in], by a static ``scale`` or its own."""
-    lift, rule = scheme.lifts[1], scheme.act_rule
+    (of_weights, lift), rule = scheme.lifts, scheme.act_rule
     by_row = scale is None and isinstance(scheme.act_granularity, PerRow) and type(rule) in (AmaxTo, PowerOfTwo)
     kind = KINDS.get(scheme.format.name)
     if by_row and kind is not None:
         assert isinstance(rule, AmaxTo)
-        codes, scale, lost = kernels.quantize_rows_coded(rows, kind, rule.target, rule.power_of_two, lift, factors)
+        how = (rule.target, rule.power_of_two, lift, of_weights * lift)
+        codes, scale, lost = kernels.quantize_rows_coded(rows, kind, *how, factors)
         return Codes(codes, scale, None, lost)
     values, scale, over = scheme.quantize_input(rows, scale, factors)
     if scheme.product == "fp8":
         codes, lost = kernels.carry_e4m3(values, lift)
         # E4M3 ends at 448, long before HiF8 does.
-        return Codes(codes, scale / lift, (values.abs() > LARGEST_E4M3 / lift).sum(), lost)
+        return Codes(codes, scale / (of_weights * lift), (values.abs() > LARGEST_E4M3 / lift).sum(), lost)
     # A whole number cannot say that it is none: its row's scale does.
     broken = values.isnan()
     codes = values.masked_fill(broken, 0).to(torch.int8).view(torch.uint8)
-    none = torch.zeros((), dtype=torch.int64, device=values.device)
+    none = eager.counted(torch.zeros((), dtype=torch.int64, device=values.device), values.numel())
     return Codes(codes, torch.where(broken.any(1), torch.nan, scale), over, none)
 
 
@@ -154,7 +156,7 @@ def multiply(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """[rows, out] of codes [rows, in] and [out, in]; ``weight_scale`` is that of what the codes stand for."""
+    """[rows, out] of codes [rows, in] and [out, in]; ``weight_scale`` is that of the format's values."""
     if scheme.product == "int8":
         return kernels.descale(_whole_product(x.values, weight), x.scale, weight_scale, bias, dtype)
     if x.values.is_cuda:

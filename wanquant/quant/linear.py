@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from wanquant.kernels import descale, native_product
+from wanquant.kernels import descale, make_tables, native_product
 from wanquant.quant.eight_bit import (
     Codes,
     check_product,
@@ -177,6 +177,8 @@ class QuantLinear(nn.Linear):
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
+        if self.scheme.product in EIGHT_BIT and not x.numel():  # cards have no product of nothing
+            return x.new_empty(*x.shape[:-1], self.out_features)
         if self.scheme.product in EIGHT_BIT and not self.scheme.format.block:
             return self._multiply_codes(x, rows).view(*x.shape[:-1], self.out_features)
         scheme, how = self.scheme, (self.input_scale, self.input_factor)
@@ -205,10 +207,8 @@ class QuantLinear(nn.Linear):
         codes: Codes = self._shared(x, lambda: encode_input(self.scheme, rows, self.input_scale, self.input_factor))
         if codes.over is not None:
             self.overflowed += codes.over
-        self.lost[0] += codes.lost
-        self.lost[1] += rows.numel()
-        scale = self.weight_scale / self.scheme.lifts[0]
-        return multiply(self.scheme, codes, self._coded_weight(), scale, self.bias, x.dtype)
+        self.lost += codes.lost
+        return multiply(self.scheme, codes, self._coded_weight(), self.weight_scale, self.bias, x.dtype)
 
     def _coded_weight(self) -> torch.Tensor:
         """The weight as a product of codes takes it, uint8 [out, in]; made once, and of a packed one in every
@@ -226,8 +226,8 @@ class QuantLinear(nn.Linear):
         return made
 
     def prepare_(self) -> QuantLinear:
-        """For a product of codes: checks that the device has it (``ValueError``), and makes now what the first pass
-        would make."""
+        """Makes now what the first pass would make; ``ValueError`` for a product that the device does not have."""
+        make_tables(self.weight.device, self.scheme.overflow)
         if self.scheme.product in EIGHT_BIT and not self.weight.is_meta:
             check_product(self.scheme, self.weight.device)
             check_shape(self.scheme, self, "a linear")
@@ -253,6 +253,7 @@ class QuantLinear(nn.Linear):
             moved = self._buffers[name]
             assert moved is not None
             self._buffers[name] = moved if moved.dtype == torch.float32 else buffer.to(moved.device)
+        make_tables(self.weight.device, self.scheme.overflow)
         return self
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ tokens; torch's own is.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -101,9 +102,17 @@ class Quantized:
     scheme: Scheme
 
 
-def runs_anywhere(how: Quantized | None) -> Quantized | None:
-    """A product of codes replaced by the fast one, which needs no less of memory and time."""
-    if how is None or how.scheme.product in ("fast", "exact"):
+def runs_on(how: Quantized | None, device: torch.device) -> Quantized | None:
+    """On the CPU, a product of another device replaced by the fast one."""
+    if how is None or device.type != "cpu" or how.scheme.product in ("fast", "exact"):
+        return how
+    return replace(how, scheme=replace(how.scheme, product="fast"))
+
+
+def _fake(how: Quantized | None, device: torch.device) -> Quantized | None:
+    """As fake tensors of the CPU stand for it: products that the device takes otherwise are replaced by the fast one.
+    Codes for a card's FP8 units are no more than its operands."""
+    if how is None or how.scheme.product == "int8" or (device.type == "cpu" and how.scheme.product != "native"):
         return how
     return replace(how, scheme=replace(how.scheme, product="fast"))
 
@@ -113,7 +122,7 @@ def denoising_bytes(
     config: dict[str, Any], how: Quantized | None, settings: GenerationConfig, rows: int, device: torch.device
 ) -> int:
     """Of one forward pass of a transformer of this config, on ``rows`` videos."""
-    transformer = empty_transformer(config, runs_anywhere(how), blocks=2)
+    transformer = empty_transformer(config, _fake(how, device), blocks=2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quick_products(device):
         fill(transformer, torch.empty)
         latents = torch.empty(rows, config["in_channels"], *latent_size(settings), dtype=torch.bfloat16)
@@ -123,7 +132,11 @@ def denoising_bytes(
         alive = Alive(known, eagerly=device.type not in ("cpu", "cuda"))
         with alive:
             transformer(latents, timestep, text, return_dict=False)
-    return alive.most
+    if how is None or how.scheme.product != "exact" or device.type == "cpu":
+        return alive.most
+    widest: int = max(transformer.get_submodule(f"blocks.0.{name}").out_features for name in how.names)
+    patches: int = latents.numel() // (config["in_channels"] * math.prod(config["patch_size"]))
+    return alive.most + 2 * patches * widest  # the product is in float32, of operands in BF16
 
 
 @once

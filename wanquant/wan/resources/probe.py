@@ -32,7 +32,7 @@ from wanquant.wan.resources.footprint import (
     mixed_norms,
     once,
     parameters_of,
-    runs_anywhere,
+    runs_on,
 )
 
 P = ParamSpec("P")
@@ -88,7 +88,7 @@ def block_seconds(
 ) -> float:
     """Of one block on ``rows`` videos of so many tokens each, observed as in calibration if there is a ``layout``: run
     as it is where it is small; else few tokens are run, and their time is scaled, attention's by the square."""
-    transformer = empty_transformer(config, runs_anywhere(how) if device.type == "cpu" else how, blocks=1)
+    transformer = empty_transformer(config, runs_on(how, device), blocks=1)
     block = _filled(transformer, device).blocks[0]
     whole = rows * tokens <= PROBED
     rows_, tokens_ = (rows, tokens) if whole else (1, min(tokens, PROBED // 4))
@@ -126,7 +126,7 @@ def small_pass(
     """Of a forward pass through a small transformer for one video, as if all blocks were ``how``, and observed if there
     is a ``layout``. Some blocks are run, and their time is scaled: a single one would stay in the CPU's cache."""
     blocks = min(config["num_layers"], SOME_BLOCKS)
-    transformer = empty_transformer(config, runs_anywhere(how), blocks)
+    transformer = empty_transformer(config, runs_on(how, device), blocks)
     with _watched(transformer, layout):
         found = _pass_seconds(_filled(transformer, device), settings, rows, device)
     if blocks == config["num_layers"]:
