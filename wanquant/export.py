@@ -1,8 +1,8 @@
-"""python -m wanquant.export <checkpoint> <target> --layout bf16|mindie-sd [--naming original]
+"""python -m wanquant.export <checkpoint> <target> --layout bf16|comfyui|compressed-tensors|modelslim|mindie-sd
 
 A quantized checkpoint in the layout of another engine: see ``wanquant.wan.checkpoints.export``. Of a pipeline its
-transformers are exported, each into its own folder; with ``bf16`` all else is copied, so that the target is a whole
-pipeline again.
+transformers are exported, each into its own folder; with ``bf16``, ``compressed-tensors`` and ``modelslim`` all else
+is copied, so that the target is a whole pipeline again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from wanquant import cli
 from wanquant.runs.progress import announce
-from wanquant.wan.checkpoints.names import LAYOUTS, NAMINGS
+from wanquant.wan.checkpoints.layouts import LAYOUTS, NAMINGS
 
 
 def main() -> None:
@@ -21,19 +21,20 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a quantized pipeline, or a quantized transformer's folder")
     parser.add_argument("target", type=Path)
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
-    parser.add_argument("--naming", choices=NAMINGS, default="diffusers", help="original: as Wan's authors call it")
+    naming = (
+        "original: as Wan's authors call it; prefixed: that behind model.diffusion_model.; by default the layout's own"
+    )
+    parser.add_argument("--naming", choices=NAMINGS, help=naming)
     args = parser.parse_args()
     announce("export", str(args.target))
     from wanquant.wan.checkpoints.export import export_all
 
     try:
-        export_all(args.checkpoint, args.target, args.layout, args.naming)
+        said = export_all(args.checkpoint, args.target, args.layout, args.naming)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    print(f"exported: {args.target}")
-    if args.layout == "mindie-sd":
-        print("transformers alone: VAE, text encoder and configs are the original's; no engine is known to read HiF8")
+    print(f"exported: {args.target}", *said, sep="\n")
 
 
 if __name__ == "__main__":

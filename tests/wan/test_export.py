@@ -6,18 +6,19 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from en_dtypes import hifloat8
 from safetensors.torch import load_file
 
 from tests import forked
 from tests.wan.test_quantizer import answer, short
 from wanquant import load_pipeline, quantize_, save_quantized
-from wanquant.formats.registry import get_format
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig, WeightConfig
-from wanquant.wan.checkpoints.checkpoint import quantized_linears
+from wanquant.wan.checkpoints.checkpoint import WEIGHTS, quantized_linears
 from wanquant.wan.checkpoints.export import export
 from wanquant.wan.checkpoints.names import to_original
 from wanquant.wan.checkpoints.stream import Recipe, convert_transformer
@@ -49,7 +50,8 @@ def values(kind: str, found: dict[str, torch.Tensor], prefix: str) -> torch.Tens
         steps = torch.exp2(found[f"{prefix}.weight_scale"].float() - 127)
         return (weight.float().view(*steps.shape, -1) * steps[..., None]).view(weight.shape)
     if kind == "W8A8_HIFLOAT8":
-        return get_format("hif8").decode(weight, torch.float32) * found[f"{prefix}.weight_scale"]
+        decoded = torch.from_numpy(weight.numpy().view(hifloat8).astype(np.float32))
+        return decoded * found[f"{prefix}.weight_scale"]
     assert weight.dtype == torch.int8
     if kind == "W8A8":
         return weight.float() * (found[f"{prefix}.deq_scale"] / found[f"{prefix}.input_scale"])[:, None]
@@ -93,6 +95,35 @@ def test_mindie_sd_finds_every_linear(made: tuple[str, Path], naming: str, tmp_p
         if kind == "W8A8":
             bias = found[f"{prefix}.quant_bias"] * found[f"{prefix}.deq_scale"]
             assert (bias - layer.bias).abs().max() <= 0.51 * found[f"{prefix}.deq_scale"].max()
+
+
+def test_sglang_finds_every_linear(made: tuple[str, Path], tmp_path: Path) -> None:
+    """As its ``ModelSlimConfig`` looks for them: by diffusers' names, in one description without a type in its name."""
+    kind, folder = made
+    model = load_pipeline(folder, device="cpu").transformer
+    layers = quantized_linears(model)
+    refused = "has not" if any(layer.input_factor is not None for layer in layers.values()) else "no hif8"
+    if refused == "has not" or kind == "W8A8_HIFLOAT8":
+        with pytest.raises(ValueError, match=refused):
+            export(folder / "transformer", tmp_path / "out", "modelslim")
+        return
+    export(folder / "transformer", tmp_path / "out", "modelslim")
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    told = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
+    assert told.keys() - {"model_quant_type", "version"} == found.keys()
+    for name, child in model.named_modules():
+        if not isinstance(child, torch.nn.Linear):
+            continue
+        assert told[f"{name}.weight"] == (kind if name in layers else "FLOAT")
+        if name not in layers:
+            assert torch.equal(found[f"{name}.weight"], child.weight)
+            continue
+        wanted = layers[name].dequantized().weight.float()
+        torch.testing.assert_close(values(kind, found, name), wanted, rtol=2**-8, atol=1e-8)
+        if kind == "W8A8":  # whose weights it also has a scale a row of
+            torch.testing.assert_close(values("W8A8_DYNAMIC", found, name), wanted, rtol=2**-8, atol=1e-8)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config  # it would come before the description
 
 
 def test_in_bf16_it_is_a_plain_model_of_the_same_values(made: tuple[str, Path], tmp_path: Path) -> None:
@@ -141,7 +172,8 @@ def test_a_pipeline_by_the_command_line(tmp_path: Path) -> None:
     assert (again.returncode, len(again.stderr.splitlines())) == (1, 1)
     assert "is there already" in again.stderr
     assert "holds no quantized transformer" in command(tmp_path / "plain", tmp_path / "x", "--layout", "bf16").stderr
-    assert command(folder, tmp_path / "m", "--layout", "mindie-sd", "--naming", "original").returncode == 0
+    made = command(folder, tmp_path / "m", "--layout", "mindie-sd", "--naming", "original")
+    assert (made.returncode, made.stdout.count("no engine is known")) == (0, 1)
     assert (tmp_path / "m" / "transformer" / "quant_model_weight_w8a8_hifloat8.safetensors").is_file()
     # What fails half-way leaves nothing: here the text encoder cannot be copied.
     (folder / "text_encoder" / "lost").symlink_to(tmp_path / "nowhere")
@@ -152,7 +184,7 @@ def test_a_pipeline_by_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (QuantConfig(attention="qkv"), "quantizes attention in other ways"),
+        (QuantConfig(attention="qkv"), "quantize attention in other ways"),
         (QuantConfig(activations=ActivationConfig("per_tensor", static=True)), "has no static hif8"),
         (QuantConfig(format="e4m3"), "has no e4m3"),
     ],

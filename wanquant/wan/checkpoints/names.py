@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Layouts that a checkpoint can be exported in, and whose names its tensors then have.
-LAYOUTS, NAMINGS = ("bf16", "mindie-sd"), ("diffusers", "original")
-
 #: Theirs and diffusers', inside an attention, a block (their ``norm3`` is the affine norm before cross attention), and
 #: outside of the blocks.
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
