@@ -31,6 +31,8 @@ from wanquant.wan.checkpoints.checkpoint import write_json
 from wanquant.wan.checkpoints.layouts.pieces import PREFIX, RENAME, Checkpoint, Piece, write, write_as_source
 
 E4M3 = torch.float8_e4m3fn
+#: What vLLM-Omni's Wan calls a linear otherwise than diffusers (its ``wan2_2_transformer.py``, ``load_weights``).
+OMNI = ((".to_out.0", ".to_out"), (".ffn.net.0.", ".ffn.net_0."), (".ffn.net.2", ".ffn.net_2"))
 
 
 class Weights:
@@ -137,21 +139,32 @@ def write_compressed_tensors(
 
 
 def _compressed_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """All linears, but for those that are named: every other matrix called ``weight``."""
-    scheme, tensors = checkpoint.scheme, checkpoint.source.tensors
+    scheme, static = checkpoint.scheme, checkpoint.scheme.act_static
     by = {"num_bits": 8, "type": "float", "symmetric": True}
     weights = {**by, "strategy": "tensor" if isinstance(scheme.weight_granularity, PerTensor) else "channel"}
-    static = scheme.act_static
     inputs = {**by, "strategy": "tensor" if static else "token", "dynamic": not static}
     group = {"targets": ["Linear"], "weights": {**weights, "dynamic": False}, "input_activations": inputs}
-    plain = (name for name in checkpoint.others() if name.endswith(".weight") and len(tensors[name].shape) == 2)
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": sorted(name.removesuffix(".weight") for name in plain),
+        "ignore": _plain_linears(checkpoint),
     }
+
+
+def _plain_linears(checkpoint: Checkpoint) -> list[str]:
+    """Every matrix called ``weight`` that is not quantized, by diffusers' name of its module and by vLLM-Omni's: what
+    is not found in the list is taken for FP8, and would be cast to it."""
+    tensors, found = checkpoint.source.tensors, set[str]()
+    for name in checkpoint.others():
+        module, _, part = name.rpartition(".")
+        if part == "weight" and len(tensors[name].shape) == 2:
+            found.add(module)
+            for ours, theirs in OMNI:
+                module = module.replace(ours, theirs)
+            found.add(module)
+    return sorted(found)
 
 
 def _inputs_of(scheme: Scheme) -> str:
