@@ -42,6 +42,7 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint, layout: str) -> None:
         self.checkpoint, self.format = checkpoint, checkpoint.scheme.format
         self.lost = self.total = 0
+        self._lifts: dict[str, torch.Tensor] = {}
         if self.format.name != "e4m3" and self.format.name not in CARRIED:
             raise ValueError(
                 f"layout {layout} is of E4M3, which does not hold {self.format.name}: choose mindie-sd or modelslim"
@@ -55,31 +56,33 @@ class Weights:
         codes = self.checkpoint.source.read(f"{linear}.weight")
         if self.format.name == "e4m3":
             return codes.view(E4M3)
-        values = self.format.decode(codes, torch.float32)
-        values = (values.view(*self.scale_shape(linear), -1) * self._lift(linear, values)[..., None]).view(codes.shape)
+        lift = self._lift(linear)
+        # In BF16, where powers of two multiply exactly.
+        values = (self.format.decode(codes).view(*lift.shape, -1) * lift.bfloat16()[..., None]).view(codes.shape)
         carried = values.to(E4M3)
-        self.lost += int((carried.float() != values).sum())
+        self.lost += int((carried.to(torch.bfloat16) != values).sum())
         self.total += values.numel()
         return carried
 
     def scale(self, linear: str) -> torch.Tensor:
         """float32 [out] or []."""
         scale = self.checkpoint.source.read(f"{linear}.weight_scale")
-        if self.format.name == "e4m3":
-            return scale
-        codes = self.checkpoint.source.read(f"{linear}.weight")
-        return scale / self._lift(linear, self.format.decode(codes, torch.float32))
+        return scale if self.format.name == "e4m3" else scale / self._lift(linear)
 
     def scale_shape(self, linear: str) -> tuple[int, ...]:
         return self.checkpoint.source.tensors[f"{linear}.weight_scale"].shape
 
-    def _lift(self, linear: str, values: torch.Tensor) -> torch.Tensor:
-        """float32, a power of two for each scale."""
-        largest = values.view(*self.scale_shape(linear), -1).abs().amax(-1)
-        if not largest.isfinite().all():
-            raise ValueError(f"{linear}.weight has values that are not finite, which E4M3 cannot carry")
-        _, exponent = torch.frexp(LARGEST_E4M3 / largest.double())
-        return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent - 1), 1.0)
+    def _lift(self, linear: str) -> torch.Tensor:
+        """float32, a power of two for each scale. Kept, because a file has its scales before its weights."""
+        if linear not in self._lifts:
+            values = self.format.decode(self.checkpoint.source.read(f"{linear}.weight"))
+            largest = values.view(*self.scale_shape(linear), -1).abs().amax(-1).double()
+            if not largest.isfinite().all():
+                raise ValueError(f"{linear}.weight has values that are not finite, which E4M3 cannot carry")
+            _, exponent = torch.frexp(LARGEST_E4M3 / largest)
+            lift = torch.ldexp(torch.ones_like(largest), exponent - 1)
+            self._lifts[linear] = torch.where(largest > 0, lift, 1.0).float()
+        return self._lifts[linear]
 
     def remarks(self, inputs: str) -> list[str]:
         """What is not as the checkpoint has it. ``inputs``: how the engine rounds them, "" where as the checkpoint."""
