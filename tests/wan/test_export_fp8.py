@@ -20,7 +20,7 @@ from wanquant.config import CONF
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig, WeightConfig
 from wanquant.wan.checkpoints.checkpoint import WEIGHTS, quantized_linears, save_transformer, write_index
-from wanquant.wan.checkpoints.export import export
+from wanquant.wan.checkpoints.export import export, export_all
 from wanquant.wan.checkpoints.tensor_files import Source
 
 E4M3 = torch.float8_e4m3fn
@@ -181,6 +181,22 @@ def test_of_many_files_as_many_are_made(tmp_path: Path) -> None:
     found = {number: load_file(tmp_path / "out" / f"part-{number}.safetensors") for number in range(2)}
     assert {name: f"part-{number}.safetensors" for number, part in found.items() for name in part} == index
     assert {f"{name}.{part}" for name in layers for part in ("weight", "weight_scale", "bias")} <= found[0].keys()
+
+
+def test_of_two_experts_one_may_be_plain(tmp_path: Path) -> None:
+    """It is copied into a pipeline, and left out where there is a file for each quantized one."""
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    made(CONFIGS["e4m3"], tmp_path)[0].rename(pipeline / "transformer")
+    wan_transformer(1).save_pretrained(pipeline / "transformer_2")
+    (pipeline / "model_index.json").write_text("{}")
+    said = export_all(pipeline, tmp_path / "files", "comfyui")
+    assert "transformer_2 is not quantized, and was left out" in said
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["transformer"]
+    assert export_all(pipeline, tmp_path / "whole", "compressed-tensors") == []
+    plain = (tmp_path / "whole" / "transformer_2" / WEIGHTS).read_bytes()
+    assert plain == (pipeline / "transformer_2" / WEIGHTS).read_bytes()
+    assert (tmp_path / "whole" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "compressed-tensors"])

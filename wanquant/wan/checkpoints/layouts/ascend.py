@@ -52,8 +52,6 @@ def write_mindie(checkpoint: Checkpoint, target: Path, naming: str, on_file: Cal
 
 def write_modelslim(checkpoint: Checkpoint, target: Path, naming: str, on_file: Callable[[], None]) -> list[str]:
     kind = _type_of(checkpoint.scheme, "modelslim")
-    if kind == "W8A8_HIFLOAT8":
-        raise ValueError("layout modelslim: sglang reads int8 and mxfp8 there, and no hif8; mindie-sd can hold it")
     checkpoint.refuse_factors("layout modelslim")
 
     def parts(name: str) -> dict[str, Piece]:
@@ -76,10 +74,10 @@ def _type_of(scheme: Scheme, layout: str) -> str:
     name, static = scheme.format.name, scheme.act_static
     if name == "int8":
         return "W8A8" if static else "W8A8_DYNAMIC"
-    known = {"mxfp8": "W8A8_MXFP8", "hif8": "W8A8_HIFLOAT8"}
+    known = {"mxfp8": "W8A8_MXFP8"} | ({"hif8": "W8A8_HIFLOAT8"} if layout == "mindie-sd" else {})
     if name not in known or static:
-        static_name = f"{'static ' if static else ''}{name}"
-        raise ValueError(f"layout {layout} has no {static_name}: int8, mxfp8 or dynamic hif8")
+        found = f"static {name}" if static else name
+        raise ValueError(f"layout {layout} has no {found}: it has int8, and with dynamic inputs {' and '.join(known)}")
     return known[name]
 
 

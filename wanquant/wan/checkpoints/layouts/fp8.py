@@ -60,7 +60,7 @@ class Weights:
         # In BF16, where powers of two multiply exactly.
         values = (self.format.decode(codes).view(*lift.shape, -1) * lift.bfloat16()[..., None]).view(codes.shape)
         carried = values.to(E4M3)
-        self.lost += int((carried.to(torch.bfloat16) != values).sum())
+        self.lost += int((carried.to(torch.bfloat16) != values).count_nonzero())
         self.total += values.numel()
         return carried
 
