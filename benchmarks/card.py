@@ -374,6 +374,7 @@ def measured(place: Place, names: list[str], budget: float, write: Callable[[lis
         started = time.perf_counter()
         if started - begun + needs > budget:
             failed.append(f"{name}: not begun, for want of time")
+            write(rows, failed)
             continue
         try:
             with torch.no_grad():
@@ -409,7 +410,7 @@ def main() -> None:
     args = parser.parse_args()
     place, names = Place(torch.device(args.device), args.small), args.only.split(",")
     if unknown := [name for name in names if name not in PARTS]:
-        parser.error(f"no part {unknown[0]}: choose of {', '.join(PARTS)}")
+        parser.error(f"no part {unknown[0]}: choose one of {', '.join(PARTS)}")
     if place.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA card: --device cpu --small tries the program")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -417,8 +418,10 @@ def main() -> None:
     card = "cpu" if place.device.type != "cuda" else torch.cuda.get_device_name().split()[-1].lower()
     path = args.out / f"{datetime.datetime.now():%Y-%m-%d-%H%M}-card-{card}.md"
 
+    title = f"# On {place.device.type}{', small, to try the program' if args.small else ''}"
+
     def write(rows: list[Row], failed: list[str]) -> None:
-        parts = ["# On a card", "`python -m benchmarks.card`", table(rows), machine(place), *failed]
+        parts = [title, f"`python -m benchmarks.card {' '.join(sys.argv[1:])}`", table(rows), machine(place), *failed]
         path.write_text("\n\n".join(parts) + "\n")
 
     budget = args.budget if place.bar(1.0) else math.inf

@@ -106,8 +106,12 @@ def test_what_is_not_finite_stays_visible() -> None:
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    for format_, product in (("int8", "fp8"), ("hif8", "int8"), ("bf16", "fp8")):
-        with pytest.raises(ValueError, match=f"quant.product={product}: not with {format_}"):
+    for format_, product, choose in (
+        ("int8", "fp8", "fast or int8"),
+        ("hif8", "int8", "fast or fp8"),
+        ("bf16", "fp8", "fast"),
+    ):
+        with pytest.raises(ValueError, match=f"quant.product={product} is for .*: with {format_} choose {choose}$"):
             parse(config(format_, product))
     for side in ({"weights": WeightConfig(rule="mse")}, {"activations": ActivationConfig(rule="direct")}):
         with pytest.raises(

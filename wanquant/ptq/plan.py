@@ -20,6 +20,7 @@ from wanquant.evaluate.prompts import PromptsConfig, following, pairs, settled
 from wanquant.ptq.config import AnalysisConfig, PTQConfig
 from wanquant.ptq.protect import GREEDY, ProtectConfig, by_rule, check_protect
 from wanquant.quant import plan_conversion
+from wanquant.quant.eight_bit import emulates
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.cached import Pair
@@ -77,6 +78,7 @@ class PTQPlan:
         config, settings, threads = self.config, self.settings, self.config.threads
         shown = self.calibration if config.mode == "analyze" else self.pairs
         how = "" if config.eval.videos else ", single steps without videos"
+        how += "; products of FP8 codes are taken in BF16 here" if emulates(self.scheme, self.device) else ""
         return (
             f"{config.quant.name} on {config.model.name} ({self.device.type}, {threads} "
             f"thread{'s' if threads > 1 else ''}), protect {config.protect.name}: {len(shown)} (prompt, seed) pairs "

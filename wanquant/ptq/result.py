@@ -18,7 +18,7 @@ from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import Choice
 from wanquant.quant import ConversionReport
-from wanquant.quant.eight_bit import CARRIED
+from wanquant.quant.eight_bit import CARRIED, emulates
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import RESIDUAL
 from wanquant.runs import pictures
@@ -118,6 +118,7 @@ def tail(
         "provenance": {
             **made,
             "bf16_products": "native" if multiplies_bf16(plan.device) else "float32, rounded once",
+            **({"fp8_products": "in BF16, of the same codes"} if emulates(plan.scheme, plan.device) else {}),
             "seeds": seeds,
             "prompts": texts,
             "prompt_hash": digest(texts),

@@ -51,6 +51,11 @@ def check_product(scheme: Scheme, device: torch.device) -> None:
     check_capability(scheme, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
 
 
+def emulates(scheme: Scheme, device: torch.device) -> bool:
+    """Whether the device has no FP8 units, and multiplies the codes' values in BF16."""
+    return scheme.product == "fp8" and device.type == "cpu"
+
+
 def check_capability(scheme: Scheme, found: tuple[int, int], card: str) -> None:
     needed = SINCE_MX if scheme.format.block else SINCE
     if scheme.product == "fp8" and found < needed:

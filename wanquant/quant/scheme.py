@@ -180,8 +180,11 @@ def _check_config(config: QuantConfig, format_: Format) -> None:
     if config.product == "native" and config.format != "hif8":
         raise ValueError(f"quant.product=native: there is none for {config.format}")
     if config.product in EIGHT_BIT and config.format not in MULTIPLIED[config.product]:
-        other = "int8" if config.format == "int8" else "fast"
-        raise ValueError(f"quant.product={config.product}: not with {format_.name}, choose {other}")
+        own = [product for product, formats in MULTIPLIED.items() if config.format in formats]
+        known = ", ".join(MULTIPLIED[config.product])
+        raise ValueError(
+            f"quant.product={config.product} is for {known}: with {format_.name} choose {' or '.join(['fast', *own])}"
+        )
     if config.attention != "off" and (format_.block or format_.keeps_all):
         raise ValueError(f"quant.attention={config.attention}: {format_.name} has no attention of its own")
     if config.activations.static and config.activations.granularity != "per_tensor":

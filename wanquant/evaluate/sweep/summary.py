@@ -118,6 +118,7 @@ def _row(job: int, name: str, result: dict[str, Any], runs: int) -> dict[str, An
         "job": job,
         "name": name,
         "quant": {key: result["quant"][key] for key in ("name", "format", "weights", "activations", "smoothing")},
+        "lost_to_fp8": result.get("lost_to_fp8"),
         "protect": {key: protect[key] for key in ("name", "blocks", "modules", "fraction_of_flops_quantized")},
         "converted": result["conversion"]["converted"],
         "batch": min(int(result["model"]["batch"]), int(result["metrics"][METRIC]["n"])),  # denoised at a time

@@ -55,6 +55,8 @@ def _columns(summary: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
         columns["in BF16"] = _kept
     if "quant" in summary["by"]:
         columns |= {"weights": lambda row: _scale(row["quant"]["weights"]), "activations": _activations}
+    if any(row["lost_to_fp8"] for row in summary["rows"]):
+        columns["inputs, weights lost to FP8"] = _lost
     columns |= {
         "linear FLOPs quantized": lambda row: f"{100 * row['protect']['fraction_of_flops_quantized']:.1f} %",
         head(main): _metric(main),
@@ -115,6 +117,11 @@ def _activations(row: Row) -> str:
     quant = row["quant"]
     smoothed = f", smoothed {quant['smoothing']}" if quant["smoothing"] else ""
     return ("static " if quant["activations"]["static"] else "") + _scale(quant["activations"]) + smoothed
+
+
+def _lost(row: Row) -> str:
+    told = row["lost_to_fp8"]
+    return f"{100 * told['inputs_share']:.3f} %, {100 * told['weights_share']:.4f} %" if told else ""
 
 
 def _scale(side: dict[str, Any]) -> str:
