@@ -30,7 +30,8 @@ from wanquant.runs.cache import Cache
 from wanquant.runs.reports.columns import STEP_SQNR, estimate_text, head
 from wanquant.runs.reports.table import markdown
 from wanquant.wan.cached import CachedPipeline
-from wanquant.wan.load import fingerprint, hush_libraries, load_pipeline
+from wanquant.wan.checkpoints.model_files import fingerprint
+from wanquant.wan.load import hush_libraries, load_pipeline
 
 SHOWN = (STEP_SQNR, "step_sqnr_33", "latent_sqnr", "motion_speed", "shape_speed")
 

@@ -44,6 +44,8 @@ from wanquant.runs.tracking import TrackerConfig, mirror_table
 #: Where the configs are written, and, in an installed package, where they were put.
 FOLDERS = (Path(__file__).resolve().parent.parent / "conf", Path(__file__).resolve().parent / "conf")
 CONF = str(next(folder for folder in reversed(FOLDERS) if (folder / "ptq.yaml").is_file()))
+#: Keys that change no number by themselves, and yet another model.
+MODEL = ("model.path", "model.base")
 #: Each program's config, and the function that does the work: imported once the config is known to be good, for it
 #: imports torch and much else.
 SCHEMAS: dict[str, type] = {"ptq": PTQConfig, "train": TrainConfig, "eval": EvaluateConfig}
@@ -103,7 +105,7 @@ def _forget_if_empty(sweep: Path) -> None:
 def _changes_nothing(override: str) -> bool:
     """An override that makes no other sweep of it."""
     key = override.lstrip("+~").split("=")[0]
-    return any(key == name or key.startswith(f"{name}.") for name in VOLATILE if name != "model.path")
+    return any(key == name or key.startswith(f"{name}.") for name in VOLATILE if name not in MODEL)
 
 
 def main(program: str) -> None:

@@ -17,7 +17,8 @@ from wanquant.quant.config import PRODUCTS
 from wanquant.quant.scheme import parse
 from wanquant.wan import tiny
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.load import find_folder
+from wanquant.wan.checkpoints.model_files import ModelFiles
+from wanquant.wan.load import find_model
 from wanquant.wan.resources import probe
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
 from wanquant.wan.resources.footprint import (
@@ -202,7 +203,7 @@ def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:
         WanTransformer3DModel(**SHAPES["14b"]).save_config(tmp_path / "transformer")
     settings = GenerationConfig(480, 832, 81, 50)
     how = (parse(QuantConfig()), [0, 1, -3, -2, -1], (), settings, VideoCounts(1, 1, 2, 2), 1)
-    card, host = (ResourceEstimate(tmp_path, *how, torch.device(kind)) for kind in ("meta", "cpu"))
+    card, host = (ResourceEstimate(ModelFiles.of(tmp_path), *how, torch.device(kind)) for kind in ("meta", "cpu"))
     assert card.parameters == pytest.approx(14.3e9, rel=0.01)
     assert card.packed / (2 * card.parameters) == pytest.approx(0.572, abs=0.005)
     assert 3.5e9 < card.activations < 4.5e9  # tiny-wan's VAE takes less
@@ -223,7 +224,7 @@ def test_a_plan_of_the_true_size_needs_no_weights(tmp_path: Path) -> None:
 def test_the_shapes_of_the_hubs_models_come_along(name: str, parameters: float, blocks: int) -> None:
     """So that a plan needs no network."""
     how = (parse(QuantConfig()), [], (), GenerationConfig(), VideoCounts(1, 0, 1), 1, CPU)
-    plan = ResourceEstimate(find_folder(name, shapes_only=True), *how)
+    plan = ResourceEstimate(find_model(name, shapes_only=True), *how)
     assert plan.parameters == pytest.approx(parameters, rel=1e-3)
     assert plan.report.blocks == blocks
     assert plan.others == pytest.approx(2 * 5.68e9 + 4 * 127e6, rel=0.01)
@@ -237,7 +238,7 @@ def test_the_sums_of_docs_ascend() -> None:
 
     def plan(packed: bool, beside: bool) -> ResourceEstimate:
         how = (GenerationConfig(480, 832, 81, 50), VideoCounts(1, 1, 2, 2, beside), 1, torch.device("meta"))
-        return ResourceEstimate(folder, parse(QuantConfig(packed=packed)), [0, 1, -3, -2, -1], (), *how)
+        return ResourceEstimate(ModelFiles.of(folder), parse(QuantConfig(packed=packed)), [0, 1, -3, -2, -1], (), *how)
 
     one, copies = plan(False, False), [plan(packed, True).added / 1e9 for packed in (True, False)]
     assert f"| {2 * one.parameters / 1e9:.1f}; {one.packed / 1e9:.1f} |" in text

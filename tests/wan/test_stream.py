@@ -242,5 +242,5 @@ def test_it_refuses_before_it_writes(source: Path, tmp_path: Path) -> None:
         convert_transformer(source, target, Recipe(QuantConfig(), (), ("ffn.nothing",)), "signed")
     assert not target.exists()
     convert_transformer(source, target, Recipe(QuantConfig()), "signed")
-    with pytest.raises(ValueError, match="is U8, not one of F64, F32, F16, BF16"):
+    with pytest.raises(ValueError, match="is U8, not one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2"):
         convert_transformer(target, tmp_path / "again", Recipe(QuantConfig()), "signed")

@@ -31,10 +31,11 @@ from wanquant.runs.progress import progress
 from wanquant.runs.run import clean_json, digest
 from wanquant.runs.signature import provenance, signature
 from wanquant.wan.cached import CachedPipeline, Pair, load_latents
+from wanquant.wan.checkpoints.model_files import ModelFiles, count_files, fingerprint
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample, decode_video
-from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, count_files, fingerprint, load_pipeline
+from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
 
 #: Pairs of which a film of both sides is written for the report.
@@ -45,12 +46,12 @@ Values = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Side:
-    """One of the models. ``source`` is its pipeline's folder, ``model`` how to ask it for a video, ``how`` what is
+    """One of the models. ``source`` are its files, ``model`` how to ask it for a video, ``how`` what is
     done to its noise, ``files`` the videos that are there. ``fingerprint`` is what the source has to be, if known."""
 
     name: str
     prefix: str
-    source: Path
+    source: ModelFiles
     model: ModelConfig
     files: dict[Pair, Path] = field(default_factory=dict)
     fingerprint: str = ""
@@ -58,7 +59,7 @@ class Side:
 
     def identified(self) -> Side:
         """With its fingerprint, of all the source's files. ``ValueError`` unless it is there, and what it has to be."""
-        if not self.source.is_dir():
+        if not self.source.folder.is_dir():
             raise ValueError(f"{self.source} is not there to generate from: run ptq.py with checkpoint=true")
         check_folder(self.source)
         with progress(f"read {self.name}", count_files(self.source), "file") as tick:

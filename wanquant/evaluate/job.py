@@ -34,10 +34,10 @@ from wanquant.runs.reports.report import write_report
 from wanquant.runs.run import Run, read_result, refused_leave_no_result, write_result
 from wanquant.runs.signature import signature
 from wanquant.runs.tracking import mirror
-from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
+from wanquant.wan.checkpoints.checkpoint import config_of
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
 from wanquant.wan.experts import shape_of_whole
-from wanquant.wan.load import hush_libraries, shape_of, transformers_of
+from wanquant.wan.load import hush_libraries, shape_of
 from wanquant.wan.outliers import chosen_blocks
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
 from wanquant.wan.resources.printed import in_time, print_needs
@@ -193,6 +193,7 @@ def _result(
             "batch": side.model.batch,
             "fingerprint": side.fingerprint,
             "outliers": list(chosen_blocks(config.model.outliers, blocks)),
+            "source": side.source.told,
         },
         **AS_IT_IS,
         "generation": dataclasses.asdict(config.model.generation),
@@ -217,7 +218,7 @@ def _print(plan: EvaluatePlan) -> None:
         lacking = sum(not run.is_there(pair) for pair in run.pairs)
         print(f"{folder}: {len(run.pairs)} pairs of {run.name}, of which {lacking} would be generated")
         for side in run.sides if lacking else ():
-            if (side.source / "model_index.json").is_file():
+            if side.source.is_pipeline:
                 print_needs(_estimate(side, lacking, plan.device), side.name)
     if plan.model is not None:
         beside, sides, count = config.reference or "nothing", plan.model.sides, len(plan.model.pairs)
@@ -232,8 +233,8 @@ def _print(plan: EvaluatePlan) -> None:
 def _estimate(side: Side, videos: int, device: torch.device) -> ResourceEstimate:
     """Of generating so many, kept as files; what judges need is not in it."""
     quant, names, first = QuantConfig(format="bf16"), list[str](), 0
-    for part in transformers_of(side.source).values():
-        described = quantization_of(part)
+    for part in side.source.transformers.values():
+        described = part.quantization
         if described is not None:
             quant = config_of(described)
             for parts in (name.split(".") for name in described["modules"]):

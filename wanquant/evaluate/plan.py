@@ -23,10 +23,11 @@ from wanquant.quant.scheme import parse
 from wanquant.runs.run import read_config, read_result
 from wanquant.runs.signature import provenance
 from wanquant.wan.cached import Pair
-from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of
+from wanquant.wan.checkpoints.checkpoint import config_of
+from wanquant.wan.checkpoints.model_files import ModelFiles, lone_transformers
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
 from wanquant.wan.generate import check_guidance
-from wanquant.wan.load import check_folder, find_folder, transformers_of
+from wanquant.wan.load import check_folder, find_model
 
 #: What of a run's provenance has to be as it is now for its figures to stand beside new ones.
 SAME = ("packages", "device", "device_name", "threads", "instructions")
@@ -85,20 +86,25 @@ def _is_sweep(folder: Path) -> bool:
 
 def _resolve_model(config: EvaluateConfig) -> EvaluationPlan:
     name = "demo5" if config.prompts.name == OWN else config.prompts.name
-    sides = [_side("model", "", config.model, config.model.path)]
+    sides = [_side("model", "", config.model, find_model(config.model.path, config.model.base))]
     if config.reference is not None:
         model = dataclasses.replace(config.model, batch=sides[0].model.batch)
-        sides.append(_side("bf16", "bf16.", model, config.reference))
+        sides.append(_side("bf16", "bf16.", model, _reference(config.reference, model)))
         sides += [sides[1].perturbed({})] if config.eval.noise_floor else []
     return EvaluationPlan(name, Path(), tuple(sides), (config.pairs_of_model(),), config.eval, config.prompts.official)
 
 
-def _side(name: str, prefix: str, model: ModelConfig, path: str) -> Side:
+def _reference(reference: str, model: ModelConfig, shapes_only: bool = False) -> ModelFiles:
+    """With the model's base, where the reference is a transformer alone."""
+    base = model.base if lone_transformers(Path(reference)) else ""
+    return find_model(reference, base, shapes_only)
+
+
+def _side(name: str, prefix: str, model: ModelConfig, source: ModelFiles) -> Side:
     """Videos come one at a time where a batch would share a scale."""
-    source = find_folder(path)
     check_folder(source)
     check_guidance(source, model.generation)
-    made = [described for part in transformers_of(source).values() if (described := quantization_of(part)) is not None]
+    made = [part.quantization for part in source.transformers.values() if part.quantization is not None]
     alone = any(not parse(config_of(described)).independent for described in made)
     return Side(name, prefix, source, dataclasses.replace(model, batch=1) if alone else model)
 
@@ -197,12 +203,13 @@ def _sides_of(
     for side in ("quantized", "bf16", "bf16_ulp"):
         paths = {pair: run / "videos" / side / f"{place:03d}-seed{pair[1]}.mp4" for pair, place in places.items()}
         files[side] = {pair: path for pair, path in paths.items() if path.is_file()}
-    made_from = find_folder(reference or model.path, shapes_only=True)
+    made_from = _reference(reference or model.path, model, shapes_only=True)
     bf16 = Side("bf16", "bf16.", made_from, model, files["bf16"], result["model"]["fingerprint"])
     quantized = dataclasses.replace(bf16, name="quantized", prefix="", files=files["quantized"])
     if result["conversion"]["converted"]:
         plain = dataclasses.replace(model, outliers=OutliersConfig())  # the checkpoint has them in its weights
-        quantized = dataclasses.replace(quantized, source=run / "checkpoint", model=plain, fingerprint="")
+        made = ModelFiles.of(run / "checkpoint")
+        quantized = dataclasses.replace(quantized, source=made, model=plain, fingerprint="")
     return quantized, bf16, bf16.perturbed(files["bf16_ulp"])
 
 

@@ -30,9 +30,10 @@ from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
 from wanquant.runs.signature import provenance
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
+from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.checkpoints.stream import Streamed, convert_transformer
 from wanquant.wan.device import forget_peak_memory, give_back_freed_memory, peak_memory
-from wanquant.wan.load import hush_libraries
+from wanquant.wan.load import hush_libraries, tell_dequantized
 from wanquant.wan.resources.printed import in_bytes
 
 
@@ -109,7 +110,7 @@ def _convert(plan: ConvertPlan, run: Run, target: Path) -> dict[str, Any]:
             streamed = {name: _stream(plan, name, partial) for name in plan.parts}
         peak = peak_memory(CPU)
         with run.stage("copy"):
-            copied = _copy(plan.folder, partial)
+            copied = _copy(plan.files, partial)
         shutil.move(partial, target)
     memory = {
         "peak_bytes": peak,
@@ -131,6 +132,7 @@ def _convert(plan: ConvertPlan, run: Run, target: Path) -> dict[str, Any]:
 
 def _stream(plan: ConvertPlan, name: str, partial: Path) -> Streamed:
     begun, read, part = time.monotonic(), 0, plan.parts[name]
+    tell_dequantized(part.source)
     with progress(f"convert {name}".rstrip(), part.needs.parts, "block") as tick:
 
         def on_block(size: int) -> None:
@@ -138,18 +140,18 @@ def _stream(plan: ConvertPlan, name: str, partial: Path) -> Streamed:
             read += size
             tick(f"{in_bytes(read / max(time.monotonic() - begun, 1e-3))}/s read")
 
-        return convert_transformer(part.folder, partial / name, part.recipe, plan.signature, on_block)
+        return convert_transformer(part.source, partial / name, part.recipe, plan.signature, on_block)
 
 
-def _copy(model: Path, partial: Path) -> int:
+def _copy(model: ModelFiles, partial: Path) -> int:
     """All of the pipeline that is not quantized; bytes."""
-    if not (model / "model_index.json").is_file():
+    if not model.is_pipeline:
         return 0
-    files = [path for path in sorted(model.rglob("*")) if path.is_file()]
-    files = [path for path in files if path.relative_to(model).parts[0] not in TRANSFORMERS]
+    files = [path for path in sorted(model.folder.rglob("*")) if path.is_file()]
+    files = [path for path in files if path.relative_to(model.folder).parts[0] not in TRANSFORMERS]
     with progress("copy", len(files), "file") as tick:
         for path in files:
-            there = partial / path.relative_to(model)
+            there = partial / path.relative_to(model.folder)
             if not there.is_file():
                 with replacing(there) as temporary:
                     shutil.copyfile(path, temporary)
@@ -166,7 +168,8 @@ def _head(plan: ConvertPlan) -> dict[str, Any]:
     return {
         "signature": plan.signature,
         "mode": config.mode,
-        "model": {"name": config.model.name, "blocks": first, "parameters": parameters, "fingerprint": None},
+        "model": {"name": config.model.name, "blocks": first, "parameters": parameters, "fingerprint": None}
+        | {"source": plan.files.told},
         "quant": dataclasses.asdict(config.quant),
         "protect": {"name": config.protect.name, "blocks": protected, "modules": list(config.protect.modules)},
         "generation": dataclasses.asdict(config.model.generation),

@@ -23,9 +23,10 @@ from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import DESCRIPTION, INPUT, Site, load_statistics
 from wanquant.runs.run import digest
+from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.checkpoints.stream import Needs, Recipe, foresee
 from wanquant.wan.checkpoints.tensor_files import Source
-from wanquant.wan.load import Transformer, check_folder, check_weights, find_folder, shape_of, transformers_of
+from wanquant.wan.load import Transformer, check_folder, check_weights, find_model, shape_of
 from wanquant.wan.resources.printed import LEGEND, block_map, in_bytes
 
 CPU = torch.device("cpu")
@@ -33,14 +34,14 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Part:
-    """One transformer of the pipeline: its folder, and how it is quantized."""
+    """One transformer of the pipeline: its files, and how it is quantized."""
 
-    folder: Path
+    source: Source
     recipe: Recipe
 
     @cached_property
     def shape(self) -> Transformer:
-        return shape_of(self.folder)
+        return shape_of(self.source)
 
     @cached_property
     def report(self) -> ConversionReport:
@@ -48,7 +49,7 @@ class Part:
 
     @cached_property
     def needs(self) -> Needs:
-        return foresee(self.folder, self.recipe)
+        return foresee(self.source, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,15 @@ class ConvertPlan:
 
     config: PTQConfig
     scheme: Scheme
-    folder: Path
+    files: ModelFiles
     parts: Mapping[str, Part]
 
     @cached_property
     def signature(self) -> str:
         """By the names, sizes and times of the files: to read them for it would be to read them twice."""
-        files = {name: Source.of(part.folder).identity() for name, part in self.parts.items()}
+        files = {name: part.source.identity() for name, part in self.parts.items()}
         asked = {name: _signed(part.recipe) for name, part in self.parts.items()}
-        return digest({"folder": str(self.folder.resolve()), "files": files, "asked": asked})
+        return digest({"folder": str(self.files.folder.resolve()), "files": files, "asked": asked})
 
     @property
     def working(self) -> Path:
@@ -83,37 +84,37 @@ def resolve_convert(config: PTQConfig) -> ConvertPlan:
     # One byte a weight in memory too: who converts from files to files has none to spare.
     scheme = parse(dataclasses.replace(config.quant, packed=True))
     config = dataclasses.replace(config, quant=scheme.config)
-    model = resolve_model(config, scheme, find_folder(config.model.path, shapes_only=True))
+    files = find_model(config.model.path, config.model.base, shapes_only=True, alone=True)
+    model = resolve_model(config, scheme, files)
     check_product(scheme, CPU)
     if model.protected is None:
         raise ValueError(
             f"mode=convert cannot know the blocks that protect.by={config.protect.by} would choose: let mode=analyze "
             f"choose them, and give protect.blocks=[...]"
         )
-    folders, stats = transformers_of(model.folder), _statistics(config, scheme)
-    each = model.blocks // len(folders)
+    stats, each = _statistics(config, scheme), model.blocks // model.transformers
     chosen = resolve_blocks(model.protected, model.blocks)
     parts = {}
-    for number, (name, folder) in enumerate(folders.items()):
+    for number, (name, source) in enumerate(files.transformers.items()):
         own = range(number * each, (number + 1) * each)
         kept = [index - own.start for index in chosen if index in own]
         # Of a transformer that is protected as a whole no attention is left to quantize, and that is no mistake.
         quant = dataclasses.replace(config.quant, attention="off") if len(kept) == each else config.quant
         recipe = Recipe(quant, kept, config.protect.modules, stats and _of_blocks(stats, own))
-        parts[name] = Part(folder, recipe)
-    return ConvertPlan(config, scheme, model.folder, parts)
+        parts[name] = Part(source, recipe)
+    return ConvertPlan(config, scheme, files, parts)
 
 
 def with_files(plan: ConvertPlan) -> ConvertPlan:
     """The same of the files with the weights, which are fetched if they are on the hub, and whole."""
-    folder = find_folder(plan.config.model.path)
-    if (folder / "model_index.json").is_file():
-        check_folder(folder)
-    else:
-        check_weights(folder)
-    folders = transformers_of(folder)
-    parts = {name: Part(folders[name], part.recipe) for name, part in plan.parts.items()}
-    return dataclasses.replace(plan, folder=folder, parts=parts)
+    files = find_model(plan.config.model.path, plan.config.model.base, alone=True)
+    if files.is_pipeline:
+        check_folder(files)
+    for source in files.transformers.values():
+        if not source.is_file:
+            check_weights(source.path)
+    parts = {name: Part(files.transformers[name], part.recipe) for name, part in plan.parts.items()}
+    return dataclasses.replace(plan, files=files, parts=parts)
 
 
 def _of_blocks(stats: Mapping[str, float | Site], own: range) -> dict[str, float | Site]:

@@ -27,6 +27,7 @@ from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import INPUT, Layout, Observer, Site
 from wanquant.runs import pictures
 from wanquant.runs.cache import Cells
+from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import load_pipeline
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
@@ -49,7 +50,7 @@ def estimate_resources(plan: PTQPlan, counts: VideoCounts) -> ResourceEstimate:
         blocks = tuple(range(config.protect.budget * model.transformers))
     rows = min(config.model.batch, len(plan.pairs))
     how = (plan.scheme, blocks, config.protect.modules, plan.settings, counts, rows, plan.device)
-    return ResourceEstimate(model.folder, *how, further=lambda needs: further_stages(needs, plan))
+    return ResourceEstimate(model.files, *how, further=lambda needs: further_stages(needs, plan))
 
 
 def predicted(
@@ -126,7 +127,7 @@ def further_stages(needs: ResourceEstimate, plan: PTQPlan) -> dict[str, float]:
     if config.mode != "quantize":
         return {}
     stages = {
-        "load": _loading(needs.folder, needs.weights + needs.others, needs.device),
+        "load": _loading(needs.files, needs.weights + needs.others, needs.device),
         "quantize": _quantizing(needs),
     }
     return stages | (_video_stages(plan) if needs.counts.held else {})
@@ -196,11 +197,11 @@ def _importing_tracker() -> float:
 
 
 @once
-def _loading(folder: Path, size: int, device: torch.device) -> float:
+def _loading(files: ModelFiles, size: int, device: torch.device) -> float:
     """By loading it, where that is small and there; else nothing is known of the disk, and nothing counted."""
-    if size > LOADED or not any(folder.glob("transformer/*.safetensors")):
+    if size > LOADED or not all(part.is_there for part in files.transformers.values()):
         return 0.0
-    return _seconds(lambda: load_pipeline(folder, str(device)))
+    return _seconds(lambda: load_pipeline(files, str(device)))
 
 
 def _quantizing(needs: ResourceEstimate) -> float:

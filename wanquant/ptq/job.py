@@ -41,10 +41,11 @@ from wanquant.runs.signature import provenance, signature
 from wanquant.runs.tracking import mirror
 from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.checkpoints.checkpoint import save_quantized
+from wanquant.wan.checkpoints.model_files import count_files, fingerprint
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample
-from wanquant.wan.load import LOAD_PARTS, count_files, fingerprint, hush_libraries, load_pipeline
+from wanquant.wan.load import LOAD_PARTS, hush_libraries, load_pipeline
 from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
 from wanquant.wan.resources.printed import in_time, print_estimate
@@ -131,9 +132,9 @@ class Job:
         self.shown = self.pairs if self.config.eval.videos else []
         self.with_checkpoint = self.config.checkpoint and self.config.mode == "quantize"
         self.cache = Cache(Path(self.config.cache))
-        folder = self.plan.model.folder
-        with progress("read", count_files(folder), "file") as tick:
-            self.fingerprint = fingerprint(folder, tick)
+        files = self.plan.model.files
+        with progress("read", count_files(files), "file") as tick:
+            self.fingerprint = fingerprint(files, tick)
 
     @property
     def names(self) -> dict[str, Any]:
@@ -230,7 +231,7 @@ class Job:
         with self.run_.stage("load") if self.run_ is not None else nullcontext():
             self.made = provenance(self.device)
             with progress("load", LOAD_PARTS, "part") as tick:
-                pipe = load_pipeline(self.plan.model.folder, str(self.device), tick)
+                pipe = load_pipeline(self.plan.model.files, str(self.device), tick)
             plant_outliers_(whole_of(pipe), self.config.model.outliers)
         pipeline = CachedPipeline(pipe, self.config.model, self.fingerprint, self.device, self.cache)
         modules, bins = tuple(self.config.protect.modules), self.config.analysis.bins

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,12 +23,12 @@ from wanquant.quant.eight_bit import emulates
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.cached import Pair
-from wanquant.wan.checkpoints.checkpoint import quantization_of
+from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.generate import check_guidance
-from wanquant.wan.load import Transformer, check_folder, check_shape, find_folder, transformers_of
+from wanquant.wan.load import Transformer, check_folder, check_shape, find_model
 from wanquant.wan.outliers import chosen_blocks
 
 P = TypeVar("P", bound="PTQPlan")
@@ -39,14 +38,14 @@ P = TypeVar("P", bound="PTQPlan")
 class SourceModel:
     """The model that is quantized, as its JSON files have it.
 
-    folder        where they are
+    files         where they are
     shape         its transformer, or both of Wan2.2 as one, on the meta device
     transformers  1, or 2
     protected     the blocks that stay BF16, numbered through; None where the data will choose them
     outliers      the blocks that outliers are planted in
     """
 
-    folder: Path
+    files: ModelFiles
     shape: Transformer
     transformers: int
     protected: tuple[int, ...] | None
@@ -134,15 +133,15 @@ def resolve(config: PTQConfig) -> PTQPlan:
     check_eval(config.eval)
     side = min(config.model.generation.height, config.model.generation.width)
     vbench.refuse_pointless(config.eval.dimensions, [text for text, _ in measured], side)
-    model = resolve_model(config, scheme, find_folder(config.model.path, shapes_only=True))
+    model = resolve_model(config, scheme, find_model(config.model.path, config.model.base, shapes_only=True))
     return PTQPlan(config, scheme, model, device, tuple(measured), tuple(calibration))
 
 
 def with_weights(plan: P) -> P:
     """The same of the model with its weights, which are fetched if they are on the hub, and whole."""
-    folder = find_folder(plan.config.model.path)
-    check_folder(folder)
-    return dataclasses.replace(plan, model=resolve_model(plan.config, plan.scheme, folder))
+    files = find_model(plan.config.model.path, plan.config.model.base)
+    check_folder(files)
+    return dataclasses.replace(plan, model=resolve_model(plan.config, plan.scheme, files))
 
 
 def _settled(config: PTQConfig, scheme: Scheme) -> PTQConfig:
@@ -171,19 +170,18 @@ def _settled_eval(config: EvalConfig, generation: GenerationConfig) -> EvalConfi
     )
 
 
-def resolve_model(config: PTQConfig, scheme: Scheme, folder: Path) -> SourceModel:
+def resolve_model(config: PTQConfig, scheme: Scheme, files: ModelFiles) -> SourceModel:
     """Refuses what a model of this shape cannot be quantized to."""
-    if config.mode != "convert" or (folder / "model_index.json").is_file():
-        check_shape(folder)
+    if config.mode != "convert" or files.is_pipeline:
+        check_shape(files)
     by_data = config.protect.needs_data
     if by_data and scheme.format.keeps_all:
         raise ValueError(f"protect.by={config.protect.by} measures a quantization, and {scheme.format.name} is none")
-    for part in transformers_of(folder).values():
-        if quantization_of(part) is not None:
-            raise ValueError(f"{folder} is quantized already: model.path must be the original model")
-    shape = shape_of_whole(folder)
+    if any(part.quantization is not None for part in files.transformers.values()):
+        raise ValueError(f"{files} is quantized already: model.path must be the original model")
+    shape = shape_of_whole(files)
     if config.mode != "convert":  # which generates nothing
-        check_guidance(folder, config.model.generation)
+        check_guidance(files, config.model.generation)
     blocks, transformers = len(shape.blocks), len(parts_of(shape))
     check_protect(config.protect, blocks // transformers)
     outliers = chosen_blocks(config.model.outliers, blocks)
@@ -192,4 +190,4 @@ def resolve_model(config: PTQConfig, scheme: Scheme, folder: Path) -> SourceMode
     plan = plan_conversion(shape, scheme, list(kept), config.protect.modules)
     if not plan.names("converted") and not scheme.format.keeps_all:
         raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
-    return SourceModel(folder, shape, transformers, protected, outliers)
+    return SourceModel(files, shape, transformers, protected, outliers)

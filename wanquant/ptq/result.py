@@ -52,6 +52,7 @@ def head(plan: PTQPlan, fingerprint: str) -> dict[str, Any]:
             "fingerprint": fingerprint,
             "outliers": list(model.outliers),
             "octaves": config.model.outliers.octaves,
+            "source": model.files.told,
         },
         "quant": dataclasses.asdict(config.quant),
         "eval": {**{name: getattr(config.eval, name) for name in MEASURED_BY}, "frames": config.model.other_frames},

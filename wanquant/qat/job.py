@@ -223,7 +223,7 @@ class TrainJob(Job):
                 report = trainer.train()
             for name, part in transformers_in(pipe).items():
                 if quantized_linears(part):
-                    save_transformer(part, self.plan.model.folder / name, folder / name, lambda: None)
+                    save_transformer(part, self.plan.model.files.folder / name, folder / name, lambda: None)
                 else:
                     part.save_pretrained(folder / name)
             (folder / CURVES).write_text(json.dumps(report) + "\n", encoding="utf-8")

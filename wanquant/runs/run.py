@@ -35,6 +35,7 @@ VOLATILE = (
     "quant.packed",
     "model.device",
     "model.path",
+    "model.base",
     "model.generation.fps",
     "eval.dimensions",
     "eval.foreign_weights",

@@ -66,11 +66,13 @@ class OutliersConfig:
 
 @dataclass
 class ModelConfig:
-    """``path`` is ``tiny``, a folder in diffusers layout, or a hub id; ``language`` is what it understands:
-    ``scenes`` (the captions of ``wanquant.wan.tiny``) or ``english``."""
+    """``path`` is ``tiny``, a folder in diffusers layout, or a hub id; or a transformer in a folder or file of another
+    layout, with the rest of its pipeline from ``base``. ``language`` is what it understands: ``scenes`` (the captions
+    of ``wanquant.wan.tiny``) or ``english``."""
 
     name: str = "tiny"
     path: str = "tiny"
+    base: str = ""
     device: str = "auto"
     language: str = choice("scenes", LANGUAGES)
     generation: GenerationConfig = field(default_factory=GenerationConfig)

@@ -19,7 +19,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
-from wanquant.wan.load import shape_of, transformers_of
+from wanquant.wan.checkpoints.model_files import ModelFiles
+from wanquant.wan.checkpoints.tensor_files import Source
+from wanquant.wan.load import shape_of
 
 #: Of training, in which a timestep is a number between 0 and this.
 TIMESTEPS = 1000
@@ -105,16 +107,20 @@ def put(pipe: WanPipeline, whole: nn.Module) -> None:
         setattr(pipe, name, part)
 
 
-def shape_of_whole(folder: Path) -> Any:
-    """As ``whole_of``, on the meta device, of a pipeline's folder or of a transformer's own. Not to be changed: it is
-    kept for who asks again."""
-    files = [folder / "model_index.json", *(part / "config.json" for part in transformers_of(folder).values())]
-    return _shape(folder, tuple(path.read_bytes() if path.is_file() else b"" for path in files))
+def shape_of_whole(model: Path | ModelFiles) -> Any:
+    """As ``whole_of``, on the meta device, of a pipeline or of a transformer alone. Not to be changed: it is kept for
+    who asks again."""
+    files = ModelFiles.of(model)
+    parts = tuple(files.transformers.values())
+    described = [files.folder / "model_index.json", *(part.path / "config.json" for part in parts)]
+    stamps = [part.identity() for part in parts if not part.as_diffusers]
+    known = tuple(path.read_bytes() if path.is_file() else b"" for path in described)
+    return _shape(files.folder, parts, (*known, repr(stamps).encode()))
 
 
 @lru_cache(maxsize=8)
-def _shape(folder: Path, described: tuple[bytes, ...]) -> Any:
-    shapes = [shape_of(part) for part in transformers_of(folder).values()]
+def _shape(folder: Path, parts: tuple[Source, ...], described: tuple[bytes, ...]) -> Any:
+    shapes = [shape_of(part) for part in parts]
     if len(shapes) == 1:
         return shapes[0]
     ratio = read_json(folder / "model_index.json").get("boundary_ratio")

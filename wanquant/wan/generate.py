@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,17 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import transformers_in
-from wanquant.wan.load import transformers_of
 from wanquant.wan.products import quick_products
 
 #: A prompt to its embedding [text length, width].
 Embed = Callable[[str], torch.Tensor]
 
 
-def check_guidance(folder: Path, settings: GenerationConfig) -> None:
-    if settings.guidance_scale_2 is not None and len(transformers_of(folder)) == 1:
+def check_guidance(model: ModelFiles, settings: GenerationConfig) -> None:
+    if settings.guidance_scale_2 is not None and len(model.transformers) == 1:
         raise ValueError("model.generation.guidance_scale_2 is for pipelines of two transformers, and this has one")
 
 

@@ -6,7 +6,7 @@ that is the BF16 reference of every comparison.
 
 from __future__ import annotations
 
-import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,22 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import WanPipeline, WanTransformer3DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from wanquant.runs.files import sum_of_file
 from wanquant.wan import tiny
 from wanquant.wan.checkpoints.checkpoint import (
     TRANSFORMERS,
     load_transformer,
-    quantization_of,
     quantized_linears,
     read_json,
 )
-from wanquant.wan.checkpoints.names import config_to_diffusers
+from wanquant.wan.checkpoints.model_files import ModelFiles, assembled, lone_transformers
 from wanquant.wan.checkpoints.quantizer import attach
+from wanquant.wan.checkpoints.tensor_files import Source
 from wanquant.wan.device import pick_device
 from wanquant.wan.families import FAMILIES, Family, family_of
 
@@ -45,25 +45,27 @@ DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError
 
 
 def load_pipeline(
-    source: str | Path,
+    source: str | Path | ModelFiles,
     device: str = "auto",
     on_part: Callable[[], None] = lambda: None,
     packed: bool | None = None,
     product: str | None = None,
+    base: str | Path = "",
 ) -> WanPipeline:
-    """The pipeline at ``source``: ``"tiny"``, a folder in diffusers layout, or a hub id.
+    """The pipeline at ``source``: ``"tiny"``, a folder in diffusers layout, or a hub id; or a transformer in a folder
+    or file of another layout (``docs/checkpoints.md``), with the rest of its pipeline from ``base``.
 
-    A folder is checked before anything is loaded: ``ValueError`` names what is missing or truncated.
+    Files are checked before anything is loaded: ``ValueError`` names what is missing, unknown or truncated.
     Only a hub id may reach for the network, and only if it is not in the local cache. ``on_part`` is called
     ``LOAD_PARTS`` times, for progress.
     A quantized transformer comes as it was made, unless told otherwise: ``packed`` keeps its weights as one byte
     each, which halves its memory and changes no value; ``product`` is for another device than it was made for.
     """
     target = pick_device(device)
-    folder = find_folder(source)
-    family = check_folder(folder)
+    files = source if isinstance(source, ModelFiles) else find_model(source, base)
+    family, folder = check_folder(files), files.folder
     try:
-        parts = _read_transformers(folder, packed, product)
+        parts = _read_transformers(files, packed, product)
         on_part()
         parts["vae"] = _whole(family.vae, folder / "vae", torch.float32)
         on_part()
@@ -71,7 +73,7 @@ def load_pipeline(
         on_part()
         pipe = family.pipeline.from_pretrained(folder, **parts, local_files_only=True)
     except DAMAGE as error:
-        raise ValueError(f"cannot load a Wan pipeline from {folder}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load a Wan pipeline from {files}: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     pipe.to(target)
     for name in TRANSFORMERS:
@@ -87,11 +89,33 @@ def hush_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def find_folder(source: str | Path, shapes_only: bool = False) -> Path:
+def find_model(source: str | Path, base: str | Path = "", shapes_only: bool = False, alone: bool = False) -> ModelFiles:
+    """The files of ``source``, with ``base`` for what of a pipeline a transformer has not; as ``find_folder``. A
+    transformer ``alone`` needs none."""
+    path = Path(source).expanduser()
+    parts = {} if str(source) in tiny.SHIPPED else lone_transformers(path)
+    if not parts:
+        folder = find_folder(source, shapes_only)
+        if base:
+            raise ValueError(f"{source} is no transformer alone: leave model.base={base} out")
+        return ModelFiles.of(folder)
+    if base:
+        rest = find_folder(base, shapes_only, rest=True)
+        check_shape(ModelFiles(rest, parts))
+        return assembled(path, parts, rest)
+    if not alone or len(parts) > 1:
+        raise ValueError(
+            f"{source} is a transformer alone: give the rest of its pipeline (text encoder, VAE, tokenizer, "
+            f"scheduler) as model.base=<folder in diffusers layout, or hub id>"
+        )
+    return ModelFiles(path, {"": parts["transformer"]})
+
+
+def find_folder(source: str | Path, shapes_only: bool = False, rest: bool = False) -> Path:
     """The local folder of ``source``; a hub id is looked up in the cache and fetched only if it is not there.
 
     ``shapes_only`` is content with the JSON files, which say what the model is without its weights; those of the models
-    that have a config here come with the package.
+    that have a config here come with the package. ``rest`` is content without the transformers' weights.
     """
     if str(source) in tiny.SHIPPED:
         return tiny.folder(str(source))
@@ -103,24 +127,27 @@ def find_folder(source: str | Path, shapes_only: bool = False) -> Path:
         return folder
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise ValueError(f"no model folder {source}: give a folder in diffusers layout, a hub id, or tiny")
-    wanted = "*.json" if shapes_only else None
+    wanted: dict[str, Any] = {"allow_patterns": "*.json"} if shapes_only else {}
+    wanted |= {"ignore_patterns": [f"{name}/*.safetensors" for name in TRANSFORMERS]} if rest else {}
     try:
-        cached = Path(snapshot_download(str(source), allow_patterns=wanted, local_files_only=True))
+        cached = Path(snapshot_download(str(source), **wanted, local_files_only=True))
         # The cache may hold a part only, such as the JSON files of an earlier look at the shapes.
-        (check_shape if shapes_only else check_folder)(cached)
+        (check_shape if shapes_only else check_rest if rest else check_folder)(cached)
         return cached
     except (LocalEntryNotFoundError, ValueError):
         pass  # not in the cache, or not whole: ask the hub
     try:
-        return Path(snapshot_download(str(source), allow_patterns=wanted))
+        return Path(snapshot_download(str(source), **wanted))
     except Exception as error:  # the hub client raises from a dozen libraries
-        told = f"cannot get {source} from the hub: {_first_line(error)} (model.path takes a folder)"
+        told = f"cannot get {source} from the hub: {_first_line(error)} (model.path and model.base take folders)"
         raise ValueError(told) from error
 
 
-def check_shape(folder: Path) -> Family:
-    """The family of the pipeline that the JSON files in ``folder`` describe; ``ValueError`` unless they are all there
-    and it is a known one. Weights are not looked at."""
+def check_shape(model: Path | ModelFiles) -> Family:
+    """The family of the pipeline that the JSON files describe; ``ValueError`` unless they are all there and it is a
+    known one. Weights are not looked at, nor a transformer that lies elsewhere."""
+    files = ModelFiles.of(model)
+    folder = files.folder
     if not (folder / "model_index.json").is_file():
         made = folder / "checkpoint" / "model_index.json"
         hint = f" (that of this run is {made.parent})" if made.is_file() else ""
@@ -129,20 +156,32 @@ def check_shape(folder: Path) -> Family:
     family = FAMILIES.get(str(kind))
     if family is None:
         raise ValueError(f"{folder} is a {kind}, not a {' or a '.join(FAMILIES)}")
+    elsewhere = TRANSFORMERS if files.assembled else ()
     for name in family.components:
-        if not (folder / name).is_dir():
+        if name not in elsewhere and not (folder / name).is_dir():
             raise ValueError(f"{folder} has no folder {name}: the checkpoint is incomplete")
     for path in folder.glob("*/*.json"):
         read_json(path)
     return family
 
 
-def check_folder(folder: Path) -> Family:
+def check_folder(model: Path | ModelFiles) -> Family:
     """As ``check_shape``, of a whole pipeline: ``ValueError`` names the file that is missing or truncated."""
-    family = check_shape(folder)
-    for name in ("text_encoder", "vae", *(t for t in TRANSFORMERS if (folder / t).is_dir())):
-        check_weights(folder / name)
+    files = ModelFiles.of(model)
+    family = check_shape(files)
+    check_rest(files.folder)
+    for part in files.transformers.values():
+        if part.as_diffusers:
+            check_weights(part.path)
+        else:
+            shape_of(part)
     return family
+
+
+def check_rest(folder: Path) -> None:
+    """As ``check_folder``, of what else than transformers has weights."""
+    for name in ("text_encoder", "vae"):
+        check_weights(folder / name)
 
 
 def check_weights(folder: Path) -> None:
@@ -169,26 +208,28 @@ def check_weights(folder: Path) -> None:
 
 def transformers_of(folder: Path) -> dict[str, Path]:
     """The folders of a pipeline's transformers, by their names; under an empty name the one whose folder it is."""
-    if (folder / "model_index.json").is_file():
-        return {name: folder / name for name in TRANSFORMERS if (folder / name).is_dir()}
-    return {"": folder}
+    return {name: part.path for name, part in ModelFiles.of(folder).transformers.items()}
 
 
-def shape_of(folder: Path) -> WanTransformer3DModel:
-    """The transformer of its own folder, on the meta device; diffusers' ``config.json`` or that of Wan's authors."""
+def shape_of(where: Path | Source) -> WanTransformer3DModel:
+    """The transformer in a folder or file, on the meta device. Where its layout is not diffusers' own, its tensors are
+    held against it, by the files' headers: ``ValueError`` names what is missing or unknown."""
+    source = Source.of(where)
     try:
-        described = read_json(folder / "config.json")
-        described = config_to_diffusers(described) if described.get("_class_name") == "WanModel" else described
         with torch.device("meta"):
-            return family_of(described.get("_class_name")).transformer.from_config(described)
+            shape = family_of(source.config.get("_class_name")).transformer.from_config(source.config)
+        if not source.as_diffusers and source.is_there:
+            source.check(shape)
+        return shape
     except DAMAGE as error:
-        raise ValueError(f"{folder} is no Wan transformer: {_first_line(error)}") from error
+        told = _first_line(error).removeprefix(f"{source.path}: ")
+        raise ValueError(f"{source.path} is no Wan transformer: {told}") from error
 
 
-def _read_transformers(folder: Path, packed: bool | None, product: str | None) -> dict[str, Any]:
+def _read_transformers(files: ModelFiles, packed: bool | None, product: str | None) -> dict[str, Any]:
     """Of a pipeline. Of two that are one quantized and one protected as a whole, ``packed`` is for the quantized."""
-    found = transformers_of(folder)
-    quantized = [name for name, part in found.items() if quantization_of(part) is not None]
+    found = files.transformers
+    quantized = [name for name, part in found.items() if part.quantization is not None]
     asked = quantized or found
     return {
         name: read_transformer(part, packed, product) if name in asked else read_transformer(part)
@@ -196,17 +237,39 @@ def _read_transformers(folder: Path, packed: bool | None, product: str | None) -
     }
 
 
-def read_transformer(folder: Path, packed: bool | None = None, product: str | None = None) -> WanTransformer3DModel:
-    """Of its own folder, as ``load_pipeline`` has it."""
-    described = quantization_of(folder)
-    if described is not None:
-        transformer = load_transformer(folder, described, packed, product)
-        attach(transformer, described)
+def read_transformer(
+    where: Path | Source, packed: bool | None = None, product: str | None = None
+) -> WanTransformer3DModel:
+    """Of its own folder or file, as ``load_pipeline`` has it."""
+    source = Source.of(where)
+    if source.quantization is not None:
+        transformer = load_transformer(source.path, source.quantization, packed, product)
+        attach(transformer, source.quantization)
         return transformer
     if packed is not None or product is not None:
         raise ValueError("packed and product are for a quantized model, and this one is not")
-    kind = family_of(read_json(folder / "config.json").get("_class_name")).transformer
-    return _whole(kind, folder, torch.bfloat16)
+    if source.as_diffusers:
+        kind = family_of(read_json(source.path / "config.json").get("_class_name")).transformer
+        return _whole(kind, source.path, torch.bfloat16)
+    return _assemble(source)
+
+
+def _assemble(source: Source) -> WanTransformer3DModel:
+    """What diffusers would load if it had the same tensors in its own layout."""
+    with init_empty_weights():
+        transformer = family_of(source.config.get("_class_name")).transformer.from_config(source.config)
+    source.check(transformer)
+    tell_dequantized(source)
+    tensors = {name: source.read_for(transformer, name) for name in source.tensors}
+    transformer.load_state_dict(tensors, strict=True, assign=True)
+    transformer.register_to_config(_name_or_path=str(source.path))
+    return transformer.eval()
+
+
+def tell_dequantized(source: Source) -> None:
+    """Says so where weights were quantized by others."""
+    if source.dequantized:
+        print(source.dequantized, file=sys.stderr, flush=True)
 
 
 def _whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -216,27 +279,6 @@ def _whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"tensor {missing[0]} of {folder.name} is missing ({len(missing)} in all)")
     return model
-
-
-def _files(folder: Path) -> list[Path]:
-    """What makes a pipeline what it is; how to ask it for a video (``generation.json``) does not."""
-    kinds = (".safetensors", ".json", ".model")
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in kinds and p.name != "generation.json")
-
-
-def count_files(folder: Path) -> int:
-    """How often ``fingerprint`` calls back."""
-    return len(_files(folder))
-
-
-def fingerprint(folder: Path, on_file: Callable[[], None] = lambda: None) -> str:
-    """SHA-256 over the pipeline's files, by name and content, so that other weights are another model."""
-    digest = hashlib.sha256()
-    for path in _files(folder):
-        digest.update(str(path.relative_to(folder)).encode())
-        digest.update(bytes.fromhex(sum_of_file(path)))
-        on_file()
-    return digest.hexdigest()
 
 
 def read_generation(folder: Path) -> dict[str, Any]:

@@ -172,9 +172,18 @@ def write_index(folder: Path, total_size: int, weight_map: Mapping[str, str]) ->
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of a transformer's files."""
+    """The names of a transformer's files: those of its index, or its only one. ``ValueError`` if it has several and
+    no index."""
     index = folder / INDEX
-    return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} has no weight_map")
+        return sorted(set(shards.values()))
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(found) > 1 and WEIGHTS not in found:
+        raise ValueError(f"{folder} has {len(found)} .safetensors files and no {INDEX}: give the path of one of them")
+    return found if len(found) == 1 else [WEIGHTS]
 
 
 def kept_in_fp32(transformer: nn.Module, name: str) -> bool:
@@ -254,11 +263,12 @@ def dequantize_(transformer: WanTransformer3DModel) -> None:
             child.set_processor(WanAttnProcessor())
 
 
-def check_keys(wanted: Collection[str], found: Collection[str], folder: Path) -> None:
-    """``ValueError`` names the first tensor that is missing or unknown."""
-    for problem, names in (("is missing", set(wanted) - set(found)), ("is unknown", set(found) - set(wanted))):
-        if names:
-            raise ValueError(f"{folder}: tensor {min(names)} {problem} ({len(names)} in all)")
+def check_keys(wanted: Collection[str], found: Collection[str], where: Path, strange: Collection[str] = ()) -> None:
+    """``ValueError`` names the first tensor that is missing and the first that is unknown, as the ``strange`` are."""
+    problems = (("is missing", set(wanted) - set(found)), ("is unknown", {*found, *strange} - set(wanted)))
+    told = [f"tensor {min(names)} {problem} ({len(names)} in all)" for problem, names in problems if names]
+    if told:
+        raise ValueError(f"{where}: {'; '.join(told)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,9 +30,6 @@ from wanquant.quant.statistics import Site
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.run import digest
 from wanquant.wan.checkpoints.checkpoint import (
-    INDEX,
-    WEIGHTS,
-    check_keys,
     kept_in_fp32,
     quantized_linears,
     read_json,
@@ -81,19 +78,20 @@ class Recipe:
 
 
 def convert_transformer(
-    source: Path, target: Path, recipe: Recipe, signed: str, on_block: Callable[[int], None] = lambda size: None
+    where: Path | Source, target: Path, recipe: Recipe, signed: str, on_block: Callable[[int], None] = lambda size: None
 ) -> Streamed:
-    """Reads the transformer in ``source`` and writes it, quantized, to ``target``, taking up what an earlier call with
+    """Reads the transformer at ``where`` and writes it, quantized, to ``target``, taking up what an earlier call with
     the same ``signed`` left there. ``on_block`` is told the bytes read of each block, also of those that are done.
 
     ``ValueError`` for what ``quantize_`` refuses, and for tensors that are missing or unknown."""
-    tensors, transformer = Source.of(source), empty_like(source)
-    check_keys(transformer.state_dict(), tensors.tensors, source)
+    source = Source.of(where)
+    transformer = empty_like(source)
+    source.check(transformer)
     plan = recipe.plan(transformer)
     target.mkdir(parents=True, exist_ok=True)
-    ledger = _open_ledger(target, digest([signed, tensors.identity()]))
+    ledger = _open_ledger(target, digest([signed, source.identity()]))
     groups = grouped(stored_sizes(transformer, recipe, plan))
-    conversion = _Conversion(transformer, tensors, recipe, plan, groups)
+    conversion = _Conversion(transformer, source, recipe, plan, groups)
     streamed, weight_map, names = Streamed(plan), dict[str, str](), file_names(len(groups))
     for name, group in zip(names, groups, strict=True):
         if name in ledger["files"]:
@@ -143,13 +141,17 @@ class Needs:
     memory: int
 
 
-def foresee(source: Path, recipe: Recipe) -> Needs:
+def foresee(where: Path | Source, recipe: Recipe) -> Needs:
     """Works without the weights, which are then taken to be in BF16."""
+    source = Source.of(where)
     transformer = empty_like(source)
     plan = recipe.plan(transformer)
-    there = (source / INDEX).is_file() or (source / WEIGHTS).is_file()
-    known = Source.of(source).tensors if there else {}
-    sizes = {n: known[n].size if there else 2 * t.numel() for n, t in transformer.state_dict().items()}
+    known = source.tensors if source.is_there else {}
+    if known:
+        source.check(transformer)
+    plain = {name: 2 * tensor.numel() for name, tensor in transformer.state_dict().items()}
+    sizes = {name: known[name].size if known else size for name, size in plain.items()}
+    largest = max(known[name].held if known else size for name, size in plain.items())
     parts = stored_sizes(transformer, recipe, plan)
     groups = grouped(parts)
     memory = 0
@@ -157,16 +159,17 @@ def foresee(source: Path, recipe: Recipe) -> Needs:
         held = 0
         for part in group:
             loaded = sum(2 * t.numel() for t in transformer.blocks[part].parameters()) if part is not None else 0
-            memory = max(memory, held + loaded + max(sizes.values()))
+            memory = max(memory, held + loaded + largest)
             held += parts[part]
     quantized = sum(transformer.get_submodule(name).weight.numel() for name in plan.names("converted"))
     return Needs(sum(sizes.values()), sum(parts.values()), quantized, len(groups), len(parts), memory)
 
 
-def empty_like(source: Path) -> WanTransformer3DModel:
+def empty_like(where: Path | Source) -> WanTransformer3DModel:
     """On the meta device."""
+    source = Source.of(where)
     transformer = shape_of(source)
-    transformer.register_to_config(_name_or_path=str(source))  # as from_pretrained notes where it comes from
+    transformer.register_to_config(_name_or_path=str(source.path))  # as from_pretrained notes where it comes from
     transformer.requires_grad_(False)
     return transformer
 
@@ -224,7 +227,7 @@ class _Conversion:
         stored: dict[str, torch.Tensor] = {}
         told: dict[str, Any] = {"read": [], "overflowed": {}}
         for part in group:
-            read = {name: self._read(name) for name in self.names[part]}
+            read = {name: self.source.read_for(self.transformer, name) for name in self.names[part]}
             size = sum(self.source.tensors[name].size for name in read)
             if part in self.after:
                 self.source.expect(self.names[self.after[part]])
@@ -240,9 +243,6 @@ class _Conversion:
         told["written"] = write_tensors(shapes, stored.__getitem__, path)
         told["tensors"] = sorted(stored)
         return told
-
-    def _read(self, name: str) -> torch.Tensor:
-        return self.source.read(name).to(torch.float32 if kept_in_fp32(self.transformer, name) else torch.bfloat16)
 
     def _quantize(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
         """Fills a block, which takes the tensors, and quantizes it, its weights as codes; how many of each linear were

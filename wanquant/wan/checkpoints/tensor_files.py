@@ -9,64 +9,154 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from torch import nn
 
-from wanquant.wan.checkpoints.checkpoint import WEIGHTS, weight_files
-from wanquant.wan.checkpoints.names import is_original, to_diffusers
+from wanquant.wan.checkpoints.checkpoint import (
+    WEIGHTS,
+    check_keys,
+    kept_in_fp32,
+    quantization_of,
+    read_json,
+    weight_files,
+)
+from wanquant.wan.checkpoints.names import (
+    TELLING,
+    Naming,
+    config_from_shapes,
+    config_to_diffusers,
+    is_original_config,
+    is_wans,
+)
+from wanquant.wan.checkpoints.stored import FP8, PLAIN, TYPES, Stored, stored_in, with_scales
 
 #: Bytes written at a time: a whole tensor in one call takes twice as long.
 AT_ONCE = 16_000_000
-#: Types of numbers by their names in a file; first those that a model to be quantized may have.
-PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES = {**PLAIN, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: in which file, from which byte on and how many; its type and shape."""
-
-    path: Path
-    first: int
-    size: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+#: Files that hold a transformer.
+SUFFIXES = (".safetensors", ".gguf")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A transformer's tensors, wherever they are, by diffusers' names."""
+    """A transformer as it lies on the disk, in whatever layout: its diffusers config, and its tensors by diffusers'
+    names, each found by the headers and read when it is asked for.
 
-    folder: Path
-    tensors: Mapping[str, Stored]
+    ``path`` is its folder, or a single file; ``like`` a ``config.json`` that may tell what a file's shapes do not;
+    ``known`` the types its tensors may have."""
+
+    path: Path
+    like: Path | None = None
+    known: tuple[str, ...] = (*PLAIN, *FP8)
 
     @classmethod
-    def of(cls, folder: Path, known: Collection[str] = PLAIN) -> Source:
-        """``ValueError`` for a tensor of another than the ``known`` types."""
-        found: dict[str, Stored] = {}
-        for path in (folder / name for name in weight_files(folder)):
-            with path.open("rb") as file:
-                begin = 8 + int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(begin - 8))
-            with safe_open(path, "pt"):
-                pass  # refuses what is truncated
-            header.pop("__metadata__", None)
-            for name, told in header.items():
-                if told["dtype"] not in known:
-                    raise ValueError(f"{path}: tensor {name} is {told['dtype']}, not one of {', '.join(known)}")
-                first, end = told["data_offsets"]
-                found[name] = Stored(path, begin + first, end - first, TYPES[told["dtype"]], tuple(told["shape"]))
-        original = any(map(is_original, found))
-        return cls(folder, {to_diffusers(name) if original else name: stored for name, stored in found.items()})
+    def of(cls, where: Path | Source) -> Source:
+        return where if isinstance(where, Source) else cls(where)
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.suffix in SUFFIXES and not self.path.is_dir()
 
     @property
     def files(self) -> list[Path]:
-        return sorted({stored.path for stored in self.tensors.values()})
+        return [self.path] if self.is_file else [self.path / name for name in weight_files(self.path)]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has weights, of a folder that may have its JSON files alone."""
+        return all(path.is_file() for path in self.files)
+
+    @property
+    def as_diffusers(self) -> bool:
+        """Whether it is a folder that diffusers itself reads."""
+        described = self.path / "config.json"
+        return not self.is_file and described.is_file() and not is_original_config(read_json(described))
+
+    @cached_property
+    def _stored(self) -> dict[str, Stored]:
+        """By the names in the files."""
+        return with_scales(
+            {name: stored for path in self.files for name, stored in stored_in(path, self.known).items()}
+        )
+
+    @cached_property
+    def naming(self) -> Naming:
+        return Naming.of(self._stored)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        named = ((self.naming.ours(name), stored) for name, stored in self._stored.items())
+        return {name: stored for name, stored in named if name is not None}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``ValueError`` for another model's."""
+        if not self.is_file and (self.path / "config.json").is_file():
+            return _in_diffusers(read_json(self.path / "config.json"))
+        if not self.tensors.keys() >= set(TELLING):
+            strange = [*self._strange, *(stored.name for name, stored in self.tensors.items() if not is_wans(name))]
+            check_keys(self._called(TELLING), self._called(set(TELLING) & set(self.tensors)), self.path, strange)
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        try:
+            return config_from_shapes(shapes, self._alike())
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def _alike(self) -> Iterator[dict[str, Any]]:
+        """Configs of Wan transformers, one beside a file and the one it is ``like``, if they are there."""
+        for path in (self.path.parent / "config.json", self.like):
+            described = read_json(path) if path is not None and path.is_file() else {}
+            if described.get("_class_name") == "WanModel" or "attention_head_dim" in described:
+                yield _in_diffusers(described)
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """As ``quantization_of``."""
+        return quantization_of(self.path) if self.as_diffusers else None
+
+    def check(self, transformer: nn.Module) -> None:
+        """``ValueError`` names the first tensor that the transformer has and this has not, and the other way round,
+        and one of another shape."""
+        wanted = transformer.state_dict()
+        strange = [*self._strange, *(stored.name for name, stored in self.tensors.items() if name not in wanted)]
+        there = self._called(name for name in wanted if name in self.tensors)
+        check_keys(self._called(wanted), there, self.path, strange)
+        for name, tensor in wanted.items():
+            stored = self.tensors[name]
+            if stored.shape != tuple(tensor.shape):
+                raise ValueError(
+                    f"{self.path}: tensor {stored.name} is {list(stored.shape)}, and not {list(tensor.shape)}"
+                )
+
+    def _called(self, names: Iterable[str]) -> list[str]:
+        return [self.naming.theirs(name) for name in names]
+
+    @property
+    def _strange(self) -> list[str]:
+        """Names that mean no tensor of Wan's."""
+        return [name for name in self._stored if self.naming.ours(name) is None]
+
+    @cached_property
+    def told(self) -> dict[str, Any]:
+        """What is worth knowing of it, for a result; nothing of diffusers' own layout."""
+        if self.as_diffusers:
+            return {}
+        kinds = Counter(stored.kind for stored in self.tensors.values() if stored.kind)
+        naming = "the authors'" if self.naming.original else "diffusers'"
+        return {"path": str(self.path), "names": naming, "tensors": len(self.tensors), "dequantized": dict(kinds)}
+
+    @property
+    def dequantized(self) -> str:
+        """A sentence on what is no plain number in the files; empty where all is."""
+        kinds = self.told.get("dequantized", {})
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return counts and f"{self.path}: of {len(self.tensors)} tensors {counts}, dequantized to BF16"
 
     def expect(self, names: Iterable[str]) -> None:
         """Lets the system bring them from the disk while something else is done; they are not this process's yet."""
@@ -78,19 +168,21 @@ class Source:
                 os.posix_fadvise(file.fileno(), stored.first, stored.size, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str) -> torch.Tensor:
-        """In the type it is stored in. Not mapped: what was read would stay in memory with the map."""
-        stored = self.tensors[name]
-        data = torch.empty(stored.size, dtype=torch.uint8)
-        with stored.path.open("rb") as file:
-            file.seek(stored.first)
-            if file.readinto(data.numpy().data) != stored.size:
-                raise ValueError(f"{stored.path} ends within tensor {name}")
-        return data.view(stored.dtype).view(stored.shape)
+        """As ``Stored.read``."""
+        return self.tensors[name].read()
+
+    def read_for(self, transformer: nn.Module, name: str) -> torch.Tensor:
+        """In BF16, or float32 where the transformer is kept so."""
+        return self.read(name).to(torch.float32 if kept_in_fp32(transformer, name) else torch.bfloat16)
 
     def identity(self) -> list[Any]:
         """By which it is known again without reading it."""
-        paths = [self.folder / "config.json", *self.files]
+        paths = [path for path in (self.path / "config.json", *self.files) if path.is_file()]
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _in_diffusers(described: dict[str, Any]) -> dict[str, Any]:
+    return config_to_diffusers(described) if is_original_config(described) else described
 
 
 def file_names(count: int) -> list[str]:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from wanquant.quant import ConversionReport, plan_conversion
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import Layout
+from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.load import Transformer
@@ -86,9 +86,9 @@ class VideoCounts:
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """Memory and time for the pipeline in ``folder``, which makes ``counts`` videos in batches of ``rows``."""
+    """Memory and time for the pipeline of these ``files``, which makes ``counts`` videos in batches of ``rows``."""
 
-    folder: Path
+    files: ModelFiles
     scheme: Scheme
     protected: Sequence[int]
     modules: Sequence[str]
@@ -103,7 +103,7 @@ class ResourceEstimate:
 
     @cached_property
     def shape(self) -> Transformer:
-        return shape_of_whole(self.folder)
+        return shape_of_whole(self.files)
 
     @cached_property
     def report(self) -> ConversionReport:
@@ -116,7 +116,7 @@ class ResourceEstimate:
     @cached_property
     def others(self) -> int:
         """Bytes of text encoder and VAE."""
-        text, vae = empty_text_encoder(self.folder / "text_encoder"), empty_vae(self.folder / "vae")
+        text, vae = empty_text_encoder(self.files.folder / "text_encoder"), empty_vae(self.files.folder / "vae")
         return 2 * parameters_of(text) + 4 * parameters_of(vae)
 
     @cached_property
@@ -149,7 +149,7 @@ class ResourceEstimate:
         longest = max(self.settings.num_frames, self.counts.longest)
         how = (replace(self.settings, num_frames=longest), self.rows, self.device)
         found = [denoising_bytes(self._config, kind, *how) for kind in (None, self._quantized)]
-        return max(*found, decoding_bytes(self.folder / "vae", self.settings) if self.counts.decoded else 0)
+        return max(*found, decoding_bytes(self.files.folder / "vae", self.settings) if self.counts.decoded else 0)
 
     @property
     def videos(self) -> int:
@@ -199,7 +199,7 @@ class ResourceEstimate:
 
     def _stages(self) -> dict[str, float]:
         counts, (plain, mixed) = self.counts, self._denoising()
-        decoding = decoding_seconds(self.folder / "vae", self.settings, self.device) if counts.decoded else 0.0
+        decoding = decoding_seconds(self.files.folder / "vae", self.settings, self.device) if counts.decoded else 0.0
         chosen, tried = counts.choosing
         made = counts.bf16 - counts.calibrated - counts.floors - counts.recorded - chosen
         quantized = counts.quantized - counts.untrained - tried
@@ -227,7 +227,7 @@ class ResourceEstimate:
         return passes * plain, passes * (touched * quantized + (1 - touched) * plain)
 
     def _calibrating(self) -> float:
-        encoding = encoding_seconds(self.folder / "text_encoder", self.settings.max_text_length, self.device)
+        encoding = encoding_seconds(self.files.folder / "text_encoder", self.settings.max_text_length, self.device)
         each = self._one_pass(None, 1, Layout(("",), 1, 4, 1, self.scheme.needs_statistics))
         passes = self.settings.branches * self.settings.steps
         return self.counts.calibrated * passes * each + self.counts.prompts * encoding

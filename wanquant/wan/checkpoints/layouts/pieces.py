@@ -17,7 +17,8 @@ from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.runs.files import replacing
 from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of, read_json, write_index
 from wanquant.wan.checkpoints.names import to_original
-from wanquant.wan.checkpoints.tensor_files import PLAIN, Source, write_tensors
+from wanquant.wan.checkpoints.stored import PLAIN
+from wanquant.wan.checkpoints.tensor_files import Source, write_tensors
 
 #: Before the authors' names in files that hold more than a transformer.
 PREFIX = "model.diffusion_model."
@@ -58,7 +59,7 @@ class Checkpoint:
         scheme = scheme_of(dataclasses.replace(config_of(described), packed=True))
         config = read_json(folder / "config.json")
         del config["quantization_config"]
-        return cls(Source.of(folder, [*PLAIN, "U8"]), scheme, frozenset(described["modules"]), config)
+        return cls(Source(folder, known=(*PLAIN, "U8")), scheme, frozenset(described["modules"]), config)
 
     def has(self, name: str) -> bool:
         return name in self.source.tensors
