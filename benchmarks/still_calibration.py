@@ -71,9 +71,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for quant in args.quants.split(","):
             plan = plan_of(f"quant={quant}", f"prompts={args.pairs}", *args.set)
-            pipe, folder = load_pipeline(plan.model.folder, str(plan.device)), plan.model.folder
+            pipe, files = load_pipeline(plan.model.files, str(plan.device)), plan.model.files
             cache = Cache(args.cache or Path(scratch))
-            pipeline = CachedPipeline(pipe, plan.config.model, fingerprint(folder), plan.device, cache)
+            pipeline = CachedPipeline(pipe, plan.config.model, fingerprint(files), plan.device, cache)
             own = pipeline.model.generation.num_frames
             videos, stills = (measured(plan, pipeline, frames) for frames in (own, 1))
             for name in (name for name in SHOWN if name in videos):

@@ -16,8 +16,8 @@ from wanquant.quant import QuantConfig
 from wanquant.quant.config import PRODUCTS
 from wanquant.quant.scheme import parse
 from wanquant.wan import tiny
-from wanquant.wan.config import GenerationConfig
 from wanquant.wan.checkpoints.model_files import ModelFiles
+from wanquant.wan.config import GenerationConfig
 from wanquant.wan.load import find_model
 from wanquant.wan.resources import probe
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
@@ -234,11 +234,11 @@ def test_the_shapes_of_the_hubs_models_come_along(name: str, parameters: float, 
 def test_the_sums_of_docs_ascend() -> None:
     """What a card needs for the 14B at 480p, as the table there has it."""
     text = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text(encoding="utf-8")
-    folder = find_folder("Wan-AI/Wan2.1-T2V-14B-Diffusers", shapes_only=True)
+    files = find_model("Wan-AI/Wan2.1-T2V-14B-Diffusers", shapes_only=True)
 
     def plan(packed: bool, beside: bool) -> ResourceEstimate:
         how = (GenerationConfig(480, 832, 81, 50), VideoCounts(1, 1, 2, 2, beside), 1, torch.device("meta"))
-        return ResourceEstimate(ModelFiles.of(folder), parse(QuantConfig(packed=packed)), [0, 1, -3, -2, -1], (), *how)
+        return ResourceEstimate(files, parse(QuantConfig(packed=packed)), [0, 1, -3, -2, -1], (), *how)
 
     one, copies = plan(False, False), [plan(packed, True).added / 1e9 for packed in (True, False)]
     assert f"| {2 * one.parameters / 1e9:.1f}; {one.packed / 1e9:.1f} |" in text
@@ -247,7 +247,7 @@ def test_the_sums_of_docs_ascend() -> None:
     assert f"| {copies[0]:.0f}; {copies[1]:.0f} |" in text
     config = dict(one.shape.config)
     denoising = denoising_bytes(config, Quantized(ALL, parse(QuantConfig())), one.settings, 1, one.device)
-    assert f"| {denoising / 1e9:.1f}; {decoding_bytes(folder / 'vae', one.settings) / 1e9:.1f} |" in text
+    assert f"| {denoising / 1e9:.1f}; {decoding_bytes(files.folder / 'vae', one.settings) / 1e9:.1f} |" in text
 
 
 def test_times_are_said_as_people_say_them() -> None:

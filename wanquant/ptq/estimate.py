@@ -199,7 +199,7 @@ def _importing_tracker() -> float:
 @once
 def _loading(files: ModelFiles, size: int, device: torch.device) -> float:
     """By loading it, where that is small and there; else nothing is known of the disk, and nothing counted."""
-    if size > LOADED or not all(part.is_there for part in files.transformers.values()):
+    if size > LOADED or not all(part.as_diffusers and part.is_there for part in files.transformers.values()):
         return 0.0
     return _seconds(lambda: load_pipeline(files, str(device)))
 
