@@ -78,7 +78,7 @@ def test_a_file_is_converted_alone_too(
         assert all(torch.equal(found[0][name], other[name]) for name in other)
 
 
-@pytest.mark.parametrize("program", ["ptq", "train", "eval"])
+@pytest.mark.parametrize("program", ["ptq", pytest.param("train", marks=pytest.mark.slow), "eval"])
 def test_a_dry_run_reads_no_weights(
     program: str,
     tensors: dict[str, torch.Tensor],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,19 @@ def test_fp8_that_was_only_cast(model: WanTransformer3DModel, like: Path, tmp_pa
     weight = read_transformer(source).blocks[1].attn1.to_q.weight
     assert torch.equal(weight, tensors[f"{COMFY}blocks.1.self_attn.q.weight"].bfloat16())
     assert "float8_e4m3fn, dequantized" in source.dequantized
+
+
+def test_fp8_and_strange_names_in_diffusers_own_layout(model: WanTransformer3DModel, tmp_path: Path) -> None:
+    """Which diffusers would load without the scales, and without the strange."""
+    model.save_config(tmp_path / "transformer")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = in_fp8(state)
+    write_file(tensors, tmp_path / "transformer" / WEIGHTS)
+    found = read_transformer(tmp_path / "transformer").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in of_fp8(tensors).items())
+    write_file({**state, "blocks.0.strange": torch.ones(1)}, tmp_path / "transformer" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"tensor blocks\.0\.strange is unknown \(1 in all\)"):
+        read_transformer(tmp_path / "transformer")
 
 
 def write_gguf(tensors: Tensors, path: Path) -> Path:
@@ -275,9 +289,12 @@ def test_the_14b_by_its_shapes(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_with_a_base(tmp_path: Path) -> None:
-    base, path = short(), tmp_path / "wan.safetensors"
-    whole = load_pipeline(base, device="cpu")
+    """Which has no transformer of its own."""
+    base, path = tmp_path / "base", tmp_path / "wan.safetensors"
+    whole = load_pipeline(short(), device="cpu")
+    shutil.copytree(short(), base, ignore=shutil.ignore_patterns("transformer"))
     write_file(renamed(whole.transformer, COMFY), path)
+    (tmp_path / "config.json").write_text(json.dumps(authors_config(whole.transformer)))
     same = load_pipeline(path, device="cpu", base=base)
     a, b = same.transformer.state_dict(), whole.transformer.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in b)

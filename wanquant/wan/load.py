@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from wanquant.wan import tiny
 from wanquant.wan.checkpoints.checkpoint import (
     TRANSFORMERS,
+    check_keys,
     load_transformer,
     quantized_linears,
     read_json,
@@ -248,9 +249,9 @@ def read_transformer(
         return transformer
     if packed is not None or product is not None:
         raise ValueError("packed and product are for a quantized model, and this one is not")
-    if source.as_diffusers:
+    if source.as_diffusers and not source.kinds:
         kind = family_of(read_json(source.path / "config.json").get("_class_name")).transformer
-        return _whole(kind, source.path, torch.bfloat16)
+        return _whole(kind, source.path, torch.bfloat16, exactly=True)
     return _assemble(source)
 
 
@@ -272,12 +273,11 @@ def tell_dequantized(source: Source) -> None:
         print(source.dequantized, file=sys.stderr, flush=True)
 
 
-def _whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A component, refused if a tensor is missing: the libraries would fill it at random and only warn."""
+def _whole(kind: Any, folder: Path, dtype: torch.dtype, exactly: bool = False) -> Any:
+    """A component, refused if a tensor is missing, or, ``exactly``, unknown: the libraries would fill the one at
+    random, leave the other out, and only warn."""
     model, info = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"tensor {missing[0]} of {folder.name} is missing ({len(missing)} in all)")
+    check_keys(info["missing_keys"], info["unexpected_keys"] if exactly else (), folder)
     return model
 
 

@@ -172,9 +172,16 @@ def _in_gguf(path: Path) -> dict[str, Stored]:
         kind = tensor.tensor_type.name
         how = (PLAIN[kind], tuple(shape)) if kind in PLAIN else (torch.float32, tuple(shape), None, kind)
         found[tensor.name] = Stored(path, tensor.name, *place, *how)
+    for kind in {stored.blocks for stored in found.values()} - {""}:
+        _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        _from_blocks(torch.zeros(size, dtype=torch.uint8), kind)  # refused before anything is read
     return found
 
 
 def _from_blocks(data: torch.Tensor, kind: str) -> torch.Tensor:
+    """``ValueError`` for a type that the package cannot read."""
     gguf = _gguf()
-    return torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
+    try:
+        return torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
+    except NotImplementedError as error:
+        raise ValueError(f"GGUF's type {kind}: {error}") from None

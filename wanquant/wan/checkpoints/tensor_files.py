@@ -143,19 +143,22 @@ class Source:
         return [name for name in self._stored if self.naming.ours(name) is None]
 
     @cached_property
+    def kinds(self) -> dict[str, int]:
+        """Of what is no plain number in the files, how many tensors there are."""
+        return dict(Counter(stored.kind for stored in self.tensors.values() if stored.kind))
+
+    @property
     def told(self) -> dict[str, Any]:
         """What is worth knowing of it, for a result; nothing of diffusers' own layout."""
-        if self.as_diffusers:
+        if self.as_diffusers and (self.quantization is not None or not self.kinds):
             return {}
-        kinds = Counter(stored.kind for stored in self.tensors.values() if stored.kind)
         naming = "the authors'" if self.naming.original else "diffusers'"
-        return {"path": str(self.path), "names": naming, "tensors": len(self.tensors), "dequantized": dict(kinds)}
+        return {"path": str(self.path), "names": naming, "tensors": len(self.tensors), "dequantized": self.kinds}
 
     @property
     def dequantized(self) -> str:
-        """A sentence on what is no plain number in the files; empty where all is."""
-        kinds = self.told.get("dequantized", {})
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        """A sentence on ``kinds``; empty where there are none."""
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         return counts and f"{self.path}: of {len(self.tensors)} tensors {counts}, dequantized to BF16"
 
     def expect(self, names: Iterable[str]) -> None:
