@@ -17,6 +17,7 @@ from typing import Any
 
 METHOD = "wanquant"
 HOME, WATCHED = "wanquant.wan.checkpoints.quantizer", "diffusers.quantizers.auto"
+GUARD, MODELS = "wanquant.wan.checkpoints.guard", "diffusers.models.modeling_utils"
 
 
 class _Config:
@@ -61,3 +62,11 @@ def register() -> None:
         _enter(sys.modules[WATCHED])
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
+
+
+def guard(module: Any) -> None:
+    """If this is one of diffusers' models, or two as one: what of their methods would lose a scale refuses from now on."""
+    if MODELS in sys.modules:
+        for part in getattr(module, "parts", (module,)):
+            if isinstance(part, sys.modules[MODELS].ModelMixin):
+                importlib.import_module(GUARD).guard_(part)

@@ -20,6 +20,10 @@ from wanquant.quant.select import match_names, resolve_blocks
 from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing, smooth_
 from wanquant.quant.trainable import TrainableQuantLinear, check_trainable, trainable_linears
+from wanquant.registered import guard
+
+#: By a linear that projections of an attention were fused into, these.
+FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v"), "to_added_kv": ("add_k_proj", "add_v_proj")}
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def quantize_(
         module.set_submodule(name, layer)
         on_linear()
     _set_attention(module, plan.converted_attentions(), scheme)
+    guard(module)
     return plan
 
 
@@ -135,6 +140,7 @@ def freeze_into_(target: nn.Module, trained: nn.Module) -> None:
                 parameter.copy_(values[name])
     for name, layer in layers.items():
         target.set_submodule(name, layer.frozen())
+    guard(target)
     for name, child in trained.named_modules():
         processor = getattr(child, "processor", None)
         if isinstance(processor, QuantAttention):
@@ -193,8 +199,8 @@ def plan_conversion(
         for name, child in block.named_modules()
         if isinstance(child, nn.Linear)
     }
-    _refuse_shared(module)
-    kept = match_names(protected_modules, (name for _, name in inside.values()))
+    _refuse_hidden(module)
+    kept, fused = match_names(protected_modules, (name for _, name in inside.values())), _fused(module)
     rows = []
     for name, child in module.named_modules():
         if isinstance(child, QuantLinear):
@@ -204,6 +210,8 @@ def plan_conversion(
         index, name_inside = inside.get(name, (None, ""))
         if index is None:
             found = "skipped", f"outside {blocks}"
+        elif name in fused:
+            found = "skipped", f"not in use: fused into {fused[name]}"
         elif type(child) is not nn.Linear:
             # A subclass may use its weight otherwise than nn.Linear does, as attention's out_proj.
             found = "skipped", f"a {type(child).__name__}, not a plain linear"
@@ -238,9 +246,21 @@ def _fate(name: str, linear: nn.Linear, block: int, scheme: Scheme) -> tuple[str
     return "converted", f"block {block}"
 
 
-def _refuse_shared(module: nn.Module) -> None:
+def _fused(module: nn.Module) -> dict[str, str]:
+    """The linears that are not in use, and what each was fused into."""
+    split = ((*name.rpartition("."), name) for name, _ in module.named_modules())
+    return {f"{owner}.{part}": name for owner, _, last, name in split for part in FUSED.get(last, ())}
+
+
+def _refuse_hidden(module: nn.Module) -> None:
+    """Linears that are shared, or whose output is not their own."""
+    if hasattr(module, "_orig_mod"):
+        raise ValueError("this is a compiled module: quantize the module it was made of, then compile")
     names: dict[int, str] = {}
     for name, child in module.named_modules(remove_duplicate=False):
+        if hasattr(child, "base_layer"):
+            how = "fuse_lora() and unload_lora_weights() first, or load the LoRA after quantize_"
+            raise ValueError(f"{name} has an adapter: {how}")
         if isinstance(child, nn.Linear) and names.setdefault(id(child), name) != name:
             raise ValueError(f"{name} is the same linear as {names[id(child)]}: shared linears cannot be quantized")
 

@@ -234,21 +234,29 @@ class QuantLinear(nn.Linear):
             self._coded_weight()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._coded = None
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Packed weights into unpacked ones and the other way; ``ValueError`` for those of a plain linear."""
+        name, format_, self._coded = f"{prefix}weight", self.scheme.format, None
+        if name in state_dict and f"{name}_scale" not in state_dict:
+            raise ValueError(f"{name} comes without its scale: load it into the plain model, then quantize_")
+        weight = state_dict.get(name, self.weight)
+        if (weight.dtype == torch.uint8) != self.is_packed:
+            made = format_.encode(weight, self.scheme.overflow) if self.is_packed else format_.decode(weight)
+            state_dict = {**state_dict, name: made}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def lost_weights(self) -> int:
         """How many values of the weight a product of codes does not hold."""
         return lost_in_weight(self.scheme, self.codes()) if self.scheme.product in EIGHT_BIT else 0
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
-        """Moves like any module, but a change of type leaves the scales in float32 and the weight what it is."""
+        """Moves like any module, but a change of type leaves scales in float32, weight and bias what they are."""
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        weight, self._coded = self.weight.data, None
+        before, self._coded = {name: parameter.data for name, parameter in self.named_parameters()}, None
         super()._apply(fn, recurse)
-        if self.weight.dtype != weight.dtype:
-            self.weight = nn.Parameter(weight.to(self.weight.device), requires_grad=False)
+        for name, parameter in list(self.named_parameters()):
+            if parameter.dtype != before[name].dtype:
+                setattr(self, name, nn.Parameter(before[name].to(parameter.device), requires_grad=False))
         for name, buffer in kept.items():
             moved = self._buffers[name]
             assert moved is not None

@@ -64,8 +64,11 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: choose another folder, or remove it")
-    if not any(name in TRANSFORMERS and part and quantized_linears(part) for name, part in pipe.components.items()):
+    found = [part for name, part in pipe.components.items() if name in TRANSFORMERS and part is not None]
+    if not any(quantized_linears(part) for part in found):
         raise ValueError("nothing in this pipeline is quantized: save it with its own save_pretrained")
+    for part in found:
+        refuse_unsaved(part)
     try:
         with whole_folder(folder) as temporary:
             _save_components(pipe, temporary, on_linear)
@@ -98,6 +101,7 @@ def _save_components(pipe: DiffusionPipeline, folder: Path, on_linear: Callable[
     for name, component in pipe.components.items():
         if component is None:
             continue
+        component = getattr(component, "_orig_mod", component)  # of a compiled one
         if name in TRANSFORMERS and quantized_linears(component):
             save_transformer(component, source / name, folder / name, on_linear)
         else:
@@ -139,16 +143,30 @@ def stored_tensors(
 def write_config(transformer: WanTransformer3DModel, scheme: Scheme, modules: Sequence[str], folder: Path) -> None:
     """``config.json``, with how to read the quantized linears, which are the ``modules``."""
     transformer.save_config(folder)
-    described = read_json(folder / "config.json")
+    written = read_json(folder / "config.json") | {"quantization_config": describe(transformer, scheme, modules)}
+    write_json(folder / "config.json", written)
+
+
+def describe(transformer: Any, scheme: Scheme, modules: Sequence[str]) -> dict[str, Any]:
+    """Its ``quantization_config``."""
     touched = {int(name.split(".")[1]) for name in modules}
-    described["quantization_config"] = {
+    return {
         "quant_method": METHOD,
         "version": wanquant.__version__,
         **dataclasses.asdict(scheme.config),
         "protected_blocks": [index for index in range(transformer.config.num_layers) if index not in touched],
         "modules": list(modules),
     }
-    write_json(folder / "config.json", described)
+
+
+def refuse_unsaved(transformer: nn.Module) -> None:
+    """``ValueError`` for a quantized transformer with parts that no checkpoint has."""
+    if not quantized_linears(transformer):
+        return
+    if any(hasattr(child, "base_layer") for child in transformer.modules()):
+        raise ValueError("a LoRA is loaded on the quantized model: unload_lora_weights() before saving; its file stays")
+    if any(getattr(child, "fused_projections", False) for child in transformer.modules()):
+        raise ValueError("a quantized model with fused projections cannot be saved: quantize it without fusing them")
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], source_index: Path, folder: Path) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from wanquant.quant import QuantLinear
 from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme, scheme_of
-from wanquant.registered import METHOD
+from wanquant.registered import METHOD, guard
 from wanquant.wan.checkpoints.checkpoint import FLOAT32, check_type, config_of, dequantize_
 
 
@@ -49,6 +49,7 @@ def attach(transformer: Any, described: dict[str, Any]) -> None:
     quantizer = WanquantQuantizer(WanquantConfig(**described), pre_quantized=True)
     transformer.is_quantized, transformer.quantization_method = True, quantizer.quantization_config.quant_method
     transformer.hf_quantizer = quantizer
+    guard(transformer)
 
 
 class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -118,6 +119,7 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         layer.weight = nn.Parameter(stored if self.scheme.coded else self.scheme.format.decode(stored), False)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        guard(model)
         model.requires_grad_(False)
         return model
 
