@@ -65,7 +65,7 @@ def register() -> None:
 
 
 def guard(module: Any) -> None:
-    """If this is one of diffusers' models, or two as one: what of their methods would lose a scale refuses from now on."""
+    """Has a model of diffusers, or two as one, refuse what would lose a scale."""
     if MODELS in sys.modules:
         for part in getattr(module, "parts", (module,)):
             if isinstance(part, sys.modules[MODELS].ModelMixin):

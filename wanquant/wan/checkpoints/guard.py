@@ -27,11 +27,11 @@ def guard_(model: Any) -> None:
 
 
 @cache
-def _guarded(kind: type) -> type:
+def _guarded(kind: Any) -> Any:
     return type(kind)(kind.__name__, (Guard, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
 
 
-def _empty(kind: type) -> Any:
+def _empty(kind: Any) -> Any:
     """For ``pickle``, which finds the class that is guarded under the name of both."""
     guarded = _guarded(kind)
     return guarded.__new__(guarded)
@@ -50,8 +50,8 @@ class Guard:
         pass  # diffusers says so while it loads
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (kind, *_), *state = super().__reduce_ex__(protocol)
-        return _empty, (kind.__mro__[2],), *state
+        made: Any = super().__reduce_ex__(protocol)
+        return _empty, (type(self).__mro__[2],), *made[2:]
 
     def _refuse(self, what: str, instead: str) -> None:
         if self.is_quantized:
