@@ -36,6 +36,7 @@ from wanquant.wan.config import ModelConfig
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample, decode_video
 from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, load_pipeline
+from wanquant.wan.lora import describe_loras, fuse_loras_
 from wanquant.wan.outliers import plant_outliers_
 
 #: Pairs of which a film of both sides is written for the report.
@@ -63,7 +64,7 @@ class Side:
             raise ValueError(f"{self.source} is not there to generate from: run ptq.py with checkpoint=true")
         check_folder(self.source)
         with progress(f"read {self.name}", count_files(self.source), "file") as tick:
-            found = fingerprint(self.source, tick)
+            found = fingerprint(self.source, tick, describe_loras(self.model.lora))
         if self.fingerprint not in ("", found):
             raise ValueError(f"{self.source} is not the model this run was made with: give that as reference=<folder>")
         return dataclasses.replace(self, fingerprint=found)
@@ -71,6 +72,7 @@ class Side:
     def pipeline(self, device: torch.device, cache: Cache) -> CachedPipeline:
         with progress(f"load {self.name}", LOAD_PARTS, "part") as tick:
             pipe = load_pipeline(self.source, str(device), tick)
+        fuse_loras_(whole_of(pipe), self.model.lora)
         plant_outliers_(whole_of(pipe), self.model.outliers)
         return CachedPipeline(pipe, self.model, self.fingerprint, device, cache)
 

@@ -207,7 +207,7 @@ def _sides_of(
     bf16 = Side("bf16", "bf16.", made_from, model, files["bf16"], result["model"]["fingerprint"])
     quantized = dataclasses.replace(bf16, name="quantized", prefix="", files=files["quantized"])
     if result["conversion"]["converted"]:
-        plain = dataclasses.replace(model, outliers=OutliersConfig())  # the checkpoint has them in its weights
+        plain = dataclasses.replace(model, outliers=OutliersConfig(), lora=[])  # the checkpoint's weights have them
         made = ModelFiles.of(run / "checkpoint")
         quantized = dataclasses.replace(quantized, source=made, model=plain, fingerprint="")
     return quantized, bf16, bf16.perturbed(files["bf16_ulp"])

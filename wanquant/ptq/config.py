@@ -92,6 +92,8 @@ class PTQConfig:
         """What makes no sense without generating."""
         if self.model.outliers.blocks or self.model.outliers.count:
             raise ValueError("mode=convert takes a model as its files have it: leave model.outliers out")
+        if self.model.lora:
+            raise ValueError("mode=convert takes a model as its files have it: leave model.lora out, or mode=quantize")
         if self.eval.dimensions:
             raise ValueError("mode=convert makes no videos to judge: leave eval.dimensions out")
         if not self.checkpoint:

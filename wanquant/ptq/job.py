@@ -46,6 +46,7 @@ from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import LOAD_PARTS, hush_libraries, load_pipeline
+from wanquant.wan.lora import describe_loras, fuse_loras_
 from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
 from wanquant.wan.resources.printed import in_time, print_estimate
@@ -134,7 +135,7 @@ class Job:
         self.cache = Cache(Path(self.config.cache))
         files = self.plan.model.files
         with progress("read", count_files(files), "file") as tick:
-            self.fingerprint = fingerprint(files, tick)
+            self.fingerprint = fingerprint(files, tick, describe_loras(self.config.model.lora))
 
     @property
     def names(self) -> dict[str, Any]:
@@ -232,6 +233,7 @@ class Job:
             self.made = provenance(self.device)
             with progress("load", LOAD_PARTS, "part") as tick:
                 pipe = load_pipeline(self.plan.model.files, str(self.device), tick)
+            fuse_loras_(whole_of(pipe), self.config.model.lora)
             plant_outliers_(whole_of(pipe), self.config.model.outliers)
         pipeline = CachedPipeline(pipe, self.config.model, self.fingerprint, self.device, self.cache)
         modules, bins = tuple(self.config.protect.modules), self.config.analysis.bins

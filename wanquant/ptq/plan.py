@@ -29,6 +29,7 @@ from wanquant.wan.device import pick_device
 from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.generate import check_guidance
 from wanquant.wan.load import Transformer, check_folder, check_shape, find_model
+from wanquant.wan.lora import read_lora
 from wanquant.wan.outliers import chosen_blocks
 
 P = TypeVar("P", bound="PTQPlan")
@@ -183,6 +184,10 @@ def resolve_model(config: PTQConfig, scheme: Scheme, files: ModelFiles) -> Sourc
     if config.mode != "convert":  # which generates nothing
         check_guidance(files, config.model.generation)
     blocks, transformers = len(shape.blocks), len(parts_of(shape))
+    if config.model.lora and transformers > 1:
+        raise ValueError("model.lora: this model has two transformers; fuse with diffusers and save the result")
+    for lora in config.model.lora:
+        read_lora(lora, shape)  # which refuses what does not fit
     check_protect(config.protect, blocks // transformers)
     outliers = chosen_blocks(config.model.outliers, blocks)
     protected = None if by_data else resolve_blocks(by_rule(config.protect, blocks, transformers), blocks)

@@ -27,6 +27,7 @@ from wanquant.runs.run import digest, read_result
 from wanquant.wan.cached import Pair
 from wanquant.wan.checkpoints.checkpoint import quantized_linears
 from wanquant.wan.generate import Sample
+from wanquant.wan.lora import describe_loras
 
 #: Of the config of the evaluation, what figures are taken by.
 MEASURED_BY = ("videos", "single_steps", "flow", "lpips")
@@ -53,6 +54,7 @@ def head(plan: PTQPlan, fingerprint: str) -> dict[str, Any]:
             "outliers": list(model.outliers),
             "octaves": config.model.outliers.octaves,
             "source": model.files.told,
+            "lora": describe_loras(config.model.lora),
         },
         "quant": dataclasses.asdict(config.quant),
         "eval": {**{name: getattr(config.eval, name) for name in MEASURED_BY}, "frames": config.model.other_frames},

@@ -36,6 +36,7 @@ VOLATILE = (
     "model.device",
     "model.path",
     "model.base",
+    "model.lora",
     "model.generation.fps",
     "eval.dimensions",
     "eval.foreign_weights",

@@ -82,6 +82,8 @@ class ModelConfig:
     other_frames: list[int] = field(default_factory=list)
     #: Planted after loading; none by default.
     outliers: OutliersConfig = field(default_factory=OutliersConfig)
+    #: LoRA files, ``path`` or ``path:scale``, fused into the BF16 weights as they are loaded.
+    lora: list[str] = field(default_factory=list)
 
     def check_video(self) -> None:
         """``ValueError`` for a still picture, which has no motion to measure."""

@@ -23,7 +23,8 @@ FUSE_FIRST = "fuse before quantize_: load the original model, fuse, quantize"
 def guard_(model: Any) -> None:
     """Puts the model into its guarded class, in place; one that is there stays as it is."""
     if not isinstance(model, Guard):
-        model.__class__ = _guarded(type(model))
+        kind: Any = type(model)
+        model.__class__ = _guarded(kind)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,11 @@ class ModelFiles:
         return dict(sorted(found.items()))
 
 
-def fingerprint(model: Path | ModelFiles, on_file: Callable[[], None] = lambda: None) -> str:
-    """SHA-256 over the model's files, by name and content, so that other weights are another model."""
+def fingerprint(
+    model: Path | ModelFiles, on_file: Callable[[], None] = lambda: None, loras: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """SHA-256 over the model's files, by name and content, so that other weights are another model; and over the
+    content and scales of the LoRA files that are fused into it."""
     files, digest = ModelFiles.of(model), hashlib.sha256()
     for name, path in files.content().items():
         digest.update(name.encode())
@@ -76,6 +79,8 @@ def fingerprint(model: Path | ModelFiles, on_file: Callable[[], None] = lambda: 
         on_file()
     for part in files.transformers.values() if files.assembled else ():
         digest.update(json.dumps(part.config, sort_keys=True).encode())
+    for lora in loras:
+        digest.update(f"{lora['sha256']} {lora['scale']}".encode())
     return digest.hexdigest()
 
 

@@ -1,0 +1,203 @@
+"""LoRA files, fused into the weights before anything is calibrated: W + scale · alpha / r · B A, summed in float32.
+
+Three namings are read: diffusers' and peft's (``transformer.blocks.0.attn1.to_q.lora_A.weight``), that of Wan's authors
+(``diffusion_model.blocks.0.self_attn.q.lora_A.weight``), kohya's (``lora_unet_blocks_0_self_attn_q.lora_down.weight``);
+each with or without ``alpha``, and with whole differences: ``diff`` of a weight, ``diff_b`` of a bias. diffusers' own
+converters leave out ``diff`` without a word and fail at kohya files of some linears only; here every key has a place,
+or is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from wanquant.quant import QuantLinear
+from wanquant.runs.files import sum_of_file
+from wanquant.wan.checkpoints.names import to_original
+
+PREFIXES = ("base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_")
+#: By the ending of a key, what it is of the module named before it. ``shift`` is peft's bias of B, scaled as B is.
+PARTS = {
+    **dict.fromkeys(("lora_A.weight", "lora_A.default.weight", "lora_down.weight"), "down"),
+    **dict.fromkeys(("lora_B.weight", "lora_B.default.weight", "lora_up.weight"), "up"),
+    "lora_B.bias": "shift",
+    "alpha": "alpha",
+    "diff": "diff",
+    "diff_b": "diff_b",
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What a file adds, times ``scale``: by module its keys of ``PARTS``. ``alpha`` is of those that have none of their
+    own; None for the rank."""
+
+    path: Path
+    scale: float
+    keys: Mapping[str, Mapping[str, str]]
+    alpha: float | None
+
+    def factor(self, file: Any, module: str) -> float:
+        """Scale · alpha / r of a module that has B and A."""
+        parts = self.keys[module]
+        rank = file.get_slice(parts["down"]).get_shape()[0]
+        own = float(file.get_tensor(parts["alpha"])) if "alpha" in parts else self.alpha
+        return self.scale * (1.0 if own is None else own / rank)
+
+    def added(self, file: Any, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+        """To a parameter of this name, float32 in its shape."""
+        module, _, last = name.rpartition(".")
+        module = module if module in self.keys and last in ("weight", "bias") else name
+        parts, found = self.keys.get(module, {}), torch.zeros(parameter.shape, device=parameter.device)
+
+        def read(part: str) -> torch.Tensor:
+            tensor: torch.Tensor = file.get_tensor(parts[part])
+            return tensor.to(parameter.device, torch.float32)
+
+        scaled, whole = ("shift", "diff_b") if last == "bias" else ("up", "diff")
+        if scaled not in parts and whole not in parts:
+            return None
+        if scaled in parts:
+            product = read("up").flatten(1) @ read("down").flatten(1) if scaled == "up" else read("shift")
+            found += self.factor(file, module) * product.view(parameter.shape)
+        if whole in parts:
+            found += self.scale * read(whole).view(parameter.shape)
+        return found
+
+
+def parse_lora(given: str) -> tuple[Path, float]:
+    """``path`` or ``path:scale``."""
+    path, _, scale = given.rpartition(":")
+    try:
+        found = (Path(path).expanduser(), float(scale)) if path else (Path(given).expanduser(), 1.0)
+    except ValueError:
+        found = Path(given).expanduser(), 1.0
+    if not math.isfinite(found[1]):
+        raise ValueError(f"model.lora={given}: its scale must be finite")
+    if not found[0].is_file():
+        raise ValueError(f"model.lora={given}: no file {found[0]}, give path or path:scale of a .safetensors file")
+    return found
+
+
+def describe_loras(given: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each its file's name and sum, and the scale."""
+    return [{"file": path.name, "scale": by, "sha256": sum_of_file(path)} for path, by in map(parse_lora, given)]
+
+
+def read_lora(given: str, model: nn.Module) -> Lora:
+    """Of a model, on meta or not; no weights are read. ``ValueError`` names the first keys where none is of the model,
+    the first that is not of it, one whose shape does not fit."""
+    path, scale = parse_lora(given)
+    known, keys, strange = _spellings(model), dict[str, dict[str, str]](), list[str]()
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {key: list(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+            alpha = _alpha(file.metadata() or {}, path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no .safetensors file: {error}") from None
+    for key in shapes:
+        ending = next((ending for ending in PARTS if key.endswith(f".{ending}")), "")
+        stem = key.removesuffix(f".{ending}")
+        for prefix in PREFIXES:
+            stem = stem.removeprefix(prefix)
+        if ending and stem in known:
+            keys.setdefault(known[stem], {})[PARTS[ending]] = key
+        else:
+            strange.append(key)
+    if not keys:
+        raise ValueError(f"{path}: none of its {len(shapes)} keys is of this model: {', '.join(list(shapes)[:3])}, ...")
+    if strange:
+        raise ValueError(f"{path}: {strange[0]} fits nothing of this model ({len(strange)} of {len(shapes)} keys)")
+    parameters = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for module, parts in keys.items():
+        _check(path, {part: (key, shapes[key]) for part, key in parts.items()}, module, parameters)
+    return Lora(path, scale, keys, alpha)
+
+
+def _spellings(model: nn.Module) -> dict[str, str]:
+    """By each name that a file may have for it, a module or a parameter that is no module's weight."""
+    found = {}
+    for name, _ in model.named_parameters():
+        module, _, last = name.rpartition(".")
+        name = module if last in ("weight", "bias") else name
+        try:
+            spelled = {name, to_original(name)}
+        except ValueError:
+            spelled = {name}
+        found |= {form: name for each in spelled for form in (each, each.replace(".", "_"))}
+    return found
+
+
+def _check(
+    path: Path, parts: Mapping[str, tuple[str, list[int]]], module: str, parameters: Mapping[str, list[int]]
+) -> None:
+    """Of a module its ``parts`` by their kind, each with key and shape."""
+    weight = parameters.get(f"{module}.weight", parameters.get(module, []))
+    bias = parameters.get(f"{module}.bias", [])
+    first = next(iter(parts.values()))[0]
+    if ("down" in parts) != ("up" in parts) or ({"alpha", "shift"} & set(parts) and "up" not in parts):
+        raise ValueError(f"{path}: {first} has not both of lora_A and lora_B beside it")
+    if "up" in parts:
+        (key, down), (_, up) = parts["down"], parts["up"]
+        if [up[0], *down[1:]] != weight or up[1] != down[0]:
+            raise ValueError(f"{path}: {key} and its other half are {down} and {up}, for a weight of {weight}")
+    for part, shape in (("diff", weight), ("diff_b", bias), ("shift", bias)):
+        if part in parts and math.prod(parts[part][1]) != math.prod(shape or [0]):
+            raise ValueError(f"{path}: {parts[part][0]} is {parts[part][1]}, to be added to {shape or 'nothing'}")
+
+
+def _alpha(metadata: Mapping[str, str], path: Path) -> float | None:
+    """Of all modules, as diffusers keeps it in the file and peft beside it."""
+    text, beside = metadata.get("lora_adapter_metadata", "{}"), path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and beside.is_file():
+        text = beside.read_text(encoding="utf-8")
+    settings = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+    for name in ("alpha_pattern", "use_dora", "use_rslora"):
+        if settings.get(name):
+            raise ValueError(f"{path}: its {name} is not read here, fuse it with peft and give model.path the result")
+    return settings.get("lora_alpha")
+
+
+@torch.no_grad()
+def fuse_loras_(transformer: nn.Module, given: Sequence[str]) -> None:
+    """Adds files (``path`` or ``path:scale``) to the weights of a model that is not quantized; each weight is rounded
+    once, whatever their number."""
+    if any(isinstance(child, QuantLinear) for child in transformer.modules()):
+        raise ValueError("model.lora: the model is quantized, to which no LoRA can be added; take the original model")
+    loras = [read_lora(each, transformer) for each in given]
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(lora.path, "pt")) for lora in loras]
+        for name, parameter in transformer.named_parameters() if loras else ():
+            each = (lora.added(file, name, parameter) for lora, file in zip(loras, files, strict=True))
+            if deltas := [delta for delta in each if delta is not None]:
+                parameter.copy_(parameter.float() + torch.stack(deltas).sum(0))
+
+
+def load_loras(pipe: Any, given: Sequence[str]) -> None:
+    """Puts files (``path`` or ``path:scale``) beside the linears of the pipeline's transformer, quantized or not, as
+    diffusers' ``load_lora_weights`` does, which they are handed to. ``ValueError`` for differences of weights and
+    biases, which can only be fused."""
+    loras = [read_lora(each, pipe.transformer) for each in given]
+    for lora in loras:
+        unlike = [parts[part] for parts in lora.keys.values() for part in ("diff", "diff_b", "shift") if part in parts]
+        if unlike:
+            raise ValueError(f"{lora.path}: {unlike[0]} can only be fused, before quantize_")
+    for number, lora in enumerate(loras):
+        state = {}
+        with safe_open(lora.path, "pt") as file:
+            for module, parts in lora.keys.items():
+                up, name = file.get_tensor(parts["up"]), f"transformer.{module}"
+                state[f"{name}.lora_A.weight"] = file.get_tensor(parts["down"])
+                state[f"{name}.lora_B.weight"] = (up.float() * lora.factor(file, module)).to(up.dtype)
+        pipe.load_lora_weights(state, adapter_name=f"lora_{number}")
+    pipe.set_adapters([f"lora_{number}" for number in range(len(loras))])
