@@ -126,7 +126,7 @@ def read_lora(given: str, model: nn.Module) -> Lora:
 
 def _spellings(model: nn.Module) -> dict[str, str]:
     """By each name that a file may have for it, a module or a parameter that is no module's weight."""
-    found = {}
+    found: dict[str, str] = {}
     for name, _ in model.named_parameters():
         module, _, last = name.rpartition(".")
         name = module if last in ("weight", "bias") else name
