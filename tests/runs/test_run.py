@@ -47,6 +47,7 @@ QUIET = {
     "quant.packed",
     "model.device",
     "model.path",
+    "model.lora",
     "model.generation.fps",
     "eval.dimensions",
     "eval.foreign_weights",
