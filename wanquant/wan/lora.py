@@ -172,7 +172,7 @@ def _alpha(metadata: Mapping[str, str], path: Path) -> float | None:
 def fuse_loras_(transformer: nn.Module, given: Sequence[str]) -> None:
     """Adds files (``path`` or ``path:scale``) to the weights of a model that is not quantized; each weight is rounded
     once, whatever their number."""
-    if any(isinstance(child, QuantLinear) for child in transformer.modules()):
+    if given and any(isinstance(child, QuantLinear) for child in transformer.modules()):
         raise ValueError("model.lora: the model is quantized, to which no LoRA can be added; take the original model")
     loras = [read_lora(each, transformer) for each in given]
     with ExitStack() as opened:
