@@ -14,8 +14,8 @@ from tests import jobs
 from tests.models import wan_transformer
 from wanquant import load_pipeline, quantize_
 from wanquant.runs.run import read_result
-from wanquant.wan.load import fingerprint
-from wanquant.wan.lora import fuse_loras_, load_loras, parse_lora
+from wanquant.wan.checkpoints.model_files import fingerprint
+from wanquant.wan.lora import describe_loras, fuse_loras_, load_loras, parse_lora
 
 #: Of two blocks 48 wide: diffusers' names and those of Wan's authors, of every kind of linear.
 LINEARS = {
@@ -214,7 +214,10 @@ def test_the_content_and_scale_count_not_the_name(tmp_path: Path) -> None:
     first, same, other = (tmp_path / f"{name}.safetensors" for name in "abc")
     for path, value in ((first, 1.0), (same, 1.0), (other, 2.0)):
         save_file({"transformer.proj_out.diff_b": torch.full((64,), value)}, path)
-    found = [fingerprint(jobs.short(2), loras=[each]) for each in (str(first), str(same), str(other), f"{first}:0.5")]
+    found = [
+        fingerprint(jobs.short(2), loras=describe_loras([each]))
+        for each in (str(first), str(same), str(other), f"{first}:0.5")
+    ]
     assert found[0] == found[1]
     assert len({fingerprint(jobs.short(2)), *found}) == 4
 
@@ -248,4 +251,4 @@ def test_the_job_fuses_it_before_all_else(monkeypatch: pytest.MonkeyPatch, tmp_p
     found = load_pipeline(tmp_path / "run" / "checkpoint", device="cpu").transformer.blocks[0].attn1.to_q.weight
     wanted = plain.blocks[0].attn1.to_q.weight.float() + 0.5 * state["diffusion_model.blocks.0.self_attn.q.diff"]
     assert torch.equal(found, wanted.bfloat16())
-    assert result["model"]["fingerprint"] == fingerprint(jobs.short(2), loras=[f"{path}:0.5"])
+    assert result["model"]["fingerprint"] == fingerprint(jobs.short(2), loras=describe_loras([f"{path}:0.5"]))
