@@ -38,6 +38,7 @@ from wanquant.wan.generate import Sample, decode_video
 from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, load_pipeline
 from wanquant.wan.lora import describe_loras, fuse_loras_
 from wanquant.wan.outliers import plant_outliers_
+from wanquant.wan.resources.placement import Placement
 
 #: Pairs of which a film of both sides is written for the report.
 FILMS = 8
@@ -69,12 +70,12 @@ class Side:
             raise ValueError(f"{self.source} is not the model this run was made with: give that as reference=<folder>")
         return dataclasses.replace(self, fingerprint=found)
 
-    def pipeline(self, device: torch.device, cache: Cache) -> CachedPipeline:
+    def pipeline(self, placement: Placement, cache: Cache) -> CachedPipeline:
         with progress(f"load {self.name}", LOAD_PARTS, "part") as tick:
-            pipe = load_pipeline(self.source, str(device), tick)
+            pipe = load_pipeline(self.source, on_part=tick, placement=placement)
         fuse_loras_(whole_of(pipe), self.model.lora)
         plant_outliers_(whole_of(pipe), self.model.outliers)
-        return CachedPipeline(pipe, self.model, self.fingerprint, device, cache)
+        return CachedPipeline(pipe, self.model, self.fingerprint, placement.device, cache)
 
     def perturbed(self, files: dict[Pair, Path]) -> Side:
         """BF16 with its initial noise changed by one unit in the last place: the noise floor."""
@@ -127,11 +128,12 @@ class EvaluationPlan:
 
 @dataclass
 class Evaluation:
-    """A plan that is carried out on a ``device``, as far as the ``cache`` does not hold what comes of it."""
+    """A plan that is carried out, as far as the ``cache`` does not hold it; ``place`` says where weights wait."""
 
     plan: EvaluationPlan
     device: torch.device
     cache: Cache
+    place: Callable[[Side], Placement]
     timings: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
@@ -237,7 +239,7 @@ class Evaluation:
         for before, side in zip((None, *sides), sides, strict=False):
             if pipeline is None or before is None or (side.source, side.model) != (before.source, before.model):
                 _forget_all_but_vae(pipeline)
-                pipeline = side.pipeline(self.device, self.cache)
+                pipeline = side.pipeline(self.place(side), self.cache)
             where: dict[Pair, tuple[Path, int]] = {}
             for pairs in self.plan.lists:
                 for group, folder in pipeline.batches(f"generate {side.name}", pairs, side.how, only=todo):

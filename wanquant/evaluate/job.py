@@ -39,7 +39,9 @@ from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.load import hush_libraries, shape_of
 from wanquant.wan.outliers import chosen_blocks
+from wanquant.wan.resources.choice import choose
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
+from wanquant.wan.resources.placement import Placement
 from wanquant.wan.resources.printed import in_time, print_needs
 
 #: What a model that nothing was done to has for the names of its quantization and protection.
@@ -95,7 +97,7 @@ def _of_runs(plan: EvaluatePlan, device: torch.device) -> list[dict[str, Any]]:
 def _of_run(plan: RunPlan | Exception, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     if isinstance(plan, Exception):
         raise plan
-    result, key = _joined(plan, Path(config.cache), device)
+    result, key = _joined(plan, Path(config.cache), device, config.model.offload)
     if _writes():
         entry = result["evaluations"][key]
         told = {"job": "eval", "evaluations": {key: entry}, "timings": entry["timings"]}
@@ -103,12 +105,12 @@ def _of_run(plan: RunPlan | Exception, config: EvaluateConfig, device: torch.dev
     return result
 
 
-def _joined(plan: RunPlan, cache_root: Path, device: torch.device) -> tuple[dict[str, Any], str]:
+def _joined(plan: RunPlan, cache_root: Path, device: torch.device, offload: str = "auto") -> tuple[dict[str, Any], str]:
     """The run's result with what is found, and under which key of ``evaluations`` that is."""
     run, result, key = plan.run, plan.result, plan.folder.name
     shown = f"{plan.name} prompts, {len(plan.pairs)} pairs"
     print(f"{run}: {result['quant']['name']}, protect {result['protect']['name']}, {shown}", flush=True)
-    entry = Evaluation(plan, device, Cache(cache_root)).run()
+    entry = _evaluation(plan, device, cache_root, offload).run()
     if plan.name == OWN:
         entry = _own(entry, result)
     if not _writes():
@@ -122,6 +124,16 @@ def _joined(plan: RunPlan, cache_root: Path, device: torch.device) -> tuple[dict
         write_result(run, result)
     print(evaluation_summary(key, entry, run), flush=True)
     return result, key
+
+
+def _evaluation(plan: EvaluationPlan, device: torch.device, cache_root: Path, offload: str) -> Evaluation:
+    def place(side: Side) -> Placement:
+        needs, told = choose(_estimate(side, len(plan.pairs), device), offload)
+        if told:
+            print(told, flush=True)
+        return Placement(device, needs.offload, cache_root / "offload")
+
+    return Evaluation(plan, device, Cache(cache_root), place)
 
 
 def _own(entry: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -142,10 +154,11 @@ def _of_model(
     """Its videos lie in the cache, for all processes of a launch; the first makes a run of them."""
     with refused_leave_no_result(folder):
         plan = _in_cache(plan, config, device)
-    evaluation = Evaluation(plan, device, Cache(Path(config.cache)))
+    evaluation = _evaluation(plan, device, Path(config.cache), config.model.offload)
     if not _writes():
         return {"evaluations": {plan.name: evaluation.run()}}
-    estimates = [_estimate(side, len(plan.pairs), device) for side in plan.sides]  # one side after the other
+    offload = config.model.offload  # one side after the other
+    estimates = [choose(_estimate(side, len(plan.pairs), device), offload)[0] for side in plan.sides]
     told = f"{in_time(sum(each.seconds for each in estimates))} for the videos; what the cache holds takes none"
     print(f"predicted: {told}{GUESS if any(each.guess for each in estimates) else ''}", flush=True)
     forget_peak_memory(device)
@@ -169,7 +182,8 @@ def _in_cache(plan: EvaluationPlan, config: EvaluateConfig, device: torch.device
     """With the folder of the cache for videos of these models, whose files are read."""
     plan = plan.identified()
     fingerprints = [side.fingerprint for side in plan.sides]
-    counted = {"pairs": plan.pairs, "config": dataclasses.asdict(config.model), "sides": fingerprints}
+    model = dataclasses.asdict(dataclasses.replace(config.model, offload="auto"))  # which changes no number
+    counted = {"pairs": plan.pairs, "config": model, "sides": fingerprints}
     return dataclasses.replace(plan, folder=Path(config.cache) / "videos" / signature(counted, "", device))
 
 
@@ -219,15 +233,20 @@ def _print(plan: EvaluatePlan) -> None:
         print(f"{folder}: {len(run.pairs)} pairs of {run.name}, of which {lacking} would be generated")
         for side in run.sides if lacking else ():
             if side.source.is_pipeline:
-                print_needs(_estimate(side, lacking, plan.device), side.name)
+                _print_needs(side, lacking, plan)
     if plan.model is not None:
         beside, sides, count = config.reference or "nothing", plan.model.sides, len(plan.model.pairs)
         made = f"{count} pairs of {plan.model.name}, {count * len(sides)} videos"
         print(f"{config.model.path} beside {beside}: {made}")
         for side in sides:
-            print_needs(_estimate(side, count, plan.device), side.name)
+            _print_needs(side, count, plan)
     lpips = perceptual.settled(config.eval.lpips)
     print(f"dimensions of VBench: {', '.join(config.eval.dimensions) or 'none'}; LPIPS {lpips}")
+
+
+def _print_needs(side: Side, videos: int, plan: EvaluatePlan) -> None:
+    needs, told = choose(_estimate(side, videos, plan.device), plan.config.model.offload)
+    print_needs(needs, side.name, told=told)
 
 
 def _estimate(side: Side, videos: int, device: torch.device) -> ResourceEstimate:

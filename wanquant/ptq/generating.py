@@ -14,6 +14,7 @@ from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.families import folds_of
 from wanquant.wan.generate import Sample
+from wanquant.wan.resources.placement import placement_of
 
 
 def quantize_transformer(
@@ -23,7 +24,9 @@ def quantize_transformer(
     transformer, how = calibrator.pipeline.transformer, (calibrator.scheme, blocks, calibrator.modules)
     plan = plan_conversion(transformer, *how)
     with progress("quantize", len(plan.names("converted")), "linear") as tick:
-        return quantize_(transformer, *how, stats, on_linear=tick, folds=folds_of(transformer))
+        placed = placement_of(transformer)
+        where: dict[str, Any] = {"device": placed.device, "keep": placed.keep_}
+        return quantize_(transformer, *how, stats, on_linear=tick, folds=folds_of(transformer), **where)
 
 
 def bf16_videos(

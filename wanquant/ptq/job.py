@@ -48,7 +48,9 @@ from wanquant.wan.generate import Sample
 from wanquant.wan.load import LOAD_PARTS, hush_libraries, load_pipeline
 from wanquant.wan.lora import describe_loras, fuse_loras_
 from wanquant.wan.outliers import plant_outliers_
+from wanquant.wan.resources.choice import choose as choose_offload
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
+from wanquant.wan.resources.placement import Placement
 from wanquant.wan.resources.printed import in_time, print_estimate
 
 #: Videos (reference, sample) that are compared, by the prefix of their metrics.
@@ -122,8 +124,13 @@ class Job:
 
     @classmethod
     def print_estimate(cls, plan: Any, config_yaml: str) -> None:
-        outside = start_and_end(plan.config.tracker.name)
-        print_estimate(estimate_resources(plan, cls.counts(plan)), config_yaml, outside)
+        needs, told = cls.chosen(plan)
+        print_estimate(needs, config_yaml, start_and_end(plan.config.tracker.name), told)
+
+    @classmethod
+    def chosen(cls, plan: Any) -> tuple[ResourceEstimate, str]:
+        """What it needs with its weights where they fit, and what to say of that."""
+        return choose_offload(estimate_resources(plan, cls.counts(plan)), plan.config.model.offload)
 
     def __post_init__(self) -> None:
         self.run_: Any = None
@@ -221,18 +228,25 @@ class Job:
         return {**self.head(None), **analysis, **self.tail(calibrator, self.plan.calibration)}
 
     def load(self) -> Calibrator:
+        needs, told = self.chosen(self.plan)
         if self.run_ is not None:
             with self.run_.stage("plan"):
-                self.planned_ = self.predicted()
+                self.planned_ = self.predicted(needs)
             guess, start = GUESS if self.planned_["guess"] else "", self.planned_["stages"]["start"]
-            told = f"{in_time(self.planned_['seconds'])} in all, of which {in_time(start)} are over"
-            print(f"predicted: {told}; what the cache holds takes none{guess}", flush=True)
+            takes = f"{in_time(self.planned_['seconds'])} in all, of which {in_time(start)} are over"
+            print(
+                f"predicted: {takes}; what the cache holds takes none{guess}",
+                *filter(None, [told]),
+                sep="\n",
+                flush=True,
+            )
         forget_peak_memory(self.device)
         self.begun = peak_memory(self.device)
         with self.run_.stage("load") if self.run_ is not None else nullcontext():
             self.made = provenance(self.device)
             with progress("load", LOAD_PARTS, "part") as tick:
-                pipe = load_pipeline(self.plan.model.files, str(self.device), tick)
+                placement = Placement(self.device, needs.offload, self.cache.root / "offload")
+                pipe = load_pipeline(self.plan.model.files, on_part=tick, placement=placement)
             fuse_loras_(whole_of(pipe), self.config.model.lora)
             plant_outliers_(whole_of(pipe), self.config.model.outliers)
         pipeline = CachedPipeline(pipe, self.config.model, self.fingerprint, self.device, self.cache)
@@ -240,12 +254,10 @@ class Job:
         single_steps = self.config.eval.single_steps
         return Calibrator(pipeline, self.plan.scheme, list(self.plan.calibration), bins, modules, single_steps)
 
-    def predicted(self) -> dict[str, Any]:
+    def predicted(self, needs: ResourceEstimate) -> dict[str, Any]:
         """What it would take from the beginning, with nothing in the cache."""
-        cells = self.cache.cells("plans", digest([self.signed(None), self.plan.scheme.packed]))
-        return predicted(
-            estimate_resources(self.plan, self.counts(self.plan)), cells, self.config.tracker.name, self.needed
-        )
+        cells = self.cache.cells("plans", digest([self.signed(None), self.plan.scheme.packed, needs.offload]))
+        return predicted(needs, cells, self.config.tracker.name, self.needed)
 
     def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
         return {"bytes": needs.added, "seconds": needs.seconds, "stages": needs.stages, "guess": needs.guess}

@@ -28,6 +28,7 @@ from wanquant.wan.experts import whole_of
 from wanquant.wan.families import folds_of
 from wanquant.wan.generate import Position, Sample
 from wanquant.wan.load import Pipeline
+from wanquant.wan.resources.placement import placement_of
 
 Stats = Mapping[str, float | Site]
 #: ``wanquant.wan.generate.generate`` with all but the pairs and what is asked of them decided.
@@ -53,7 +54,9 @@ def quantized(
         for index, block in originals.items():
             tensors = [] if scheme.smoothing is not None else [*block.parameters(), *block.buffers()]
             blocks[index] = copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
-        yield quantize_(transformer, scheme, protected_blocks, protected_modules, stats, folds=folds_of(transformer))
+        placed = placement_of(transformer)
+        how: dict[str, Any] = {"folds": folds_of(transformer), "device": placed.device, "keep": placed.keep_}
+        yield quantize_(transformer, scheme, protected_blocks, protected_modules, stats, **how)
     finally:
         for index, block in originals.items():
             blocks[index] = block
@@ -89,7 +92,7 @@ def block_errors(
     """SQNR in dB of each block's own output when it alone is quantized but for ``modules``, by block and pair, in one
     BF16 pass; at most ``EQUAL_DB``."""
     transformer = whole_of(pipe)
-    blocks = list(transformer.blocks)
+    blocks, placed = list(transformer.blocks), placement_of(transformer)
     with quantized(transformer, replace(scheme, packed=True), (), modules, stats):
         copies = list(transformer.blocks)
     signal = torch.zeros(len(blocks), len(pairs), dtype=torch.float64)
@@ -98,7 +101,7 @@ def block_errors(
 
     def beside(index: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            error = (copies[index](*args, **kwargs).float() - output.float()).flatten(1)
+            error = (placed.there(copies[index])(*args, **kwargs).float() - output.float()).flatten(1)
             first, count = position.video, len(output)
             signal[index, first : first + count] += output.float().flatten(1).square().sum(1).cpu().double()
             noise[index, first : first + count] += error.square().sum(1).cpu().double()

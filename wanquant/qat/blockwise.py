@@ -41,6 +41,7 @@ from wanquant.quant.trainable import Training, trainable_linears
 from wanquant.runs.files import write_atomic
 from wanquant.runs.progress import Tick, progress
 from wanquant.wan.experts import Experts
+from wanquant.wan.resources.placement import placement_of, streamed
 
 #: A loop for the block of this index, whose states are in this folder.
 NewLoop = Callable[[nn.Module, Loss, Path, int], Loop]
@@ -103,7 +104,7 @@ def record_block_inputs(
         given.append((*(part.cpu() for part in args[:3]), args[3]))
         raise _Reached
 
-    with transformer.get_submodule("blocks.0").register_forward_pre_hook(stop):
+    with streamed([transformer]), transformer.get_submodule("blocks.0").register_forward_pre_hook(stop):
         for first in range(0, len(places), AT_ONCE):
             batch = samples.of(places[first : first + AT_ONCE])
             inputs = (batch.noisy.to(device), batch.timestep.to(device), batch.text.to(device))
@@ -169,21 +170,26 @@ class Blockwise:
         """Trains every block in place, so that the transformer is quantized at the end; a row of each."""
         blocks, rows = self.transformer.get_submodule("blocks"), list[Row]()
         assert isinstance(blocks, nn.ModuleList)
+        placed = placement_of(self.transformer)
         total, main = self.config.steps * len(self.chosen), self.accelerator.is_main_process
         known = [index for index in self.chosen if (self.folder / f"block-{index:03d}" / "row.json").is_file()]
         if known and main:
             print(f"training goes on: {len(known)} of {len(self.chosen)} blocks are known", file=sys.stderr, flush=True)
         with progress("train", total, "step") if main else nullcontext(quiet) as tick:
-            for index, block in enumerate(blocks, self.first):
+            for index, waiting in enumerate(blocks, self.first):
+                block = placed.there(waiting)
                 target = self.inputs.through(block, self.inputs.bf16)
                 trainable = self.make(index, block)
+                trained = trainable is not None
                 if trainable is not None:
                     if index in self.chosen:
                         rows.append(self._train(index, block, trainable, target, tick))
-                    blocks[index - self.first] = block = _frozen(block, trainable)
+                    block = _frozen(block, trainable)
                     del trainable  # before the next one is made
                 self.inputs.quantized = self.inputs.through(block, self.inputs.quantized)
                 self.inputs.bf16 = target
+                if trained:
+                    blocks[index - self.first] = placed.keep_(block)
         return rows
 
     def _train(self, index: int, original: nn.Module, block: nn.Module, target: torch.Tensor, tick: Tick) -> Row:

@@ -21,6 +21,7 @@ from wanquant.quant.trainable import Training
 from wanquant.wan.experts import parts_of
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts, tokens_of
 from wanquant.wan.resources.footprint import Kept, kept_by, once
+from wanquant.wan.resources.offload import Needed
 from wanquant.wan.resources.printed import in_bytes, in_time, print_estimate
 from wanquant.wan.resources.probe import block_seconds, learning_seconds
 
@@ -52,7 +53,8 @@ class TrainingMemory:
         return self.total - self.model + (self.host + self.replaced if on_host else 0)
 
 
-def estimate_memory(plan: TrainPlan) -> TrainingMemory:
+def estimate_memory(plan: TrainPlan, streams: bool = False) -> TrainingMemory:
+    """``streams``: the model's weights wait beside the device."""
     qat, whole = plan.qat, plan.model.shape
     shape, tokens, text = whole.config, tokens_of(plan.settings, whole), plan.settings.max_text_length
     heads, rows, passing = shape.num_attention_heads, _rows(qat), _passing(plan)
@@ -64,8 +66,11 @@ def estimate_memory(plan: TrainPlan) -> TrainingMemory:
         # The model, the block that learns, and on the host what enters it twice, what leaves it, and the text.
         host = 2 * passing * (3 * tokens + text) * width
         average = 4 * block if qat.ema else 0
-        one = ((4 + copies) * block, 4 * block, 8 * block, average, activations)
-        return TrainingMemory(2 * every, *one, host, (1 if plan.scheme.packed else 2) * (shape.num_layers - 1) * block)
+        there = 4 * block if streams else 0  # the block as it was, and as inference will run it
+        one = ((4 + copies) * block + there, 4 * block, 8 * block, average, activations)
+        return TrainingMemory(
+            0 if streams else 2 * every, *one, host, (1 if plan.scheme.packed else 2) * (shape.num_layers - 1) * block
+        )
     trained = count_trained(plan)
     rounded = block if qat.recompute else every
     weights = (4 if trains_weights(qat.scope) else 2) * every + copies * rounded
@@ -75,6 +80,21 @@ def estimate_memory(plan: TrainPlan) -> TrainingMemory:
     else:
         activations *= passed
     return TrainingMemory(2 * every, weights, 4 * trained, 8 * trained, 4 * trained if qat.ema else 0, activations)
+
+
+def training_ways(plan: TrainPlan, needs: ResourceEstimate) -> dict[str, Needed]:
+    """What the training itself needs, by where the weights wait: beside the device only where one block is trained at a
+    time."""
+    memory, on_host = estimate_memory(plan), needs.device.type == "cpu"
+    beside = 0 if on_host else memory.host
+    model = 2 * needs.parameters + needs.others + (needs.videos if on_host else 0)
+    whole = Needed(model + memory.added(on_host), beside)
+    if plan.qat.scope != "blockwise":
+        return {"none": whole}
+    if on_host:
+        return {"none": whole, "group": whole, "disk": Needed(memory.added(False) + memory.host + needs.videos, 0)}
+    card, ways = needs.vae + estimate_memory(plan, streams=True).added(False), needs.ways
+    return {"none": whole} | {name: Needed(card, ways[name].host + beside) for name in ("group", "disk")}
 
 
 def estimate_seconds(plan: TrainPlan) -> float:
@@ -181,10 +201,11 @@ def shrinks(qat: QATConfig) -> str:
     return ", ".join(options)
 
 
-def print_estimates(plan: TrainPlan, needs: ResourceEstimate, config_yaml: str) -> None:
+def print_estimates(plan: TrainPlan, needs: ResourceEstimate, told: str, config_yaml: str) -> None:
     """What the training needs, after what the quantization does."""
-    print_estimate(needs, config_yaml)
-    memory, seconds, options = estimate_memory(plan), estimate_seconds(plan), shrinks(plan.qat)
+    print_estimate(needs, config_yaml, told=told)
+    streams = needs.offload != "none" and needs.device.type != "cpu"
+    memory, seconds, options = estimate_memory(plan, streams), estimate_seconds(plan), shrinks(plan.qat)
     parts = {name: getattr(memory, name) for name in ("model", *ADDED)}
     shown = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     print(f"training    {in_bytes(memory.total)} on the device: {shown}")

@@ -41,7 +41,7 @@ from wanquant.ptq.plan import with_weights
 from wanquant.ptq.protect import Choice, choose
 from wanquant.ptq.result import conversion, verdict
 from wanquant.ptq.sensitivity import quantized
-from wanquant.qat.estimate import count_training_videos, estimate_memory, estimate_seconds, print_estimates
+from wanquant.qat.estimate import count_training_videos, estimate_seconds, print_estimates, training_ways
 from wanquant.qat.loop import make_accelerator
 from wanquant.qat.plan import TrainPlan, resolve_train
 from wanquant.qat.train import Trainer
@@ -57,7 +57,9 @@ from wanquant.wan.device import pick_device
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import hush_libraries, read_transformer
+from wanquant.wan.resources.choice import choose as choose_offload
 from wanquant.wan.resources.estimate import ResourceEstimate
+from wanquant.wan.resources.placement import placement_of
 
 #: Measured against the untrained baseline, pair by pair. The first decides.
 COMPARED = (STEP_SQNR, DRIFT, "psnr", "ssim", "lpips", "attributes")
@@ -118,14 +120,18 @@ class TrainJob(Job):
 
     @classmethod
     def print_estimate(cls, plan: TrainPlan, config_yaml: str) -> None:
-        print_estimates(plan, estimate_resources(plan, cls.counts(plan)), config_yaml)
+        print_estimates(plan, *cls.chosen(plan), config_yaml)
+
+    @classmethod
+    def chosen(cls, plan: TrainPlan) -> tuple[ResourceEstimate, str]:
+        needs = estimate_resources(plan, cls.counts(plan))
+        return choose_offload(needs, plan.config.model.offload, training_ways(plan, needs))
 
     def needed(self, needs: ResourceEstimate) -> dict[str, Any]:
-        found, on_host, takes = super().needed(needs), needs.device.type == "cpu", estimate_seconds(self.plan)
-        added = estimate_memory(self.plan).added(on_host) + (needs.videos if on_host else 0)
+        found, takes = super().needed(needs), estimate_seconds(self.plan)
         return {
             **found,
-            "bytes": max(found["bytes"], 2 * needs.parameters + needs.others + added),
+            "bytes": max(found["bytes"], training_ways(self.plan, needs)[needs.offload].card),
             "seconds": found["seconds"] + takes,
             "stages": {**found["stages"], "train": found["stages"].get("train", 0.0) + takes},
         }
@@ -230,10 +236,11 @@ class TrainJob(Job):
 
         folder = pipeline.artefact("train", "trained", trainer.signature, make)
         shutil.rmtree(trainer.states, ignore_errors=True)
-        for name in transformers_in(pipe):
-            getattr(pipe, name).to("meta")  # there is no room for both
+        for name, part in transformers_in(pipe).items():
+            placed = placement_of(part)
+            part.to("meta")  # there is no room for both
             how = config.quant.packed if quantization_of(folder / name) is not None else None
-            setattr(pipe, name, read_transformer(folder / name, how).to(pipeline.device))
+            setattr(pipe, name, read_transformer(folder / name, how, placement=placed))
         found: dict[str, Any] = json.loads((folder / CURVES).read_text(encoding="utf-8"))
         return found
 

@@ -106,6 +106,12 @@ def training_of(qat: QATConfig) -> Training:
 
 def _check(qat: QATConfig, plan: PTQPlan) -> None:
     """What depends on the format and the model."""
+    offload = plan.config.model.offload
+    if offload in ("group", "disk") and qat.scope != "blockwise":
+        raise ValueError(
+            f"model.offload={offload}: qat.scope={qat.scope} trains all blocks at once, on the device: choose "
+            "qat.scope=blockwise, or model.offload=none"
+        )
     if processes() > 1 and plan.model.transformers > 1 and qat.scope != "blockwise":
         # A step may pass by one of them, whose gradients the other processes would wait for.
         raise ValueError("several processes train two transformers with qat.scope=blockwise alone")

@@ -36,6 +36,7 @@ from wanquant.wan.device import forget_peak_memory, out_of_memory, peak_memory
 from wanquant.wan.experts import parts_of
 from wanquant.wan.products import quick_products
 from wanquant.wan.resources.footprint import mixed_norms
+from wanquant.wan.resources.placement import placement_of
 from wanquant.wan.resources.printed import in_bytes
 
 #: Steps between two looks at how far the scales have moved.
@@ -90,7 +91,9 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Leaves the trained transformer in the pipeline; returns its curves, and the memory it took."""
-        device, planned = self.pipeline.device, estimate_memory(self.plan)
+        device = self.pipeline.device
+        waits = placement_of(self.pipeline.transformer).streams and device.type != "cpu"
+        planned = estimate_memory(self.plan, waits)
         accelerator = make_accelerator(device, self.plan.precision, self.qat.accumulation)
         self.peak_before = peak_memory(device)
         forget_peak_memory(device)

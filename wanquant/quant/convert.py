@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,6 +73,8 @@ def quantize_(
     blocks: str = "blocks",
     on_linear: Callable[[], None] = lambda: None,
     folds: Mapping[str, str] | None = None,
+    device: torch.device | None = None,
+    keep: Callable[[QuantLinear], QuantLinear] = lambda layer: layer,
 ) -> ConversionReport:
     """Quantizes every linear inside the unprotected blocks of ``module``, in place.
 
@@ -83,6 +86,8 @@ def quantize_(
     on_linear          called after each linear, for progress
     folds              for smoothing: by a linear's name inside a block the name of the linear or norm that alone makes
                        its input, channel by channel, and makes nothing else's (``wanquant.wan.families.FOLDS``)
+    device             where linears are quantized one by one, if not where they are; ``keep`` then puts each where it
+                       is to stay
 
     Linears outside the blocks stay as they are. With ``config.attention``, attention itself is quantized where its
     ``to_q``, ``to_k`` and ``to_v`` are. Everything is checked before anything is changed:
@@ -91,15 +96,16 @@ def quantize_(
     scheme, known = scheme_of(config), dict(stats or {})
     plan = plan_conversion(module, scheme, protected_blocks, protected_modules, blocks)
     todo = plan.names("converted")
-    _check_weights(module, todo, scheme)
+    _check_weights(module, todo, scheme, device)
     _check_statistics(scheme, todo, known)
     smoothed: dict[str, Smoothing] = {}
     if scheme.smoothing is not None:
         homes = {row.name: f"{blocks}.{row.block}" for row in plan.modules}
         smoothed = smooth_(module, todo, homes, known, scheme.smoothing, folds or {})
     for name in todo:
-        layer = QuantLinear.from_linear(_linear(module, name), scheme, known.get(name), smoothed.get(name))
-        module.set_submodule(name, layer)
+        linear = _there(_linear(module, name), device)
+        layer = QuantLinear.from_linear(linear, scheme, known.get(name), smoothed.get(name))
+        module.set_submodule(name, keep(layer))
         on_linear()
     _set_attention(module, plan.converted_attentions(), scheme)
     guard(module)
@@ -154,16 +160,21 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
+def _there(linear: nn.Linear, device: torch.device | None) -> nn.Linear:
+    """On the device: itself, or a copy, because others may have the same weights."""
+    return linear if device in (None, linear.weight.device) else copy.deepcopy(linear).to(device)
+
+
 def _set_attention(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
     for name in names:
         attention: Any = module.get_submodule(name)
         attention.set_processor(QuantAttention(scheme))
 
 
-def _check_weights(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
+def _check_weights(module: nn.Module, names: Sequence[str], scheme: Scheme, device: torch.device | None) -> None:
     for name in names:
         weight = _linear(module, name).weight
-        check_product(scheme, weight.device)
+        check_product(scheme, device or weight.device)
         check_shape(scheme, _linear(module, name), name)
         if not scheme.format.codes_all and not weight.isfinite().all():
             raise ValueError(f"{name} has weights that are not finite, for which {scheme.format.name} has no code")

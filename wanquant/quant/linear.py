@@ -79,10 +79,13 @@ class QuantLinear(nn.Linear):
         self.register_buffer("weight_scale", torch.empty(shape, device="meta"))
         self.register_buffer("input_scale", torch.empty((), device="meta") if scheme.act_static else None)
         self.register_buffer("input_factor", torch.empty(in_features, device="meta") if factored else None)
-        self.register_buffer("overflowed", torch.zeros((), dtype=torch.int64, device="cpu"), persistent=False)
-        self.register_buffer("lost", torch.zeros(2, dtype=torch.int64, device="cpu"), persistent=False)
+        # No buffers: offloading puts those back as they were before the pass.
+        self.overflowed = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.lost = torch.zeros(2, dtype=torch.int64, device="cpu")
         #: What tells the weight it was made of, and its codes as a product takes them.
         self._coded: tuple[Any, torch.Tensor] | None = None
+        #: Not where weights are brought to a device for each pass, on which the codes of all would stay.
+        self.keeps_codes = True
 
     @classmethod
     @torch.no_grad()
@@ -97,7 +100,7 @@ class QuantLinear(nn.Linear):
         scheme.weight_granularity.scale_shape(linear.out_features, linear.in_features)  # refuses what does not divide
         source, divisors, factor = linear.weight.detach().to(torch.bfloat16), None, None
         if smoothing is not None:
-            divisors = smoothing.divisors
+            divisors = smoothing.divisors.to(source.device)
             if not smoothing.folded:
                 source, factor = source * divisors.to(torch.bfloat16), 1 / divisors
         rounded = scheme.quantize_weight(source, seen, divisors)
@@ -164,8 +167,7 @@ class QuantLinear(nn.Linear):
     def quantize_input(self, rows: torch.Tensor) -> Scaled:
         """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens], [] or [tokens, in / block]."""
         operand, scale, over = self.scheme.quantize_input(rows, self.input_scale, self.input_factor)
-        if over is not None:
-            self.overflowed += over
+        self.overflowed = _plus(self.overflowed, over)
         return operand, scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,8 +185,7 @@ class QuantLinear(nn.Linear):
             return self._multiply_codes(x, rows).view(*x.shape[:-1], self.out_features)
         scheme, how = self.scheme, (self.input_scale, self.input_factor)
         operand, scale, over = self._shared(x, lambda: scheme.quantize_input(rows, *how))
-        if over is not None:
-            self.overflowed += over
+        self.overflowed = _plus(self.overflowed, over)
         if self.scheme.product == "native":
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
         elif self.scheme.product == "fp8" and operand.is_cuda:
@@ -205,9 +206,8 @@ class QuantLinear(nn.Linear):
 
     def _multiply_codes(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         codes: Codes = self._shared(x, lambda: encode_input(self.scheme, rows, self.input_scale, self.input_factor))
-        if codes.over is not None:
-            self.overflowed += codes.over
-        self.lost += codes.lost
+        self.overflowed = _plus(self.overflowed, codes.over)
+        self.lost = _plus(self.lost, codes.lost)
         return multiply(self.scheme, codes, self._coded_weight(), self.weight_scale, self.bias, x.dtype)
 
     def _coded_weight(self) -> torch.Tensor:
@@ -215,7 +215,8 @@ class QuantLinear(nn.Linear):
         forward."""
         if torch.compiler.is_compiling():
             return encode_weight(self.scheme, self.codes()) if self._coded is None else self._coded[1]
-        if self.scheme.packed or isinstance(self.weight, FakeTensor) or self.weight.is_inference():
+        passing = self.scheme.packed or not self.keeps_codes
+        if passing or isinstance(self.weight, FakeTensor) or self.weight.is_inference():
             return encode_weight(self.scheme, self.codes())
         made_of = self.weight._version, self.weight.data_ptr(), self.scheme.lifts
         if self._coded is not None and self._coded[0] == made_of:
@@ -257,6 +258,8 @@ class QuantLinear(nn.Linear):
         for name, parameter in list(self.named_parameters()):
             if parameter.dtype != before[name].dtype:
                 setattr(self, name, nn.Parameter(before[name].to(parameter.device), requires_grad=False))
+        if not self.weight.is_meta:
+            self.overflowed, self.lost = (count.to(self.weight.device) for count in (self.overflowed, self.lost))
         for name, buffer in kept.items():
             moved = self._buffers[name]
             assert moved is not None
@@ -266,6 +269,11 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.is_packed}"
+
+
+def _plus(count: torch.Tensor, more: torch.Tensor | None) -> torch.Tensor:
+    """In place, on the device where it is counted."""
+    return count if more is None else (count if count.device == more.device else count.to(more.device)).add_(more)
 
 
 def take_product(

@@ -29,12 +29,13 @@ class Smoothing:
 
 def divisors(weight: torch.Tensor, seen: Site, strength: float) -> torch.Tensor:
     """float32 [in], powers of two; 1 for a channel that is all zeros on either side, or not finite. From the weight
-    as BF16, so that a source in float32 gives the same."""
-    inputs = torch.from_numpy(seen.view().channel_absmax).to(weight.device)
-    columns = weight.detach().to(torch.bfloat16).float().abs().amax(0)
+    as BF16, so that a source in float32 gives the same; logarithms by the CPU, so that every device does."""
+    inputs = torch.from_numpy(seen.view().channel_absmax)
+    columns = weight.detach().to(torch.bfloat16).float().abs().amax(0).cpu()
     exponent = (strength * inputs.log2() - (1 - strength) * columns.log2()).round()
     usable = exponent.isfinite() & (exponent.abs() < 100)
-    return torch.ldexp(torch.ones_like(columns), torch.where(usable, exponent, 0.0).to(torch.int32))
+    found = torch.ldexp(torch.ones_like(columns), torch.where(usable, exponent, 0.0).to(torch.int32))
+    return found.to(weight.device)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ VOLATILE = (
     "checkpoint",
     "quant.packed",
     "model.device",
+    "model.offload",
     "model.path",
     "model.base",
     "model.lora",

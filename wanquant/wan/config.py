@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from wanquant.choices import choice
 
 LANGUAGES = ("scenes", "english")
+OFFLOADS = ("auto", "none", "group", "disk")
 
 
 @dataclass
@@ -74,6 +75,8 @@ class ModelConfig:
     path: str = "tiny"
     base: str = ""
     device: str = "auto"
+    #: Where the weights wait that do not run at the moment: on the device, on the host, or on the disk.
+    offload: str = choice("auto", OFFLOADS)
     language: str = choice("scenes", LANGUAGES)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     #: Videos denoised together: quick for a small model. Products round as those of such a batch.

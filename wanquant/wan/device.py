@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 
@@ -128,6 +129,16 @@ def give_back_freed_memory() -> None:
     (mallopt(3), M_MMAP_THRESHOLD). Elsewhere nothing changes."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-3, 1 << 20)
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process may still have, of the device and of the host."""
+    host = int(psutil.virtual_memory().available)
+    if device.type == "cpu":
+        return host, host
+    backend = getattr(torch, device.type)
+    kept = backend.memory_reserved(device) - backend.memory_allocated(device)  # by torch's allocator
+    return int(backend.mem_get_info(device)[0]) + int(kept), host
 
 
 def resident_memory(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.products import quick_products
+from wanquant.wan.resources.placement import streamed
 
 #: A prompt to its embedding [text length, width].
 Embed = Callable[[str], torch.Tensor]
@@ -100,6 +101,12 @@ def decode_video(pipe: WanPipeline, latents: torch.Tensor) -> np.ndarray:
     return np.asarray(pipe.video_processor.postprocess_video(pixels, output_type="np")[0], np.float32)
 
 
+def _device(pipe: WanPipeline) -> torch.device:
+    """On which the pipeline runs, wherever weights wait: the VAE is always there."""
+    device: torch.device = get_module_execution_device(pipe.vae)
+    return device
+
+
 def use_flow_shift(pipe: WanPipeline, flow_shift: float) -> None:
     """The shift belongs to the scheduler; asking for another one than the checkpoint's makes a new scheduler."""
     scheduler = pipe.scheduler
@@ -112,7 +119,7 @@ def use_flow_shift(pipe: WanPipeline, flow_shift: float) -> None:
 @torch.no_grad()
 def embed_prompt(pipe: WanPipeline, prompt: str, settings: GenerationConfig) -> torch.Tensor:
     """[text length, width] of one prompt, encoded alone, so that its neighbours in a batch cannot change it."""
-    with quick_products(pipe.device):
+    with quick_products(_device(pipe)):
         found, _ = pipe.encode_prompt([prompt], None, False, max_sequence_length=settings.max_text_length)
     embedded: torch.Tensor = found[0]
     return embedded
@@ -146,7 +153,8 @@ def generate(
         position.video = first
         noise = torch.cat([initial_noise(pipe, seed, settings) for seed in seeds])
         noise = noise if perturb is None else perturb(noise)
-        with quick_products(pipe.device), position.following(transformers_in(pipe).values()):
+        parts = transformers_in(pipe).values()
+        with quick_products(_device(pipe)), streamed(parts), position.following(parts):
             found = _denoise(pipe, prompts, noise, settings, embed, on_step)
         for prompt, seed, latents in zip(prompts, seeds, found, strict=True):
             video = decode_video(pipe, latents) if decode else np.empty((0, settings.height, settings.width, 3))
@@ -168,16 +176,17 @@ def _denoise(
         on_step()
         return {}
 
+    device = _device(pipe)
     found: torch.Tensor = pipe(
-        prompt_embeds=torch.stack([embed(prompt) for prompt in prompts]).to(pipe.device),
-        negative_prompt_embeds=torch.stack([embed(settings.negative_prompt)] * len(prompts)).to(pipe.device),
+        prompt_embeds=torch.stack([embed(prompt) for prompt in prompts]).to(device),
+        negative_prompt_embeds=torch.stack([embed(settings.negative_prompt)] * len(prompts)).to(device),
         height=settings.height,
         width=settings.width,
         num_frames=settings.num_frames,
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         guidance_scale_2=settings.guidance_scale_2 if pipe.config.boundary_ratio is not None else None,
-        latents=noise.to(pipe.device),
+        latents=noise.to(device),
         callback_on_step_end=tick,
         output_type="latent",
     ).frames

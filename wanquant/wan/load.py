@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from wanquant.quant.eight_bit import check_product
 from wanquant.wan import tiny
 from wanquant.wan.checkpoints.checkpoint import (
     TRANSFORMERS,
@@ -33,6 +34,7 @@ from wanquant.wan.checkpoints.quantizer import attach
 from wanquant.wan.checkpoints.tensor_files import Source
 from wanquant.wan.device import pick_device
 from wanquant.wan.families import FAMILIES, Family, family_of
+from wanquant.wan.resources.placement import HOST, Placement
 
 #: The classes, for rooms that do not import diffusers.
 Pipeline = WanPipeline
@@ -52,6 +54,7 @@ def load_pipeline(
     packed: bool | None = None,
     product: str | None = None,
     base: str | Path = "",
+    placement: Placement | None = None,
 ) -> WanPipeline:
     """The pipeline at ``source``: ``"tiny"``, a folder in diffusers layout, or a hub id; or a transformer in a folder
     or file of another layout (``docs/checkpoints.md``), with the rest of its pipeline from ``base``.
@@ -61,12 +64,13 @@ def load_pipeline(
     ``LOAD_PARTS`` times, for progress.
     A quantized transformer comes as it was made, unless told otherwise: ``packed`` keeps its weights as one byte
     each, which halves its memory and changes no value; ``product`` is for another device than it was made for.
+    ``placement`` says where its weights wait, if not on the ``device``.
     """
-    target = pick_device(device)
+    placement = placement or Placement(pick_device(device))
     files = source if isinstance(source, ModelFiles) else find_model(source, base)
     family, folder = check_folder(files), files.folder
     try:
-        parts = _read_transformers(files, packed, product)
+        parts = _read_transformers(files, packed, product, placement)
         on_part()
         parts["vae"] = _whole(family.vae, folder / "vae", torch.float32)
         on_part()
@@ -76,12 +80,22 @@ def load_pipeline(
     except DAMAGE as error:
         raise ValueError(f"cannot load a Wan pipeline from {files}: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(target)
-    for name in TRANSFORMERS:
-        for layer in quantized_linears(parts[name]).values() if parts.get(name) is not None else ():
-            layer.prepare_()
+    _place(pipe, placement)
     on_part()
     return pipe
+
+
+def _place(pipe: WanPipeline, placement: Placement) -> None:
+    transformers = [part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None]
+    if placement.streams:
+        placement.encoder_(pipe.text_encoder)
+        pipe.vae.to(placement.device)
+    else:
+        pipe.to(placement.device)
+    for layer in [layer for part in transformers for layer in quantized_linears(part).values()]:
+        check_product(layer.scheme, placement.device)
+        if not placement.streams:  # the host need not have the product
+            layer.prepare_()
 
 
 def hush_libraries() -> None:
@@ -227,32 +241,38 @@ def shape_of(where: Path | Source) -> WanTransformer3DModel:
         raise ValueError(f"{source.path} is no Wan transformer: {told}") from error
 
 
-def _read_transformers(files: ModelFiles, packed: bool | None, product: str | None) -> dict[str, Any]:
+def _read_transformers(
+    files: ModelFiles, packed: bool | None, product: str | None, placement: Placement
+) -> dict[str, Any]:
     """Of a pipeline. Of two that are one quantized and one protected as a whole, ``packed`` is for the quantized."""
     found = files.transformers
     quantized = [name for name, part in found.items() if part.quantization is not None]
     asked = quantized or found
     return {
-        name: read_transformer(part, packed, product) if name in asked else read_transformer(part)
+        name: read_transformer(part, *((packed, product) if name in asked else (None, None)), placement)
         for name, part in found.items()
     }
 
 
 def read_transformer(
-    where: Path | Source, packed: bool | None = None, product: str | None = None
+    where: Path | Source, packed: bool | None = None, product: str | None = None, placement: Placement | None = None
 ) -> WanTransformer3DModel:
-    """Of its own folder or file, as ``load_pipeline`` has it."""
-    source = Source.of(where)
+    """Of its own folder or file, as ``load_pipeline`` has it; on the host, unless there is a ``placement``."""
+    source, placement = Source.of(where), placement or Placement(HOST)
     if source.quantization is not None:
+        # Brought to a device in every pass, codes are half as much.
+        packed = True if placement.streams else packed
         transformer = load_transformer(source.path, source.quantization, packed, product)
         attach(transformer, source.quantization)
-        return transformer
+        return placement.put_(transformer, mapped=True)
     if packed is not None or product is not None:
         raise ValueError("packed and product are for a quantized model, and this one is not")
-    if source.as_diffusers and not source.kinds:
-        kind = family_of(read_json(source.path / "config.json").get("_class_name")).transformer
-        return _whole(kind, source.path, torch.bfloat16, exactly=True)
-    return _assemble(source)
+    if not source.as_diffusers or source.kinds:
+        return placement.put_(_assemble(source))
+    kind = family_of(read_json(source.path / "config.json").get("_class_name")).transformer
+    if placement.way == "disk":
+        return placement.put_(placement.read(kind, source.path), mapped=True)
+    return placement.put_(_whole(kind, source.path, torch.bfloat16, exactly=True))
 
 
 def _assemble(source: Source) -> WanTransformer3DModel:

@@ -23,6 +23,7 @@ from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.load import Pipeline
 from wanquant.wan.products import quick_products
+from wanquant.wan.resources.placement import streamed
 
 #: Kind of artefact, and the file in its folder.
 RECORDED, STEPS = "trajectories", "trajectories.safetensors"
@@ -112,14 +113,15 @@ def step_sqnrs(
     not finite. ``on_step`` is called after each step."""
     pairs, path = recording.groups[batch]
     errors = torch.empty(len(pairs), recording.steps, recording.branches, dtype=torch.float64)
-    for step, branch, output, expected in _replayed(pipeline, recording, pairs, path):
-        signal, noise = (each.flatten(1).square().sum(1) for each in (expected, output - expected))
-        decibels = torch.where((noise == 0) & signal.isfinite(), EQUAL_DB, 10 * torch.log10(signal / noise))
-        errors[:, step, branch] = torch.where(
-            output.flatten(1).isfinite().all(1), decibels.clamp(max=EQUAL_DB), torch.nan
-        )
-        if branch == recording.branches - 1:
-            on_step()
+    with streamed(transformers_in(pipeline.pipe).values()):
+        for step, branch, output, expected in _replayed(pipeline, recording, pairs, path):
+            signal, noise = (each.flatten(1).square().sum(1) for each in (expected, output - expected))
+            decibels = torch.where((noise == 0) & signal.isfinite(), EQUAL_DB, 10 * torch.log10(signal / noise))
+            errors[:, step, branch] = torch.where(
+                output.flatten(1).isfinite().all(1), decibels.clamp(max=EQUAL_DB), torch.nan
+            )
+            if branch == recording.branches - 1:
+                on_step()
     found: list[list[list[float]]] = errors.tolist()
     return found
 

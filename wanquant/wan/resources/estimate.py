@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from wanquant.wan.resources.footprint import (
     latent_size,
     parameters_of,
 )
+from wanquant.wan.resources.offload import Needed, on_host, sizes_of, ways_of
 from wanquant.wan.resources.probe import (
     around_seconds,
     begin,
@@ -98,6 +100,8 @@ class ResourceEstimate:
     device: torch.device
     #: Of a model that is quantized already: its linears that are.
     names: Sequence[str] | None = None
+    #: Where the weights wait: a way of ``wanquant.wan.resources.placement``.
+    offload: str = "none"
     #: Seconds of the job's further stages, by name.
     further: Callable[[ResourceEstimate], dict[str, float]] = field(default=lambda plan: {}, compare=False)
 
@@ -113,11 +117,21 @@ class ResourceEstimate:
     def parameters(self) -> int:
         return parameters_of(self.shape)
 
-    @cached_property
+    @property
     def others(self) -> int:
         """Bytes of text encoder and VAE."""
-        text, vae = empty_text_encoder(self.files.folder / "text_encoder"), empty_vae(self.files.folder / "vae")
-        return 2 * parameters_of(text) + 4 * parameters_of(vae)
+        return self.text_encoder[0] + self.vae
+
+    @cached_property
+    def text_encoder(self) -> tuple[int, int]:
+        """Bytes, and those of the two largest layers that follow each other."""
+        encoder = empty_text_encoder(self.files.folder / "text_encoder")
+        layers = [2 * sum(p.numel() for p in child.parameters(recurse=False)) for child in encoder.encoder.modules()]
+        return 2 * parameters_of(encoder), max(map(sum, pairwise(layer for layer in layers if layer)))
+
+    @cached_property
+    def vae(self) -> int:
+        return 4 * parameters_of(empty_vae(self.files.folder / "vae"))
 
     @cached_property
     def converted(self) -> list[str]:
@@ -143,13 +157,18 @@ class ResourceEstimate:
         """Bytes of the transformers as they are loaded."""
         return self.packed if self.names is not None and self.scheme.packed else 2 * self.parameters
 
-    @cached_property
+    @property
     def activations(self) -> int:
         """Bytes, of the largest there are: denoising, quantized or not, or decoding."""
+        return max(self.each_activations)
+
+    @cached_property
+    def each_activations(self) -> tuple[int, int]:
+        """Of denoising, and of decoding."""
         longest = max(self.settings.num_frames, self.counts.longest)
         how = (replace(self.settings, num_frames=longest), self.rows, self.device)
-        found = [denoising_bytes(self._config, kind, *how) for kind in (None, self._quantized)]
-        return max(*found, decoding_bytes(self.files.folder / "vae", self.settings) if self.counts.decoded else 0)
+        denoising = max(denoising_bytes(self._config, kind, *how) for kind in (None, self._quantized))
+        return denoising, decoding_bytes(self.files.folder / "vae", self.settings) if self.counts.decoded else 0
 
     @property
     def videos(self) -> int:
@@ -161,12 +180,24 @@ class ResourceEstimate:
     def added(self) -> int:
         """Bytes on the device beside what was there before. Where that is the host, the files of the weights stay
         mapped while anything of them is used, so that what is quantized comes beside them, and so do the videos."""
-        counts, on_host = self.counts, self.device.type == "cpu"
-        new = counts.beside or (on_host and counts.any_quantized and self.names is None)
-        rounded = self.quantized_weights * (1 if self.scheme.packed else 2) if new else 0
+        if self.offload != "none" and self.device.type != "cpu":
+            return self.ways[self.offload].card
+        videos = self.videos if self.device.type == "cpu" else 0
+        return self.weights + self.others + self.activations + self.beside + videos
+
+    @property
+    def beside(self) -> int:
+        """Bytes of quantized blocks that stand beside those of BF16."""
+        new = self.device.type == "cpu" and self.counts.any_quantized and self.names is None
+        rounded = self.quantized_weights * (1 if self.scheme.packed else 2) if new or self.counts.beside else 0
         inside = sum(m.weight.numel() for m in self.shape.blocks.modules() if isinstance(m, nn.Linear))
-        beside = max(rounded, inside if counts.all_beside else 0)
-        return self.weights + self.others + self.activations + beside + (self.videos if on_host else 0)
+        return max(rounded, inside if self.counts.all_beside else 0)
+
+    @cached_property
+    def ways(self) -> dict[str, Needed]:
+        """What each way of placing the weights needs."""
+        sizes = sizes_of(self)
+        return on_host(sizes) if self.device.type == "cpu" else ways_of(sizes)
 
     @property
     def recorded(self) -> int:

@@ -11,28 +11,30 @@ from wanquant.wan.resources.estimate import GUESS, ResourceEstimate
 LEGEND = "P = protected, stays BF16; q = quantized; m = some of it quantized; - = nothing of it quantized"
 
 
-def print_estimate(plan: ResourceEstimate, config_yaml: str, outside: Mapping[str, float] | None = None) -> None:
-    """``outside`` are seconds of stages that are none of the plan's."""
+def print_estimate(
+    plan: ResourceEstimate, config_yaml: str, outside: Mapping[str, float] | None = None, told: str = ""
+) -> None:
+    """``outside`` are seconds of stages that are none of the plan's; ``told`` is where the weights wait."""
     counts = plan.report.counts()
     print(config_yaml)
     print(f"blocks      {block_map(plan.report)}   ({LEGEND})")
     print("linears     " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     print(f"transformer {plan.parameters:,} parameters, {in_bytes(2 * plan.parameters)} in BF16")
     print(f"checkpoint  transformer {in_bytes(plan.packed)}, {plan.packed / (2 * plan.parameters):.2f} of BF16")
-    print_needs(plan, outside=outside)
+    print_needs(plan, outside=outside, told=told)
 
 
-def print_needs(plan: ResourceEstimate, what: str = "", outside: Mapping[str, float] | None = None) -> None:
+def print_needs(
+    plan: ResourceEstimate, what: str = "", outside: Mapping[str, float] | None = None, told: str = ""
+) -> None:
     """Memory and time, of ``what`` where there are several."""
     counts, on_host = plan.counts, plan.device.type == "cpu"
-    parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
-    beside = "quantized beside them, and videos" if on_host else "quantized beside them"
-    parts[beside] = plan.added - sum(parts.values())
-    told = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     own = resident_memory(plan.device)
     if what:
         print(f"{what}:")
-    print(f"memory      {in_bytes(own + plan.added)}: {told}, the program itself {in_bytes(own)}")
+    if told:
+        print(told)
+    print(f"memory      {in_bytes(own + plan.added)}: {_parts(plan)}, the program itself {in_bytes(own)}")
     if not on_host and plan.videos:
         print(f"            {in_bytes(plan.videos)} on the host, for the videos until they are compared")
     if plan.recorded:
@@ -45,6 +47,16 @@ def print_needs(plan: ResourceEstimate, what: str = "", outside: Mapping[str, fl
     print(f"time        {told}{GUESS if plan.guess else ''}")
     for name, seconds in stages.items():
         print(f"            {name.replace('_', ' '):<20}{seconds:8.1f} s")
+
+
+def _parts(plan: ResourceEstimate) -> str:
+    on_host, streams = plan.device.type == "cpu", plan.offload != "none"
+    if streams and not on_host:
+        return "the most of a prompt's text encoder, of two blocks with what they compute, and of decoding"
+    parts = {"weights": plan.weights + plan.others, "activations": plan.activations}
+    beside = "quantized beside them, and videos" if on_host else "quantized beside them"
+    parts[beside] = plan.added - sum(parts.values())
+    return ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
 
 
 def block_map(report: ConversionReport) -> str:
