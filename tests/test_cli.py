@@ -192,6 +192,23 @@ def test_an_interrupt_of_a_sweep_in_several_processes(whole_group: bool, tmp_pat
     assert seconds < 3
 
 
+@pytest.mark.slow
+def test_a_killed_worker_ends_a_sweep_in_a_line(tmp_path: Path) -> None:
+    command = [sys.executable, "ptq.py", "-m", "protect=none,boundary", "tracker=none", f"cache={tmp_path / 'cache'}"]
+    command += [f"hydra.sweep.dir={tmp_path}/sweep", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list((tmp_path / "sweep").glob("*/log.txt"))) < 2:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    next(child for child in children if any("LokyProcess" in word for word in child.cmdline())).kill()
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("error: a worker was killed, by hand or for its memory: what is")
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert not list((tmp_path / "sweep").glob("*/result.json"))
+
+
 @pytest.mark.parametrize(
     ("body", "least"),
     [

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shlex
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -19,6 +21,7 @@ from wanquant.evaluate.config import EvaluateConfig
 from wanquant.evaluate.judges.vbench import DIMENSIONS, check_dimensions
 from wanquant.evaluate.prompts import pairs
 from wanquant.evaluate.stats import ENOUGH_PAIRS
+from wanquant.mistakes import one_line
 from wanquant.ptq.config import PTQConfig
 from wanquant.qat.plan import resolve_train
 from wanquant.qat.train_config import TrainConfig
@@ -184,3 +187,13 @@ def test_names_say_what_was_used(overrides: list[str], protect: str, model: str)
 def test_a_mistake_is_named(override: str, named: str) -> None:
     with pytest.raises(Exception, match=named):
         composed(override)
+
+
+@pytest.mark.parametrize("value", ["/a/x=1", "/a/über", "/a (1)/[b] {c}", "/it's", '/say "\\c\\', "/c,d"])
+def test_a_value_that_cannot_be_read_is_told_as_it_can_be(value: str) -> None:
+    with pytest.raises(HydraException) as error:
+        composed(f"model.path={value}")
+    told = one_line(error.value)
+    assert "\n" not in told
+    (word,) = shlex.split(told.rpartition("for the shell: ")[2])
+    assert composed(word).model.path == value

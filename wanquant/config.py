@@ -253,11 +253,13 @@ def refuse_unknown_keys(raw: DictConfig, config: Any, path: str = "") -> None:
 
 def _remove_if_empty(folder: Path) -> None:
     """A dry run, or a job refused before it began, leaves a directory with an empty log: take those two away again,
-    with the directories above that Hydra made for it."""
+    with the directories above that Hydra made for it; in a directory of somebody else's the log alone."""
     log = folder / "log.txt"
-    if not log.is_file() or log.stat().st_size or list(folder.iterdir()) != [log]:
+    if not log.is_file() or log.stat().st_size or (folder / "config.yaml").is_file():
         return
     log.unlink()
+    if any(folder.iterdir()):
+        return
     folder.rmdir()
     for parent in folder.parents:
         if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()) or any(parent.iterdir()):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import errno
 import re
+import shlex
 import sys
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from wanquant.choices import did_you_mean
@@ -23,6 +25,7 @@ USER_ERRORS = (
     OmegaConfBaseException,
     ValueError,
     OSError,
+    BrokenExecutor,
 )
 #: Keys of Hydra's that a command may well set, besides our own.
 HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra/launcher", "hydra.launcher.n_jobs", "hydra.verbose", "hydra.mode")
@@ -33,6 +36,7 @@ UNKNOWN = (
     re.compile(r"Key '[^']+' not in '.*full_key: (\S+)", re.DOTALL),
 )
 NO_PRESET = re.compile(r"Could not (?:find|load) '(.+)/([^/']*)'")
+AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.MULTILINE)
 #: Lines that help nobody: OmegaConf's types, links, where presets were searched, the advice to add a misspelt key.
 NOISE = (
     *("object_type=", "reference_type=", "See https://", "Set the environment variable"),
@@ -44,8 +48,11 @@ def one_line(error: BaseException, schema: type | None = None) -> str:
     """The message without line breaks; of an error of the disk also the file, of Hydra's the cause too. ``schema`` is
     the dataclass of the program's config, among whose keys a misspelt one is looked for."""
     text = _text(error)
+    if isinstance(error, BrokenExecutor):
+        killed = "a worker was killed, by hand or for its memory: what is finished is kept"
+        return f"{killed}, the same command with hydra.sweep.dir=<the sweep's folder> goes on there"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        known = _misspelt(text, schema)
+        known = _unreadable(error, text) or _misspelt(text, schema)
         if known:
             return known
     parts = [line.strip() for line in text.splitlines() if line.strip()]
@@ -88,6 +95,25 @@ def _text(error: BaseException) -> str:
     if isinstance(error, HydraException) and cause is not None and str(cause) not in str(error):
         return f"{error}\n{cause}"
     return str(error)
+
+
+def _unreadable(error: BaseException, text: str) -> str:
+    """How to write a value that Hydra's grammar takes for something else, as it does many a folder or prompt; nothing
+    of other errors."""
+    several = AMBIGUOUS.search(text)
+    override = error.override if isinstance(error, OverrideParseException) else several[1] if several else ""
+    key, equals, value = override.partition("=")
+    if not override or not equals:
+        return f"{override}: give a key and its value, key=value" if override else ""
+    # Of backslashes Hydra takes only those before a quote for anything but themselves.
+    text = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value)
+    advice = "a text is quoted twice, for Hydra and for the shell: " + shlex.quote(f'{key}="{text}"')
+    listed = f"a list is {shlex.quote(f'{key}=[{value}]' if several else f'{key}=[...]')}, texts in it in double quotes"
+    if value.startswith("["):
+        advice = listed
+    elif several:
+        advice = f"{listed}; {advice}"
+    return f"{key}={value} cannot be read; {advice}"
 
 
 def _misspelt(text: str, schema: type | None) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import resource
 import shutil
 import signal
 import time
@@ -24,7 +26,9 @@ from wanquant import load_pipeline
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
 from wanquant.wan.checkpoints.checkpoint import WEIGHTS, quantized_linears
+from wanquant.wan.checkpoints.sums import check_sums
 from wanquant.wan.experts import shape_of_whole
+from wanquant.wan.load import fingerprint
 
 TINY = tiny.folder()
 
@@ -70,6 +74,66 @@ def test_it_is_the_checkpoint_a_run_saves(
         assert said in capsys.readouterr().out
     assert ptq(monkeypatch, "mode=convert", "protect=none", *words, *where) == 1
     assert "is there already" in capsys.readouterr().err
+
+
+def test_it_is_known_by_what_is_in_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by when they were written or where they lie; and what it leaves is not kept where it ended in an error."""
+    model = shutil.copytree(short(4), tmp_path / "model")
+    words = ["mode=convert", "protect=none", "tracker=none", f"cache={tmp_path / 'cache'}"]
+    words += [f"convert.to={tmp_path / 'there'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert ptq(monkeypatch, *words, f"model.path={model}") == 0
+    first = read_result(tmp_path / "run")
+    for path in model.rglob("*"):
+        os.utime(path, ns=(1, 1))
+    moved = shutil.move(model, tmp_path / "moved")
+    assert ptq(monkeypatch, *words, f"model.path={moved}") == 0
+    assert "finished already" in capsys.readouterr().out
+    # Other weights of the same name, size and time.
+    path = tmp_path / "moved" / "transformer" / WEIGHTS
+    stat = path.stat()
+    save_file({name: -tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    assert ptq(monkeypatch, *words, f"model.path={moved}") == 1
+    assert "is there already" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "there")
+    assert ptq(monkeypatch, *words, f"model.path={moved}") == 0
+    second = read_result(tmp_path / "run")
+    assert first["model"]["fingerprint"] != second["model"]["fingerprint"] == fingerprint(moved)
+    load_pipeline(tmp_path / "there", device="cpu")
+    # What ends in an error leaves nothing behind, and its one line names the file and the tensor.
+    tensors = load_file(path)
+    tensors["blocks.2.ffn.net.2.weight"][0, 0] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.rmtree(tmp_path / "there")
+    assert ptq(monkeypatch, *words, f"model.path={moved}") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {path}: tensor blocks.2.ffn.net.2.weight holds 1 NaN or infinite value of ")
+    assert not list(tmp_path.glob("there*"))
+
+
+def test_a_full_disk_leaves_no_checkpoint_and_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["mode=convert", "protect=none", "tracker=none", f"cache={tmp_path / 'cache'}", f"model.path={short(4)}"]
+    words += [f"convert.to={tmp_path / 'there'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    short()  # which the helper asks for: not to be made under the limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        assert ptq(monkeypatch, *words) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "File too large" in error
+    assert not (tmp_path / "there").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert ptq(monkeypatch, *words) == 0
+    assert not list(tmp_path.glob("there.*"))
+    check_sums(tmp_path / "there")
 
 
 @pytest.mark.slow
@@ -128,27 +192,6 @@ def test_a_transformer_alone_and_under_its_authors_names(tmp_path: Path, monkeyp
     )
     ours = WanTransformer3DModel.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
     assert same(dict(ours.state_dict()), dict(load_pipeline(TINY, device="cpu").transformer.state_dict()))
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["protect=auto"], "cannot know the blocks that protect.by="),
-        (["model=tiny-outliers"], "leave model.outliers out"),
-        (["eval.dimensions=[temporal_flickering]"], "makes no videos to judge"),
-        (["checkpoint=false"], "makes a checkpoint and nothing else"),
-        (["mode=quantize", "convert.to=x"], "convert is for mode=convert"),
-        (["quant=static_per_tensor", "convert.statistics=nowhere"], "nowhere"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(
-    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [*words] if any(word.startswith("mode=") for word in words) else ["mode=convert", *words]
-    assert ptq(monkeypatch, *words, "tracker=none", f"hydra.run.dir={tmp_path / 'run'}") == 1
-    error = capsys.readouterr().err.strip().splitlines()
-    assert said in error[-1]
-    assert not (tmp_path / "run" / "checkpoint").exists()
 
 
 def test_a_dry_run_says_what_it_would_take(

@@ -294,16 +294,6 @@ def test_values_that_fp8_loses_are_told(
         assert layers[1][name].weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "words", [["quant.format=int8", "quant.product=fp8"], ["quant=weight_mse", "quant.product=fp8"]]
-)
-def test_a_product_that_a_quantization_does_not_have_is_refused(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert ptq(monkeypatch, *words, f"hydra.run.dir={tmp_path}") == 1
-    assert "choose" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_a_second_run_makes_no_bf16_video_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,50 +355,6 @@ def truncated_model(folder: Path) -> str:
     weights = folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     return f"model.path={folder / 'model'}"
-
-
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("quant.wieghts.rule=direct", "wieghts"),
-        (
-            "protect=boundry",
-            "protect=boundry: did you mean boundary? choose auto, auto_absmax, ",
-        ),
-        ("protect.blocks=[3,40]", "protected block 40 is out of range: the model has 8 blocks"),
-        ("protect.modules=[ffn]", "pattern 'ffn' of protected modules matches nothing"),
-        ("protect.modules=['.*']", "protect leaves no linear to quantize"),
-        ("quant.weights.rule=absmax", "scale rule 'absmax'"),
-        ("model.path=./nowhere", "no model folder ./nowhere"),
-        (truncated_model, "truncated"),
-        (lambda folder: f"model.path={folder}", "no diffusers pipeline"),
-        ("prompts.texts=[a red dog]", "not a tiny-wan caption: 'a red dog'"),
-        ("calib.texts=[a red dog]", "not a tiny-wan caption: 'a red dog'"),
-        ("+quant.spin=up", "unknown key quant.spin"),
-        ("model.generation.steps=0", "generation.steps=0"),
-        ("model.generation.num_frames=18", "generation.num_frames=18"),
-        ("prompts.seeds=[-1]", "prompts.seeds"),
-        ("threads=0", "threads=0: must be at least 1"),
-        ("prompts.texts=[]", "prompts.texts is empty"),
-        ("model.device=tpu", "model.device=tpu"),
-        ("model.device=cpu:x", "model.device=cpu:x"),
-        ("model.generation.flow_shift=inf", "generation.flow_shift=inf"),
-        ("model.generation.guidance_scale=nan", "generation.guidance_scale=nan"),
-        ("quant.activations.rule=amax/65536", "quant.activations.rule: target 65536 is beyond the range of hif8"),
-        ("tracker.mode=sometimes", "tracker.mode=sometimes"),
-    ],
-)
-def test_bad_input_gets_one_line_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: Any, named: str
-) -> None:
-    refused(monkeypatch, tmp_path, capsys, override, named)
-
-
-def test_no_batch_is_no_batch_where_videos_come_alone_too(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert ptq(monkeypatch, "quant=osp_next", "model.batch=0", f"hydra.run.dir={tmp_path / 'run'}") == 1
-    assert capsys.readouterr().err == "error: model.batch=0: must be at least 1\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 import random
 import re
@@ -240,44 +242,6 @@ def test_killed_five_times_it_ends_the_same(scope: str, model: Path, tmp_path: P
     assert again["metrics"] == whole["metrics"]
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["qat.scope=everything"], "qat.scope=everything: choose all, blocks"),
-        (["qat.scope=all", "qat.blocks=[1]"], "choose qat.scope=blocks"),
-        (["qat.scope=blocks"], "needs qat.blocks"),
-        (["qat.scope=blocks", "qat.blocks=[9]"], "9 is out of range"),
-        (["qat.scope=lora", "protect.blocks=[0,1,2,3]"], "no linear to quantize"),
-        (["qat.steps=0"], "qat.steps=0: must be at least 1"),
-        (["qat.batch=5", "qat.accumulation=2"], "does not divide"),
-        (["qat.bf16_steps=3", "qat.scope=all"], "leaves none"),
-        (["qat.loss.flow=1", "qat.scope=all"], "qat.loss.flow is for videos"),
-        (["qat.loss.output=0", "qat.scope=all"], "nothing would be learned"),
-        (["qat.scaling=delayed", "qat.scope=all"], "static=true"),
-        (["qat.gradients=hif4"], "choose none, hif8, stochastic"),
-        (["quant=mxfp8_w8a8"], "mxfp8 cannot be trained"),
-        (["quant=bf16"], "fine-tune with qat=off"),
-        (["qat=off", "qat.scope=lora"], "is for a quantized model"),
-        (["qat.data.source=folder", "qat.scope=all", "qat.data.path=nowhere"], "qat.data.path=nowhere"),
-        (["qat.data.source=tape"], "choose trajectories, scenes, folder"),
-        (["qat.data.prompts.texts=[a blue square moving up on a white background]"], "measured on"),
-        (["qat.scope=scales", "qat.bf16_steps=1"], "no use for qat.bf16_steps"),
-        (["qat.samples=3"], "at least 16"),
-        (["mode=analyze"], "no other than quantize"),
-        (["qat.lrr=1"], "lrr"),
-    ],
-)
-def test_what_is_refused(
-    words: list[str], said: str, model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    run = tmp_path / "run"
-    assert train(monkeypatch, *overrides(model, cache, *words, f"hydra.run.dir={run}")) == 1
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-    assert not (run / "result.json").exists()
-
-
 def test_a_dry_run_says_what_memory_the_training_needs(
     model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -342,6 +306,13 @@ def test_a_list_of_videos_is_checked(tmp_path: Path) -> None:
             read_list(tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "caption": "one"}\n')
     assert read_list(tmp_path) == [(tmp_path / "a.mp4", "one")]
+    captions = ['two\nlines, "quoted"', "a\u2028b", "=1"]
+    with (tmp_path / "odd.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "caption"), *(("a.mp4", caption) for caption in captions)])
+    rows = "\n".join(json.dumps({"file": "a.mp4", "text": text}, ensure_ascii=False) for text in captions)
+    (tmp_path / "odd.jsonl").write_text(rows, encoding="utf-8")
+    for name in ("odd.csv", "odd.jsonl"):
+        assert [caption for _, caption in read_list(tmp_path / name)] == captions
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from tests import forked
-from wanquant.runs.cache import SUMS, Cache, damaged
+from wanquant.runs.cache import Cache, damaged
+from wanquant.runs.files import SUMS
 from wanquant.wan.device import first_free
 
 FORKED = forked.context()

@@ -43,6 +43,7 @@ QUIET = {
     "cache",
     "dry_run",
     "force",
+    "verify",
     "checkpoint",
     "quant.packed",
     "model.device",

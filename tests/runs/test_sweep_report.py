@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.evaluate.results import METRIC, named, shifted, sweep
+from tests.evaluate.results import METRIC, changed, named, shifted, sweep
 from wanquant.evaluate.sweep import tables as report
 from wanquant.evaluate.sweep.summary import summarize
 from wanquant.runs import pictures
@@ -117,7 +118,41 @@ def test_latex_and_markdown_escape_what_they_must() -> None:
     assert r"1--4 \% \& \textasciitilde{} & x|y \\" in text
     assert text.splitlines()[5:7] == [r"\midrule", r" & attn[12]\textbackslash{}..* \\"]
     lines = markdown(heads, rows, floors).splitlines()
-    assert lines[2:] == [r"| 1–4 % & ~ | x\|y |", r"|  | *attn[12]\..\** |"]
+    assert lines[2:] == [r"| 1–4 % & ~ | x\|y |", r"|  | *attn[12]\\..\** |"]
+
+
+#: What would be markup, a formula, or another row, somewhere.
+NASTY = (
+    "<script>alert('x')</script> & \"quoted\" --> `code`",
+    "two\nlines | a *star* \\ $\\frac{1}{2$ and",
+    '=HYPERLINK("http://x"), @SUM(1) [a](javascript:x)',
+)
+
+
+def test_prompts_and_names_of_any_letters_are_text_everywhere(tmp_path: Path) -> None:
+    items = dict(zip(("a", "b", "c"), NASTY, strict=True))
+    change: dict[str, Any] = {"protect.name": NASTY[2], "model.name": NASTY[0]}
+    for name in ("step_sqnr", "psnr"):
+        per_item = [{**item, "prompt": items[item["prompt"]]} for item in METRIC["per_item"]]
+        change[f"metrics.{name}"] = {**METRIC, "per_item": per_item}
+    folder = sweep(tmp_path, {**change, "protect.name": NASTY[1]}, change)
+    (folder / "0" / "result.json").write_text(json.dumps(changed({**change, "protect.name": "+1"})))
+    report.report(folder)
+    page = (folder / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(&#39;x&#39;)" in page
+    lines = (folder / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert len(lines) == 6
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    assert {len(line) for line in cells} == {len(cells[0])}
+    told = [line[1].strip() for line in cells[2:]]
+    assert r'=HYPERLINK("http://x"), @SUM(1) \[a](javascript:x)' in told
+    assert r"two lines \| a \*star\* \\ \$\\frac{1}{2\$ and" in told
+    assert "<script>" not in (folder / "table.md").read_text().replace(r"\<script>", "")
+    assert len((folder / "table.tex").read_text().splitlines()) == 11
+    rows = list(csv.DictReader((folder / "table.csv").open(newline="")))
+    assert {row["name"] for row in rows} >= {"'+1", f"'{NASTY[2]}", NASTY[1]}
+    assert not any(str(value).startswith(("=", "+", "@")) for row in rows for value in row.values())
 
 
 def test_columns_are_as_wide_as_their_longest_cell() -> None:

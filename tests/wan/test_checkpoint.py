@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +15,16 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.jobs import short
 from wanquant import load_pipeline, quantize_, save_quantized
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear
+from wanquant.runs.files import SUMS, read_sums
 from wanquant.wan import tiny
+from wanquant.wan.checkpoints.checkpoint import WEIGHTS
+from wanquant.wan.checkpoints.sums import check_finite
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import Sample, generate
-from wanquant.wan.load import check_folder, read_generation
+from wanquant.wan.load import check_folder, fingerprint, read_generation
 
 PROMPT = tiny.caption("red", "circle", "left", "black")
 
@@ -58,11 +65,11 @@ def test_it_loads_packed_and_with_another_product(tmp_path: Path) -> None:
     assert described["quantization_config"]["product"] == "exact"
     described["quantization_config"]["product"] = "native"
     path.write_text(json.dumps(described))
-    layer = load_pipeline(folder, device="cpu").transformer.blocks[5].ffn.net[2]
+    layer = load_pipeline(folder, device="cpu", verify=False).transformer.blocks[5].ffn.net[2]
     x = torch.randn(4, layer.in_features).to(torch.bfloat16)
     with pytest.raises(ValueError, match="has no HiF8 matrix product of its own"):
         layer(x)
-    again = load_pipeline(folder, device="cpu", packed=True, product="exact")
+    again = load_pipeline(folder, device="cpu", packed=True, product="exact", verify=False)
     for name, layer in pipe.transformer.named_modules():
         if isinstance(layer, QuantLinear):
             loaded = again.transformer.get_submodule(name)
@@ -81,7 +88,8 @@ def test_a_checkpoint_that_was_cast_is_refused_and_an_older_one_is_not(tmp_path:
     described = json.loads((folder / "config.json").read_text())
     del described["quantization_config"]["attention"]
     (folder / "config.json").write_text(json.dumps(described))
-    assert load_pipeline(tmp_path / "saved", device="cpu").transformer.blocks[5].ffn.net[2].scheme.attention == "off"
+    older = load_pipeline(tmp_path / "saved", device="cpu", verify=False)
+    assert older.transformer.blocks[5].ffn.net[2].scheme.attention == "off"
     for part, key in (
         (described["quantization_config"], "format"),
         (described["quantization_config"]["weights"], "rule"),
@@ -89,7 +97,7 @@ def test_a_checkpoint_that_was_cast_is_refused_and_an_older_one_is_not(tmp_path:
         lost = part.pop(key)
         (folder / "config.json").write_text(json.dumps(described))
         with pytest.raises(ValueError, match=key):
-            load_pipeline(tmp_path / "saved", device="cpu")
+            load_pipeline(tmp_path / "saved", device="cpu", verify=False)
         part[key] = lost
     (folder / "config.json").write_text(json.dumps(described))
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -97,7 +105,7 @@ def test_a_checkpoint_that_was_cast_is_refused_and_an_older_one_is_not(tmp_path:
     name = "blocks.5.attn1.to_q.weight_scale"
     save_file({**tensors, name: tensors[name].bfloat16()}, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"{name} is torch\.bfloat16, not torch\.float32"):
-        load_pipeline(tmp_path / "saved", device="cpu")
+        load_pipeline(tmp_path / "saved", device="cpu", verify=False)
 
 
 def test_bytes_and_layout(tmp_path: Path) -> None:
@@ -183,7 +191,7 @@ def test_what_lies_beside_the_weights_is_not_read_and_a_wrong_module_is_named(tm
     described["quantization_config"]["modules"][0] = "blocks.0.norm1"
     config.write_text(json.dumps(described))
     with pytest.raises(ValueError, match=r"blocks\.0\.norm1 is a FP32LayerNorm, not a linear"):
-        load_pipeline(folder, device="cpu")
+        load_pipeline(folder, device="cpu", verify=False)
 
 
 def broken(tmp_path: Path, name: str, damage: object) -> Path:
@@ -220,7 +228,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path, component: str, tensor: str, 
     del tensors[tensor]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"tensor {tensor} .*missing"):
-        load_pipeline(folder, device="cpu")
+        load_pipeline(folder, device="cpu", verify=False)
 
 
 @pytest.mark.parametrize(
@@ -252,3 +260,78 @@ def test_no_such_model() -> None:
         load_pipeline("./nowhere")
     with pytest.raises(ValueError, match="cannot get nobody/nothing from the hub"):
         load_pipeline("nobody/nothing")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipe = load_pipeline(short(4), device="cpu")
+    quantize_(pipe.transformer, QuantConfig())
+    return save_quantized(pipe, tmp_path_factory.mktemp("saved") / "checkpoint")
+
+
+def flip(path: Path) -> None:
+    """A byte in the middle, which no loader notices by itself."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (f"transformer/{WEIGHTS}", flip, "is not what was written"),
+        (f"transformer/{WEIGHTS}", truncate, "is truncated or damaged"),
+        (f"vae/{WEIGHTS}", flip, "is not what was written"),
+        ("text_encoder/model.safetensors", flip, "is not what was written"),
+        ("transformer/config.json", lambda p: p.write_text(p.read_text().replace("amax/15", "amax/16")), "is not what"),
+        ("tokenizer/tokenizer_config.json", Path.unlink, "is missing: the checkpoint is incomplete"),
+        (SUMS, lambda p: p.write_text("x\n" + p.read_text()), "line 1: not a SHA-256 sum"),
+    ],
+)
+def test_damage_is_named_by_its_file(tmp_path: Path, saved: Path, name: str, damage: Any, message: str) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    load_pipeline(folder, device="cpu")
+    damage(folder / name)
+    for load in (lambda: load_pipeline(folder, device="cpu"), lambda: (check_folder(folder), fingerprint(folder))):
+        with pytest.raises(ValueError, match=f"{re.escape(str(folder / name))}.* {message}") as error:
+            load()
+        assert "\n" not in str(error.value)
+    if damage is flip:
+        load_pipeline(folder, device="cpu", verify=False)
+    if damage is flip and name.startswith("transformer"):
+        with pytest.raises(ValueError, match=rf"{WEIGHTS} is not what was written"):
+            WanPipeline.from_pretrained(folder)
+
+
+def test_the_sums_are_those_of_all_that_is_loaded(saved: Path) -> None:
+    told = {path.relative_to(saved).as_posix() for path in read_sums(saved)}
+    there = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
+    assert there - told == {SUMS}
+    assert subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=saved, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, component: str, value: float) -> None:
+    folder = shutil.copytree(short(4), tmp_path / "model")
+    (path,) = (folder / component).glob("*.safetensors")
+    tensors = load_file(path)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name].view(-1)[7] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{component}.*: tensor {re.escape(name)} holds 1 NaN or infinite value of"):
+        load_pipeline(folder, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_finite_is_told_by_bits_as_by_torch(dtype: torch.dtype, tmp_path: Path) -> None:
+    kind = torch.finfo(dtype)
+    sound = torch.tensor([0.0, -0.0, 1.5, -2.0, kind.max, kind.min, kind.tiny, -kind.tiny], dtype=dtype)
+    for tensor in (sound, sound[sound > 0], sound[sound < 0], sound[0], sound[:0], torch.arange(3)):
+        check_finite({"a": tensor}, tmp_path)
+    for value in (float("inf"), -float("inf"), float("nan"), -float("nan")):
+        for place in range(len(sound)):
+            spoilt = sound.clone()
+            spoilt[place] = value
+            with pytest.raises(ValueError, match=r"tensor a holds 1 NaN or infinite value of 8"):
+                check_finite({"a": spoilt.reshape(2, 4).T}, tmp_path)

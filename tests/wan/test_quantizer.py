@@ -24,6 +24,7 @@ from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig
 from wanquant.quant.statistics import Layout, Observer
 from wanquant.registered import register
+from wanquant.runs.files import SUMS
 from wanquant.wan.checkpoints.checkpoint import WEIGHTS, quantized_linears
 from wanquant.wan.checkpoints.stream import Recipe, convert_transformer
 from wanquant.wan.families import FOLDS
@@ -127,7 +128,9 @@ def test_a_streamed_checkpoint_loads(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def damaged(tmp_path: Path) -> Path:
     pipe, _ = short()
     quantize_(pipe.transformer, QuantConfig(), (0,))
-    return save_quantized(pipe, tmp_path / "saved") / "transformer"
+    folder = save_quantized(pipe, tmp_path / "saved")
+    (folder / SUMS).unlink()  # as of one that was made anew
+    return folder / "transformer"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from wanquant import load_pipeline, quantize_
 from wanquant.quant import QuantConfig
 from wanquant.quant.config import ActivationConfig, WeightConfig
 from wanquant.quant.statistics import Layout, Observer
+from wanquant.runs.files import sum_of_file
 from wanquant.wan.checkpoints import stream
 from wanquant.wan.checkpoints.checkpoint import (
     INDEX,
@@ -218,22 +219,32 @@ def test_it_goes_on_behind_the_last_file_it_finished(
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
-@pytest.mark.parametrize("changed", ["recipe", "source"])
-def test_it_takes_nothing_up_from_another_recipe_or_source(
+@pytest.mark.parametrize("changed", ["recipe or source", "file"])
+def test_it_takes_nothing_up_that_is_not_its_own(
     changed: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither another recipe's or source's file, nor one that is not what it had written."""
     monkeypatch.setattr(stream, "SHARD", 300_000)
     target = tmp_path / "found"
     target.mkdir()
     (target / file_names(5)[0]).write_bytes(b"another's")
-    identity = Source.of(source).identity()
-    told = {"read": [1], "written": 1, "overflowed": {}, "tensors": []}
-    known = stream.digest(["other" if changed == "recipe" else "signed", identity if changed == "recipe" else []])
+    told = {"read": [1], "written": 1, "overflowed": {}, "tensors": [], "sha256": 64 * "0"}
+    if changed != "file":
+        told["sha256"] = sum_of_file(target / file_names(5)[0])
+    known = "signed" if changed == "file" else "other"
     (target / LEDGER).write_text(json.dumps({"recipe": known, "files": {file_names(5)[0]: told}}))
     recipe = Recipe(QuantConfig(), (0,))
-    convert_transformer(source, target, recipe, "signed")
-    assert (target / file_names(5)[0]).read_bytes() != b"another's"
+    streamed = convert_transformer(source, target, recipe, "signed")
     same(target, expected(source, tmp_path / "wanted", recipe))
+    assert streamed.sums == {path: sum_of_file(path) for path in sorted(target.glob("*.safetensors"))}
+
+
+def test_a_weight_that_is_not_finite_is_named(source: Path, tmp_path: Path) -> None:
+    tensors = load_file(source / WEIGHTS)
+    tensors["blocks.3.attn1.to_q.bias"][5] = float("nan")
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: tensor blocks\.3\.attn1\.to_q\.bias holds 1 NaN or infinite"):
+        convert_transformer(source, tmp_path / "found", Recipe(QuantConfig(), (0,)), "signed")
 
 
 def test_it_refuses_before_it_writes(source: Path, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ class EvaluateConfig:
     dry_run: bool = False
     cache: str = "outputs/cache"
     threads: int = 1
+    #: Hold a checkpoint to its SHA256SUMS.
+    verify: bool = True
 
     def check(self) -> None:
         """``ValueError`` names the key at fault and what it may be; needs no torch."""

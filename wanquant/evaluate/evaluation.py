@@ -49,7 +49,8 @@ Values = dict[str, dict[str, float]]
 @dataclass(frozen=True)
 class Side:
     """One of the models. ``source`` are its files, ``model`` how to ask it for a video, ``how`` what is
-    done to its noise, ``files`` the videos that are there. ``fingerprint`` is what the source has to be, if known."""
+    done to its noise, ``files`` the videos that are there. ``fingerprint`` is what the source has to be, if known;
+    ``verify``: so do its ``SHA256SUMS``, if it has some."""
 
     name: str
     prefix: str
@@ -58,6 +59,7 @@ class Side:
     files: dict[Pair, Path] = field(default_factory=dict)
     fingerprint: str = ""
     how: dict[str, str] = field(default_factory=dict)
+    verify: bool = True
 
     def identified(self) -> Side:
         """With its fingerprint, of all the source's files. ``ValueError`` unless it is there, and what it has to be."""
@@ -65,14 +67,14 @@ class Side:
             raise ValueError(f"{self.source} is not there to generate from: run ptq.py with checkpoint=true")
         check_folder(self.source)
         with progress(f"read {self.name}", count_files(self.source), "file") as tick:
-            found = fingerprint(self.source, tick, describe_loras(self.model.lora))
+            found = fingerprint(self.source, tick, describe_loras(self.model.lora), self.verify)
         if self.fingerprint not in ("", found):
             raise ValueError(f"{self.source} is not the model this run was made with: give that as reference=<folder>")
         return dataclasses.replace(self, fingerprint=found)
 
     def pipeline(self, placement: Placement, cache: Cache) -> CachedPipeline:
         with progress(f"load {self.name}", LOAD_PARTS, "part") as tick:
-            pipe = load_pipeline(self.source, on_part=tick, placement=placement)
+            pipe = load_pipeline(self.source, on_part=tick, placement=placement, verify=False)  # it is identified
         fuse_loras_(whole_of(pipe), self.model.lora)
         plant_outliers_(whole_of(pipe), self.model.outliers)
         return CachedPipeline(pipe, self.model, self.fingerprint, placement.device, cache)

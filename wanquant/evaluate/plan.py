@@ -60,7 +60,8 @@ def resolve_evaluate(config: EvaluateConfig, device: torch.device) -> EvaluatePl
     check_eval(config.eval)
     if config.run is None:
         return EvaluatePlan(config, device, _resolve_model(config))
-    where, asked = Path(config.run), (config.eval, device, config.threads, config.prompts, config.reference)
+    where = Path(config.run)
+    asked = (config.eval, device, config.threads, config.prompts, config.reference, config.verify)
     if (where / "result.json").is_file() or not _is_sweep(where):
         return EvaluatePlan(config, device, runs={where: resolve_run(where, *asked)})
     runs: dict[Path, RunPlan | ValueError | OSError] = {}
@@ -86,10 +87,10 @@ def _is_sweep(folder: Path) -> bool:
 
 def _resolve_model(config: EvaluateConfig) -> EvaluationPlan:
     name = "demo5" if config.prompts.name == OWN else config.prompts.name
-    sides = [_side("model", "", config.model, find_model(config.model.path, config.model.base))]
+    sides = [_side("model", "", config.model, find_model(config.model.path, config.model.base), config.verify)]
     if config.reference is not None:
         model = dataclasses.replace(config.model, batch=sides[0].model.batch)
-        sides.append(_side("bf16", "bf16.", model, _reference(config.reference, model)))
+        sides.append(_side("bf16", "bf16.", model, _reference(config.reference, model), config.verify))
         sides += [sides[1].perturbed({})] if config.eval.noise_floor else []
     return EvaluationPlan(name, Path(), tuple(sides), (config.pairs_of_model(),), config.eval, config.prompts.official)
 
@@ -100,13 +101,13 @@ def _reference(reference: str, model: ModelConfig, shapes_only: bool = False) ->
     return find_model(reference, base, shapes_only)
 
 
-def _side(name: str, prefix: str, model: ModelConfig, source: ModelFiles) -> Side:
+def _side(name: str, prefix: str, model: ModelConfig, source: ModelFiles, verify: bool) -> Side:
     """Videos come one at a time where a batch would share a scale."""
     check_folder(source)
     check_guidance(source, model.generation)
     made = [part.quantization for part in source.transformers.values() if part.quantization is not None]
     alone = any(not parse(config_of(described)).independent for described in made)
-    return Side(name, prefix, source, dataclasses.replace(model, batch=1) if alone else model)
+    return Side(name, prefix, source, dataclasses.replace(model, batch=1) if alone else model, verify=verify)
 
 
 def resolve_run(
@@ -116,6 +117,7 @@ def resolve_run(
     threads: int,
     prompts: PromptsConfig | None = None,
     reference: str | None = None,
+    verify: bool = True,
 ) -> RunPlan:
     """A finished run on ``prompts``, or its own. ``reference`` is where the run's model is, if not where it was."""
     result = _finished(run)
@@ -132,6 +134,7 @@ def resolve_run(
         ours = []
     new = [pair for pair in asked if pair not in set(ours)]
     sides = _sides_of(run, result, model, reference, {pair: own.index(pair) for pair in ours})
+    sides = tuple(dataclasses.replace(side, verify=verify) for side in sides)
     if not config.noise_floor or len(sides[2].files) < len(ours):
         sides = sides[:2]
     check_captions((text for text, _ in asked), model.language)

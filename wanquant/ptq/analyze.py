@@ -7,8 +7,6 @@ figures drawn from them, as CSV into ``analysis/``.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 import shutil
@@ -29,6 +27,7 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.quant.site import View
 from wanquant.quant.statistics import INPUT, RESIDUAL, Site, Statistics
 from wanquant.runs.files import replacing, write_atomic
+from wanquant.runs.reports.table import csv_text
 
 #: One scale for all that passes, chosen in calibration: their SQNR is worked out from the histogram.
 STATIC_RULES = ("direct", "amax/15", "amax/8", "amax/16", "pow2/15", "p99.9/15", "p99.99/15", "ema/15", "mse", "ofmr")
@@ -101,7 +100,7 @@ def _write_tables(analysis: dict[str, Any], folder: Path) -> None:
     tables |= {f"heatmap_{name}": _numbered("step", rows) for name, rows in analysis["heatmaps"].items()}
     for name, table in tables.items():
         if table:
-            write_atomic(folder / f"{name}.csv", to_csv(table))
+            write_atomic(folder / f"{name}.csv", csv_text(table))
 
 
 def _numbered(column: str, rows: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
@@ -248,11 +247,3 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     rules = {f"sqnr {name}": value for name, value in row["sqnr"].items()}
     plain = {key: value for key, value in row.items() if key not in ("zones", "zones_direct", "sqnr")}
     return {**plain, "outlier_channels": len(row["outlier_channels"]), **zones, **rules}
-
-
-def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()

@@ -64,6 +64,8 @@ class PTQConfig:
     threads: int = 1
     #: Run what is finished already.
     force: bool = False
+    #: Hold a model that comes with a SHA256SUMS to it.
+    verify: bool = True
 
     def check(self) -> None:
         """``ValueError`` names the key at fault and what it may be."""

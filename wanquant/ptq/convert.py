@@ -1,6 +1,6 @@
 """``mode=convert``: a pipeline quantized from files to files, without ever being loaded, whatever its size.
 
-Weights are read once and written once, a few blocks at a time (``wanquant.wan.checkpoints.stream``), and what else
+Weights are summed, then converted a few blocks at a time (``wanquant.wan.checkpoints.stream``), and what else
 belongs to the pipeline is copied. Nothing is generated, so nothing is said about quality: load what it makes, and
 measure that.
 """
@@ -32,6 +32,7 @@ from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.checkpoints.stream import Streamed, convert_transformer
+from wanquant.wan.checkpoints.sums import seal
 from wanquant.wan.device import forget_peak_memory, give_back_freed_memory, peak_memory
 from wanquant.wan.load import hush_libraries, tell_dequantized
 from wanquant.wan.resources.printed import in_bytes
@@ -105,13 +106,15 @@ def _convert(plan: ConvertPlan, run: Run, target: Path) -> dict[str, Any]:
     forget_peak_memory(CPU)
     begun = peak_memory(CPU)
     with locked(plan.working / f"{digest(str(partial.resolve()))}.lock", str(target)):
-        partial.mkdir(parents=True, exist_ok=True)
         with run.stage("convert"):
-            streamed = {name: _stream(plan, name, partial) for name in plan.parts}
+            streamed = _stream_all(plan, partial)
         peak = peak_memory(CPU)
         with run.stage("copy"):
             copied = _copy(plan.files, partial)
-        shutil.move(partial, target)
+            seal(partial, {path: sum_ for part in streamed.values() for path, sum_ in part.sums.items()})
+            near = target.with_name(f"{target.name}.partial")
+            shutil.move(partial, near)  # the cache may be on another disk
+            near.rename(target)
     memory = {
         "peak_bytes": peak,
         "begun_bytes": begun,
@@ -126,8 +129,16 @@ def _convert(plan: ConvertPlan, run: Run, target: Path) -> dict[str, Any]:
         "copied_bytes": copied,
         "files": {name: part.needs.files for name, part in plan.parts.items()},
     }
-    told = {**provenance(CPU), "fingerprint": "by names, sizes and times of the files"}
-    return {**_head(plan), **_counts(streamed), "memory": memory, "convert": convert, "provenance": told}
+    return {**_head(plan), **_counts(streamed), "memory": memory, "convert": convert, "provenance": provenance(CPU)}
+
+
+def _stream_all(plan: ConvertPlan, partial: Path) -> dict[str, Streamed]:
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        return {name: _stream(plan, name, partial) for name in plan.parts}
+    except ValueError:  # another source is another conversion: nothing would take up what is there
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _stream(plan: ConvertPlan, name: str, partial: Path) -> Streamed:
@@ -168,8 +179,13 @@ def _head(plan: ConvertPlan) -> dict[str, Any]:
     return {
         "signature": plan.signature,
         "mode": config.mode,
-        "model": {"name": config.model.name, "blocks": first, "parameters": parameters, "fingerprint": None}
-        | {"source": plan.files.told},
+        "model": {
+            "name": config.model.name,
+            "blocks": first,
+            "parameters": parameters,
+            "fingerprint": plan.fingerprint,
+            "source": plan.files.told,
+        },
         "quant": dataclasses.asdict(config.quant),
         "protect": {"name": config.protect.name, "blocks": protected, "modules": list(config.protect.modules)},
         "generation": dataclasses.asdict(config.model.generation),

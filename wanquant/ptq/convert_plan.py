@@ -22,8 +22,10 @@ from wanquant.quant.eight_bit import check_product
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import DESCRIPTION, INPUT, Site, load_statistics
+from wanquant.runs.progress import progress
 from wanquant.runs.run import digest
-from wanquant.wan.checkpoints.model_files import ModelFiles
+from wanquant.wan.checkpoints.checkpoint import read_json
+from wanquant.wan.checkpoints.model_files import ModelFiles, count_files, fingerprint
 from wanquant.wan.checkpoints.stream import Needs, Recipe, foresee
 from wanquant.wan.checkpoints.tensor_files import Source
 from wanquant.wan.load import Transformer, check_folder, check_weights, find_model, shape_of
@@ -54,19 +56,22 @@ class Part:
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """``parts`` by their names in the pipeline; under an empty name a transformer that is no part of one."""
+    """``parts`` by their names in the pipeline; under an empty name a transformer that is no part of one.
+    ``fingerprint`` is that of the files, once they are there."""
 
     config: PTQConfig
     scheme: Scheme
     files: ModelFiles
     parts: Mapping[str, Part]
+    fingerprint: str = ""
 
     @cached_property
     def signature(self) -> str:
-        """By the names, sizes and times of the files: to read them for it would be to read them twice."""
-        files = {name: part.source.identity() for name, part in self.parts.items()}
+        """By what is in the files, and not by where they are or when they were written."""
         asked = {name: _signed(part.recipe) for name, part in self.parts.items()}
-        return digest({"folder": str(self.files.folder.resolve()), "files": files, "asked": asked})
+        told = self.files.folder / "generation.json"
+        generation = read_json(told) if told.is_file() else None
+        return digest({"files": self.fingerprint, "generation": generation, "asked": asked})
 
     @property
     def working(self) -> Path:
@@ -113,8 +118,10 @@ def with_files(plan: ConvertPlan) -> ConvertPlan:
     for source in files.transformers.values():
         if not source.is_file:
             check_weights(source.path)
+    with progress("read", count_files(files), "file") as tick:
+        found = fingerprint(files, tick, verify=plan.config.verify)
     parts = {name: Part(files.transformers[name], part.recipe) for name, part in plan.parts.items()}
-    return dataclasses.replace(plan, files=files, parts=parts)
+    return dataclasses.replace(plan, files=files, parts=parts, fingerprint=found)
 
 
 def _of_blocks(stats: Mapping[str, float | Site], own: range) -> dict[str, float | Site]:

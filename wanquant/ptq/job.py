@@ -140,9 +140,9 @@ class Job:
         self.shown = self.pairs if self.config.eval.videos else []
         self.with_checkpoint = self.config.checkpoint and self.config.mode == "quantize"
         self.cache = Cache(Path(self.config.cache))
-        files = self.plan.model.files
+        files, loras = self.plan.model.files, describe_loras(self.config.model.lora)
         with progress("read", count_files(files), "file") as tick:
-            self.fingerprint = fingerprint(files, tick, describe_loras(self.config.model.lora))
+            self.fingerprint = fingerprint(files, tick, loras, self.config.verify)
 
     @property
     def names(self) -> dict[str, Any]:
@@ -246,7 +246,8 @@ class Job:
             self.made = provenance(self.device)
             with progress("load", LOAD_PARTS, "part") as tick:
                 placement = Placement(self.device, needs.offload, self.cache.root / "offload")
-                pipe = load_pipeline(self.plan.model.files, on_part=tick, placement=placement)
+                # Its sums have been checked by the fingerprint.
+                pipe = load_pipeline(self.plan.model.files, on_part=tick, placement=placement, verify=False)
             fuse_loras_(whole_of(pipe), self.config.model.lora)
             plant_outliers_(whole_of(pipe), self.config.model.outliers)
         pipeline = CachedPipeline(pipe, self.config.model, self.fingerprint, self.device, self.cache)

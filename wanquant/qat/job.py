@@ -52,7 +52,14 @@ from wanquant.runs.reports.columns import DRIFT, STEP_SQNR
 from wanquant.runs.signature import MEASURES, signature
 from wanquant.runs.tracking import live
 from wanquant.wan.cached import CachedPipeline
-from wanquant.wan.checkpoints.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
+from wanquant.wan.checkpoints.checkpoint import (
+    quantization_of,
+    quantized_linears,
+    save_quantized,
+    save_transformer,
+    whole_folder,
+)
+from wanquant.wan.checkpoints.sums import seal
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import transformers_in
 from wanquant.wan.generate import Sample
@@ -272,9 +279,9 @@ class TrainJob(Job):
             with progress("save", len(converted), "linear") as tick:
                 save_quantized(pipeline.pipe, target, tick)
         else:
-            partial = target.with_name("checkpoint.partial")
-            pipeline.pipe.save_pretrained(partial)
-            partial.rename(target)
+            with whole_folder(target) as partial:
+                pipeline.pipe.save_pretrained(partial)
+                seal(partial)
 
 
 def verdict_of(paired: Estimate, few: bool) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from dataclasses import dataclass, field
@@ -163,9 +164,10 @@ def read_list(path: Path) -> list[tuple[Path, str]]:
 
 def _rows(path: Path, text: str) -> list[tuple[int, dict[str, object]]]:
     if path.suffix == ".csv":
-        return [(number, dict(row)) for number, row in enumerate(csv.DictReader(text.splitlines()), 2)]
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        return [(reader.line_num, dict(row)) for row in reader]
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a caption may hold other separators of lines
         if line.strip():
             try:
                 row = json.loads(line)

@@ -21,10 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from wanquant.runs.files import sum_of_file, write_atomic
-
-#: Sums of the files of a folder, as ``sha256sum --check`` reads them.
-SUMS = "SHA256SUMS"
+from wanquant.runs.files import read_sums, sum_of_file, sums_of, write_atomic, write_sums
 
 
 @dataclass
@@ -73,9 +70,7 @@ class Cache:
         partial.mkdir(parents=True)
         try:
             make(partial)
-            files = sorted(path for path in partial.rglob("*") if path.is_file())
-            sums = [f"{sum_of_file(path)}  {path.relative_to(partial).as_posix()}\n" for path in files]
-            (partial / SUMS).write_text("".join(sums), encoding="utf-8")
+            write_sums(partial, sums_of(sorted(path for path in partial.rglob("*") if path.is_file())))
             partial.rename(final)
         except SafetensorError as error:  # of a full disk it makes no OSError
             raise OSError(f"cannot write {final}: {error}") from error
@@ -129,14 +124,13 @@ def locked(path: Path, what: str) -> Iterator[None]:
 def damaged(folder: Path) -> str | None:
     """What is wrong with a folder of the cache, if anything."""
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        for line in lines:
-            expected, _, name = line.partition("  ")
-            if sum_of_file(folder / name) != expected:
-                return f"{name} is not what was written"
+        sums = read_sums(folder)
+        for path, expected in sums.items():
+            if sum_of_file(path) != expected:
+                return f"{path.relative_to(folder)} is not what was written"
     except (OSError, ValueError) as error:
         return str(error)
-    return None if lines else "it lists no files"
+    return None if sums else "it lists no files"
 
 
 class Cells:

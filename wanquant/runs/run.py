@@ -31,6 +31,7 @@ VOLATILE = (
     "cache",
     "dry_run",
     "force",
+    "verify",
     "checkpoint",
     "quant.packed",
     "model.device",

@@ -48,11 +48,14 @@ def mirror_table(config: TrackerConfig, folder: Path, summary: dict[str, Any]) -
     with _only_warns("the table is complete"):
         import wandb
 
-        from wanquant.runs.reports.sweep_table import cells  # here, since all commands import this module
+        # Here, since all commands import this module.
+        from wanquant.runs.reports.sweep_table import cells
+        from wanquant.runs.reports.table import no_formula
 
         heads, rows, floors = cells(summary)
         with _run(config, folder, "sweep", {"protocol": summary["protocol"]}) as run:
-            run.log({"ranking": wandb.Table(columns=heads, data=[*rows, *floors])})
+            data = [[no_formula(cell) for cell in row] for row in (*rows, *floors)]  # it is exported as CSV
+            run.log({"ranking": wandb.Table(columns=heads, data=data)})
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def shape_of_whole(model: Path | ModelFiles) -> Any:
     files = ModelFiles.of(model)
     parts = tuple(files.transformers.values())
     described = [files.folder / "model_index.json", *(part.path / "config.json" for part in parts)]
-    stamps = [part.identity() for part in parts if not part.as_diffusers]
+    stamps = [part.stamps() for part in parts if not part.as_diffusers]
     known = tuple(path.read_bytes() if path.is_file() else b"" for path in described)
     return _shape(files.folder, parts, (*known, repr(stamps).encode()))
 

@@ -31,6 +31,7 @@ from wanquant.wan.checkpoints.checkpoint import (
 )
 from wanquant.wan.checkpoints.model_files import ModelFiles, assembled, lone_transformers
 from wanquant.wan.checkpoints.quantizer import attach
+from wanquant.wan.checkpoints.sums import check_finite, check_sums
 from wanquant.wan.checkpoints.tensor_files import Source
 from wanquant.wan.device import pick_device
 from wanquant.wan.families import FAMILIES, Family, family_of
@@ -55,6 +56,7 @@ def load_pipeline(
     product: str | None = None,
     base: str | Path = "",
     placement: Placement | None = None,
+    verify: bool = True,
 ) -> WanPipeline:
     """The pipeline at ``source``: ``"tiny"``, a folder in diffusers layout, or a hub id; or a transformer in a folder
     or file of another layout (``docs/checkpoints.md``), with the rest of its pipeline from ``base``.
@@ -65,10 +67,13 @@ def load_pipeline(
     A quantized transformer comes as it was made, unless told otherwise: ``packed`` keeps its weights as one byte
     each, which halves its memory and changes no value; ``product`` is for another device than it was made for.
     ``placement`` says where its weights wait, if not on the ``device``.
+    A checkpoint with a ``SHA256SUMS`` is held to it unless ``verify`` is false. A NaN or infinite weight is refused.
     """
     placement = placement or Placement(pick_device(device))
     files = source if isinstance(source, ModelFiles) else find_model(source, base)
     family, folder = check_folder(files), files.folder
+    if verify and not files.assembled:
+        check_sums(folder)
     try:
         parts = _read_transformers(files, packed, product, placement)
         on_part()
@@ -78,7 +83,9 @@ def load_pipeline(
         on_part()
         pipe = family.pipeline.from_pretrained(folder, **parts, local_files_only=True)
     except DAMAGE as error:
-        raise ValueError(f"cannot load a Wan pipeline from {files}: {_first_line(error)}") from error
+        told = _first_line(error)
+        named = any(told.startswith(str(path)) for path in (folder, *(p.path for p in files.transformers.values())))
+        raise ValueError(told if named else f"cannot load a Wan pipeline from {files}: {told}") from error
     pipe.set_progress_bar_config(disable=True)
     _place(pipe, placement)
     on_part()
@@ -132,16 +139,18 @@ def find_folder(source: str | Path, shapes_only: bool = False, rest: bool = Fals
     ``shapes_only`` is content with the JSON files, which say what the model is without its weights; those of the models
     that have a config here come with the package. ``rest`` is content without the transformers' weights.
     """
+    if not str(source):
+        raise ValueError("model.path is empty: give a folder in diffusers layout, a hub id, or tiny")
     if str(source) in tiny.SHIPPED:
         return tiny.folder(str(source))
-    shipped = SHAPES / str(source).replace("/", "--")
-    if shapes_only and shipped.is_dir() and not Path(source).is_dir():
-        return shipped
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise ValueError(f"no model folder {source}: give a folder in diffusers layout, a hub id, or tiny")
+    shipped = SHAPES / str(source).replace("/", "--")
+    if shapes_only and shipped.is_dir():
+        return shipped
     wanted: dict[str, Any] = {"allow_patterns": "*.json"} if shapes_only else {}
     wanted |= {"ignore_patterns": [f"{name}/*.safetensors" for name in TRANSFORMERS]} if rest else {}
     try:
@@ -298,6 +307,7 @@ def _whole(kind: Any, folder: Path, dtype: torch.dtype, exactly: bool = False) -
     random, leave the other out, and only warn."""
     model, info = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     check_keys(info["missing_keys"], info["unexpected_keys"] if exactly else (), folder)
+    check_finite(model.state_dict(), folder)
     return model
 
 

@@ -25,6 +25,7 @@ def pyplot() -> Any:
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "wanquant"  # the same figure is the same file
+    matplotlib.rcParams["text.parse_math"] = False  # a prompt may have dollars in it
     return importlib.import_module("matplotlib.pyplot")
 
 

@@ -14,7 +14,7 @@ from wanquant.runs.files import write_atomic
 from wanquant.runs.reports import figures, sweep_table
 from wanquant.runs.reports.columns import STEP_SQNR, head, interval
 from wanquant.runs.reports.page import data_uri, render
-from wanquant.runs.reports.table import latex, markdown
+from wanquant.runs.reports.table import latex, markdown, markdown_text
 
 #: The report stays below 20 MB: so many films at most, so many panels of prompts, and so many bytes of films.
 MAX_FILMS, MAX_PANELS, MAX_BYTES = 8, 24, 12_000_000
@@ -28,8 +28,9 @@ def write_sweep(folder: Path, summary: dict[str, Any]) -> Path:
         write_atomic(path, render("sweep.html", summary=summary))
         return path
     table, protocol = sweep_table.cells(summary), sweep_table.protocol(summary)
+    parts = [markdown(*table), markdown_text(protocol), *sweep_table.further_markdown(summary)]
     files = {
-        "table.md": "\n\n".join([markdown(*table), protocol, *sweep_table.further_markdown(summary)]) + "\n",
+        "table.md": "\n\n".join(parts) + "\n",
         "table.tex": latex(*table) + "\n",
         "table.csv": sweep_table.numbers(summary),
     }

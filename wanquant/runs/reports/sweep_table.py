@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +16,7 @@ from wanquant.runs.reports.columns import (
     measure,
 )
 from wanquant.runs.reports.page import render
-from wanquant.runs.reports.table import Table, markdown
+from wanquant.runs.reports.table import Table, csv_text, markdown
 
 Row = dict[str, Any]
 #: What training has added to what PTQ alone makes of the same.
@@ -234,11 +232,7 @@ def numbers(summary: dict[str, Any]) -> str:
         rows.append(flat | _flat({**row["metrics"], "minus_reference": row["difference"], "drift": row["drift"]}))
     rows += [{"job": job["job"], "name": job["name"], "verdict": "job failed"} for job in summary["failed"]]
     rows += [{"name": label, **_flat(summary["floors"][prefix])} for prefix, label in FLOORS[1:]]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows)
 
 
 def _flat(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD
 from wanquant.runs.files import write_atomic
+from wanquant.wan.checkpoints.sums import check_finite, seal
 from wanquant.wan.families import family_of
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
     try:
         with whole_folder(folder) as temporary:
             _save_components(pipe, temporary, on_linear)
+            seal(temporary)
     except SafetensorError as error:
         raise OSError(f"cannot write {folder}: {error}") from error
     return folder
@@ -253,6 +255,7 @@ def load_transformer(
     factored = [name for name in described["modules"] if f"{name}.input_factor" in tensors]
     empty_like_quantized_(transformer, described["modules"], scheme, factored)
     check_keys(transformer.state_dict(), tensors, folder)
+    check_finite(tensors, folder)
     for name in described["modules"]:
         check_type(f"{name}.weight", tensors[f"{name}.weight"], torch.uint8, folder)
         for scale in (name + ending for ending in FLOAT32):

@@ -20,6 +20,7 @@ from wanquant.wan.checkpoints.layouts import LAYOUTS, naming_of
 from wanquant.wan.checkpoints.layouts.ascend import write_mindie, write_modelslim
 from wanquant.wan.checkpoints.layouts.fp8 import write_comfyui, write_compressed_tensors
 from wanquant.wan.checkpoints.layouts.pieces import Checkpoint, Piece, write_as_source
+from wanquant.wan.checkpoints.sums import check_sums, seal
 from wanquant.wan.load import transformers_of
 
 #: Writes a checkpoint's tensors to a folder by a naming, and calls back after each file. It returns what is to be said.
@@ -34,6 +35,7 @@ def export_all(checkpoint: Path, target: Path, layout: str, naming: str | None =
         raise ValueError(f"there is no folder {checkpoint}")
     if (checkpoint / "checkpoint").is_dir():
         raise ValueError(f"{checkpoint} is a run: its checkpoint is {checkpoint / 'checkpoint'}")
+    check_sums(checkpoint)
     parts, whole = transformers_of(checkpoint), LAYOUTS[layout].whole
     files = sum(len(list(part.glob("*.safetensors"))) for part in parts.values()) if whole else len(parts)
     with progress("export", files, "file") as tick:
@@ -56,6 +58,8 @@ def export_all(checkpoint: Path, target: Path, layout: str, naming: str | None =
                     shutil.copytree(path, partial_target / path.name)
                 elif path.is_file():
                     shutil.copy2(path, partial_target / path.name)
+            if whole:
+                seal(partial_target)  # not those of the source
         return list(dict.fromkeys(said))
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanquant.runs.files import sum_of_file
+from wanquant.runs.files import sums_of
 from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
+from wanquant.wan.checkpoints.sums import model_files, refuse_changed, refuse_missing
 from wanquant.wan.checkpoints.tensor_files import SUFFIXES, Source
 
 #: Folders of the two transformers of Wan2.2, as its authors call them.
@@ -56,9 +57,9 @@ class ModelFiles:
     def content(self) -> dict[str, Path]:
         """The files that make it what it is, by names that do not depend on where they lie. How to ask it for a video
         (``generation.json``) does not count."""
-        kinds = (".safetensors", ".json", ".model")
-        there = (path for path in self.folder.rglob("*") if path.is_file() and path.suffix in kinds)
-        found = {str(path.relative_to(self.folder)): path for path in there if path.name != "generation.json"}
+        if self.folder.is_file():
+            return {self.folder.suffix: self.folder}
+        found = {str(path.relative_to(self.folder)): path for path in model_files(self.folder)}
         if not self.assembled:
             return dict(sorted(found.items()))
         found = {name: path for name, path in found.items() if Path(name).parts[0] not in TRANSFORMERS}
@@ -68,15 +69,24 @@ class ModelFiles:
 
 
 def fingerprint(
-    model: Path | ModelFiles, on_file: Callable[[], None] = lambda: None, loras: Sequence[Mapping[str, Any]] = ()
+    model: Path | ModelFiles,
+    on_file: Callable[[], None] = lambda: None,
+    loras: Sequence[Mapping[str, Any]] = (),
+    verify: bool = True,
 ) -> str:
     """SHA-256 over the model's files, by name and content, so that other weights are another model; and over the
-    content and scales of the LoRA files that are fused into it."""
+    content and scales of the LoRA files that are fused into it. ``ValueError`` names a file that is not what its
+    ``SHA256SUMS`` says, unless ``verify`` is false: it costs nothing more here."""
     files, digest = ModelFiles.of(model), hashlib.sha256()
-    for name, path in files.content().items():
+    if verify and not files.assembled:
+        refuse_missing(files.folder)
+    content = files.content()
+    sums = sums_of(content.values(), on_file)
+    if verify:
+        refuse_changed(files.folder, sums)
+    for name, path in content.items():
         digest.update(name.encode())
-        digest.update(bytes.fromhex(sum_of_file(path)))
-        on_file()
+        digest.update(bytes.fromhex(sums[path]))
     for part in files.transformers.values() if files.assembled else ():
         digest.update(json.dumps(part.config, sort_keys=True).encode())
     for lora in loras:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD, guard
 from wanquant.wan.checkpoints.checkpoint import FLOAT32, check_type, config_of, dequantize_
+from wanquant.wan.checkpoints.sums import check_sums
 
 
 class Method(StrEnum):
@@ -79,6 +81,9 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return torch.uint8 if self.scheme.coded else torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """The first that diffusers tells of the files; so their sums are checked here."""
+        for folder in {Path(file).parent for file in checkpoint_files}:
+            check_sums(folder)
         known = set(loaded_keys)
         self._factored = [name for name in self.names if f"{name}.input_factor" in known]
         return loaded_keys

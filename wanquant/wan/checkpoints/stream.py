@@ -27,8 +27,7 @@ from torch import nn
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.statistics import Site
-from wanquant.runs.files import replacing, write_atomic
-from wanquant.runs.run import digest
+from wanquant.runs.files import replacing, sum_of_file, write_atomic
 from wanquant.wan.checkpoints.checkpoint import (
     kept_in_fp32,
     quantized_linears,
@@ -51,12 +50,14 @@ Part = int | None
 
 @dataclass
 class Streamed:
-    """What became of the linears, bytes read and written, and weights beyond the format's range by linear."""
+    """What became of the linears, bytes read and written, weights beyond the format's range by linear, and the sums of
+    the files."""
 
     report: ConversionReport
     read: int = 0
     written: int = 0
     overflowed: dict[str, int] = field(default_factory=dict)
+    sums: dict[Path, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,30 +82,33 @@ def convert_transformer(
     where: Path | Source, target: Path, recipe: Recipe, signed: str, on_block: Callable[[int], None] = lambda size: None
 ) -> Streamed:
     """Reads the transformer at ``where`` and writes it, quantized, to ``target``, taking up what an earlier call with
-    the same ``signed`` left there. ``on_block`` is told the bytes read of each block, also of those that are done.
+    the same ``signed`` left there, which says what the source and the recipe are. ``on_block`` is told the bytes read
+    of each block, also of those that are done.
 
-    ``ValueError`` for what ``quantize_`` refuses, and for tensors that are missing or unknown."""
+    ``ValueError`` for what ``quantize_`` refuses, and for tensors that are missing, unknown or not finite."""
     source = Source.of(where)
     transformer = empty_like(source)
     source.check(transformer)
     plan = recipe.plan(transformer)
     target.mkdir(parents=True, exist_ok=True)
-    ledger = _open_ledger(target, digest([signed, source.identity()]))
+    ledger = _open_ledger(target, signed)
     groups = grouped(stored_sizes(transformer, recipe, plan))
     conversion = _Conversion(transformer, source, recipe, plan, groups)
     streamed, weight_map, names = Streamed(plan), dict[str, str](), file_names(len(groups))
     for name, group in zip(names, groups, strict=True):
-        if name in ledger["files"]:
+        if _is_finished(target / name, ledger["files"].get(name)):
             for size in ledger["files"][name]["read"]:
                 on_block(size)
         else:
             with replacing(target / name) as temporary:
-                ledger["files"][name] = conversion.write(group, temporary, on_block)
+                told = conversion.write(group, temporary, on_block)
+                ledger["files"][name] = told | {"sha256": sum_of_file(temporary)}
             write_atomic(target / LEDGER, json.dumps(ledger) + "\n")
         told = ledger["files"][name]
         streamed.read += sum(told["read"])
         streamed.written += told["written"]
         streamed.overflowed |= told["overflowed"]
+        streamed.sums[target / name] = told["sha256"]
         weight_map |= dict.fromkeys(told["tensors"], name)
     if len(names) > 1:
         write_index(target, streamed.written, weight_map)
@@ -114,6 +118,11 @@ def convert_transformer(
         transformer.save_config(target)
     (target / LEDGER).unlink()
     return streamed
+
+
+def _is_finished(path: Path, told: dict[str, Any] | None) -> bool:
+    """By what is in it: after a power cut a file that was written may not be."""
+    return told is not None and path.is_file() and sum_of_file(path) == told["sha256"]
 
 
 def _open_ledger(target: Path, recipe: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from wanquant.wan.checkpoints.names import (
     is_wans,
 )
 from wanquant.wan.checkpoints.stored import FP8, PLAIN, TYPES, Stored, stored_in, with_scales
+from wanquant.wan.checkpoints.sums import check_finite
 
 #: Bytes written at a time: a whole tensor in one call takes twice as long.
 AT_ONCE = 16_000_000
@@ -175,11 +176,13 @@ class Source:
         return self.tensors[name].read()
 
     def read_for(self, transformer: nn.Module, name: str) -> torch.Tensor:
-        """In BF16, or float32 where the transformer is kept so."""
-        return self.read(name).to(torch.float32 if kept_in_fp32(transformer, name) else torch.bfloat16)
+        """In BF16, or float32 where the transformer is kept so; ``ValueError`` for a value that is not finite."""
+        tensor = self.read(name)
+        check_finite({self.tensors[name].name: tensor}, self.tensors[name].path)
+        return tensor.to(torch.float32 if kept_in_fp32(transformer, name) else torch.bfloat16)
 
-    def identity(self) -> list[Any]:
-        """By which it is known again without reading it."""
+    def stamps(self) -> list[Any]:
+        """By which a process sees that the files have changed meanwhile."""
         paths = [path for path in (self.path / "config.json", *self.files) if path.is_file()]
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 

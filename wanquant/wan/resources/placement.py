@@ -26,6 +26,7 @@ from torch import nn
 
 from wanquant.quant import QuantLinear
 from wanquant.wan.checkpoints.checkpoint import check_keys, kept_in_fp32, weight_files
+from wanquant.wan.checkpoints.sums import check_finite
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -94,6 +95,7 @@ class Placement:
             with safe_open(folder / name, "pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     found = file.get_tensor(key)
+                    check_finite({key: found}, folder / name)
                     cast = found.to(torch.float32 if kept_in_fp32(model, key) else torch.bfloat16)
                     new = cast is not found and cast.nbytes >= LARGE
                     tensors[key] = self._to_file(cast) if new else cast
