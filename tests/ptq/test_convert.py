@@ -26,9 +26,9 @@ from wanquant import load_pipeline
 from wanquant.runs.run import read_result
 from wanquant.wan import tiny
 from wanquant.wan.checkpoints.checkpoint import WEIGHTS, quantized_linears
+from wanquant.wan.checkpoints.model_files import fingerprint
 from wanquant.wan.checkpoints.sums import check_sums
 from wanquant.wan.experts import shape_of_whole
-from wanquant.wan.load import fingerprint
 
 TINY = tiny.folder()
 

@@ -21,6 +21,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from wanquant.quant.eight_bit import check_product
+from wanquant.quant.scheme import EIGHT_BIT
 from wanquant.wan import tiny
 from wanquant.wan.checkpoints.checkpoint import (
     TRANSFORMERS,
@@ -100,9 +101,10 @@ def _place(pipe: WanPipeline, placement: Placement) -> None:
     else:
         pipe.to(placement.device)
     for layer in [layer for part in transformers for layer in quantized_linears(part).values()]:
-        check_product(layer.scheme, placement.device)
-        if not placement.streams:  # the host need not have the product
+        if not placement.streams:
             layer.prepare_()
+        elif layer.scheme.product in EIGHT_BIT:  # the host need not have it
+            check_product(layer.scheme, placement.device)
 
 
 def hush_libraries() -> None:
