@@ -34,8 +34,9 @@ from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of, quan
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import forget_peak_memory, peak_memory, resident_memory
 from wanquant.wan.load import read_transformer, shape_of
+from wanquant.wan.resources.empty import USUAL, Quantized
 from wanquant.wan.resources.estimate import tokens_of
-from wanquant.wan.resources.footprint import Quantized, denoising_bytes, latent_size
+from wanquant.wan.resources.footprint import denoising_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def forward(folder: Path) -> dict[str, float]:
     transformer = read_transformer(folder)
     assert all(layer.is_packed for layer in quantized_linears(transformer).values())
     loaded = time.perf_counter() - begun
-    noise = torch.randn(1, 16, *latent_size(VIDEO), generator=torch.Generator().manual_seed(0)).bfloat16()
+    noise = torch.randn(1, 16, *USUAL.latents(VIDEO), generator=torch.Generator().manual_seed(0)).bfloat16()
     text = torch.zeros(1, VIDEO.max_text_length, shape.config.text_dim, dtype=torch.bfloat16)
     seconds = []
     for _ in range(2):  # the first brings the weights from the disk

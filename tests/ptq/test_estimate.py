@@ -11,7 +11,7 @@ from wanquant.ptq.estimate import _quantizing, count_videos, estimate_resources
 from wanquant.ptq.plan import resolve
 from wanquant.quant.statistics import Layout
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.resources.footprint import Quantized
+from wanquant.wan.resources.empty import Quantized
 from wanquant.wan.resources.probe import small_pass
 
 CPU = torch.device("cpu")

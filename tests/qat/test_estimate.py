@@ -73,7 +73,7 @@ def plan_of(
     config = TrainConfig(model=ModelConfig(generation=generation), quant=quant or QuantConfig(), qat=qat)
     source, pairs = SourceModel(Path(), model, 1, (), ()), tuple(("a prompt", seed) for seed in range(videos))
     blocks = resolve_blocks(qat.blocks or range(source.blocks), source.blocks)
-    rest = (torch.device("cpu"), (), (), pairs, training_of(qat), blocks)
+    rest = (torch.device("cpu"), (), (), {}, pairs, training_of(qat), blocks)
     return TrainPlan(config, parse(config.quant), source, *rest)
 
 

@@ -20,14 +20,9 @@ from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.load import find_model
 from wanquant.wan.resources import probe
+from wanquant.wan.resources.empty import USUAL, Quantized
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
-from wanquant.wan.resources.footprint import (
-    Alive,
-    Quantized,
-    decoding_bytes,
-    denoising_bytes,
-    latent_size,
-)
+from wanquant.wan.resources.footprint import Alive, decoding_bytes, denoising_bytes
 from wanquant.wan.resources.printed import in_time
 from wanquant.wan.resources.probe import block_seconds, decoding_seconds, is_small, learning_seconds, small_pass
 
@@ -123,7 +118,7 @@ def test_a_cards_own_products_are_planned() -> None:
         quantized = Quantized(ALL, parse(QuantConfig(format=format_, product=product)))
         return denoising_bytes(config, quantized, LARGE, 1, torch.device(device))
 
-    tokens = math.prod(latent_size(LARGE)) // 4
+    tokens = math.prod(USUAL.latents(LARGE)) // 4
     assert bytes_of("hif8", "exact", "cuda") - bytes_of("hif8", "fast", "cuda") == 2 * tokens * 128
     assert bytes_of("hif8", "fp8", "cuda") == bytes_of("hif8", "fast", "cuda")
     assert bytes_of("int8", "int8", "cuda") == bytes_of("int8", "int8", "cpu") < bytes_of("int8", "fast", "cpu")

@@ -84,8 +84,12 @@ class EvaluateConfig:
             check_captions((text for text, _ in self.pairs_of_model()), self.model.language)
 
     def pairs_of_model(self) -> list[Pair]:
-        """What a model is judged on where there is no run: ``prompts=own`` stands for the list a run is made from."""
+        """What a model is judged on where there is no run."""
+        return pairs(self.prompts_of_model())
+
+    def prompts_of_model(self) -> PromptsConfig:
+        """``prompts=own`` stands for the list a run is made from."""
         prompts = settled(self.prompts)
         own = prompts.name == OWN and not prompts.texts
         texts = prompts.by_language[self.model.language] if own else prompts.texts
-        return pairs(replace(prompts, texts=texts, seeds=prompts.seeds or [0]))
+        return replace(prompts, texts=texts, seeds=prompts.seeds or [0])

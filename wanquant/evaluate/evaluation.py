@@ -32,7 +32,7 @@ from wanquant.runs.run import clean_json, digest
 from wanquant.runs.signature import provenance, signature
 from wanquant.wan.cached import CachedPipeline, Pair, load_latents
 from wanquant.wan.checkpoints.model_files import ModelFiles, count_files, fingerprint
-from wanquant.wan.config import ModelConfig
+from wanquant.wan.config import ModelConfig, Picture
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample, decode_video
 from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, load_pipeline
@@ -49,8 +49,8 @@ Values = dict[str, dict[str, float]]
 @dataclass(frozen=True)
 class Side:
     """One of the models. ``source`` are its files, ``model`` how to ask it for a video, ``how`` what is
-    done to its noise, ``files`` the videos that are there. ``fingerprint`` is what the source has to be, if known;
-    ``verify``: so do its ``SHA256SUMS``, if it has some."""
+    done to its noise, ``files`` the videos that are there, ``pictures`` first frames by prompt. ``fingerprint`` is what
+    the source has to be, if known; ``verify``: so do its ``SHA256SUMS``, if it has some."""
 
     name: str
     prefix: str
@@ -60,6 +60,7 @@ class Side:
     fingerprint: str = ""
     how: dict[str, str] = field(default_factory=dict)
     verify: bool = True
+    pictures: dict[str, Picture] = field(default_factory=dict)
 
     def identified(self) -> Side:
         """With its fingerprint, of all the source's files. ``ValueError`` unless it is there, and what it has to be."""
@@ -77,7 +78,8 @@ class Side:
             pipe = load_pipeline(self.source, on_part=tick, placement=placement, verify=False)  # it is identified
         fuse_loras_(whole_of(pipe), self.model.lora)
         plant_outliers_(whole_of(pipe), self.model.outliers)
-        return CachedPipeline(pipe, self.model, self.fingerprint, placement.device, cache)
+        where = (placement.device, cache, self.pictures)
+        return CachedPipeline(pipe, self.model, self.fingerprint, *where)
 
     def perturbed(self, files: dict[Pair, Path]) -> Side:
         """BF16 with its initial noise changed by one unit in the last place: the noise floor."""
@@ -220,6 +222,7 @@ class Evaluation:
     def _cells(self, config: EvalConfig) -> Cells:
         """For these models asked in this way; videos of a batch round by each other, so the lists count."""
         sides, model = self.plan.sides, self.plan.sides[0].model
+        more = {"pictures": [p.sha256 for p in sides[0].pictures.values()], "registered": list(REGISTERED)}
         counted = {
             "generation": dataclasses.asdict(model.generation),
             "sides": [(s.fingerprint, s.how, dataclasses.asdict(s.model.outliers)) for s in sides],
@@ -228,7 +231,7 @@ class Evaluation:
             "language": model.language,
             "lpips": config.lpips,
             "flow": config.flow,
-            **({"registered": list(REGISTERED)} if REGISTERED else {}),
+            **{name: value for name, value in more.items() if value},
         }
         return self.cache.cells("pairs", signature(counted, "", self.device))
 
@@ -258,9 +261,8 @@ class Evaluation:
         return decode
 
     def _write(self, pair: Pair, samples: Sequence[Sample]) -> None:
-        plan = self.plan
+        plan, fps = self.plan, self.plan.sides[0].model.generation.fps
         frames = [pictures.to_uint8(sample.video) for sample in samples]
-        fps = plan.sides[0].model.generation.fps
         for side, pixels in zip(plan.sides, frames, strict=True):
             path = plan.file(side, pair)
             if path != side.files.get(pair):  # what another version of the code has left gives way
@@ -271,8 +273,8 @@ class Evaluation:
 
 
 def _forget_all_but_vae(pipeline: CachedPipeline | None) -> None:
-    if pipeline is not None:
-        pipeline.pipe.transformer = pipeline.pipe.transformer_2 = pipeline.pipe.text_encoder = None
+    for pipe in () if pipeline is None else (pipeline.pipe,):
+        pipe.transformer = pipe.transformer_2 = pipe.text_encoder = pipe.image_encoder = None
 
 
 def _values_of(samples: Sequence[Sample], scenes: bool, networks: Networks) -> Values:

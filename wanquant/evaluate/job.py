@@ -183,7 +183,9 @@ def _in_cache(plan: EvaluationPlan, config: EvaluateConfig, device: torch.device
     plan = plan.identified()
     fingerprints = [side.fingerprint for side in plan.sides]
     model = dataclasses.asdict(dataclasses.replace(config.model, offload="auto"))  # which changes no number
-    counted = {"pairs": plan.pairs, "config": model, "sides": fingerprints}
+    counted: dict[str, Any] = {"pairs": plan.pairs, "config": model, "sides": fingerprints}
+    shown = [each.sha256 for each in plan.sides[0].pictures.values()]
+    counted |= {"pictures": shown} if shown else {}
     return dataclasses.replace(plan, folder=Path(config.cache) / "videos" / signature(counted, "", device))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from wanquant.evaluate.config import EvalConfig, EvaluateConfig
 from wanquant.evaluate.evaluation import EvaluationPlan, Side, Values, hash_of
 from wanquant.evaluate.judges import flow, perceptual, vbench
-from wanquant.evaluate.prompts import OWN, PromptsConfig, check_captions, pairs, settled
+from wanquant.evaluate.prompts import OWN, PromptsConfig, check_captions, is_picture, pairs, pictures, settled
 from wanquant.evaluate.sweep.summary import jobs_of
 from wanquant.quant.scheme import parse
 from wanquant.runs.run import read_config, read_result
@@ -25,9 +25,9 @@ from wanquant.runs.signature import provenance
 from wanquant.wan.cached import Pair
 from wanquant.wan.checkpoints.checkpoint import config_of
 from wanquant.wan.checkpoints.model_files import ModelFiles, lone_transformers
-from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
-from wanquant.wan.generate import check_guidance
-from wanquant.wan.load import check_folder, find_model
+from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig, Picture
+from wanquant.wan.generate import check_generation
+from wanquant.wan.load import check_folder, check_shape, find_model
 
 #: What of a run's provenance has to be as it is now for its figures to stand beside new ones.
 SAME = ("packages", "device", "device_name", "threads", "instructions")
@@ -92,6 +92,8 @@ def _resolve_model(config: EvaluateConfig) -> EvaluationPlan:
         model = dataclasses.replace(config.model, batch=sides[0].model.batch)
         sides.append(_side("bf16", "bf16.", model, _reference(config.reference, model), config.verify))
         sides += [sides[1].perturbed({})] if config.eval.noise_floor else []
+    found = pictures(config.prompts_of_model(), check_shape(sides[0].source).takes_pictures)
+    sides = [dataclasses.replace(side, pictures=found) for side in sides]
     return EvaluationPlan(name, Path(), tuple(sides), (config.pairs_of_model(),), config.eval, config.prompts.official)
 
 
@@ -102,11 +104,11 @@ def _reference(reference: str, model: ModelConfig, shapes_only: bool = False) ->
 
 
 def _side(name: str, prefix: str, model: ModelConfig, source: ModelFiles, verify: bool) -> Side:
-    """Videos come one at a time where a batch would share a scale."""
-    check_folder(source)
-    check_guidance(source, model.generation)
+    """Videos come one at a time where a batch would share a scale, or a picture."""
+    family = check_folder(source)
+    check_generation(source, model.generation)
     made = [part.quantization for part in source.transformers.values() if part.quantization is not None]
-    alone = any(not parse(config_of(described)).independent for described in made)
+    alone = family.takes_pictures or any(not parse(config_of(described)).independent for described in made)
     return Side(name, prefix, source, dataclasses.replace(model, batch=1) if alone else model, verify=verify)
 
 
@@ -129,11 +131,11 @@ def resolve_run(
     new = [pair for pair in asked if pair not in set(own)]
     # What the run has measured elsewhere, or by other libraries, does not stand beside what is measured now.
     ours = [pair for pair in own if pair in set(asked)]
-    now = flow.settled(config.flow)
-    if new and not (_is_alike(result, device, threads) and result["eval"]["flow"] == now):
+    if new and not (_is_alike(result, device, threads) and result["eval"]["flow"] == flow.settled(config.flow)):
         ours = []
     new = [pair for pair in asked if pair not in set(ours)]
-    sides = _sides_of(run, result, model, reference, {pair: own.index(pair) for pair in ours})
+    found = _pictures_of(result, prompts, asked, {text for text, _ in new})
+    sides = _sides_of(run, result, model, reference, {pair: own.index(pair) for pair in ours}, found)
     sides = tuple(dataclasses.replace(side, verify=verify) for side in sides)
     if not config.noise_floor or len(sides[2].files) < len(ours):
         sides = sides[:2]
@@ -153,6 +155,24 @@ def resolve_run(
         run=run,
         result=result,
     )
+
+
+def _pictures_of(
+    result: dict[str, Any], prompts: PromptsConfig | None, asked: Sequence[Pair], new: Collection[str]
+) -> dict[str, Picture]:
+    """By text: the run's own, which have to be what they were where ``new`` videos start from them, and those that
+    ``prompts`` has for further texts."""
+    own = {text: Picture(Path(each["path"]), each["sha256"]) for text, each in result.get("pictures", {}).items()}
+    texts = list(dict.fromkeys(text for text, _ in asked))
+    found = {text: own[text] for text in texts if text in own}
+    if prompts is not None and prompts.images:
+        found = pictures(dataclasses.replace(prompts, texts=texts, file="", official=False), bool(own))
+    elif own and len(found) < len(texts):
+        raise ValueError(f"prompts.images: give the first frame of each of the {len(texts)} texts, in their order")
+    for text, picture in found.items():
+        if picture.sha256 != own.get(text, picture).sha256 or (text in new and not is_picture(picture)):
+            raise ValueError(f"{picture.path} is not the picture that this run's video of {text!r} was made from")
+    return found
 
 
 def _finished(run: Path) -> dict[str, Any]:
@@ -199,7 +219,12 @@ def _asked(prompts: PromptsConfig | None, own: list[Pair], language: str) -> tup
 
 
 def _sides_of(
-    run: Path, result: dict[str, Any], model: ModelConfig, reference: str | None, places: dict[Pair, int]
+    run: Path,
+    result: dict[str, Any],
+    model: ModelConfig,
+    reference: str | None,
+    places: dict[Pair, int],
+    shown: dict[str, Picture],
 ) -> tuple[Side, ...]:
     """Quantized, BF16, and that with its noise perturbed, with the run's own videos of the pairs in ``places``."""
     files = {}
@@ -207,7 +232,7 @@ def _sides_of(
         paths = {pair: run / "videos" / side / f"{place:03d}-seed{pair[1]}.mp4" for pair, place in places.items()}
         files[side] = {pair: path for pair, path in paths.items() if path.is_file()}
     made_from = _reference(reference or model.path, model, shapes_only=True)
-    bf16 = Side("bf16", "bf16.", made_from, model, files["bf16"], result["model"]["fingerprint"])
+    bf16 = Side("bf16", "bf16.", made_from, model, files["bf16"], result["model"]["fingerprint"], pictures=shown)
     quantized = dataclasses.replace(bf16, name="quantized", prefix="", files=files["quantized"])
     if result["conversion"]["converted"]:
         plain = dataclasses.replace(model, outliers=OutliersConfig(), lora=[])  # the checkpoint's weights have them

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from wanquant.choices import mistaken
+from wanquant.runs.files import sum_of_file
+from wanquant.wan.config import Picture
 from wanquant.wan.tiny import parse_caption
 
 if TYPE_CHECKING:
@@ -28,7 +32,7 @@ class PromptsConfig:
     prompt a line.
 
     ``official`` takes VBench's own list instead, of all ``dimensions`` or of some, and of each no more than ``first``
-    prompts, where that is not 0.
+    prompts, where that is not 0. ``images`` are the first frames for an image-to-video model, a file a text.
     """
 
     name: str = "demo5"
@@ -39,6 +43,7 @@ class PromptsConfig:
     official: bool = False
     dimensions: list[str] = field(default_factory=list)
     first: int = 0
+    images: list[str] = field(default_factory=list)
 
 
 def settled(config: PromptsConfig) -> PromptsConfig:
@@ -73,6 +78,34 @@ def pairs(config: PromptsConfig, group: str = "prompts") -> list[Pair]:
     if config.official and not all(seed < STANDARD_SEEDS for seed in config.seeds):
         raise ValueError(f"{group}.seeds: VBench's standard has the seeds 0 to {STANDARD_SEEDS - 1}")
     return [(text, seed) for text in texts for seed in config.seeds]
+
+
+def pictures(config: PromptsConfig, taken: bool, group: str = "prompts") -> dict[str, Picture]:
+    """The first frames by text; ``ValueError`` where the model is one that has them ``taken`` and they are not there,
+    and where it is not and they are."""
+    texts = settled(config).texts
+    if not taken:
+        if config.images:
+            raise ValueError(f"{group}.images: this model makes videos from text alone, leave the pictures out")
+        return {}
+    if len(config.images) != len(texts):
+        told = f"{group}.images has {len(config.images)} pictures for {len(texts)} texts"
+        raise ValueError(f"{told}: give the first frame of each text, in their order")
+    found = {}
+    for text, path in zip(texts, map(Path, config.images), strict=True):
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            told = getattr(error, "strerror", None) or "it is no picture that can be read"
+            raise ValueError(f"{group}.images: {path}: {told}") from None
+        found[text] = Picture(path.resolve(), sum_of_file(path))
+    return found
+
+
+def is_picture(picture: Picture) -> bool:
+    """Whether its file is there, and what it was."""
+    return picture.path.is_file() and sum_of_file(picture.path) == picture.sha256
 
 
 def check_captions(texts: Iterable[str], language: str) -> None:

@@ -27,8 +27,8 @@ from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import KIND, Layout, Observer, Site, Statistics, load_statistics, merge, save_statistics
 from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair
-from wanquant.wan.experts import transformers_in, whole_of
-from wanquant.wan.generate import Position, generate
+from wanquant.wan.experts import transformers_in
+from wanquant.wan.generate import Position
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class Calibrator:
         VAE is not run."""
 
         def make(folder: Path) -> None:
-            pipe, settings, position = self.pipeline.pipe, self.pipeline.model.generation, Position()
+            settings, position = self.pipeline.model.generation, Position()
             video = f"{pair[1]} {pair[0]}"
             layout = Layout((video,), settings.steps, self.bins, settings.branches, full)
-            with Observer(whole_of(pipe), layout, position.where) as observer:
-                generate(pipe, [pair], settings, tick, decode=False, position=position, embed=self.pipeline.embed)
+            with Observer(self.pipeline.transformer, layout, position.where) as observer:
+                self.pipeline.generate([pair], tick, decode=False, position=position)
             save_statistics(observer.statistics, folder)
 
         return make

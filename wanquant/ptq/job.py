@@ -250,7 +250,9 @@ class Job:
                 pipe = load_pipeline(self.plan.model.files, on_part=tick, placement=placement, verify=False)
             fuse_loras_(whole_of(pipe), self.config.model.lora)
             plant_outliers_(whole_of(pipe), self.config.model.outliers)
-        pipeline = CachedPipeline(pipe, self.config.model, self.fingerprint, self.device, self.cache)
+        pipeline = CachedPipeline(
+            pipe, self.config.model, self.fingerprint, self.device, self.cache, self.plan.pictures
+        )
         modules, bins = tuple(self.config.protect.modules), self.config.analysis.bins
         single_steps = self.config.eval.single_steps
         return Calibrator(pipeline, self.plan.scheme, list(self.plan.calibration), bins, modules, single_steps)

@@ -6,6 +6,7 @@ Whatever can be refused by the config and the model's JSON files is refused here
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import torch
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.judges import flow, perceptual, vbench
 from wanquant.evaluate.plan import check_eval
-from wanquant.evaluate.prompts import PromptsConfig, following, pairs, settled
+from wanquant.evaluate.prompts import PromptsConfig, following, pairs, pictures, settled
 from wanquant.ptq.config import AnalysisConfig, PTQConfig
 from wanquant.ptq.protect import GREEDY, ProtectConfig, by_rule, check_protect
 from wanquant.quant import plan_conversion
@@ -24,10 +25,10 @@ from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.cached import Pair
 from wanquant.wan.checkpoints.model_files import ModelFiles
-from wanquant.wan.config import GenerationConfig
+from wanquant.wan.config import GenerationConfig, Picture
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import parts_of, shape_of_whole
-from wanquant.wan.generate import check_guidance
+from wanquant.wan.generate import check_generation
 from wanquant.wan.load import Transformer, check_folder, check_shape, find_model
 from wanquant.wan.lora import read_lora
 from wanquant.wan.outliers import chosen_blocks
@@ -61,7 +62,8 @@ class SourceModel:
 @dataclass(frozen=True)
 class PTQPlan:
     """``config`` is what ``result.json``, the tracker and the signatures have of it: with the format's own choices, the
-    prompts' texts, and batches as they will be. ``pairs`` are measured, ``calibration`` is calibrated on."""
+    prompts' texts, and batches as they will be. ``pairs`` are measured, ``calibration`` is calibrated on;
+    ``pictures`` are the first frames by prompt, of a model that takes them."""
 
     config: PTQConfig
     scheme: Scheme
@@ -69,6 +71,7 @@ class PTQPlan:
     device: torch.device
     pairs: tuple[Pair, ...]
     calibration: tuple[Pair, ...]
+    pictures: Mapping[str, Picture]
 
     @property
     def settings(self) -> GenerationConfig:
@@ -121,6 +124,9 @@ class PTQPlan:
             batches = batches[:1]
         found = dataclasses.asdict(config)
         found["model"]["batch"] = batches
+        for group in ("prompts", "calib"):  # by what they show, wherever they lie
+            texts = found[group]["texts"] if found[group].pop("images") else []
+            found |= {f"{group}.images": [self.pictures[text].sha256 for text in texts]} if texts else {}
         return found
 
 
@@ -135,7 +141,21 @@ def resolve(config: PTQConfig) -> PTQPlan:
     side = min(config.model.generation.height, config.model.generation.width)
     vbench.refuse_pointless(config.eval.dimensions, [text for text, _ in measured], side)
     model = resolve_model(config, scheme, find_model(config.model.path, config.model.base, shapes_only=True))
-    return PTQPlan(config, scheme, model, device, tuple(measured), tuple(calibration))
+    taken = check_shape(model.files).takes_pictures
+    found = _pictures(config, taken)
+    if taken:  # the pipelines take one at a time
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, batch=1))
+    return PTQPlan(config, scheme, model, device, tuple(measured), tuple(calibration), found)
+
+
+def _pictures(config: PTQConfig, taken: bool) -> dict[str, Picture]:
+    """Of what is calibrated on, and of what is measured."""
+    found = pictures(config.calib, taken, "calib")
+    measured = pictures(config.prompts, taken) if config.mode != "analyze" or not taken else {}
+    for text, picture in measured.items():
+        if found.setdefault(text, picture).sha256 != picture.sha256:
+            raise ValueError(f"prompts.images: the text {text!r} has another picture in calib.images")
+    return found
 
 
 def with_weights(plan: P) -> P:
@@ -182,7 +202,7 @@ def resolve_model(config: PTQConfig, scheme: Scheme, files: ModelFiles) -> Sourc
         raise ValueError(f"{files} is quantized already: model.path must be the original model")
     shape = shape_of_whole(files)
     if config.mode != "convert":  # which generates nothing
-        check_guidance(files, config.model.generation)
+        check_generation(files, config.model.generation)
     blocks, transformers = len(shape.blocks), len(parts_of(shape))
     if config.model.lora and transformers > 1:
         raise ValueError("model.lora: this model has two transformers; fuse with diffusers and save the result")

@@ -56,6 +56,7 @@ def head(plan: PTQPlan, fingerprint: str) -> dict[str, Any]:
             "source": model.files.told,
             "lora": describe_loras(config.model.lora),
         },
+        "pictures": {text: {"path": str(each.path), "sha256": each.sha256} for text, each in plan.pictures.items()},
         "quant": dataclasses.asdict(config.quant),
         "eval": {**{name: getattr(config.eval, name) for name in MEASURED_BY}, "frames": config.model.other_frames},
     }

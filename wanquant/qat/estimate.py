@@ -19,6 +19,7 @@ from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.trainable import Training
 from wanquant.wan.experts import parts_of
+from wanquant.wan.resources.empty import Given
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts, tokens_of
 from wanquant.wan.resources.footprint import Kept, kept_by, once
 from wanquant.wan.resources.offload import Needed
@@ -56,7 +57,11 @@ class TrainingMemory:
 def estimate_memory(plan: TrainPlan, streams: bool = False) -> TrainingMemory:
     """``streams``: the model's weights wait beside the device."""
     qat, whole = plan.qat, plan.model.shape
-    shape, tokens, text = whole.config, tokens_of(plan.settings, whole), plan.settings.max_text_length
+    shape, tokens, text = (
+        whole.config,
+        tokens_of(plan.settings, whole, Given.of(plan.model.files.folder)),
+        plan.settings.max_text_length,
+    )
     heads, rows, passing = shape.num_attention_heads, _rows(qat), _passing(plan)
     width, kept = heads * shape.attention_head_dim, _kept(dict(shape), *_rounding(plan), plan.precision)
     activations = kept.bytes(heads, shape.ffn_dim, tokens, text) * rows
@@ -100,7 +105,11 @@ def training_ways(plan: TrainPlan, needs: ResourceEstimate) -> dict[str, Needed]
 def estimate_seconds(plan: TrainPlan) -> float:
     """By a probe of one block."""
     qat, whole = plan.qat, plan.model.shape
-    shape, tokens, text = dict(whole.config), tokens_of(plan.settings, whole), plan.settings.max_text_length
+    shape, tokens, text = (
+        dict(whole.config),
+        tokens_of(plan.settings, whole, Given.of(plan.model.files.folder)),
+        plan.settings.max_text_length,
+    )
     how = (tokens, text, max(1, _rows(qat)), plan.device, plan.precision)
     each = qat.accumulation * learning_seconds(shape, lambda small: _prepare(small, *_rounding(plan)), *how)
     passed = len(whole.blocks) / len(parts_of(whole))

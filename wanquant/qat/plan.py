@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from wanquant.evaluate.prompts import pairs, settled
+from wanquant.evaluate.prompts import pairs, pictures, settled
 from wanquant.kernels.products import multiplies_bf16
 from wanquant.ptq.plan import PTQPlan, resolve
 from wanquant.qat.config import LoraSize, QATConfig
@@ -20,6 +20,7 @@ from wanquant.quant.trainable import Training, check_trainable
 from wanquant.runs.signature import installed
 from wanquant.wan.cached import Pair
 from wanquant.wan.device import pick_device
+from wanquant.wan.load import check_shape
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def resolve_train(config: TrainConfig) -> TrainPlan:
         qat=dataclasses.replace(config.qat, data=data),
     )
     learned = pairs(data.prompts, "qat.data.prompts") if data.source == "trajectories" else []
+    pictures(data.prompts, False, "qat.data.prompts")
     plan = resolve(config)
     _check(config.qat, plan)
     blocks = resolve_blocks(config.qat.blocks or range(plan.model.blocks), plan.model.blocks, "trained")
@@ -112,6 +114,8 @@ def _check(qat: QATConfig, plan: PTQPlan) -> None:
             f"model.offload={offload}: qat.scope={qat.scope} trains all blocks at once, on the device: choose "
             "qat.scope=blockwise, or model.offload=none"
         )
+    if check_shape(plan.model.files).takes_pictures:
+        raise ValueError(f"{plan.config.model.path} makes videos of pictures: train.py trains text-to-video models")
     if processes() > 1 and plan.model.transformers > 1 and qat.scope != "blockwise":
         # A step may pass by one of them, whose gradients the other processes would wait for.
         raise ValueError("several processes train two transformers with qat.scope=blockwise alone")

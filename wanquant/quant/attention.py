@@ -29,11 +29,13 @@ from wanquant.quant.scheme import Scheme
 
 #: Float32 scores held at a time by ``qkvp``; queries are taken in as many chunks as that needs.
 SCORES_AT_ONCE = 1 << 26
+#: Tokens of the text behind a picture's: diffusers' Wan takes it to be so many.
+TEXT = 512
 
 
 class QuantAttention:
-    """The processor. Refused: image tokens beside the text (Wan's image-to-video), another attention backend than
-    torch's own, context parallelism."""
+    """The processor. Refused: fused projections, another attention backend than torch's own, context parallelism.
+    Where a picture's tokens come before the text's ``TEXT``, attention to them is taken apart and added, as in Wan."""
 
     # diffusers sets these on every processor that has them.
     _attention_backend: Any = None
@@ -50,19 +52,24 @@ class QuantAttention:
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        if attn.add_k_proj is not None or getattr(attn, "fused_projections", False):
-            raise ValueError("quantized attention takes text-to-video Wan with separate projections")
+        if getattr(attn, "fused_projections", False):
+            raise ValueError("quantized attention takes separate projections")
         check_processor(self)
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        picture, source = (None, source) if attn.add_k_proj is None else (source[:, :-TEXT], source[:, -TEXT:])
         dtype = hidden_states.dtype  # norms whose weights are in float32 give that, while they are trained
         query = attn.norm_q(attn.to_q(hidden_states)).to(dtype).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(source)).to(dtype).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(source).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             query, key = (rotate(x, *rotary_emb) for x in (query, key))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        seen = [(key, attn.to_v(source).unflatten(2, (attn.heads, -1)))]
+        if picture is not None:
+            key = attn.norm_added_k(attn.add_k_proj(picture)).to(dtype).unflatten(2, (attn.heads, -1))
+            seen.append((key, attn.add_v_proj(picture).unflatten(2, (attn.heads, -1))))
+        query = query.transpose(1, 2)
         with torch.autocast(query.device.type, enabled=False):  # it would take float32 products in 16 bits
-            mixed = self.mix(query, key, value, attention_mask)
+            parts = [self.mix(query, k.transpose(1, 2), v.transpose(1, 2), attention_mask) for k, v in seen]
+        mixed = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         mixed = mixed.transpose(1, 2).flatten(2, 3).to(dtype)
         for layer in attn.to_out:
             mixed = layer(mixed)

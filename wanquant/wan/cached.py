@@ -27,7 +27,7 @@ from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.signature import GENERATES, signature
 from wanquant.wan.checkpoints.checkpoint import quantized_linears
-from wanquant.wan.config import ModelConfig
+from wanquant.wan.config import ModelConfig, Picture
 from wanquant.wan.experts import put, whole_of
 from wanquant.wan.generate import Sample, decode_video, embed_prompt, generate, one_ulp_up
 from wanquant.wan.load import Pipeline
@@ -47,6 +47,8 @@ class CachedPipeline:
     fingerprint: str
     device: torch.device
     cache: Cache
+    #: First frames by prompt, of a model that takes them.
+    pictures: Mapping[str, Picture] = field(default_factory=dict)
     #: What was not made by this run but found in the cache.
     reused: list[str] = field(default_factory=list)
     _noted: set[str] = field(default_factory=set)
@@ -64,6 +66,9 @@ class CachedPipeline:
     def signature(self, kind: str, **counted: Any) -> str:
         generation = {k: v for k, v in dataclasses.asdict(self.model.generation).items() if k not in NOT_COUNTED}
         common = {"artefact": kind, "generation": generation, "outliers": dataclasses.asdict(self.model.outliers)}
+        if self.pictures:
+            shown = {prompt for key in ("pairs", "calib") for prompt, _ in counted.get(key, ())}
+            common["pictures"] = {prompt: self.pictures[prompt].sha256 for prompt in sorted(shown)}
         return signature({**common, **counted}, self.fingerprint, self.device, GENERATES)
 
     def artefact(self, label: str, kind: str, signature: str, make: Callable[[Path], None]) -> Path:
@@ -94,8 +99,8 @@ class CachedPipeline:
 
     def generate(self, pairs: Sequence[Pair], on_step: Callable[[], None], **how: Any) -> list[Sample]:
         """In the model's batches, whatever the transformer is at the moment; kept nowhere."""
-        settings = self.model.generation
-        return generate(self.pipe, pairs, settings, on_step, batch=self.model.batch, embed=self.embed, **how)
+        how = {"batch": self.model.batch, "embed": self.embed, "pictures": self.pictures, **how}
+        return generate(self.pipe, pairs, self.model.generation, on_step, **how)
 
     @contextmanager
     def progress(self, label: str, pairs: Sequence[Pair], times: int = 1) -> Iterator[Callable[[], None]]:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from wanquant.choices import choice
 
 LANGUAGES = ("scenes", "english")
 OFFLOADS = ("auto", "none", "group", "disk")
+#: ``unipc``: the scheduler as the checkpoint has it. ``euler``: of first order, which few-step distilled models take.
+SOLVERS = ("unipc", "euler")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The first frame of a video: where it lies, and the SHA-256 of its file, by which it counts."""
+
+    path: Path
+    sha256: str
 
 
 @dataclass
@@ -26,6 +37,7 @@ class GenerationConfig:
     negative_prompt: str = ""
     #: Of Wan2.2's second transformer; none for that of the first.
     guidance_scale_2: float | None = None
+    solver: str = choice("unipc", SOLVERS)
 
     @property
     def branches(self) -> int:

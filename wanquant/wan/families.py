@@ -1,4 +1,4 @@
-"""Families of text-to-video models, by their pipeline's class name as ``model_index.json`` has it.
+"""Families of video models, by their pipeline's class name as ``model_index.json`` has it.
 
 All are of Wan's architecture: the transformer has ``blocks`` and is called with ``hidden_states``, ``timestep`` and
 ``encoder_hidden_states``; the VAE's config has ``latents_mean`` and ``latents_std``. What else differs is a ``Family``.
@@ -10,11 +10,11 @@ A further family needs no change here: ``register_family("OtherPipeline", Family
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from transformers import UMT5EncoderModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from transformers import CLIPVisionModel, UMT5EncoderModel
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 #: Inside a block, a linear and the linear or norm that alone makes its input: smoothing folds there, exactly. The other
@@ -25,8 +25,9 @@ FOLDS = {"attn1.to_out.0": "attn1.to_v", "attn2.to_out.0": "attn2.to_v", "attn2.
 @dataclass(frozen=True)
 class Family:
     """The classes of the pipeline and its parts, the folders it must have (``components``, ``text_encoder``,
-    ``transformer`` and ``vae`` among them), and, by a linear's name
-    inside a block, the module that smoothing may fold into (``folds``)."""
+    ``transformer`` and ``vae`` among them), by a linear's name inside a block, the module that smoothing may fold into
+    (``folds``), and the class of the encoder of pictures (``image_encoder``), where videos start from one: not every
+    checkpoint of the family has such an encoder."""
 
     pipeline: Any
     transformer: Any
@@ -34,11 +35,19 @@ class Family:
     text_encoder: Any = UMT5EncoderModel
     components: tuple[str, ...] = COMPONENTS
     folds: Mapping[str, str] = field(default_factory=lambda: FOLDS)
+    image_encoder: Any = None
+
+    @property
+    def takes_pictures(self) -> bool:
+        return self.image_encoder is not None
 
 
 WAN = Family(WanPipeline, WanTransformer3DModel)
 #: By the class name of the pipeline.
-FAMILIES: dict[str, Family] = {"WanPipeline": WAN}
+FAMILIES: dict[str, Family] = {
+    "WanPipeline": WAN,
+    "WanImageToVideoPipeline": replace(WAN, pipeline=WanImageToVideoPipeline, image_encoder=CLIPVisionModel),
+}
 
 
 def register_family(name: str, family: Family) -> None:
@@ -57,6 +66,9 @@ def family_of(transformer_class: str | None) -> Family:
 
 
 def folds_of(transformer: Any) -> Mapping[str, str]:
-    """Where smoothing may fold in a transformer, or in two as one (``wanquant.wan.experts``)."""
+    """Where smoothing may fold in a transformer, or in two as one (``wanquant.wan.experts``): not into values to which
+    a picture's are added before they are read."""
     first = getattr(transformer, "parts", (transformer,))[0]
-    return family_of(type(first).__name__).folds
+    folds = family_of(type(first).__name__).folds
+    added = getattr(first.config, "added_kv_proj_dim", None) is not None
+    return {reader: writer for reader, writer in folds.items() if not (added and writer == "attn2.to_v")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
+from PIL import Image, ImageOps
 
+from wanquant.wan.checkpoints.checkpoint import read_json
 from wanquant.wan.checkpoints.model_files import ModelFiles
-from wanquant.wan.config import GenerationConfig
-from wanquant.wan.experts import transformers_in
+from wanquant.wan.config import GenerationConfig, Picture
+from wanquant.wan.experts import shape_of_whole, transformers_in
 from wanquant.wan.products import quick_products
 from wanquant.wan.resources.placement import streamed
 
@@ -23,7 +25,21 @@ from wanquant.wan.resources.placement import streamed
 Embed = Callable[[str], torch.Tensor]
 
 
-def check_guidance(model: ModelFiles, settings: GenerationConfig) -> None:
+#: Tokens that diffusers takes for the text behind those of a picture, whatever the text encoder was asked for.
+TEXT_BEHIND_PICTURE = 512
+
+
+def check_generation(model: ModelFiles, settings: GenerationConfig) -> None:
+    """``ValueError`` for what the pipeline cannot do, though another could."""
+    config: Any = shape_of_whole(model).config
+    vae = read_json(model.folder / "vae" / "config.json")
+    multiple = vae.get("scale_factor_spatial", 8) * config.patch_size[1]
+    for name in ("height", "width"):
+        if getattr(settings, name) % multiple:
+            raise ValueError(f"model.generation.{name}={getattr(settings, name)}: must be a multiple of {multiple}")
+    if config.added_kv_proj_dim is not None and settings.max_text_length != TEXT_BEHIND_PICTURE:
+        told = f"must be {TEXT_BEHIND_PICTURE} for a transformer that attends to pictures"
+        raise ValueError(f"model.generation.max_text_length={settings.max_text_length}: {told}")
     if settings.guidance_scale_2 is not None and len(model.transformers) == 1:
         raise ValueError("model.generation.guidance_scale_2 is for pipelines of two transformers, and this has one")
 
@@ -57,7 +73,7 @@ class Position:
         last: list[float] = []
 
         def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            now = kwargs["timestep"].flatten()[:1].tolist()
+            now = [kwargs["timestep"].max().item()]  # of a timestep a token, those of a given first frame are 0
             self.branch = int(now == last)
             self.step += now != last
             last[:] = now
@@ -75,7 +91,7 @@ def initial_noise(pipe: WanPipeline, seed: int, settings: GenerationConfig) -> t
     """float32 [1, channels, frames', h, w], drawn on the CPU whatever the device, so that all share it."""
     shape = (
         1,
-        pipe.transformer.config.in_channels,
+        pipe.vae.config.z_dim,
         (settings.num_frames - 1) // pipe.vae_scale_factor_temporal + 1,
         settings.height // pipe.vae_scale_factor_spatial,
         settings.width // pipe.vae_scale_factor_spatial,
@@ -107,13 +123,26 @@ def _device(pipe: WanPipeline) -> torch.device:
     return device
 
 
-def use_flow_shift(pipe: WanPipeline, flow_shift: float) -> None:
-    """The shift belongs to the scheduler; asking for another one than the checkpoint's makes a new scheduler."""
+def use_scheduler(pipe: WanPipeline, settings: GenerationConfig) -> None:
+    """Gives the pipeline the scheduler that the settings ask for, where its own is another.
+
+    Noise levels are s·σ / (1 + (s - 1)·σ) with the flow shift s, σ going down evenly from 1. UniPC of first order
+    without its corrector is Euler's method, and its config is one that a saved pipeline keeps.
+    """
     scheduler = pipe.scheduler
     if not isinstance(scheduler, UniPCMultistepScheduler):
         raise ValueError(f"the pipeline's scheduler is a {type(scheduler).__name__}; Wan's is UniPCMultistepScheduler")
-    if scheduler.config.flow_shift != flow_shift:
-        pipe.scheduler = UniPCMultistepScheduler.from_config(scheduler.config, flow_shift=flow_shift)
+    asked: dict[str, Any] = {"flow_shift": settings.flow_shift}
+    if settings.solver == "euler":
+        asked |= {"solver_order": 1, "disable_corrector": list(range(settings.steps))}
+    if any(scheduler.config[name] != value for name, value in asked.items()):
+        pipe.scheduler = UniPCMultistepScheduler.from_config(scheduler.config, **asked)
+
+
+def open_picture(picture: Picture, settings: GenerationConfig) -> Image.Image:
+    """At the videos' size: the middle, scaled."""
+    with Image.open(picture.path) as image:
+        return ImageOps.fit(image.convert("RGB"), (settings.width, settings.height), Image.Resampling.BICUBIC)
 
 
 @torch.no_grad()
@@ -136,15 +165,17 @@ def generate(
     batch: int = 1,
     position: Position | None = None,
     embed: Embed | None = None,
+    pictures: Mapping[str, Picture] | None = None,
 ) -> list[Sample]:
     """One sample a (prompt, seed) pair.
 
     ``on_step`` is called after each denoising step of each batch; ``perturb`` may change the initial noise;
     without ``decode`` the videos are empty and the VAE is not run. A ``batch`` of several is quicker for a small
     model; matrix products of another size round otherwise, so compare only what was made in the same batches.
-    ``embed`` may know the prompts' embeddings already.
+    ``embed`` may know the prompts' embeddings already; ``pictures`` are the first frames by prompt, where the pipeline
+    takes one, and then videos come one at a time.
     """
-    use_flow_shift(pipe, settings.flow_shift)
+    use_scheduler(pipe, settings)
     embed = cache(partial(embed_prompt, pipe, settings=settings)) if embed is None else embed
     position = Position() if position is None else position
     samples = []
@@ -155,7 +186,8 @@ def generate(
         noise = noise if perturb is None else perturb(noise)
         parts = transformers_in(pipe).values()
         with quick_products(_device(pipe)), streamed(parts), position.following(parts):
-            found = _denoise(pipe, prompts, noise, settings, embed, on_step)
+            first_frame = {"image": open_picture(pictures[prompts[0]], settings)} if pictures else {}
+            found = _denoise(pipe, prompts, noise, settings, embed, on_step, **first_frame)
         for prompt, seed, latents in zip(prompts, seeds, found, strict=True):
             video = decode_video(pipe, latents) if decode else np.empty((0, settings.height, settings.width, 3))
             samples.append(Sample(prompt, seed, latents, video))
@@ -169,6 +201,7 @@ def _denoise(
     settings: GenerationConfig,
     embed: Embed,
     on_step: Callable[[], None],
+    **given: Any,
 ) -> torch.Tensor:
     """Final latents, float32 [prompts, channels, frames', h, w], on the CPU."""
 
@@ -189,5 +222,6 @@ def _denoise(
         latents=noise.to(device),
         callback_on_step_end=tick,
         output_type="latent",
+        **given,
     ).frames
     return found.float().cpu()

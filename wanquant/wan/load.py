@@ -43,6 +43,8 @@ Pipeline = WanPipeline
 Transformer = WanTransformer3DModel
 #: Transformer, VAE, text encoder, and the rest with the move to the device.
 LOAD_PARTS = 4
+#: The folder of the encoder of pictures, which some image-to-video models have.
+IMAGE_ENCODER = "image_encoder"
 #: Of models on the hub, by their ids: what says how large they are.
 SHAPES = Path(__file__).with_name("shapes")
 #: What libraries raise over a damaged checkpoint.
@@ -81,6 +83,8 @@ def load_pipeline(
         parts["vae"] = _whole(family.vae, folder / "vae", torch.float32)
         on_part()
         parts["text_encoder"] = _whole(family.text_encoder, folder / "text_encoder", torch.bfloat16)
+        if (folder / IMAGE_ENCODER).is_dir():
+            parts[IMAGE_ENCODER] = _whole(family.image_encoder, folder / IMAGE_ENCODER, torch.float32)
         on_part()
         pipe = family.pipeline.from_pretrained(folder, **parts, local_files_only=True)
     except DAMAGE as error:
@@ -97,7 +101,9 @@ def _place(pipe: WanPipeline, placement: Placement) -> None:
     transformers = [part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None]
     if placement.streams:
         placement.encoder_(pipe.text_encoder)
-        pipe.vae.to(placement.device)
+        for part in (pipe.vae, getattr(pipe, IMAGE_ENCODER, None)):
+            if part is not None:
+                part.to(placement.device)
     else:
         pipe.to(placement.device)
     for layer in [layer for part in transformers for layer in quantized_linears(part).values()]:
@@ -178,12 +184,14 @@ def check_shape(model: Path | ModelFiles) -> Family:
         made = folder / "checkpoint" / "model_index.json"
         hint = f" (that of this run is {made.parent})" if made.is_file() else ""
         raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json{hint}")
-    kind = read_json(folder / "model_index.json").get("_class_name")
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
     family = FAMILIES.get(str(kind))
     if family is None:
         raise ValueError(f"{folder} is a {kind}, not a {' or a '.join(FAMILIES)}")
     elsewhere = TRANSFORMERS if files.assembled else ()
-    for name in family.components:
+    listed = (name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None)
+    for name in dict.fromkeys((*family.components, *listed)):
         if name not in elsewhere and not (folder / name).is_dir():
             raise ValueError(f"{folder} has no folder {name}: the checkpoint is incomplete")
     for path in folder.glob("*/*.json"):
@@ -206,7 +214,7 @@ def check_folder(model: Path | ModelFiles) -> Family:
 
 def check_rest(folder: Path) -> None:
     """As ``check_folder``, of what else than transformers has weights."""
-    for name in ("text_encoder", "vae"):
+    for name in ("text_encoder", "vae", *(n for n in (IMAGE_ENCODER,) if (folder / n).is_dir())):
         check_weights(folder / name)
 
 

@@ -81,7 +81,7 @@ class Recording:
     def timestep(self, place: int) -> float:
         (_, path, row), step, _ = self._find(place)
         with safe_open(path, "pt") as file:
-            return float(file.get_slice("timestep")[step, row])
+            return float(file.get_slice("timestep")[step, row].max())
 
     def _find(self, place: int) -> tuple[tuple[str, Path, int], int, int]:
         """Its prompt, file and row there; its step and branch."""
@@ -135,11 +135,13 @@ def _replayed(
     texts = [torch.stack([pipeline.embed(prompt) for prompt in each]).to(device) for each in prompts]
     with safe_open(path, "pt") as file:
         noisy, timestep, expected = (file.get_slice(name) for name in ("noisy", "timestep", "output"))
+        image = file.get_slice("image") if "image" in file.keys() else None  # noqa: SIM118
         for step in range(recording.steps):
             given = noisy[step].to(device), timestep[step].to(device)
+            seen = {} if image is None else {"encoder_hidden_states_image": image[step].to(device)}
             for branch in range(recording.branches):
                 with quick_products(device):
-                    output = transformer(*given, texts[branch].to(given[0].dtype), return_dict=False)[0]
+                    output = transformer(*given, texts[branch].to(given[0].dtype), **seen, return_dict=False)[0]
                 yield step, branch, output.cpu().double(), expected[step, branch].double()  # not all devices have it
 
 
@@ -160,6 +162,8 @@ def _record(
         if branch == 0:  # both branches take the same
             passes["noisy"].append(kwargs["hidden_states"].detach().cpu())
             passes["timestep"].append(kwargs["timestep"].detach().cpu())
+            if kwargs.get("encoder_hidden_states_image") is not None:
+                passes.setdefault("image", []).append(kwargs["encoder_hidden_states_image"].detach().cpu())
 
     samples = _generate_watched(pipeline, pairs, tick, hook)
     pipeline.keep(pairs, samples)

@@ -19,16 +19,17 @@ from wanquant.quant.statistics import Layout
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import parts_of, shape_of_whole
-from wanquant.wan.load import Transformer
-from wanquant.wan.resources.footprint import (
+from wanquant.wan.load import IMAGE_ENCODER, Transformer
+from wanquant.wan.resources.empty import (
+    USUAL,
+    Given,
     Quantized,
-    decoding_bytes,
-    denoising_bytes,
+    empty_image_encoder,
     empty_text_encoder,
     empty_vae,
-    latent_size,
     parameters_of,
 )
+from wanquant.wan.resources.footprint import decoding_bytes, denoising_bytes, encoding_bytes
 from wanquant.wan.resources.offload import Needed, on_host, sizes_of, ways_of
 from wanquant.wan.resources.probe import (
     around_seconds,
@@ -119,7 +120,7 @@ class ResourceEstimate:
 
     @property
     def others(self) -> int:
-        """Bytes of text encoder and VAE."""
+        """Bytes of text encoder, VAE, and the encoder of pictures where there is one."""
         return self.text_encoder[0] + self.vae
 
     @cached_property
@@ -131,7 +132,14 @@ class ResourceEstimate:
 
     @cached_property
     def vae(self) -> int:
-        return 4 * parameters_of(empty_vae(self.files.folder / "vae"))
+        """With the encoder of pictures, which stays on the device as it does."""
+        folder = self.files.folder
+        wide = [empty_vae(folder / "vae"), *(empty_image_encoder(p) for p in (folder / IMAGE_ENCODER,) if p.is_dir())]
+        return 4 * sum(map(parameters_of, wide))
+
+    @cached_property
+    def given(self) -> Given:
+        return Given.of(self.files.folder)
 
     @cached_property
     def converted(self) -> list[str]:
@@ -159,16 +167,20 @@ class ResourceEstimate:
 
     @property
     def activations(self) -> int:
-        """Bytes, of the largest there are: denoising, quantized or not, or decoding."""
+        """Bytes, of the largest there are: denoising, quantized or not, decoding, or encoding a first frame."""
         return max(self.each_activations)
 
     @cached_property
     def each_activations(self) -> tuple[int, int]:
-        """Of denoising, and of decoding."""
+        """Of denoising, and of the VAE."""
         longest = max(self.settings.num_frames, self.counts.longest)
-        how = (replace(self.settings, num_frames=longest), self.rows, self.device)
+        settings, vae = replace(self.settings, num_frames=longest), self.files.folder / "vae"
+        how = (settings, self.rows, self.device, self.given)
         denoising = max(denoising_bytes(self._config, kind, *how) for kind in (None, self._quantized))
-        return denoising, decoding_bytes(self.files.folder / "vae", self.settings) if self.counts.decoded else 0
+        coding = decoding_bytes(vae, self.settings) if self.counts.decoded else 0
+        if self.given.picture:  # of which the further frames are empty, or none
+            coding = max(coding, encoding_bytes(vae, settings, 1 if self.given.timestep_per_token else longest))
+        return denoising, coding
 
     @property
     def videos(self) -> int:
@@ -205,7 +217,7 @@ class ResourceEstimate:
         by branch."""
         each, total = 2 * (1 + self.settings.branches) * int(self._config["in_channels"]), 0
         for steps, frames in self.counts.recorded_steps:
-            total += steps * each * math.prod(latent_size(replace(self.settings, num_frames=frames)))
+            total += steps * each * math.prod(self.given.latents(replace(self.settings, num_frames=frames)))
         return total
 
     @property
@@ -265,10 +277,10 @@ class ResourceEstimate:
 
     def _one_pass(self, how: Quantized | None, rows: int, layout: Layout | None = None) -> float:
         """Seconds of a forward pass through one transformer, ``rows`` videos together, for one of them."""
-        parts, tokens = len(parts_of(self.shape)), tokens_of(self.settings, self.shape)
+        parts, tokens = len(parts_of(self.shape)), tokens_of(self.settings, self.shape, self.given)
         if parts == 1 and is_small(self._config, tokens, self.rows):
-            return small_pass(self._config, how, self.settings, rows, self.device, layout)
-        around = around_seconds(self._config, self.settings, rows, self.device)
+            return small_pass(self._config, how, self.settings, rows, self.device, layout, self.given)
+        around = around_seconds(self._config, self.settings, rows, self.device, self.given)
         sizes = (tokens, self.settings.max_text_length, rows)
         block = block_seconds(self._config, how, *sizes, self.device, layout)
         return (around + len(self.shape.blocks) // parts * block) / rows
@@ -289,8 +301,8 @@ class ResourceEstimate:
         return Quantized(names, self.scheme) if names and self.counts.any_quantized else None
 
 
-def tokens_of(settings: GenerationConfig, transformer: Transformer) -> int:
+def tokens_of(settings: GenerationConfig, transformer: Transformer, given: Given = USUAL) -> int:
     """Of one video: patches of its latents, 1×2×2 of them each."""
     return math.prod(
-        size // patch for size, patch in zip(latent_size(settings), transformer.config.patch_size, strict=True)
+        size // patch for size, patch in zip(given.latents(settings), transformer.config.patch_size, strict=True)
     )

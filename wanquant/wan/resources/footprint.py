@@ -31,17 +31,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import UMT5Config, UMT5EncoderModel
 
 from wanquant.kernels import eager
-from wanquant.quant.convert import empty_like_quantized_
-from wanquant.quant.scheme import Scheme
-from wanquant.wan.checkpoints.checkpoint import FLOAT32, kept_in_fp32, read_json
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.products import quick_products
+from wanquant.wan.resources.empty import (
+    USUAL,
+    Given,
+    Quantized,
+    block_inputs,
+    empty_transformer,
+    empty_vae,
+    fill,
+)
 
-#: Latents are so many times smaller in time, and in height and width.
-IN_TIME, IN_SPACE = 4, 8
 #: Of the small blocks that are trained: tokens of the video and of the text, fewer and more, and the width of the
 #: feed-forward part.
 TOKENS, TEXT, FFN = (4, 8), (4, 8), 64
@@ -94,14 +97,6 @@ def once(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """How a block is: ``names`` of its linears that are quantized, as inside the block."""
-
-    names: Sequence[str]
-    scheme: Scheme
-
-
 def runs_on(how: Quantized | None, device: torch.device) -> Quantized | None:
     """On the CPU, a product of another device replaced by the fast one."""
     if how is None or device.type != "cpu" or how.scheme.product in ("fast", "exact"):
@@ -119,23 +114,26 @@ def _fake(how: Quantized | None, device: torch.device) -> Quantized | None:
 
 @once
 def denoising_bytes(
-    config: dict[str, Any], how: Quantized | None, settings: GenerationConfig, rows: int, device: torch.device
+    config: dict[str, Any],
+    how: Quantized | None,
+    settings: GenerationConfig,
+    rows: int,
+    device: torch.device,
+    given: Given = USUAL,
 ) -> int:
     """Of one forward pass of a transformer of this config, on ``rows`` videos."""
     transformer = empty_transformer(config, _fake(how, device), blocks=2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quick_products(device):
         fill(transformer, torch.empty)
-        latents = torch.empty(rows, config["in_channels"], *latent_size(settings), dtype=torch.bfloat16)
-        text = torch.empty(rows, settings.max_text_length, config["text_dim"], dtype=torch.bfloat16)
-        timestep = torch.empty(rows)
+        inputs = given.inputs(config, settings, rows, torch.empty)
         known = [*transformer.parameters(), *transformer.buffers()]
         alive = Alive(known, eagerly=device.type not in ("cpu", "cuda"))
         with alive:
-            transformer(latents, timestep, text, return_dict=False)
+            transformer(**inputs, return_dict=False)
     if how is None or how.scheme.product != "exact" or device.type == "cpu":
         return alive.most
     widest: int = max(transformer.get_submodule(f"blocks.0.{name}").out_features for name in how.names)
-    patches: int = latents.numel() // (config["in_channels"] * math.prod(config["patch_size"]))
+    patches: int = rows * math.prod(given.latents(settings)) // math.prod(config["patch_size"])
     return alive.most + 2 * patches * widest  # the product is in float32, of operands in BF16
 
 
@@ -143,73 +141,23 @@ def denoising_bytes(
 def decoding_bytes(folder: Path, settings: GenerationConfig) -> int:
     """Of decoding one video with the VAE of this folder."""
     vae = empty_vae(folder)
+    size = (vae.config.z_dim, *Given(vae.config.scale_factor_spatial).latents(settings))
+    return _vae_bytes(vae, "decode", size)
+
+
+@once
+def encoding_bytes(folder: Path, settings: GenerationConfig, frames: int) -> int:
+    """Of encoding so many frames, which a picture is the first of."""
+    return _vae_bytes(empty_vae(folder), "encode", (3, frames, settings.height, settings.width))
+
+
+def _vae_bytes(vae: AutoencoderKLWan, what: str, size: tuple[int, ...]) -> int:
     with FakeTensorMode(), torch.no_grad():
         fill(vae, torch.empty)
-        latents = torch.empty(1, vae.config.z_dim, *latent_size(settings))
-        alive = Alive([*vae.parameters(), *vae.buffers()])
+        alive, given = Alive([*vae.parameters(), *vae.buffers()]), torch.empty(1, *size)
         with alive:
-            vae.decode(latents, return_dict=False)
+            getattr(vae, what)(given, return_dict=False)
     return alive.most
-
-
-def empty_vae(folder: Path) -> AutoencoderKLWan:
-    """On the meta device."""
-    with torch.device("meta"):
-        return AutoencoderKLWan.from_config(read_json(folder / "config.json")).eval()
-
-
-def empty_text_encoder(folder: Path) -> UMT5EncoderModel:
-    with torch.device("meta"):
-        return UMT5EncoderModel(UMT5Config(**read_json(folder / "config.json"))).eval()
-
-
-def empty_transformer(config: dict[str, Any], how: Quantized | None, blocks: int) -> WanTransformer3DModel:
-    """On meta; its blocks are ``how``."""
-    with torch.device("meta"):
-        transformer = WanTransformer3DModel.from_config({**config, "num_layers": blocks}).eval()
-    if how is not None:
-        names = [f"blocks.{index}.{name}" for index in range(blocks) for name in how.names]
-        empty_like_quantized_(transformer, names, how.scheme)
-    return transformer
-
-
-def block_inputs(
-    transformer: WanTransformer3DModel, rows: int, tokens: int, text: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Any, ...]:
-    """Hidden states, text, modulation and rotary embedding; the frames are as the tables of positions allow."""
-    config = transformer.config
-    width, longest = config.num_attention_heads * config.attention_head_dim, config.rope_max_seq_len
-    hidden, words = (torch.full((rows, n, width), 0.5, dtype=dtype, device=device) for n in (tokens, text))
-    frames = next(count for count in range(1, tokens + 1) if tokens % count == 0 and tokens // count <= longest)
-    rotary = transformer.rope(torch.zeros(1, 1, frames, 2, 2 * tokens // frames))
-    return hidden, words, torch.zeros(rows, 6, width, device=device), tuple(part.to(device) for part in rotary)
-
-
-def latent_size(settings: GenerationConfig) -> tuple[int, int, int]:
-    """Frames, rows and columns."""
-    return (settings.num_frames - 1) // IN_TIME + 1, settings.height // IN_SPACE, settings.width // IN_SPACE
-
-
-def parameters_of(model: nn.Module) -> int:
-    """How many numbers they are."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def fill(model: nn.Module, make: Callable[..., torch.Tensor], narrow: bool = True) -> None:
-    """``make(size, dtype=...)`` in the place of meta tensors; a transformer, if ``narrow``, in BF16 but for what it
-    keeps in float32."""
-    wan = narrow and isinstance(model, WanTransformer3DModel)
-    for name, module in model.named_modules():
-        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or not tensor.is_meta:
-                continue
-            full = f"{name}.{own}"
-            wide = not wan or tensor.dtype != torch.float32 or kept_in_fp32(model, full) or full.endswith(FLOAT32)
-            made = make(tensor.shape, dtype=tensor.dtype if wide else torch.bfloat16)
-            if own in module._parameters:
-                module._parameters[own] = nn.Parameter(made, requires_grad=False)
-            else:
-                module._buffers[own] = made
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wanquant.wan.experts import parts_of
-from wanquant.wan.resources.footprint import parameters_of
+from wanquant.wan.resources.empty import parameters_of
 
 if TYPE_CHECKING:
     from wanquant.wan.resources.estimate import ResourceEstimate

@@ -20,20 +20,19 @@ from torch import nn
 from wanquant.quant.statistics import Layout, Observer
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.products import quick_products
-from wanquant.wan.resources.footprint import (
+from wanquant.wan.resources.empty import (
     IN_TIME,
+    USUAL,
+    Given,
     Quantized,
     block_inputs,
     empty_text_encoder,
     empty_transformer,
     empty_vae,
     fill,
-    latent_size,
-    mixed_norms,
-    once,
     parameters_of,
-    runs_on,
 )
+from wanquant.wan.resources.footprint import mixed_norms, once, runs_on
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,43 +121,37 @@ def small_pass(
     rows: int,
     device: torch.device,
     layout: Layout | None = None,
+    given: Given = USUAL,
 ) -> float:
     """Of a forward pass through a small transformer for one video, as if all blocks were ``how``, and observed if there
     is a ``layout``. Some blocks are run, and their time is scaled: a single one would stay in the CPU's cache."""
     blocks = min(config["num_layers"], SOME_BLOCKS)
     transformer = empty_transformer(config, runs_on(how, device), blocks)
     with _watched(transformer, layout):
-        found = _pass_seconds(_filled(transformer, device), settings, rows, device)
+        found = _pass_seconds(_filled(transformer, device), settings, rows, device, given)
     if blocks == config["num_layers"]:
         return found
-    around: float = small_pass({**config, "num_layers": 0}, None, settings, rows, device)
+    around: float = small_pass({**config, "num_layers": 0}, None, settings, rows, device, given=given)
     whole: float = around + (found - around) * config["num_layers"] / blocks
     return whole
 
 
 def _pass_seconds(
-    transformer: WanTransformer3DModel, settings: GenerationConfig, rows: int, device: torch.device
+    transformer: WanTransformer3DModel, settings: GenerationConfig, rows: int, device: torch.device, given: Given
 ) -> float:
     """Of a denoising step of so many videos, for one video and one pass."""
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    latents, text = _pass_inputs(transformer.config, settings, rows, device)
+    inputs = given.inputs(transformer.config, settings, rows, partial(torch.zeros, device=device))
+    channels = transformer.config.out_channels
+    latents = torch.zeros(rows, channels, *given.latents(settings), device=device)
 
     def step() -> None:
         scheduler.set_timesteps(settings.steps, device=device)
-        given = (latents.bfloat16(), scheduler.timesteps[:1].expand(rows), text)
         for _ in range(settings.branches):
-            noise = transformer(*given, return_dict=False)[0]
+            noise = transformer(**inputs, return_dict=False)[0]
         scheduler.step(noise.float(), scheduler.timesteps[0], latents, return_dict=False)
 
     return _seconds(step, device) / (rows * settings.branches)
-
-
-def _pass_inputs(
-    config: Any, settings: GenerationConfig, rows: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents in float32, and text in BF16."""
-    latents = torch.zeros(rows, config.in_channels, *latent_size(settings), device=device)
-    return latents, torch.zeros(rows, settings.max_text_length, config.text_dim, dtype=torch.bfloat16, device=device)
 
 
 def _filled(model: Any, device: torch.device) -> Any:
@@ -167,14 +160,15 @@ def _filled(model: Any, device: torch.device) -> Any:
 
 
 @probed
-def around_seconds(config: dict[str, Any], settings: GenerationConfig, rows: int, device: torch.device) -> float:
+def around_seconds(
+    config: dict[str, Any], settings: GenerationConfig, rows: int, device: torch.device, given: Given = USUAL
+) -> float:
     """Of a forward pass, what is outside of the blocks; nothing where they are so large that it does not count."""
-    if rows * math.prod(latent_size(settings)) > PROBED_AROUND:
+    if rows * math.prod(given.latents(settings)) > PROBED_AROUND:
         return 0.0
     transformer = _filled(empty_transformer(config, None, blocks=0), device)
-    latents, text = _pass_inputs(transformer.config, settings, rows, device)
-    given = (latents.bfloat16(), torch.full((rows,), 500.0, device=device), text)
-    return _seconds(lambda: transformer(*given, return_dict=False), device)
+    inputs = given.inputs(transformer.config, settings, rows, partial(torch.zeros, device=device))
+    return _seconds(lambda: transformer(**inputs, return_dict=False), device)
 
 
 def learning_seconds(
@@ -210,7 +204,8 @@ def learning_seconds(
 @probed
 def decoding_seconds(folder: Path, settings: GenerationConfig, device: torch.device) -> float:
     """Of one video: as it is where it is small, else by a few frames of it, in proportion to the pixels."""
-    vae, whole = _filled(empty_vae(folder), device), latent_size(settings)
+    vae = _filled(empty_vae(folder), device)
+    whole = Given(vae.config.scale_factor_spatial).latents(settings)
     small = whole if math.prod(whole) <= PROBED_LATENTS else SMALL_LATENTS
     latents = torch.zeros(1, vae.config.z_dim, *small, device=device)
     found = _seconds(lambda: vae.decode(latents, return_dict=False), device)
