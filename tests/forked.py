@@ -8,9 +8,11 @@ of its own: joblib's are waited for at the end, five minutes long.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -71,6 +73,20 @@ def run(
     forked = start(words, environment, before)
     status = forked.wait()
     return subprocess.CompletedProcess(list(words), status, forked.out.read_text(), forked.err.read_text())
+
+
+def launch(words: Sequence[str], count: int = 2, before: Sequence[Callable[[], object] | None] = ()) -> list[Forked]:
+    """Processes with the variables that ``accelerate launch`` gives them, started all and ended all; ``before`` is of
+    each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    each = itertools.zip_longest(range(count), before)
+    started = [start(words, {**where, "RANK": str(n), "LOCAL_RANK": str(n)}, first) for n, first in each]
+    for process in started:
+        process.wait()
+    return started
 
 
 def _child(

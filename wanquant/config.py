@@ -36,6 +36,7 @@ from wanquant.mistakes import USER_ERRORS, complain, one_line, ran_out_of_memory
 from wanquant.plugins import load_plugins
 from wanquant.ptq.config import PTQConfig
 from wanquant.qat.train_config import TrainConfig
+from wanquant.runs import launch
 from wanquant.runs.files import write_atomic
 from wanquant.runs.progress import announce
 from wanquant.runs.run import VOLATILE, refused_leave_no_result, write_refusal
@@ -83,6 +84,9 @@ class Watch(Callback):
 
 
 def _begin_sweep(config: DictConfig) -> Path:
+    launcher = str(config.hydra.launcher.get("_target_", ""))
+    if launch.processes() > 1 and not launcher.endswith(".BasicLauncher"):
+        raise ValueError(f"{launch.processes()} processes share each job of a sweep: leave out hydra/launcher")
     folder = Path(config.hydra.sweep.dir)
     asked = sorted(override for override in config.hydra.overrides.task if not _changes_nothing(override))
     asked += [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
@@ -125,18 +129,21 @@ def main(program: str) -> None:
             failures.append(error)
 
     try:
-        compose()
+        with launch.unseen():
+            compose()
     except KeyboardInterrupt:
         interrupt.tell()
         sys.exit(130)
     except USER_ERRORS as error:  # of Hydra, before there was a job
-        complain(error, schema=SCHEMAS[program])
-        if Watch.sweep is not None:
+        if launch.first():
+            complain(error, schema=SCHEMAS[program])
+        if Watch.sweep is not None and launch.first():
             _forget_if_empty(Watch.sweep)
         sys.exit(1)
     finally:
         # After a defect of ours in one of the jobs, too: the others' results are there.
-        complete = Watch.sweep is None or isinstance(sys.exception(), KeyboardInterrupt | SystemExit) or end_sweep()
+        told = Watch.sweep is None or not launch.first()
+        complete = told or isinstance(sys.exception(), KeyboardInterrupt | SystemExit) or end_sweep()
     if failures or not complete:
         sys.exit(1)
 
@@ -151,14 +158,16 @@ def carry_out(raw: DictConfig, program: str) -> Exception | None:
     which = f"job {hydra_config.job.num}: " if several else ""
     _announce(program, which, folder, raw.dry_run, several)
     try:
-        with contextlib.nullcontext() if raw.dry_run else refused_leave_no_result(folder):
-            load_plugins()
-            name_after_overrides(raw, list(hydra_config.overrides.task))
-            config: Any = OmegaConf.to_object(raw)
-            refuse_unknown_keys(raw, config)
-            config.check()
-            config.cache = str(home / config.cache)
-        load_job(program)(config, folder, OmegaConf.to_yaml(raw, resolve=True))
+        with launch.joined(hydra_config.job.num if several else 0, lambda error: one_line(error, SCHEMAS[program])):
+            with contextlib.nullcontext() if raw.dry_run else refused_leave_no_result(folder):
+                load_plugins()
+                name_after_overrides(raw, list(hydra_config.overrides.task))
+                config: Any = OmegaConf.to_object(raw)
+                refuse_unknown_keys(raw, config)
+                config.check()
+                config.cache = str(home / config.cache)
+            if launch.first() or not raw.dry_run:
+                load_job(program)(config, folder, OmegaConf.to_yaml(raw, resolve=True))
     except Exception as error:
         if several and not raw.dry_run and not (folder / "result.json").is_file():  # else the run itself has told
             names = {
@@ -166,7 +175,7 @@ def carry_out(raw: DictConfig, program: str) -> Exception | None:
             }
             with contextlib.suppress(OSError, ValueError):  # a full disk, a folder that is not ours
                 write_refusal(folder, program, OmegaConf.to_yaml(raw), names, one_line(error, SCHEMAS[program]))
-        if not isinstance(error, USER_ERRORS) and not ran_out_of_memory(error):
+        if not isinstance(error, (*USER_ERRORS, launch.FailedElsewhere)) and not ran_out_of_memory(error):
             raise
         # Told here and not outside, where Hydra would have added lines of its own.
         complain(error, which, SCHEMAS[program])

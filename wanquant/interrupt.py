@@ -24,6 +24,8 @@ WAKE = getattr(signal, "SIGVTALRM", None)
 
 _advice = "nothing was begun; the same command starts again"
 _told, _begun = threading.Event(), threading.Event()
+#: What to raise in the main thread in the place of an interrupt.
+_instead: BaseException | None = None
 
 
 def advise(how: str) -> None:
@@ -38,6 +40,19 @@ def tell() -> None:
         _told.set()
         behind = "\n" if sys.stderr.isatty() else ""  # a bar may stand on the line, and the terminal's ^C
         print(f"{behind}interrupted: {_advice}", file=sys.stderr, flush=True)
+
+
+def hush() -> None:
+    """From now on this process ends without a line."""
+    _told.set()
+
+
+def stop(error: BaseException) -> None:
+    """Has the main thread raise it, as soon as that is back in Python. Nothing where it is not watched."""
+    global _instead
+    if WAKE is not None and signal.getsignal(WAKE) is _interrupted:
+        _instead = error
+        signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
 
 
 def watch() -> None:
@@ -84,6 +99,10 @@ def _wait(main: int) -> None:
 
 def _interrupted(_: int, __: FrameType | None) -> None:
     """In the main thread: the first time it may clean up, for a while; the second time the process ends at once."""
+    global _instead
+    if _instead is not None:
+        error, _instead = _instead, None
+        raise error
     if _begun.is_set():
         _give_up()
     _begun.set()
@@ -109,7 +128,8 @@ def _unraisable(error: Any) -> None:
 
 def _terminate(_: int, __: FrameType | None) -> None:
     """`kill` ends a run as an interrupt does, through its clean-up."""
-    print("terminated", file=sys.stderr)
+    if not _told.is_set():
+        print("terminated", file=sys.stderr)
     sys.exit(143)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -299,47 +298,49 @@ def test_a_run_that_cannot_be_judged_is_said_by_its_sweep(
 
 
 def launched(cache: Path, *arguments: str, by_accelerate: bool = False) -> str:
-    """Two processes with the variables of a launch, or the real launcher's."""
+    """Two processes with the variables of a launch, or the real launcher's; what they have printed."""
     words = ["eval.py", "tracker=none", f"cache={cache}", FLICKER, *arguments]
-    if by_accelerate:
-        command = ["launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-        accelerate = Path(sys.executable).with_name("accelerate")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [str(accelerate), *command, "--dynamo_backend", "no", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        out, err = done.stdout, done.stderr
-    else:
-        both = [forked.start(words, {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    if not by_accelerate:
+        both = forked.launch(words)
         assert [process.wait() for process in both] == [0, 0], both[0].err.read_text()
-        out, err = ("".join(getattr(each, name).read_text() for each in both) for name in ("out", "err"))
-    # What a process has done it counts; what another did it does not.
-    counts = re.compile(r"^((?:measure|temporal_flickering)\b.*?)\s+\d+ % (\d+)/\d+ (?:pair|video)s", re.MULTILINE)
-    counted = counts.findall(err)
-    if not by_accelerate:  # of what takes long there are lines in between too: only the last one counts
-        counted = [item for each in both for item in dict(counts.findall(each.err.read_text())).items()]
-    for name, kind in (("measure", "pairs"), ("temporal_flickering", "vbench")):
-        kept = len(list((cache / kind).rglob("*.json")))
-        assert sum(int(count) for what, count in counted if what.startswith(name)) == kept > 0
-    measured = len(list((cache / "pairs").rglob("*.json")))
-    return f"{out.count(' joined: ')} written, {measured} measured"
+        return "".join(each.out.read_text() for each in both)
+    command = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    accelerate = Path(sys.executable).with_name("accelerate")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [str(accelerate), *command, "--dynamo_backend", "no", "--main_process_port", "0", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_shares(found: dict[str, Any], cache: Path, pairs: int) -> None:
+    """Each pair was measured and each video judged once, by one of two processes."""
+    assert found["provenance"]["processes"] == 2
+    made = found["provenance"]["made_by_process"]
+    assert sum(each.get("pairs", 0) for each in made) == len(list((cache / "pairs").rglob("*.json"))) == pairs
+    assert sum(each.get("vbench", 0) for each in made) == len(list((cache / "vbench").rglob("*.json"))) > 0
+    assert all(each.get("latents", 0) + each.get("pairs", 0) > 0 for each in made), made
 
 
 @pytest.mark.slow
 def test_processes_of_one_launch_share_the_work(sweep: Path, tmp_path: Path) -> None:
-    """Each pair is measured and each video judged once, and one process writes."""
-    run = sweep / "3"
-    found = launched(tmp_path / "cache", f"run={run}", NEW, "prompts.seeds=[0,1,2]", "prompts.name=new")
-    assert found == "1 written, 5 measured"  # one pair is the run's own
-    assert entry(run, "new")["metrics"]["vbench.temporal_flickering"]["n"] == 6
+    """And one process writes."""
+    asked = [f"run={sweep / '3'}", NEW, "prompts.seeds=[0,1,2]", "prompts.name=new"]
+    said = launched(tmp_path / "cache", *asked)
+    assert said.count(" joined: ") == said.count("wanquant ") == 1
+    found = entry(sweep / "3", "new")
+    assert found["metrics"]["vbench.temporal_flickering"]["n"] == 6
+    check_shares(found, tmp_path / "cache", 5)  # one pair is the run's own
 
 
 @pytest.mark.slow
 def test_processes_of_one_launch_share_a_model(sweep: Path, tmp_path: Path) -> None:
     model = [f"model.path={sweep / '3' / 'checkpoint'}", NEW, "prompts.seeds=[0,1]", *QUICK]
-    found = launched(tmp_path / "cache", *model, f"hydra.run.dir={tmp_path / 'run'}", by_accelerate=True)
-    assert found == "1 written, 4 measured"
-    assert read_result(tmp_path / "run")["evaluations"]["given"]["pairs"] == 4
+    said = launched(tmp_path / "cache", *model, f"hydra.run.dir={tmp_path / 'run'}", by_accelerate=True)
+    assert said.count(" joined: ") == said.count("wanquant ") == 1
+    found = entry(tmp_path / "run", "given")
+    assert found["pairs"] == 4
+    check_shares(found, tmp_path / "cache", 4)
 
 
 @pytest.mark.slow

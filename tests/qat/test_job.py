@@ -26,7 +26,9 @@ from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.evaluate.stats import Item, compared
 from wanquant.evaluate.sweep.summary import summarize
+from wanquant.qat.config import QATConfig
 from wanquant.qat.job import verdict_of
+from wanquant.qat.plan import check_sharded
 from wanquant.qat.train_config import read_list
 from wanquant.runs.reports.training import drift_table
 from wanquant.runs.run import read_result
@@ -194,12 +196,15 @@ def losses(result: dict[str, Any]) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["blockwise", "all"])
 def test_two_processes_train_as_one_does(scope: str, model: Path, cache: Path, tmp_path: Path) -> None:
-    """With exact products, to 1e-4 of the loss: sums over other halves of the batch."""
+    """With exact products, to 1e-4 of the loss. Of whole models the one takes each batch in the halves that are the
+    two's, since products of another size round otherwise, and some values over to the next of the format."""
     words = overrides(model, cache, f"qat.scope={scope}", "quant.product=exact", "qat.precision=fp32", "qat.lr=1e-4")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     for name, prefix in (("one", []), ("two", launch)):
-        command = [sys.executable, *prefix, "train.py", *words, f"hydra.run.dir={tmp_path / name}"]
+        parts = 2 if scope == "all" and name == "one" else 1
+        more = [f"qat.accumulation={parts}", f"hydra.run.dir={tmp_path / name}"]
+        command = [sys.executable, *prefix, "train.py", *words, *more]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("QAT against PTQ baseline") == 1
@@ -210,6 +215,35 @@ def test_two_processes_train_as_one_does(scope: str, model: Path, cache: Path, t
         one, two = ([[row["loss"] for row in rows]] for rows in (one, two))
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_train_as_one_does(model: Path, cache: Path, tmp_path: Path) -> None:
+    """FSDP2 as accelerate is configured to it: losses to 1e-5, and what is saved is whole. The one takes each batch in
+    the halves that are the two's, since products of another size round otherwise."""
+    asked = ["qat.scope=all", "quant.product=exact", "qat.precision=fp32", "qat.lr=1e-4", "qat.ema=0.9"]
+    asked += ["qat.save_every=1", "eval.videos=false"]
+    launch = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]
+    launch += ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_cpu_ram_efficient_loading", "false"]
+    launch += ["--fsdp_transformer_layer_cls_to_wrap", "WanTransformerBlock", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    for name, prefix, parts in (("one", [], 2), ("two", launch, 1)):
+        words = overrides(model, cache, *asked, f"qat.accumulation={parts}", f"hydra.run.dir={tmp_path / name}")
+        command = [sys.executable, *prefix, "train.py", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ([row["loss"] for row in losses(result_of(tmp_path / name))] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+    whole, sharded = (tensors(tmp_path / name / "checkpoint") for name in ("one", "two"))
+    assert {name: (t.shape, t.dtype) for name, t in sharded.items()} == {
+        name: (t.shape, t.dtype) for name, t in whole.items()
+    }
+    before = {name: tensor for name, tensor in tensors(model).items() if tensor.dtype == whole[name].dtype}
+    learned, apart = (
+        sum(float((one[name].float() - other[name].float()).abs().sum()) for name in before)
+        for one, other in ((whole, before), (whole, sharded))
+    )
+    assert apart < 0.05 * learned, (apart, learned)
 
 
 @pytest.mark.slow
@@ -240,6 +274,17 @@ def test_killed_five_times_it_ends_the_same(scope: str, model: Path, tmp_path: P
         assert result["training"].pop("memory")["peak"] > 0  # measured, and never twice the same
     assert again["training"] == whole["training"]
     assert again["metrics"] == whole["metrics"]
+
+
+def test_what_cannot_be_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--fsdp_version 2"):
+        check_sharded(QATConfig(scope="all"))
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_sharded(QATConfig(scope="all"))
+    with pytest.raises(ValueError, match=r"qat\.scope=blockwise"):
+        check_sharded(QATConfig(scope="blockwise"))
+    with pytest.raises(ValueError, match=r"qat\.check_every"):
+        check_sharded(QATConfig(scope="all", check_every=1))
 
 
 def test_a_dry_run_says_what_memory_the_training_needs(

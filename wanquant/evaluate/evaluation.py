@@ -25,7 +25,7 @@ from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.judges import flow, perceptual, vbench
 from wanquant.evaluate.judges.judging import Scores, judge
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, compared, estimate
-from wanquant.runs import pictures
+from wanquant.runs import launch, pictures
 from wanquant.runs.cache import Cache, Cells
 from wanquant.runs.progress import progress
 from wanquant.runs.run import clean_json, digest
@@ -176,7 +176,7 @@ class Evaluation:
             "vbench": told,
             "sides": {side.name: {"source": str(side.source), "fingerprint": side.fingerprint} for side in plan.sides},
             "timings": self.timings,
-            "provenance": provenance(self.device),
+            "provenance": {**provenance(self.device), **launch.shares()},
         }
 
     def _values(self) -> dict[Pair, Values]:

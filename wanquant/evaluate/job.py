@@ -8,7 +8,6 @@ Several processes that are given the same job share it through the cache, and th
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from wanquant.evaluate.prompts import OWN
 from wanquant.evaluate.sweep.tables import report, text
 from wanquant.quant import QuantConfig
 from wanquant.quant.scheme import parse
+from wanquant.runs import launch
 from wanquant.runs.cache import Cache
 from wanquant.runs.files import link_or_copy
 from wanquant.runs.finished import in_use
@@ -72,8 +72,9 @@ def judge_run(run: Path, config: EvalConfig, cache_root: Path, device: torch.dev
         with one_card(device) as card:
             return _joined(resolve_run(run, config, card, torch.get_num_threads()), cache_root, card)[0]
     except (ValueError, OSError) as error:
-        with in_use(cache_root, run):
-            write_result(run, {**read_result(run), "not_judged": str(error).splitlines()[0]})
+        if launch.first():
+            with in_use(cache_root, run):
+                write_result(run, {**read_result(run), "not_judged": str(error).splitlines()[0]})
         raise
 
 
@@ -87,7 +88,7 @@ def _of_runs(plan: EvaluatePlan, device: torch.device) -> list[dict[str, Any]]:
             if plan.sweep is None:
                 raise
             failed.append(f"{run.name}: {error}")
-    if plan.sweep is not None and results and _writes():
+    if plan.sweep is not None and results and launch.first():
         print(text(report(plan.sweep), plan.sweep), flush=True)
     if failed:
         raise ValueError(f"not evaluated: {'; '.join(failed)}")
@@ -98,7 +99,7 @@ def _of_run(plan: RunPlan | Exception, config: EvaluateConfig, device: torch.dev
     if isinstance(plan, Exception):
         raise plan
     result, key = _joined(plan, Path(config.cache), device, config.model.offload)
-    if _writes():
+    if launch.first():
         entry = result["evaluations"][key]
         told = {"job": "eval", "evaluations": {key: entry}, "timings": entry["timings"]}
         mirror(config.tracker, plan.run, dataclasses.asdict(config), told)
@@ -113,7 +114,7 @@ def _joined(plan: RunPlan, cache_root: Path, device: torch.device, offload: str 
     entry = _evaluation(plan, device, cache_root, offload).run()
     if plan.name == OWN:
         entry = _own(entry, result)
-    if not _writes():
+    if not launch.first():
         return result, key
     with in_use(cache_root, run):
         result = read_result(run)  # another process may have joined something since
@@ -143,11 +144,6 @@ def _own(entry: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "metrics": metrics, "gates": {}, "gates_failed": failed, "verdict": result["verdict"]}
 
 
-def _writes() -> bool:
-    """Of the processes of one ``accelerate launch`` the first: the others have shared the work."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _of_model(
     plan: EvaluationPlan, config: EvaluateConfig, folder: Path, config_yaml: str, device: torch.device
 ) -> dict[str, Any]:
@@ -155,7 +151,7 @@ def _of_model(
     with refused_leave_no_result(folder):
         plan = _in_cache(plan, config, device)
     evaluation = _evaluation(plan, device, Path(config.cache), config.model.offload)
-    if not _writes():
+    if not launch.first():
         return {"evaluations": {plan.name: evaluation.run()}}
     offload = config.model.offload  # one side after the other
     estimates = [choose(_estimate(side, len(plan.pairs), device), offload)[0] for side in plan.sides]

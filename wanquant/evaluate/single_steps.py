@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from wanquant.evaluate.stats import Item, estimate
+from wanquant.runs import launch
 from wanquant.runs.progress import progress
 from wanquant.runs.reports.columns import STEP_SQNR, step_metric
 from wanquant.runs.run import clean_json
@@ -89,14 +90,20 @@ def measure_steps(along: Trajectories, counted: Mapping[str, Any], afresh: bool 
         pipeline.signature("single_steps", pairs=pairs, kept=recording.kept, **counted) for pairs, _ in recording.groups
     ]
     cells = [pipeline.cache.cells("single_steps", each) for each in signed]
-    missing = [afresh or cell.get("steps") is None for cell in cells]
-    label, found = f"single steps, {recording.frames} frames", []
+    if afresh:
+
+        def forget() -> None:
+            for cell in cells:
+                cell.forget("steps")
+
+        launch.once(f"afresh {signed[0]}", forget)
+    missing = [cell.get("steps") is None for cell in cells]
+    label = f"single steps, {recording.frames} frames"
     with progress(label, sum(missing) * recording.steps) if any(missing) else nullcontext(lambda: None) as tick:
-        for batch, (cell, measured) in enumerate(zip(cells, missing, strict=True)):
-            measure = partial(_measure_batch, along, batch, tick)
-            if afresh and measured:
-                cell.put("steps", measure())
-            found.append(cell.measured("steps", measure))
+        measures = [partial(_measure_batch, along, batch, tick) for batch in range(len(cells))]
+        for cell, measure in zip(cells, measures, strict=True):
+            cell.offer("steps", measure)
+        found = [cell.measured("steps", measure) for cell, measure in zip(cells, measures, strict=True)]
     pipeline.note(label, known=not any(missing))
     return _joined(along, found)
 

@@ -46,8 +46,8 @@ MEASURES = (
 )
 
 
-def analyze(plan: PTQPlan, calibrator: Calibrator, folder: Path) -> dict[str, Any]:
-    """The analysis part of ``result.json``; its tables also as CSV in ``folder``/analysis, with the statistics."""
+def analyze(plan: PTQPlan, calibrator: Calibrator) -> dict[str, Any]:
+    """The analysis part of ``result.json``."""
     config, protect = plan.config.analysis, plan.config.protect
     calibration, every = calibrator.calibration(full=True), range(calibrator.blocks)
     statistics = calibration.statistics
@@ -71,10 +71,6 @@ def analyze(plan: PTQPlan, calibrator: Calibrator, folder: Path) -> dict[str, An
         "stand_out": stand_out(blocks),
         "correlation": correlations(blocks) if config.sensitivity else [],
     }
-    _write_tables(analysis, folder / "analysis")
-    for path in calibrator.statistics_files(full=True):
-        with replacing(folder / "analysis" / path.name) as temporary:
-            shutil.copyfile(path, temporary)
     return {
         "protect": {"name": protect.name, "blocks": list(resolve_blocks(choice.blocks, calibrator.blocks))},
         "calibration": {"coverage": statistics.coverage(), "pairs": len(calibrator.pairs)},
@@ -93,8 +89,11 @@ def _sensitivities(calibrator: Calibrator, blocks: Sequence[dict[str, Any]]) -> 
     return [{"kind": kind, **_with_interval("sensitivity", errors[f"kind {kind}"])} for kind in inner]
 
 
-def _write_tables(analysis: dict[str, Any], folder: Path) -> None:
-    """As CSV."""
+def write_analysis(analysis: dict[str, Any], calibrator: Calibrator, folder: Path) -> None:
+    """Its tables as CSV, and the statistics."""
+    for path in calibrator.statistics_files(full=True):
+        with replacing(folder / path.name) as temporary:
+            shutil.copyfile(path, temporary)
     tables = {"blocks": analysis["blocks"], "kinds": analysis["kinds"], "zones": _numbered("zone", analysis["zones"])}
     tables["modules"] = [_flat(row) for row in analysis["modules"]]
     tables |= {f"heatmap_{name}": _numbered("step", rows) for name, rows in analysis["heatmaps"].items()}

@@ -7,6 +7,7 @@ Everything here is BF16 or leaves the model as it was: the transformer is quanti
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from wanquant.quant import ConversionReport
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import KIND, Layout, Observer, Site, Statistics, load_statistics, merge, save_statistics
+from wanquant.runs import launch
 from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.experts import transformers_in
@@ -88,21 +90,25 @@ class Calibrator:
         return sorted(self._statistics_folder(full).iterdir())
 
     def _statistics_folder(self, full: bool) -> Path:
-        """Made video by video, so a killed calibration goes on: parts merge to what one pass finds, bit for bit."""
+        """Made video by video, so a killed calibration goes on, and processes share it: parts merge to what one pass
+        finds, bit for bit."""
         pipeline, signed = self.pipeline, self._statistics_signature(full)
-        names = [f"{signed}-{place:03d}" for place in range(len(self.pairs))]
+        cache, whole = pipeline.cache, pipeline.cache.has("statistics", signed)
+        names = [] if whole else [f"{signed}-{place:03d}" for place in range(len(self.pairs))]
+        missing = sum(not cache.has("statistics", name) for name in names)
+        steps = missing * pipeline.model.generation.steps
+        with progress("calibrate", steps) if missing else nullcontext(lambda: None) as tick:
+            observers = dict(zip(names, (self._observer(pair, full, tick) for pair in self.pairs), strict=False))
+            for name, observe in observers.items():
+                if not cache.has("statistics", signed):  # else another process is through with all of them
+                    cache.offer("statistics", name, observe)
 
-        def make(folder: Path) -> None:
-            missing = sum(not pipeline.cache.has("statistics", name) for name in names)
-            with progress("calibrate", missing * pipeline.model.generation.steps) as tick:
-                parts = [
-                    pipeline.cache.folder("statistics", name, self._observer(pair, full, tick))
-                    for name, pair in zip(names, self.pairs, strict=True)
-                ]
-            about = {"model": pipeline.model.name, "fingerprint": pipeline.fingerprint}
-            save_statistics(merge([load_statistics(part) for part in parts]), folder, about)
+            def make(folder: Path) -> None:
+                parts = [cache.folder("statistics", name, observe) for name, observe in observers.items()]
+                about = {"model": pipeline.model.name, "fingerprint": pipeline.fingerprint}
+                save_statistics(merge([load_statistics(part) for part in parts]), folder, about)
 
-        folder = pipeline.artefact("calibrate", "statistics", signed, make)
+            folder = pipeline.artefact("calibrate", "statistics", signed, make)
         pipeline.cache.forget_parts("statistics", signed)
         return folder
 
@@ -138,15 +144,20 @@ class Calibrator:
     def block_errors(self) -> list[Estimate]:
         """SQNR of each block's own output, quantized alone; the cheap measure."""
         pipeline, cells = self.pipeline, self.pipeline.cache.cells("block_errors", self._quantized("block_errors"))
+        groups = {f"batch {place}": group for place, group in enumerate(pipeline.grouped(self.pairs))}
 
-        def measure() -> list[list[dict[str, Any]]]:
-            stats = self.inputs()
-            with pipeline.progress("block errors", self.pairs) as tick:
-                how = (self.scheme, self.modules, self.pairs, pipeline.generate, stats, tick)
-                rows = sensitivity.block_errors(pipeline.pipe, *how)
-            return [[vars(item) for item in row] for row in rows]
+        def measure(names: list[str]) -> list[list[list[dict[str, Any]]]]:
+            stats, pairs = self.inputs(), [pair for name in names for pair in groups[name]]
+            with pipeline.progress("block errors", pairs) as tick:
+                how = (self.scheme, self.modules, pairs, pipeline.generate, stats, tick)
+                rows = [iter(row) for row in sensitivity.block_errors(pipeline.pipe, *how)]
+            return [[[vars(next(row)) for _ in groups[name]] for row in rows] for name in names]
 
-        return [estimate([Item(**item) for item in row]) for row in cells.measured("blocks", measure)]
+        # Together as many as may be, since the quantized copies are made anew each time.
+        share = math.ceil(len(groups) / launch.processes())
+        found = cells.shared(list(groups), measure, itertools.repeat(share)).values()
+        rows = ([item for batch in found for item in batch[block]] for block in range(self.blocks))
+        return [estimate([Item(**item) for item in row]) for row in rows]
 
     def block_sqnr(self, protected: Sequence[int]) -> Estimate:
         """The cheapest measure of a protection: the noise that the unprotected blocks add to their own outputs, each
@@ -193,14 +204,11 @@ class Calibrator:
         missing = [name for name in protections if cells.get(name) is None]
         stats = self.inputs() if missing else {}
         steps = self.trajectories.recording.passes if missing else 0  # recorded before the progress begins
-        found = {}
         with progress("sensitivity", len(missing) * steps) if missing else nullcontext(lambda: None) as tick:
-            for name, (blocks, modules) in protections.items():
 
-                def measure(blocks: list[int] = blocks, modules: list[str] = modules) -> list[dict[str, Any]]:
-                    with sensitivity.quantized(pipeline.transformer, self.scheme, blocks, modules, stats):
-                        errors = measured_now(self.trajectories, tick).items()
-                    return [vars(item) for item in errors]
+            def measure(names: list[str]) -> list[list[dict[str, Any]]]:
+                with sensitivity.quantized(pipeline.transformer, self.scheme, *protections[names[0]], stats):
+                    return [[vars(item) for item in measured_now(self.trajectories, tick).items()]]
 
-                found[name] = estimate([Item(**item) for item in cells.measured(name, measure)])
-        return found
+            found = cells.shared(list(protections), measure, itertools.repeat(1))
+        return {name: estimate([Item(**item) for item in items]) for name, items in found.items()}

@@ -1,4 +1,4 @@
-"""The stages of a job that make something: the quantized transformer, and videos of it and of BF16."""
+"""The stages of a job that make something: the quantized transformer, and videos of it and of BF16, compared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wanquant.evaluate.compare import Networks, measure
 from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.plan import PTQPlan
 from wanquant.quant import ConversionReport, plan_conversion, quantize_
@@ -15,6 +16,9 @@ from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.families import folds_of
 from wanquant.wan.generate import Sample
 from wanquant.wan.resources.placement import placement_of
+
+#: Videos (reference, sample) that are compared, by the prefix of their metrics.
+Couples = Mapping[str, Sequence[tuple[Sample, Sample]]]
 
 
 def quantize_transformer(
@@ -44,6 +48,15 @@ def quantized_videos(
         return [], Counter()
     latents, counts = pipeline.latents(label, pairs, how, afresh)
     return pipeline.videos(label, pairs, latents), counts
+
+
+def compare_videos(plan: PTQPlan, couples: Couples) -> dict[str, Any]:
+    """Every metric of every pair of videos, by name."""
+    if not any(couples.values()):
+        return {}
+    with progress("compare", sum(map(len, couples.values())), "pair") as tick:
+        networks = Networks.of(plan.config.eval, plan.device)
+        return measure(couples, plan.config.model.language == "scenes", tick, networks)
 
 
 def noise_floors(

@@ -8,8 +8,8 @@ compare, write → ``result.json`` → report. Everything that can be refused is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,20 +17,20 @@ from typing import Any, ClassVar
 import torch
 
 from wanquant.evaluate import gates
-from wanquant.evaluate.compare import Networks, measure
 from wanquant.evaluate.job import judge_run
 from wanquant.evaluate.single_steps import measure_steps, record
-from wanquant.ptq.analyze import analyze
+from wanquant.ptq.analyze import analyze, write_analysis
 from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.convert import run_convert
 from wanquant.ptq.estimate import count_videos, estimate_resources, predicted, start_and_end
-from wanquant.ptq.generating import bf16_videos, noise_floors, quantize_transformer, quantized_videos
+from wanquant.ptq.generating import bf16_videos, compare_videos, noise_floors, quantize_transformer, quantized_videos
 from wanquant.ptq.plan import PTQPlan, resolve, with_weights
 from wanquant.ptq.protect import choose
 from wanquant.ptq.result import conversion, evaluations_in, head, lost_to_fp8, names_of, tail, verdict, write_videos
 from wanquant.quant import ConversionReport
 from wanquant.quant.eight_bit import check_product
+from wanquant.runs import launch
 from wanquant.runs.cache import Cache
 from wanquant.runs.finished import by, find_finished, in_use, note_finished, take_over
 from wanquant.runs.progress import progress
@@ -53,9 +53,6 @@ from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
 from wanquant.wan.resources.placement import Placement
 from wanquant.wan.resources.printed import in_time, print_estimate
 
-#: Videos (reference, sample) that are compared, by the prefix of their metrics.
-Couples = Mapping[str, Sequence[tuple[Sample, Sample]]]
-
 
 def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any] | None:
     """Runs the job in ``folder`` and returns the result as written, or None after a dry run. What is finished already,
@@ -64,12 +61,16 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
     ``ValueError`` and ``OSError`` are the user's; whatever else goes wrong, ``result.json`` says failed.
     """
     if config.mode == "convert":
-        return run_convert(config, folder, config_yaml)
+        return run_convert(config, folder, config_yaml) if launch.first() else None
     return run_job(config, folder, config_yaml, Job)
 
 
 def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) -> dict[str, Any] | None:
-    """``run_ptq`` for any job that quantizes a model and measures what became of it."""
+    """``run_ptq`` for any job that quantizes a model and measures what became of it. Of a launch's processes the first
+    writes it all, and the others make what that is not at."""
+    if not launch.first():
+        _assist(config, kind)
+        return None
     with refused_leave_no_result(folder) if not config.dry_run else nullcontext():
         plan = kind.resolve(config)
         torch.set_num_threads(plan.config.threads)
@@ -82,11 +83,27 @@ def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) 
         return None
     hush_libraries()
     result, fresh = _finished(plan, folder, config_yaml, kind)
+    launch.say("finished")
     if config.eval.dimensions and config.mode == "quantize":
         result, fresh = judge_run(folder, config.eval, Path(config.cache), plan.device), True
     if fresh:
         mirror(config.tracker, folder, dataclasses.asdict(plan.config), result)
     return result
+
+
+def _assist(config: PTQConfig, kind: type[Job]) -> None:
+    """What another process of a launch does, when the first has found that there is something to do."""
+    folder, to_do = launch.hear("begin")
+    hush_libraries()
+    torch.set_num_threads(config.threads)
+    plan = with_weights(kind.resolve(config))
+    if to_do:
+        with one_card(plan.device) as card:
+            job = kind(dataclasses.replace(plan, device=card))
+            job.analyze() if config.mode == "analyze" else job.run()
+    if config.eval.dimensions and config.mode == "quantize":
+        launch.hear("finished")
+        judge_run(Path(folder), config.eval, Path(config.cache), plan.device)
 
 
 def _finished(plan: PTQPlan, folder: Path, config_yaml: str, kind: type[Job]) -> tuple[dict[str, Any], bool]:
@@ -99,9 +116,11 @@ def _finished(plan: PTQPlan, folder: Path, config_yaml: str, kind: type[Job]) ->
         if known is not None and known.resolve() == folder.resolve():
             result = read_result(folder)
             if all(result[group].items() >= given.items() for group, given in job.names.items()):
+                launch.say("begin", (str(folder), False))
                 print(f"finished already: {folder}{by(result)}; force=true runs it again", flush=True)
                 return result, False
             known = None  # under other names: most of it is in the cache
+        launch.say("begin", (str(folder), known is None))
         kept = evaluations_in(folder, job.asked)
         run = Run(folder, job.name, config_yaml, job.names, keep=("evaluations",) if kept else ())
         return job.carry_out(run, known, kept), True
@@ -109,7 +128,8 @@ def _finished(plan: PTQPlan, folder: Path, config_yaml: str, kind: type[Job]) ->
 
 @dataclass
 class Job:
-    """A plan that is carried out in a run directory, or found to be finished."""
+    """A plan that is carried out in a run directory, or found to be finished; without one (``run_``), by a process of a
+    launch that is not the first, as far as it is shared work."""
 
     name: ClassVar[str] = "ptq"
     plan: Any
@@ -180,7 +200,7 @@ class Job:
         return full
 
     def run(self) -> dict[str, Any]:
-        config, stage = self.config, self.run_.stage
+        config, stage = self.config, self.stage
         calibrator = self.load()
         pipeline = calibrator.pipeline
         with stage("calibrate"):
@@ -201,12 +221,14 @@ class Job:
             samples, counts = quantized_videos(
                 pipeline, f"generate {config.quant.format}", self.shown, how, config.force
             )
+        if self.run_ is None:
+            return {}
         with stage("compare"):
             metrics = {name: steps.items() for name, steps in single_steps.items()}
-            metrics |= self.compare({"": list(zip(baseline, samples, strict=True)), **floors})
+            metrics |= compare_videos(self.plan, {"": list(zip(baseline, samples, strict=True)), **floors})
             gate_results = gates.check(samples, baseline)
         with stage("write"):
-            self.write_videos(baseline, samples, floors)
+            write_videos(self.run_.folder, self.plan, baseline, samples, floors)
             self.save(pipeline, report)
         counts = counts if self.shown else single_steps[STEP_SQNR].counts
         return {
@@ -221,28 +243,25 @@ class Job:
 
     def analyze(self) -> dict[str, Any]:
         calibrator = self.load()
-        with self.run_.stage("calibrate"):
+        with self.stage("calibrate"):
             calibrator.calibration(full=True)
-        with self.run_.stage("analyze"):
-            analysis = analyze(self.plan, calibrator, self.run_.folder)
+        with self.stage("analyze"):
+            analysis = analyze(self.plan, calibrator)
+        if self.run_ is None:
+            return {}
+        write_analysis(analysis["analysis"], calibrator, self.run_.folder / "analysis")
         return {**self.head(None), **analysis, **self.tail(calibrator, self.plan.calibration)}
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        stage: AbstractContextManager[None] = nullcontext() if self.run_ is None else self.run_.stage(name)
+        return stage
 
     def load(self) -> Calibrator:
         needs, told = self.chosen(self.plan)
-        if self.run_ is not None:
-            with self.run_.stage("plan"):
-                self.planned_ = self.predicted(needs)
-            guess, start = GUESS if self.planned_["guess"] else "", self.planned_["stages"]["start"]
-            takes = f"{in_time(self.planned_['seconds'])} in all, of which {in_time(start)} are over"
-            print(
-                f"predicted: {takes}; what the cache holds takes none{guess}",
-                *filter(None, [told]),
-                sep="\n",
-                flush=True,
-            )
+        launch.once("planned", lambda: self.predict(needs, told))  # which measures speed: the others wait
         forget_peak_memory(self.device)
         self.begun = peak_memory(self.device)
-        with self.run_.stage("load") if self.run_ is not None else nullcontext():
+        with self.stage("load"):
             self.made = provenance(self.device)
             with progress("load", LOAD_PARTS, "part") as tick:
                 placement = Placement(self.device, needs.offload, self.cache.root / "offload")
@@ -257,6 +276,14 @@ class Job:
         single_steps = self.config.eval.single_steps
         return Calibrator(pipeline, self.plan.scheme, list(self.plan.calibration), bins, modules, single_steps)
 
+    def predict(self, needs: ResourceEstimate, told: str) -> None:
+        with self.stage("plan"):
+            self.planned_ = self.predicted(needs)
+        guess, start = GUESS if self.planned_["guess"] else "", self.planned_["stages"]["start"]
+        takes = f"{in_time(self.planned_['seconds'])} in all, of which {in_time(start)} are over"
+        said = filter(None, [f"predicted: {takes}; what the cache holds takes none{guess}", told])
+        print(*said, sep="\n", flush=True)
+
     def predicted(self, needs: ResourceEstimate) -> dict[str, Any]:
         """What it would take from the beginning, with nothing in the cache."""
         cells = self.cache.cells("plans", digest([self.signed(None), self.plan.scheme.packed, needs.offload]))
@@ -269,22 +296,8 @@ class Job:
         """The stage, where the config asks for it."""
         if not (self.config.eval.noise_floor and baseline):
             return {}
-        with self.run_.stage("noise_floor"):
+        with self.stage("noise_floor"):
             return noise_floors(self.plan, pipeline, baseline)
-
-    def compare(self, couples: Couples) -> dict[str, Any]:
-        """Every metric of every pair of videos, by name."""
-        if not any(couples.values()):
-            return {}
-        with progress("compare", sum(map(len, couples.values())), "pair") as tick:
-            networks = Networks.of(self.config.eval, self.device)
-            return measure(couples, self.config.model.language == "scenes", tick, networks)
-
-    def write_videos(self, baseline: list[Sample], samples: list[Sample], floors: Couples) -> None:
-        if not samples:
-            return
-        perturbed = [sample for _, sample in floors.get("floor_ulp.", ())]
-        write_videos(self.run_.folder, self.config.quant.format, self.plan.settings.fps, baseline, samples, perturbed)
 
     def save(self, pipeline: CachedPipeline, report: ConversionReport) -> None:
         """The checkpoint, if it is asked for and anything is quantized."""
@@ -297,5 +310,5 @@ class Job:
 
     def tail(self, calibrator: Calibrator, pairs: Sequence[Pair]) -> dict[str, Any]:
         """How it was made, and what of memory it took beside what was predicted."""
-        made = {**self.made, "from_cache": calibrator.pipeline.reused}
+        made = {**self.made, "from_cache": calibrator.pipeline.reused, **launch.shares()}
         return tail(self.plan, pairs, (self.begun, peak_memory(self.device)), self.planned_, made)

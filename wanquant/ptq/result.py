@@ -15,6 +15,7 @@ from wanquant.evaluate.stats import ENOUGH_PAIRS, Item, estimate
 from wanquant.kernels.products import multiplies_bf16
 from wanquant.ptq.calibrator import Calibration
 from wanquant.ptq.config import PTQConfig
+from wanquant.ptq.generating import Couples
 from wanquant.ptq.plan import PTQPlan
 from wanquant.ptq.protect import Choice
 from wanquant.quant import ConversionReport
@@ -151,15 +152,13 @@ def verdict(metrics: Mapping[str, Sequence[Item]], gate_results: Sequence[GateRe
 
 
 def write_videos(
-    folder: Path,
-    format_: str,
-    fps: int,
-    baseline: Sequence[Sample],
-    samples: Sequence[Sample],
-    perturbed: Sequence[Sample],
+    folder: Path, plan: PTQPlan, baseline: Sequence[Sample], samples: Sequence[Sample], floors: Couples
 ) -> None:
-    """Of each pair BF16, quantized, both side by side, and BF16 with its noise ``perturbed``, if that was made; and the
+    """Of each pair BF16, quantized, both side by side, and BF16 with its noise perturbed, if that was made; and the
     contact sheet."""
+    if not samples:
+        return
+    format_, fps, perturbed = plan.config.quant.format, plan.settings.fps, floors.get("floor_ulp.", ())
     rows = []
     with progress("write videos", len(samples), "pair") as tick:
         for number, (a, b) in enumerate(zip(baseline, samples, strict=True)):
@@ -167,7 +166,7 @@ def write_videos(
             shown = {"bf16": frames[0], "quantized": frames[1]}
             shown["side_by_side"] = pictures.side_by_side(frames, ("BF16", format_))
             if perturbed:
-                shown["bf16_ulp"] = pictures.to_uint8(perturbed[number].video)
+                shown["bf16_ulp"] = pictures.to_uint8(perturbed[number][1].video)
             for side, video in shown.items():
                 pictures.write_mp4(folder / "videos" / side / f"{number:03d}-seed{a.seed}.mp4", video, fps)
             rows.append((f"{a.prompt}, seed {a.seed}", (("BF16", frames[0]), (format_, frames[1]))))

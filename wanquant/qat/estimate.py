@@ -13,11 +13,12 @@ from wanquant.ptq.estimate import count_videos
 from wanquant.qat.config import AT_ONCE, QATConfig
 from wanquant.qat.plan import TrainPlan
 from wanquant.qat.scope import is_matrix, trains_weights
-from wanquant.qat.train_config import SET_ASIDE, processes
+from wanquant.qat.train_config import SET_ASIDE
 from wanquant.quant import plan_conversion
 from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.trainable import Training
+from wanquant.runs.launch import processes
 from wanquant.wan.experts import parts_of
 from wanquant.wan.resources.empty import Given
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts, tokens_of

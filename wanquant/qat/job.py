@@ -16,11 +16,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,18 +33,19 @@ from wanquant.evaluate.single_steps import SingleSteps, Trajectories, measure_st
 from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference
 from wanquant.ptq.calibrator import Calibration
 from wanquant.ptq.estimate import estimate_resources
-from wanquant.ptq.generating import bf16_videos, quantized_videos
+from wanquant.ptq.generating import bf16_videos, compare_videos, quantized_videos
 from wanquant.ptq.job import Job, run_job
 from wanquant.ptq.plan import with_weights
 from wanquant.ptq.protect import Choice, choose
-from wanquant.ptq.result import conversion, verdict
+from wanquant.ptq.result import conversion, verdict, write_videos
 from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.estimate import count_training_videos, estimate_seconds, print_estimates, training_ways
 from wanquant.qat.loop import make_accelerator
 from wanquant.qat.plan import TrainPlan, resolve_train
 from wanquant.qat.train import Trainer
-from wanquant.qat.train_config import TrainConfig, processes
+from wanquant.qat.train_config import TrainConfig
 from wanquant.quant import ConversionReport, plan_conversion
+from wanquant.runs.launch import processes
 from wanquant.runs.progress import progress
 from wanquant.runs.reports.columns import DRIFT, STEP_SQNR
 from wanquant.runs.signature import MEASURES, signature
@@ -103,18 +102,17 @@ def run_train(config: TrainConfig, folder: Path, config_yaml: str) -> dict[str, 
 
 def assist(config: TrainConfig) -> None:
     """Waits until the first process has all that can be made once, and trains with it; that one alone judges."""
-    plan = resolve_train(dataclasses.replace(config, eval=EvalConfig(single_steps=config.eval.single_steps)))
     word: list[Any] = [None]
     broadcast_object_list(word)
     if word[0] is None:
         return
+    plan = resolve_train(dataclasses.replace(config, eval=EvalConfig(single_steps=config.eval.single_steps)))
     torch.set_num_threads(plan.config.threads)
     hush_libraries()
-    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-        calibrator = TrainJob(with_weights(plan)).load()
-        trainer = Trainer(calibrator, plan, word[0], calibrator.inputs())
-        trainer.prepare()
-        trainer.train()
+    calibrator = TrainJob(with_weights(plan)).load()
+    trainer = Trainer(calibrator, plan, word[0], calibrator.inputs())
+    trainer.prepare()
+    trainer.train()
 
 
 class TrainJob(Job):
@@ -167,7 +165,7 @@ class TrainJob(Job):
             metrics, over = self._compared(baseline, untrained, trained, floors)
             judged = verdict(metrics, gates.check(trained.samples, baseline), len(self.pairs))
         with stage("write"):
-            self.write_videos(baseline, trained.samples, floors)
+            write_videos(self.run_.folder, self.plan, baseline, trained.samples, floors)
             if self.config.checkpoint:
                 self._save(pipeline, report)
         tail = self.tail(trainer.calibrator, self.plan.pairs)
@@ -258,7 +256,7 @@ class TrainJob(Job):
         config, scenes, few = self.config, self.config.model.language == "scenes", len(self.pairs) < ENOUGH_PAIRS
         sides = {"": trained, UNTRAINED: untrained}
         beside = {prefix: list(zip(baseline, side.samples, strict=True)) for prefix, side in sides.items()} | floors
-        found = self.compare(beside)
+        found = compare_videos(self.plan, beside)
         for sample in untrained.samples if scenes else ():
             for name, value in of_pair(sample, None, True, Networks()).items():
                 found.setdefault(UNTRAINED + name, []).append(Item(sample.prompt, sample.seed, value))

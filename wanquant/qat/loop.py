@@ -32,7 +32,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from wanquant.qat.config import LoopConfig, Rate
-from wanquant.qat.state import LOOP_FILE, Average, gather_, last_state, new_state, states_in
+from wanquant.qat.state import LOOP_FILE, Average, gather_, last_state, new_state, shard_on_cpu_, states_in
 from wanquant.runs.progress import Tick, progress
 
 #: Losses that are compared to say that they grow: the last so many, and the lowest mean of so many before.
@@ -72,12 +72,9 @@ def make_accelerator(device: torch.device, precision: str = "fp32", accumulation
     """``precision`` is ``bf16`` or ``fp32``, of the products; weights and gradients are float32 either way."""
     AcceleratorState._reset_state()  # a process may train several times, each in its own precision
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process makes data while the others wait
-    return Accelerator(
-        kwargs_handlers=[patience],
-        cpu=device.type == "cpu",
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        gradient_accumulation_steps=accumulation,
-    )
+    mixed = "bf16" if precision == "bf16" else "no"
+    how = {"cpu": device.type == "cpu", "mixed_precision": mixed, "gradient_accumulation_steps": accumulation}
+    return shard_on_cpu_(Accelerator(kwargs_handlers=[patience], **how))
 
 
 def quiet(note: str = "") -> None:

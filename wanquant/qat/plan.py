@@ -13,10 +13,12 @@ from wanquant.ptq.plan import PTQPlan, resolve
 from wanquant.qat.config import LoraSize, QATConfig
 from wanquant.qat.data import contents
 from wanquant.qat.scope import trains_weights
-from wanquant.qat.train_config import TrainConfig, processes
+from wanquant.qat.state import sharding
+from wanquant.qat.train_config import TrainConfig
 from wanquant.quant.config import QuantConfig
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.trainable import Training, check_trainable
+from wanquant.runs.launch import processes
 from wanquant.runs.signature import installed
 from wanquant.wan.cached import Pair
 from wanquant.wan.device import pick_device
@@ -106,6 +108,16 @@ def training_of(qat: QATConfig) -> Training:
     )
 
 
+def check_sharded(qat: QATConfig) -> None:
+    """What cannot be trained in shards, to which accelerate is configured."""
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("accelerate is configured to shard by FSDP 1: launch with --fsdp_version 2")
+    if qat.scope == "blockwise":
+        raise ValueError("qat.scope=blockwise has no more than a block in training: launch it without --use_fsdp")
+    if qat.check_every:
+        raise ValueError("qat.check_every validates whole models: 0, or launch without --use_fsdp")
+
+
 def _check(qat: QATConfig, plan: PTQPlan) -> None:
     """What depends on the format and the model."""
     offload = plan.config.model.offload
@@ -119,6 +131,8 @@ def _check(qat: QATConfig, plan: PTQPlan) -> None:
     if processes() > 1 and plan.model.transformers > 1 and qat.scope != "blockwise":
         # A step may pass by one of them, whose gradients the other processes would wait for.
         raise ValueError("several processes train two transformers with qat.scope=blockwise alone")
+    if processes() > 1 and sharding():
+        check_sharded(qat)
     if qat.quantize and plan.scheme.format.keeps_all:
         raise ValueError(f"quant.format={plan.scheme.format.name} quantizes nothing: fine-tune with qat=off")
     if qat.quantize:

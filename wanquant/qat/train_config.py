@@ -6,13 +6,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from wanquant.evaluate.prompts import check_captions, pairs
 from wanquant.ptq.config import PTQConfig
 from wanquant.qat.config import DataConfig, LossConfig, QATConfig
+from wanquant.runs.launch import processes
 
 #: Ranges of numbers in the config, from and to.
 RANGES = {"lr": (0, 10), "floor": (0, 1), "ema": (0, 1), "diverged": (1, 1e9), "weight_decay": (0, 10)}
@@ -20,11 +20,6 @@ RANGES = {"lr": (0, 10), "floor": (0, 1), "ema": (0, 1), "diverged": (1, 1e9), "
 SET_ASIDE = 8
 #: Columns that a list of videos may have them under.
 FILE_KEYS, CAPTION_KEYS = ("file", "video", "path", "file_name"), ("caption", "text", "prompt")
-
-
-def processes() -> int:
-    """How many train together, under ``accelerate launch``."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass

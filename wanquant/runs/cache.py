@@ -9,6 +9,7 @@ grow: a small file for each finished piece of a long measurement, so that it can
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -21,7 +22,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from wanquant.runs import launch
 from wanquant.runs.files import read_sums, sum_of_file, sums_of, write_atomic, write_sums
+
+#: Seconds that a process of a launch waits for the others before it says so.
+PATIENCE = 30.0
 
 
 @dataclass
@@ -78,12 +83,14 @@ class Cache:
             shutil.rmtree(partial, ignore_errors=True)
         self._whole.add(final)
         self.made.add(final)
+        launch.count(kind)
 
-    def forget(self, kind: str, signature: str) -> None:
-        folder = self.root / kind / signature
-        self._whole.discard(folder)
-        with self._locked(kind, signature):
-            shutil.rmtree(folder, ignore_errors=True)
+    def forget(self, kind: str, *signatures: str) -> None:
+        for signature in signatures:
+            folder = self.root / kind / signature
+            self._whole.discard(folder)
+            with self._locked(kind, signature):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def forget_parts(self, kind: str, signature: str) -> None:
         """Of an artefact that is whole: folders named after its signature, a dash and a number."""
@@ -97,11 +104,11 @@ class Cache:
 
 
 @contextmanager
-def _locked_if_free(path: Path) -> Iterator[bool]:
-    """Holds the lock file, or yields False, since another process does."""
+def _locked_if_free(path: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Holds the lock file, or yields False, since another process does, and has for so many seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(path).acquire(timeout=0)
+        lock = FileLock(path).acquire(timeout=patience)
     except Timeout:
         yield False
         return
@@ -112,7 +119,7 @@ def _locked_if_free(path: Path) -> Iterator[bool]:
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Holds the lock file; that it waits for another process is printed."""
-    with _locked_if_free(path) as free:
+    with _locked_if_free(path, PATIENCE if launch.processes() > 1 else 0.0) as free:
         if free:
             yield
             return
@@ -161,14 +168,13 @@ class Cells:
 
     def measured(self, name: str, measure: Callable[[], Any]) -> Any:
         """From the cell of that name, or measured now, by one process at a time, and put there."""
-        known = self.get(name)
-        if known is None:
-            with locked(self.folder / f"{name}.lock", name):
-                known = self.get(name)
-                if known is None:
-                    self.put(name, measure())
-                    known = self.get(name)
-        return known
+        return self.shared([name], lambda _: [measure()], itertools.repeat(1))[name]
+
+    def offer(self, name: str, measure: Callable[[], Any]) -> None:
+        """Measures it, unless it is known or another process is at it."""
+        with self._claimed([name], 1) as mine:
+            for each in mine:
+                self._put_new(each, measure())
 
     def shared(
         self, names: Sequence[str], measure: Callable[[list[str]], list[Any]], sizes: Iterator[int]
@@ -179,12 +185,19 @@ class Cells:
         while left := [name for name in found if found[name] is None]:
             with self._claimed(left, next(sizes)) as mine:
                 for name, value in zip(mine, measure(mine) if mine else [], strict=True):
-                    self.put(name, value)
+                    self._put_new(name, value)
             if not mine:
                 with locked(self.folder / f"{left[0]}.lock", left[0]):
                     pass
             found |= {name: self.get(name) for name in left}
         return found
+
+    def forget(self, name: str) -> None:
+        (self.folder / f"{name}.json").unlink(missing_ok=True)
+
+    def _put_new(self, name: str, value: Any) -> None:
+        self.put(name, value)
+        launch.count(self.folder.parent.name)
 
     @contextmanager
     def _claimed(self, names: Sequence[str], most: int) -> Iterator[list[str]]:

@@ -18,11 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant.scheme import EIGHT_BIT
+from wanquant.runs import launch
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress
 from wanquant.runs.signature import GENERATES, signature
@@ -140,9 +142,9 @@ class CachedPipeline:
         """
         how = how or {}
         groups = [group for group in self.grouped(pairs) if only is None or set(group) & set(only)]
-        if afresh:
-            for group in groups:
-                self.cache.forget("latents", self.signature("latents", pairs=group, **how))
+        signatures = [self.signature("latents", pairs=group, **how) for group in groups]
+        if afresh and groups:
+            launch.once(f"afresh {signatures[0]}", partial(self.cache.forget, "latents", *signatures))
         perturb = one_ulp_up if how.get("perturbed") == "1 ulp" else None
         folders = self.folders("latents", label, groups, partial(self._make_latents, perturb), **how)
         self.note(label, known=not self.cache.made.intersection(folders))
@@ -187,7 +189,9 @@ class CachedPipeline:
         self.cache.folder("latents", signed, lambda folder: _write_latents(samples, {}, folder))
 
     def videos(self, label: str, pairs: list[Pair], latents: list[torch.Tensor]) -> list[Sample]:
-        """Decoded."""
+        """Decoded, by the first process of a launch: the others have no use for them."""
+        if not launch.first():
+            return [Sample(*pair, final, np.empty(0)) for pair, final in zip(pairs, latents, strict=True)]
         with progress(f"decode ({label})", len(pairs), "video") as tick:
             samples = []
             for pair, final in zip(pairs, latents, strict=True):

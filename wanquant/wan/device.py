@@ -17,6 +17,8 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
+from wanquant.runs import launch
+
 DEVICES = ("auto", "npu", "cuda", "cpu")
 
 
@@ -44,7 +46,8 @@ VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 
 @contextlib.contextmanager
 def one_card(device: torch.device) -> Iterator[torch.device]:
-    """A card for this job alone, where none was asked for by number: the first that no other job of this user has."""
+    """A card for this job alone, where none was asked for by number: the first that no other job of this user has. Of
+    the processes of a launch each takes that of its number on the machine, ``LOCAL_RANK``."""
     if device.type == "cpu":
         yield device
         return
@@ -53,9 +56,20 @@ def one_card(device: torch.device) -> Iterator[torch.device]:
         backend.set_device(device.index)
         yield device
         return
-    with first_free([_card_name(device.type, index) for index in range(backend.device_count())]) as index:
-        backend.set_device(index)
-        yield torch.device(device.type, index)
+    cards = launched_cards(backend.device_count())
+    with first_free([_card_name(device.type, index) for index in cards]) as place:
+        backend.set_device(cards[place])
+        yield torch.device(device.type, cards[place])
+
+
+def launched_cards(count: int) -> Sequence[int]:
+    """Of so many cards those that this process may take."""
+    if launch.processes() == 1:
+        return range(count)
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    if own >= count:
+        raise ValueError(f"this machine has {count} cards, and each process takes one: lower --num_processes")
+    return [own]
 
 
 def _card_name(kind: str, index: int) -> str:
