@@ -31,11 +31,11 @@ from benchmarks.timing import Row, table
 from wanquant.quant.scheme import parse
 from wanquant.runs.run import read_result
 from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of, quantized_linears
+from wanquant.wan.checkpoints.find import shape_of
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.device import forget_peak_memory, peak_memory, resident_memory
-from wanquant.wan.load import read_transformer, shape_of
-from wanquant.wan.resources.empty import USUAL, Quantized
-from wanquant.wan.resources.estimate import tokens_of
+from wanquant.wan.load import read_transformer
+from wanquant.wan.resources.empty import USUAL, Quantized, tokens_of
 from wanquant.wan.resources.footprint import denoising_bytes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,9 +21,10 @@ from wanquant.evaluate.stats import Item, estimate
 from wanquant.runs.pictures import contact_sheet, to_uint8, write_png
 from wanquant.runs.progress import progress
 from wanquant.wan import tiny
+from wanquant.wan.checkpoints.find import find_folder, read_generation
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate
-from wanquant.wan.load import find_folder, hush_libraries, read_generation
+from wanquant.wan.load import hush_libraries
 
 BARS = {"color": 0.95, "shape": 0.85, "direction": 0.95, "background": 0.95}
 FIRST_SEED = 50_000

@@ -27,9 +27,10 @@ from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
 from wanquant.wan import tiny
 from wanquant.wan.cached import CachedPipeline
+from wanquant.wan.checkpoints.find import read_generation
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
 from wanquant.wan.generate import embed_prompt, initial_noise
-from wanquant.wan.load import Pipeline, read_generation
+from wanquant.wan.load import Pipeline
 from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.products import quick_products
 

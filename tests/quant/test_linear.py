@@ -91,7 +91,7 @@ def test_an_exact_product_in_parts_is_that_of_the_whole(monkeypatch: pytest.Monk
     layer = QuantLinear.from_linear(nn.Linear(64, 50, dtype=torch.bfloat16), parse(config))
     x = torch.randn(3, 7, 64)
     expected = layer(x)
-    monkeypatch.setattr("wanquant.quant.linear.WIDENED_AT_ONCE", 64 * 16)
+    monkeypatch.setattr("wanquant.quant.product.WIDENED_AT_ONCE", 64 * 16)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
     assert not layer(x.clone().requires_grad_()).requires_grad
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -21,11 +21,11 @@ from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear
 from wanquant.runs.files import SUMS, read_sums
 from wanquant.wan import tiny
 from wanquant.wan.checkpoints.checkpoint import WEIGHTS
+from wanquant.wan.checkpoints.find import check_folder, read_generation
 from wanquant.wan.checkpoints.model_files import fingerprint
 from wanquant.wan.checkpoints.sums import check_finite
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import Sample, generate
-from wanquant.wan.load import check_folder, read_generation
 
 PROMPT = tiny.caption("red", "circle", "left", "black")
 

@@ -13,8 +13,8 @@ from tests.jobs import short
 from wanquant import load_pipeline, quantize_, save_quantized
 from wanquant.quant import QuantConfig
 from wanquant.wan.checkpoints.checkpoint import quantized_linears
+from wanquant.wan.checkpoints.find import check_shape, shape_of
 from wanquant.wan.families import FAMILIES, Family, family_of, register_family
-from wanquant.wan.load import check_shape, shape_of
 
 
 class OtherTransformer(WanTransformer3DModel):

@@ -16,9 +16,9 @@ from wanquant.quant import QuantConfig
 from wanquant.quant.config import PRODUCTS
 from wanquant.quant.scheme import parse
 from wanquant.wan import tiny
+from wanquant.wan.checkpoints.find import find_model
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.load import find_model
 from wanquant.wan.resources import probe
 from wanquant.wan.resources.empty import USUAL, Quantized
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts

@@ -14,8 +14,8 @@ from tests.qat.short import overrides
 from wanquant.quant import QuantConfig
 from wanquant.quant.scheme import parse
 from wanquant.runs.run import read_result
+from wanquant.wan.checkpoints.find import find_folder
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.load import find_folder
 from wanquant.wan.resources import choice, placement
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
 from wanquant.wan.resources.offload import Needed, Sizes, choose_way, larger, on_host, ways_of

@@ -9,10 +9,10 @@ from tests.models import wan_inputs, wan_transformer
 from wanquant import load_pipeline
 from wanquant.quant.statistics import Layout, Observer
 from wanquant.wan import tiny
+from wanquant.wan.checkpoints.find import read_generation
 from wanquant.wan.config import GenerationConfig, OutliersConfig
 from wanquant.wan.families import FOLDS
 from wanquant.wan.generate import generate
-from wanquant.wan.load import read_generation
 from wanquant.wan.outliers import chosen_blocks, plant_outliers_
 
 

@@ -21,11 +21,12 @@ from tests.wan.layouts import authors_config, in_fp8, is_linear, of_fp8, renamed
 from tests.wan.test_names import THEIRS
 from wanquant.quant import QuantConfig
 from wanquant.wan.checkpoints.checkpoint import WEIGHTS
+from wanquant.wan.checkpoints.find import find_model, shape_of
 from wanquant.wan.checkpoints.model_files import fingerprint
 from wanquant.wan.checkpoints.names import config_to_diffusers, to_diffusers, to_original
 from wanquant.wan.checkpoints.stream import Recipe, foresee
 from wanquant.wan.checkpoints.tensor_files import Source
-from wanquant.wan.load import find_model, load_pipeline, read_transformer, shape_of
+from wanquant.wan.load import load_pipeline, read_transformer
 
 Tensors = dict[str, torch.Tensor]
 COMFY = "model.diffusion_model."

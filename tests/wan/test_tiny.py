@@ -16,9 +16,9 @@ from tools.check_tiny_wan import choose_pairs
 from wanquant import load_pipeline
 from wanquant.evaluate.attributes import score
 from wanquant.wan import tiny
+from wanquant.wan.checkpoints.find import read_generation
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate, initial_noise
-from wanquant.wan.load import read_generation
 from wanquant.wan.products import quick_products
 
 

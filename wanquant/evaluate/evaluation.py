@@ -1,9 +1,7 @@
 """What is measured on lists of (prompt, seed) pairs: of a judged model, of BF16 beside it where there is one, and of
 BF16 with its noise perturbed by one unit in the last place, the noise floor.
 
-Videos that are there are taken as they are; the others are generated, decoded and written one by one. What was
-measured on a pair is kept in the cache, as every score of VBench's is, so that a killed evaluation goes on, and several
-processes that do the same share it.
+Videos that are not there are generated. What was measured on a pair is kept in the cache, for who goes on with it.
 """
 
 from __future__ import annotations
@@ -31,11 +29,12 @@ from wanquant.runs.progress import progress
 from wanquant.runs.run import clean_json, digest
 from wanquant.runs.signature import provenance, signature
 from wanquant.wan.cached import CachedPipeline, Pair, load_latents
+from wanquant.wan.checkpoints.find import check_folder
 from wanquant.wan.checkpoints.model_files import ModelFiles, count_files, fingerprint
 from wanquant.wan.config import ModelConfig, Picture
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample, decode_video
-from wanquant.wan.load import LOAD_PARTS, Pipeline, check_folder, load_pipeline
+from wanquant.wan.load import LOAD_PARTS, Pipeline, load_pipeline
 from wanquant.wan.lora import describe_loras, fuse_loras_
 from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.resources.placement import Placement
@@ -78,8 +77,7 @@ class Side:
             pipe = load_pipeline(self.source, on_part=tick, placement=placement, verify=False)  # it is identified
         fuse_loras_(whole_of(pipe), self.model.lora)
         plant_outliers_(whole_of(pipe), self.model.outliers)
-        where = (placement.device, cache, self.pictures)
-        return CachedPipeline(pipe, self.model, self.fingerprint, *where)
+        return CachedPipeline(pipe, self.model, self.fingerprint, placement.device, cache, self.pictures)
 
     def perturbed(self, files: dict[Pair, Path]) -> Side:
         """BF16 with its initial noise changed by one unit in the last place: the noise floor."""
@@ -165,7 +163,7 @@ class Evaluation:
             "prompts": plan.name,
             "texts": list(dict.fromkeys(prompt for prompt, _ in plan.pairs)),
             "seeds": list(dict.fromkeys(seed for _, seed in plan.pairs)),
-            "prompt_hash": hash_of(plan.pairs),
+            "prompt_hash": digest(sorted(plan.pairs)),
             "pairs": len(plan.pairs),
             "official": plan.official,
             "demonstration": len(plan.pairs) < ENOUGH_PAIRS,
@@ -300,8 +298,3 @@ def _estimated(name: str, items: Sequence[Item]) -> dict[str, Any]:
     """Differences get Student's interval, as all comparisons do."""
     between = name.startswith("difference.") or (name.startswith("floor_ulp.") and "vbench." in name)
     return (compared if between else estimate)(items).as_json()
-
-
-def hash_of(pairs: Sequence[Pair]) -> str:
-    """In whichever order they are generated."""
-    return digest(sorted(pairs))

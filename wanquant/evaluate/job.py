@@ -35,9 +35,10 @@ from wanquant.runs.run import Run, read_result, refused_leave_no_result, write_r
 from wanquant.runs.signature import signature
 from wanquant.runs.tracking import mirror
 from wanquant.wan.checkpoints.checkpoint import config_of
+from wanquant.wan.checkpoints.find import shape_of
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
 from wanquant.wan.experts import shape_of_whole
-from wanquant.wan.load import hush_libraries, shape_of
+from wanquant.wan.load import hush_libraries
 from wanquant.wan.outliers import chosen_blocks
 from wanquant.wan.resources.choice import choose
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 
 from wanquant.evaluate.config import EvalConfig, EvaluateConfig
-from wanquant.evaluate.evaluation import EvaluationPlan, Side, Values, hash_of
+from wanquant.evaluate.evaluation import EvaluationPlan, Side, Values
 from wanquant.evaluate.judges import flow, perceptual, vbench
 from wanquant.evaluate.prompts import OWN, PromptsConfig, check_captions, is_picture, pairs, pictures, settled
 from wanquant.evaluate.sweep.summary import jobs_of
 from wanquant.quant.scheme import parse
-from wanquant.runs.run import read_config, read_result
+from wanquant.runs.run import digest, read_config, read_result
 from wanquant.runs.signature import provenance
 from wanquant.wan.cached import Pair
 from wanquant.wan.checkpoints.checkpoint import config_of
+from wanquant.wan.checkpoints.find import check_folder, check_shape, find_model
 from wanquant.wan.checkpoints.model_files import ModelFiles, lone_transformers
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig, Picture
 from wanquant.wan.generate import check_generation
-from wanquant.wan.load import check_folder, check_shape, find_model
 
 #: What of a run's provenance has to be as it is now for its figures to stand beside new ones.
 SAME = ("packages", "device", "device_name", "threads", "instructions")
@@ -141,7 +141,8 @@ def resolve_run(
         sides = sides[:2]
     check_captions((text for text, _ in asked), model.language)
     there = result.get("evaluations", {}).get(name)
-    key = name if there is None or there["prompt_hash"] == hash_of(asked) else f"{name}-{hash_of(asked)[:8]}"
+    by = digest(sorted(asked))
+    key = name if there is None or there["prompt_hash"] == by else f"{name}-{by[:8]}"
     measured = _measured(result, own)
     return RunPlan(
         name=name,
@@ -215,7 +216,7 @@ def _asked(prompts: PromptsConfig | None, own: list[Pair], language: str) -> tup
     asked = pairs(dataclasses.replace(prompts, texts=texts, seeds=seeds))
     if asked == own:
         return asked, OWN
-    return asked, f"{OWN}-{hash_of(asked)[:8]}" if prompts.name == OWN else prompts.name
+    return asked, f"{OWN}-{digest(sorted(asked))[:8]}" if prompts.name == OWN else prompts.name
 
 
 def _sides_of(

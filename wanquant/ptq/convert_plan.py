@@ -25,10 +25,11 @@ from wanquant.quant.statistics import DESCRIPTION, INPUT, Site, load_statistics
 from wanquant.runs.progress import progress
 from wanquant.runs.run import digest
 from wanquant.wan.checkpoints.checkpoint import read_json
+from wanquant.wan.checkpoints.find import check_folder, check_weights, find_model, shape_of
 from wanquant.wan.checkpoints.model_files import ModelFiles, count_files, fingerprint
 from wanquant.wan.checkpoints.stream import Needs, Recipe, foresee
 from wanquant.wan.checkpoints.tensor_files import Source
-from wanquant.wan.load import Transformer, check_folder, check_weights, find_model, shape_of
+from wanquant.wan.load import Transformer
 from wanquant.wan.resources.printed import LEGEND, block_map, in_bytes
 
 CPU = torch.device("cpu")

@@ -7,17 +7,13 @@ compare, write → ``result.json`` → report. Everything that can be refused is
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from wanquant.evaluate import gates
-from wanquant.evaluate.job import judge_run
 from wanquant.evaluate.single_steps import measure_steps, record
 from wanquant.ptq.analyze import analyze, write_analysis
 from wanquant.ptq.calibrator import Calibrator
@@ -25,27 +21,26 @@ from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.convert import run_convert
 from wanquant.ptq.estimate import count_videos, estimate_resources, predicted, start_and_end
 from wanquant.ptq.generating import bf16_videos, compare_videos, noise_floors, quantize_transformer, quantized_videos
-from wanquant.ptq.plan import PTQPlan, resolve, with_weights
+from wanquant.ptq.plan import PTQPlan, resolve
 from wanquant.ptq.protect import choose
-from wanquant.ptq.result import conversion, evaluations_in, head, lost_to_fp8, names_of, tail, verdict, write_videos
+from wanquant.ptq.result import conversion, head, lost_to_fp8, names_of, tail, verdict, write_videos
+from wanquant.ptq.running import run_job
 from wanquant.quant import ConversionReport
-from wanquant.quant.eight_bit import check_product
 from wanquant.runs import launch
 from wanquant.runs.cache import Cache
-from wanquant.runs.finished import by, find_finished, in_use, note_finished, take_over
+from wanquant.runs.finished import find_finished, note_finished, take_over
 from wanquant.runs.progress import progress
 from wanquant.runs.reports.columns import STEP_SQNR
 from wanquant.runs.reports.report import summary, write_report
-from wanquant.runs.run import Run, digest, read_result, refused_leave_no_result
+from wanquant.runs.run import Run, digest
 from wanquant.runs.signature import provenance, signature
-from wanquant.runs.tracking import mirror
 from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.checkpoints.checkpoint import save_quantized
 from wanquant.wan.checkpoints.model_files import count_files, fingerprint
-from wanquant.wan.device import forget_peak_memory, one_card, peak_memory
+from wanquant.wan.device import forget_peak_memory, peak_memory
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample
-from wanquant.wan.load import LOAD_PARTS, hush_libraries, load_pipeline
+from wanquant.wan.load import LOAD_PARTS, load_pipeline
 from wanquant.wan.lora import describe_loras, fuse_loras_
 from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.resources.choice import choose as choose_offload
@@ -63,67 +58,6 @@ def run_ptq(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, Any]
     if config.mode == "convert":
         return run_convert(config, folder, config_yaml) if launch.first() else None
     return run_job(config, folder, config_yaml, Job)
-
-
-def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) -> dict[str, Any] | None:
-    """``run_ptq`` for any job that quantizes a model and measures what became of it. Of a launch's processes the first
-    writes it all, and the others make what that is not at."""
-    if not launch.first():
-        _assist(config, kind)
-        return None
-    with refused_leave_no_result(folder) if not config.dry_run else nullcontext():
-        plan = kind.resolve(config)
-        torch.set_num_threads(plan.config.threads)
-        if not config.dry_run:
-            check_product(plan.scheme, plan.device)
-            plan = with_weights(plan)
-    print(plan, flush=True)
-    if config.dry_run:
-        kind.print_estimate(plan, config_yaml)
-        return None
-    hush_libraries()
-    result, fresh = _finished(plan, folder, config_yaml, kind)
-    launch.say("finished")
-    if config.eval.dimensions and config.mode == "quantize":
-        result, fresh = judge_run(folder, config.eval, Path(config.cache), plan.device), True
-    if fresh:
-        mirror(config.tracker, folder, dataclasses.asdict(plan.config), result)
-    return result
-
-
-def _assist(config: PTQConfig, kind: type[Job]) -> None:
-    """What another process of a launch does, when the first has found that there is something to do."""
-    folder, to_do = launch.hear("begin")
-    hush_libraries()
-    torch.set_num_threads(config.threads)
-    plan = with_weights(kind.resolve(config))
-    if to_do:
-        with one_card(plan.device) as card:
-            job = kind(dataclasses.replace(plan, device=card))
-            job.analyze() if config.mode == "analyze" else job.run()
-    if config.eval.dimensions and config.mode == "quantize":
-        launch.hear("finished")
-        judge_run(Path(folder), config.eval, Path(config.cache), plan.device)
-
-
-def _finished(plan: PTQPlan, folder: Path, config_yaml: str, kind: type[Job]) -> tuple[dict[str, Any], bool]:
-    """The run's result, and whether it was not known already."""
-    # A process whose launcher was killed may still be at it.
-    with in_use(Path(plan.config.cache), folder), one_card(plan.device) as card:
-        with refused_leave_no_result(folder):
-            job = kind(dataclasses.replace(plan, device=card))
-            known = None if plan.config.force else job.finished(folder)
-        if known is not None and known.resolve() == folder.resolve():
-            result = read_result(folder)
-            if all(result[group].items() >= given.items() for group, given in job.names.items()):
-                launch.say("begin", (str(folder), False))
-                print(f"finished already: {folder}{by(result)}; force=true runs it again", flush=True)
-                return result, False
-            known = None  # under other names: most of it is in the cache
-        launch.say("begin", (str(folder), known is None))
-        kept = evaluations_in(folder, job.asked)
-        run = Run(folder, job.name, config_yaml, job.names, keep=("evaluations",) if kept else ())
-        return job.carry_out(run, known, kept), True
 
 
 @dataclass

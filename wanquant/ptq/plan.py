@@ -24,12 +24,13 @@ from wanquant.quant.eight_bit import emulates
 from wanquant.quant.scheme import Scheme, parse
 from wanquant.quant.select import resolve_blocks
 from wanquant.wan.cached import Pair
+from wanquant.wan.checkpoints.find import check_folder, check_shape, find_model
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig, Picture
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.generate import check_generation
-from wanquant.wan.load import Transformer, check_folder, check_shape, find_model
+from wanquant.wan.load import Transformer
 from wanquant.wan.lora import read_lora
 from wanquant.wan.outliers import chosen_blocks
 

@@ -20,8 +20,8 @@ from wanquant.quant.scheme import Scheme
 from wanquant.quant.trainable import Training
 from wanquant.runs.launch import processes
 from wanquant.wan.experts import parts_of
-from wanquant.wan.resources.empty import Given
-from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts, tokens_of
+from wanquant.wan.resources.empty import Given, tokens_of
+from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
 from wanquant.wan.resources.footprint import Kept, kept_by, once
 from wanquant.wan.resources.offload import Needed
 from wanquant.wan.resources.printed import in_bytes, in_time, print_estimate

@@ -34,10 +34,11 @@ from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, diff
 from wanquant.ptq.calibrator import Calibration
 from wanquant.ptq.estimate import estimate_resources
 from wanquant.ptq.generating import bf16_videos, compare_videos, quantized_videos
-from wanquant.ptq.job import Job, run_job
+from wanquant.ptq.job import Job
 from wanquant.ptq.plan import with_weights
 from wanquant.ptq.protect import Choice, choose
 from wanquant.ptq.result import conversion, verdict, write_videos
+from wanquant.ptq.running import run_job
 from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.estimate import count_training_videos, estimate_seconds, print_estimates, training_ways
 from wanquant.qat.loop import make_accelerator
@@ -45,19 +46,14 @@ from wanquant.qat.plan import TrainPlan, resolve_train
 from wanquant.qat.train import Trainer
 from wanquant.qat.train_config import TrainConfig
 from wanquant.quant import ConversionReport, plan_conversion
+from wanquant.runs.files import whole_folder
 from wanquant.runs.launch import processes
 from wanquant.runs.progress import progress
 from wanquant.runs.reports.columns import DRIFT, STEP_SQNR
 from wanquant.runs.signature import MEASURES, signature
 from wanquant.runs.tracking import live
 from wanquant.wan.cached import CachedPipeline
-from wanquant.wan.checkpoints.checkpoint import (
-    quantization_of,
-    quantized_linears,
-    save_quantized,
-    save_transformer,
-    whole_folder,
-)
+from wanquant.wan.checkpoints.checkpoint import quantization_of, quantized_linears, save_quantized, save_transformer
 from wanquant.wan.checkpoints.sums import seal
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import transformers_in

@@ -21,8 +21,8 @@ from wanquant.quant.trainable import Training, check_trainable
 from wanquant.runs.launch import processes
 from wanquant.runs.signature import installed
 from wanquant.wan.cached import Pair
+from wanquant.wan.checkpoints.find import check_shape
 from wanquant.wan.device import pick_device
-from wanquant.wan.load import check_shape
 
 
 @dataclass(frozen=True)

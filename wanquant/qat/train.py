@@ -27,7 +27,8 @@ from wanquant.qat.loop import Hooks, Loop, Loss, Row, make_accelerator
 from wanquant.qat.loss import Objective, needs_teacher
 from wanquant.qat.plan import TrainPlan
 from wanquant.qat.scope import choose_, merge_lora_
-from wanquant.quant.convert import freeze_into_, make_trainable_, plan_conversion
+from wanquant.quant.conversion import plan_conversion
+from wanquant.quant.convert import freeze_into_, make_trainable_
 from wanquant.quant.trainable import TrainableQuantLinear, trainable_linears
 from wanquant.runs.progress import progress
 from wanquant.runs.reports.columns import STEP_SQNR

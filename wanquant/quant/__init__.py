@@ -11,7 +11,8 @@ from wanquant.lazy import from_modules
 from wanquant.quant.config import ActivationConfig, QuantConfig, WeightConfig
 
 if TYPE_CHECKING:
-    from wanquant.quant.convert import ConversionReport, ModuleReport, make_trainable_, plan_conversion, quantize_
+    from wanquant.quant.conversion import ConversionReport, ModuleReport, plan_conversion
+    from wanquant.quant.convert import make_trainable_, quantize_
     from wanquant.quant.linear import QuantLinear
 
 __all__ = [

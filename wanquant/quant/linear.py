@@ -19,11 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from wanquant.kernels import descale, make_tables, native_product
+from wanquant.kernels import make_tables, native_product
 from wanquant.quant.eight_bit import (
     Codes,
     check_product,
@@ -35,15 +34,10 @@ from wanquant.quant.eight_bit import (
     multiply_mx,
 )
 from wanquant.quant.last_input import LastInput
-from wanquant.quant.scale import PerBlock
+from wanquant.quant.product import Scaled, take_product
 from wanquant.quant.scheme import EIGHT_BIT, Rounded, Scheme
 from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing
-
-#: BF16 values on the grid, and their scales in float32.
-Scaled = tuple[torch.Tensor, torch.Tensor]
-#: Weights that ``product=exact`` keeps in float32 at a time, 8 MB of them.
-WIDENED_AT_ONCE = 1 << 21
 
 
 class QuantLinear(nn.Linear):
@@ -274,35 +268,3 @@ class QuantLinear(nn.Linear):
 def _plus(count: torch.Tensor, more: torch.Tensor | None) -> torch.Tensor:
     """In place, on the device where it is counted."""
     return count if more is None else (count if count.device == more.device else count.to(more.device)).add_(more)
-
-
-def take_product(
-    x: Scaled, weight: Scaled, bias: torch.Tensor | None, scheme: Scheme, dtype: torch.dtype
-) -> torch.Tensor:
-    """[rows, out] of BF16 values [rows, in] and [out, in], the scales applied after it."""
-    if isinstance(scheme.weight_granularity, PerBlock):
-        x, weight = _into_operand(*x), _into_operand(*weight)
-    product = _exact_product(x[0], weight[0]) if scheme.product == "exact" else F.linear(x[0], weight[0])
-    return descale(product, x[1], weight[1], bias, dtype)
-
-
-def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """float32 [rows, out] of BF16 values [rows, in] and [out, in]. A card multiplies BF16 exactly and sums in float32.
-    Elsewhere large weights are widened some rows at a time into the same memory, because a fresh
-    float32 copy of all of them costs a seventh of the product."""
-    if operand.is_cuda:
-        return torch.mm(operand.detach(), weight.detach().T, out_dtype=torch.float32)
-    wide, weight, rows = operand.detach().float(), weight.detach(), max(1, WIDENED_AT_ONCE // weight.shape[1])
-    if len(weight) <= rows or torch.compiler.is_compiling():  # the compiler refuses to write into columns
-        return F.linear(wide, weight.float())
-    product, part = wide.new_empty(len(wide), len(weight)), wide.new_empty(rows, weight.shape[1])
-    for first in range(0, len(weight), rows):
-        past = min(first + rows, len(weight))
-        torch.mm(wide, part[: past - first].copy_(weight[first:past]).T, out=product[:, first:past])
-    return product
-
-
-def _into_operand(values: torch.Tensor, scale: torch.Tensor) -> Scaled:
-    """Scales of blocks cannot wait until after the product; they are powers of two, so the operand stays exact."""
-    blocks = values.view(*scale.shape, -1) * scale[..., None].to(torch.bfloat16)
-    return blocks.view(values.shape), scale.new_ones(())

@@ -35,7 +35,8 @@ from wanquant.formats import hif8
 from wanquant.kernels.products import bf16_linear
 from wanquant.quant.config import Training as Training
 from wanquant.quant.last_input import LastInput
-from wanquant.quant.linear import QuantLinear, take_product
+from wanquant.quant.linear import QuantLinear
+from wanquant.quant.product import take_product
 from wanquant.quant.scale import Direct, PerBlock, SearchedRule, SharedExponent
 from wanquant.quant.scheme import Rounded, Scheme
 from wanquant.quant.site import Site

@@ -19,9 +19,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
+from wanquant.wan.checkpoints.find import shape_of
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.checkpoints.tensor_files import Source
-from wanquant.wan.load import shape_of
 
 #: Of training, in which a timestep is a number between 0 and this.
 TIMESTEPS = 1000

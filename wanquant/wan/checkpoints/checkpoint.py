@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +30,7 @@ from wanquant.quant.config import ActivationConfig, WeightConfig
 from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD
-from wanquant.runs.files import write_atomic
+from wanquant.runs.files import whole_folder, write_atomic
 from wanquant.wan.checkpoints.sums import check_finite, seal
 from wanquant.wan.families import family_of
 
@@ -77,20 +75,6 @@ def save_quantized(pipe: DiffusionPipeline, folder: str | Path, on_linear: Calla
     except SafetensorError as error:
         raise OSError(f"cannot write {folder}: {error}") from error
     return folder
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder of a temporary name to write to; renamed to ``folder`` at the end, removed after an
-    error."""
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save_components(pipe: DiffusionPipeline, folder: Path, on_linear: Callable[[], None]) -> None:

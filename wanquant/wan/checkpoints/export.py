@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 
+from wanquant.runs.files import whole_folder
 from wanquant.runs.progress import progress
-from wanquant.wan.checkpoints.checkpoint import quantization_of, whole_folder, write_json
+from wanquant.wan.checkpoints.checkpoint import quantization_of, write_json
+from wanquant.wan.checkpoints.find import transformers_of
 from wanquant.wan.checkpoints.layouts import LAYOUTS, naming_of
 from wanquant.wan.checkpoints.layouts.ascend import write_mindie, write_modelslim
 from wanquant.wan.checkpoints.layouts.fp8 import write_comfyui, write_compressed_tensors
 from wanquant.wan.checkpoints.layouts.pieces import Checkpoint, Piece, write_as_source
 from wanquant.wan.checkpoints.sums import check_sums, seal
-from wanquant.wan.load import transformers_of
 
 #: Writes a checkpoint's tensors to a folder by a naming, and calls back after each file. It returns what is to be said.
 Writer = Callable[[Checkpoint, Path, str, Callable[[], None]], list[str]]

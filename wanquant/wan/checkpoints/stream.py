@@ -36,9 +36,9 @@ from wanquant.wan.checkpoints.checkpoint import (
     write_config,
     write_index,
 )
+from wanquant.wan.checkpoints.find import shape_of
 from wanquant.wan.checkpoints.tensor_files import Source, file_names, write_tensors
 from wanquant.wan.families import folds_of
-from wanquant.wan.load import shape_of
 
 #: Bytes that a file of the target holds at most, unless a block alone has more.
 SHARD = 500_000_000

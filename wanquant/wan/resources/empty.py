@@ -137,3 +137,10 @@ def fill(model: nn.Module, make: Callable[..., torch.Tensor], narrow: bool = Tru
                 module._parameters[own] = nn.Parameter(made, requires_grad=False)
             else:
                 module._buffers[own] = made
+
+
+def tokens_of(settings: GenerationConfig, transformer: Any, given: Given = USUAL) -> int:
+    """Of one video: patches of its latents, 1×2×2 of them each."""
+    return math.prod(
+        size // patch for size, patch in zip(given.latents(settings), transformer.config.patch_size, strict=True)
+    )

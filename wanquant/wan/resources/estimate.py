@@ -1,5 +1,4 @@
-"""What a run would do, and what it would need of memory and time: from the shapes, and from a short probe of the
-device. ``dry_run=true`` prints it; a run keeps it, to stand beside what was measured."""
+"""What a run would need of memory and time, by the model's shapes and a short probe of the device."""
 
 from __future__ import annotations
 
@@ -16,18 +15,19 @@ from torch import nn
 from wanquant.quant import ConversionReport, plan_conversion
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import Layout
+from wanquant.wan.checkpoints.find import IMAGE_ENCODER
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import parts_of, shape_of_whole
-from wanquant.wan.load import IMAGE_ENCODER, Transformer
+from wanquant.wan.load import Transformer
 from wanquant.wan.resources.empty import (
-    USUAL,
     Given,
     Quantized,
     empty_image_encoder,
     empty_text_encoder,
     empty_vae,
     parameters_of,
+    tokens_of,
 )
 from wanquant.wan.resources.footprint import decoding_bytes, denoising_bytes, encoding_bytes
 from wanquant.wan.resources.offload import Needed, on_host, sizes_of, ways_of
@@ -287,8 +287,7 @@ class ResourceEstimate:
 
     @property
     def _config(self) -> dict[str, Any]:
-        first: Any = parts_of(self.shape)[0]
-        return dict(first.config)
+        return dict(parts_of(self.shape)[0].config)  # type: ignore[arg-type]
 
     @cached_property
     def _quantized(self) -> Quantized | None:
@@ -299,10 +298,3 @@ class ResourceEstimate:
             inside.setdefault(index, []).append(own)
         names = max(inside.values(), key=len, default=[])
         return Quantized(names, self.scheme) if names and self.counts.any_quantized else None
-
-
-def tokens_of(settings: GenerationConfig, transformer: Transformer, given: Given = USUAL) -> int:
-    """Of one video: patches of its latents, 1×2×2 of them each."""
-    return math.prod(
-        size // patch for size, patch in zip(given.latents(settings), transformer.config.patch_size, strict=True)
-    )
