@@ -25,7 +25,7 @@ from wanquant.ptq.protect import ProtectConfig, choose
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
-from wanquant.wan import tiny
+from wanquant.wan import cached, tiny
 from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.checkpoints.find import read_generation
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig
@@ -95,7 +95,7 @@ def test_a_stopped_calibration_goes_on_at_its_video(
 ) -> None:
     whole = calibrator_of(pipe, tmp_path / "whole").calibration(full=True).statistics
     seen: list[Any] = []
-    monkeypatch.setattr(calibrator_module, "generate", stopped_once(calibrator_module.generate, 1, seen))
+    monkeypatch.setattr(cached, "generate", stopped_once(cached.generate, 1, seen))
     with pytest.raises(KeyboardInterrupt):
         calibrator_of(pipe, tmp_path / "cut").calibration(full=True)
     found = calibrator_of(pipe, tmp_path / "cut").calibration(full=True).statistics
