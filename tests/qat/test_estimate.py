@@ -19,6 +19,7 @@ from wanquant.quant.config import ActivationConfig
 from wanquant.quant.convert import make_trainable_
 from wanquant.quant.scheme import parse
 from wanquant.quant.select import resolve_blocks
+from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.resources.footprint import kept_by
 
@@ -71,7 +72,10 @@ def plan_of(
     """With nothing protected; a video is of 64 tokens, with 32 of text, and two steps."""
     generation = GenerationConfig(64, 64, 13, 2, 1.0, 3.0, 32, 8)
     config = TrainConfig(model=ModelConfig(generation=generation), quant=quant or QuantConfig(), qat=qat)
-    source, pairs = SourceModel(Path(), model, 1, (), ()), tuple(("a prompt", seed) for seed in range(videos))
+    source, pairs = (
+        SourceModel(ModelFiles(Path(), {}), model, 1, (), ()),
+        tuple(("a prompt", seed) for seed in range(videos)),
+    )
     blocks = resolve_blocks(qat.blocks or range(source.blocks), source.blocks)
     rest = (torch.device("cpu"), (), (), {}, pairs, training_of(qat), blocks)
     return TrainPlan(config, parse(config.quant), source, *rest)
