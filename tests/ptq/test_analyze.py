@@ -40,6 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.slow
 def test_analysis_of_planted_outliers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
     overrides = ["mode=analyze", *planted(), ONE, *SMALL, f"cache={cache}", f"hydra.run.dir={tmp_path}"]
     assert ptq(monkeypatch, *overrides) == 0

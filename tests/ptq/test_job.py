@@ -223,6 +223,7 @@ def test_a_dry_run_counts_what_choosing_costs(
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_static_activations_go_from_calibration_into_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -255,8 +256,10 @@ def test_static_activations_go_from_calibration_into_the_checkpoint(
 
 @pytest.mark.parametrize(
     "overrides",
-    [["quant=mxfp8_w8a8", "quant.packed=true"], ["quant=int8_w8a8", "quant.attention=qkvp"]],
-    ids=["mxfp8 packed", "int8 with attention"],
+    [
+        pytest.param(["quant=mxfp8_w8a8", "quant.packed=true"], id="mxfp8 packed"),
+        pytest.param(["quant=int8_w8a8", "quant.attention=qkvp"], id="int8 with attention", marks=pytest.mark.slow),
+    ],
 )
 def test_other_formats_make_the_same_videos_from_their_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str]

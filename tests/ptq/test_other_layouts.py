@@ -26,6 +26,7 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoint" / "transformer" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_the_main_job_on_an_fp8_file(
     tensors: dict[str, torch.Tensor],
     tmp_path: Path,

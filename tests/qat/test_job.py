@@ -67,7 +67,7 @@ SCOPES: dict[str, tuple[list[str], str]] = {
 
 
 #: Those that have no other test of a whole job.
-QUICK_SCOPES = ("blockwise", "all", "lora")
+QUICK_SCOPES = ("blockwise",)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_killed_it_ends_the_same(kills: int, tmp_path: Path) -> None:
     assert again == whole
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     """Sums of other halves: float32 rounding apart, which is 1e-5 of the loss after twelve steps."""
     assert forked.run(small(tmp_path, "one")[1:]).returncode == 0

@@ -192,9 +192,8 @@ def test_what_the_data_choose_is_chosen_among_both(
     assert all(torch.equal(made[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize(
-    "scope", ["blockwise", *(pytest.param(scope, marks=pytest.mark.slow) for scope in ("all", "lora"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["blockwise", "all", "lora"])
 def test_both_are_trained(scope: str, model: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
     words = overrides(model, cache, f"qat.scope={scope}", f"hydra.run.dir={tmp_path / 'run'}", "qat.lr=1e-3")
     assert train(monkeypatch, *words) == 0

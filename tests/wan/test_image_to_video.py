@@ -58,6 +58,7 @@ def words(model: Path, pictures: dict[str, Picture], folder: Path, **images: lis
     return [*found, "eval.noise_floor=false", *(f"model.generation.{name}={size}" for name, size in sizes.items())]
 
 
+@pytest.mark.slow
 def test_a_run_and_its_evaluation(
     model: Path,
     pictures: dict[str, Picture],
