@@ -60,7 +60,7 @@ ptq quant.smoothing=2 | quant.smoothing=2.0: must lie between 0 and 1, or be nul
 ptq quant.weights.rule=absmax | unknown scale rule 'absmax': did you mean amax? choose direct, amax[/TARGET] (amax/15)
 ptq quant.activations.rule=amax/65536 | quant.activations.rule: target 65536 is beyond the range of hif8
 ptq quant.activations.static=true | quant.activations.static=true needs quant.activations.granularity=per_tensor
-ptq quant.format=int8 quant.product=fp8 | quant.product=fp8 is for hif8, e4m3, e5m2, mxfp8: with int8 choose fast or int8
+ptq quant.format=int8 quant.product=fp8 | quant.product=fp8 is for hif8, e4m3, e5m2, mxfp8: with int8 choose
 ptq quant=weight_mse quant.product=fp8 | quant.product=fp8 carries hif8 up to a target: choose
 ptq 'prompts.texts=["a red dog"]' | DOG
 ptq 'calib.texts=["a red dog"]' | DOG
@@ -78,7 +78,7 @@ ptq mode=convert protect=auto | mode=convert cannot know the blocks that protect
 ptq mode=convert model=tiny-outliers | mode=convert takes a model as its files have it: leave model.outliers out
 ptq mode=convert eval.dimensions=[temporal_flickering] | mode=convert makes no videos to judge: leave eval.dimensions
 ptq mode=convert checkpoint=false | mode=convert makes a checkpoint and nothing else: leave checkpoint=true
-ptq mode=convert quant=static_per_tensor convert.statistics=nowhere | cannot read the statistics in nowhere/analysis: [Errno 2] No such file
+ptq mode=convert quant=static_per_tensor convert.statistics=nowhere | cannot read the statistics in nowhere/analysis
 ptq mode=convert convert.to=AT/home | convert.to=AT/home is there already: choose another folder, or remove it
 ptq mode=convert model.path=AT/nan | NAN
 ptq mode=convert model.path=AT/changed | CHANGED
