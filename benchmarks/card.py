@@ -308,7 +308,7 @@ def whole_model(place: Place) -> Rows:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         found, took = passed(place, model, given)
-        yield Row(f"14B, one pass, packed {name}", "BF16", took, plain, bar)
+        yield Row(f"14B, one pass, packed {name}", "BF16", took, plain, place.bar(bar))
         noise = 10 * torch.log10(reference.square().mean() / (found - reference).square().mean())
         yield Row(f"14B, SQNR of one pass, packed {name}, dB", "1", float(noise), 1.0, None, True)
         if place.device.type == "cuda":
