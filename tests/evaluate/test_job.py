@@ -319,7 +319,6 @@ def check_shares(found: dict[str, Any], cache: Path, pairs: int) -> None:
     made = found["provenance"]["made_by_process"]
     assert sum(each.get("pairs", 0) for each in made) == len(list((cache / "pairs").rglob("*.json"))) == pairs
     assert sum(each.get("vbench", 0) for each in made) == len(list((cache / "vbench").rglob("*.json"))) > 0
-    assert all(each.get("latents", 0) + each.get("pairs", 0) > 0 for each in made), made
 
 
 @pytest.mark.slow
@@ -331,6 +330,8 @@ def test_processes_of_one_launch_share_the_work(sweep: Path, tmp_path: Path) -> 
     found = entry(sweep / "3", "new")
     assert found["metrics"]["vbench.temporal_flickering"]["n"] == 6
     check_shares(found, tmp_path / "cache", 5)  # one pair is the run's own
+    made = found["provenance"]["made_by_process"]
+    assert all(each.get("latents", 0) + each.get("pairs", 0) > 0 for each in made), made
 
 
 @pytest.mark.slow
@@ -340,7 +341,7 @@ def test_processes_of_one_launch_share_a_model(sweep: Path, tmp_path: Path) -> N
     assert said.count(" joined: ") == said.count("wanquant ") == 1
     found = entry(tmp_path / "run", "given")
     assert found["pairs"] == 4
-    check_shares(found, tmp_path / "cache", 4)
+    check_shares(found, tmp_path / "cache", 4)  # of one batch, so one of them may have done it all
 
 
 @pytest.mark.slow
