@@ -14,6 +14,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image, ImageOps
 
+from wanquant.quant.attention import TEXT
 from wanquant.wan.checkpoints.checkpoint import read_json
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig, Picture
@@ -25,10 +26,6 @@ from wanquant.wan.resources.placement import streamed
 Embed = Callable[[str], torch.Tensor]
 
 
-#: Tokens that diffusers takes for the text behind those of a picture, whatever the text encoder was asked for.
-TEXT_BEHIND_PICTURE = 512
-
-
 def check_generation(model: ModelFiles, settings: GenerationConfig) -> None:
     """``ValueError`` for what the pipeline cannot do, though another could."""
     config: Any = shape_of_whole(model).config
@@ -37,8 +34,8 @@ def check_generation(model: ModelFiles, settings: GenerationConfig) -> None:
     for name in ("height", "width"):
         if getattr(settings, name) % multiple:
             raise ValueError(f"model.generation.{name}={getattr(settings, name)}: must be a multiple of {multiple}")
-    if config.added_kv_proj_dim is not None and settings.max_text_length != TEXT_BEHIND_PICTURE:
-        told = f"must be {TEXT_BEHIND_PICTURE} for a transformer that attends to pictures"
+    if config.added_kv_proj_dim is not None and settings.max_text_length != TEXT:
+        told = f"must be {TEXT} for a transformer that attends to pictures"
         raise ValueError(f"model.generation.max_text_length={settings.max_text_length}: {told}")
     if settings.guidance_scale_2 is not None and len(model.transformers) == 1:
         raise ValueError("model.generation.guidance_scale_2 is for pipelines of two transformers, and this has one")

@@ -23,9 +23,10 @@ from torch import nn
 
 from wanquant.quant import QuantLinear
 from wanquant.runs.files import sum_of_file
+from wanquant.wan.checkpoints import names
 from wanquant.wan.checkpoints.names import to_original
 
-PREFIXES = ("base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_")
+PREFIXES = ("base_model.model.", "transformer.", *names.PREFIXES, "lora_unet_")
 #: By the ending of a key, what it is of the module named before it. ``shift`` is peft's bias of B, scaled as B is.
 PARTS = {
     **dict.fromkeys(("lora_A.weight", "lora_A.default.weight", "lora_down.weight"), "down"),

@@ -16,12 +16,12 @@ from wanquant.quant import QuantLinear
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.runs.files import replacing
 from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of, read_json, write_index
-from wanquant.wan.checkpoints.names import to_original
+from wanquant.wan.checkpoints.names import PREFIXES, to_original
 from wanquant.wan.checkpoints.stored import PLAIN
 from wanquant.wan.checkpoints.tensor_files import Source, write_tensors
 
 #: Before the authors' names in files that hold more than a transformer.
-PREFIX = "model.diffusion_model."
+PREFIX = PREFIXES[0]
 
 
 def _prefixed(name: str) -> str:
