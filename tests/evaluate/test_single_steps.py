@@ -56,7 +56,7 @@ def test_errors_are_those_of_the_outputs(pipeline: CachedPipeline) -> None:
         found = measured_now(along, lambda: ticks.append(None))
         place = (2 * recording.steps + 1) * recording.branches  # the third pair's last step, with its prompt
         step = recording[place]
-        given = step.noisy[None], step.timestep[None], pipeline.embed(step.prompt)[None]
+        given = step.noisy[None], step.timestep[None], pipeline.embedding(step.prompt)[None]
         output = pipeline.transformer(*given, return_dict=False)[0][0].double()
     error = (output - step.output.double()).square().sum() / step.output.double().square().sum()
     assert found.decibels[2, 1, 0] == pytest.approx(-10 * math.log10(error), abs=0.1)  # torch's BF16 rounds otherwise

@@ -114,7 +114,9 @@ def test_a_unit_costs_what_a_model_with_nothing_else_quantized_does(pipe: Pipeli
     found = calibrator.unit_errors(["block 5"])["block 5"]
     noise = torch.cat([initial_noise(pipe, seed, SETTINGS) for _, seed in PAIRS]).bfloat16()
     prompts = [[prompt for prompt, _ in PAIRS], ["", ""]]
-    texts = [torch.stack([embed_prompt(pipe, prompt, SETTINGS) for prompt in each]) for each in prompts]
+    texts = [
+        torch.stack([embed_prompt(pipe, prompt, SETTINGS)["prompt_embeds"] for prompt in each]) for each in prompts
+    ]
 
     @torch.no_grad()
     def outputs() -> list[torch.Tensor]:

@@ -51,7 +51,7 @@ def same(a: Batch, b: Batch, rows: range) -> bool:
 def videos(pipeline: CachedPipeline, drop: float = 0.1) -> Videos:
     latents = [torch.randn(16, 5, 8, 8) for _ in range(3)]
     captions = [PAIRS[0][0], PAIRS[1][0], PAIRS[0][0]]
-    return Videos(captions, latents.__getitem__, pipeline.embed, "", 0, 3.0, drop)
+    return Videos(captions, latents.__getitem__, pipeline.embedding, "", 0, 3.0, drop)
 
 
 def test_a_part_of_the_rows_is_what_it_is_in_the_whole(pipeline: CachedPipeline) -> None:
@@ -73,7 +73,7 @@ def test_noise_levels_are_those_of_the_flow_shift(pipeline: CachedPipeline) -> N
     clean = batch.noisy - sigma.view(-1, 1, 1, 1, 1) * batch.velocity
     known = torch.stack([source.latents(i) for i in range(3)])
     assert all((known - row).flatten(1).norm(dim=1).min() < 1e-3 for row in clean)
-    dropped = sum(torch.equal(row, pipeline.embed("")) for row in batch.text)
+    dropped = sum(torch.equal(row, pipeline.embedding("")) for row in batch.text)
     assert 1 <= dropped <= 11
 
 
@@ -82,8 +82,8 @@ def test_a_recording_is_what_the_model_says_again(pipeline: CachedPipeline) -> N
     assert isinstance(source, Trajectories)
     assert len(source) == 2 * 2 * 2  # pairs, steps, branches
     batch = source.of(range(8))
-    assert torch.equal(batch.text[0], pipeline.embed(PAIRS[0][0]))
-    assert torch.equal(batch.text[1], pipeline.embed(""))
+    assert torch.equal(batch.text[0], pipeline.embedding(PAIRS[0][0]))
+    assert torch.equal(batch.text[1], pipeline.embedding(""))
     assert torch.equal(batch.noisy[0], batch.noisy[1])
     assert batch.output is not None
     with torch.no_grad():

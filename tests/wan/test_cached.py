@@ -78,7 +78,7 @@ def test_a_cut_generation_goes_on_where_it_was(pipe: Pipeline, tmp_path: Path, m
 
 def test_a_prompt_is_embedded_once_for_all(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = PAIRS[0][0]
-    first = cached_in(pipe, tmp_path).embed(prompt)
-    assert torch.equal(first, embed_prompt(pipe, prompt, SETTINGS).cpu())
+    first = cached_in(pipe, tmp_path).embedding(prompt)
+    assert torch.equal(first, embed_prompt(pipe, prompt, SETTINGS)["prompt_embeds"].cpu())
     monkeypatch.setattr(cached, "embed_prompt", lambda *_: pytest.fail("embedded again"))
-    assert torch.equal(cached_in(pipe, tmp_path).embed(prompt), first)
+    assert torch.equal(cached_in(pipe, tmp_path).embedding(prompt), first)

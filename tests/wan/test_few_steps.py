@@ -43,7 +43,8 @@ def test_each_step_is_one_of_eulers() -> None:
     found = generate(pipe, PAIRS, settings, decode=False)[0].latents
     sigmas = pipe.scheduler.sigmas
     assert sigmas.tolist() == pytest.approx([*SIGMAS, 0.0], abs=1e-3)
-    latents, text = initial_noise(pipe, 0, settings), embed_prompt(pipe, PAIRS[0][0], settings)[None].bfloat16()
+    latents = initial_noise(pipe, 0, settings)
+    text = embed_prompt(pipe, PAIRS[0][0], settings)["prompt_embeds"][None].bfloat16()
     with torch.no_grad():
         for now, after in itertools.pairwise(sigmas):
             timestep = (1000 * now).long()[None]

@@ -19,7 +19,7 @@ from wanquant.wan import tiny
 from wanquant.wan.checkpoints.find import find_model
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.resources import probe
+from wanquant.wan.resources import probe, timing
 from wanquant.wan.resources.empty import USUAL, Quantized
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
 from wanquant.wan.resources.footprint import Alive, decoding_bytes, denoising_bytes
@@ -127,7 +127,7 @@ def test_a_cards_own_products_are_planned() -> None:
 def test_what_is_probed_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything by its number, attention by the square of the tokens, and a small case not at all."""
     seen: list[float] = []
-    monkeypatch.setattr(probe, "_seconds", lambda run, device: seen.pop(0))
+    monkeypatch.setattr(probe, "measured", lambda run, device: seen.pop(0))
     config, vae = dict(wan_transformer(1).config), tiny.folder() / "vae"
     seen[:] = [2.0]
     assert block_seconds(config, None, 512, 32, 4, CPU) == 2.0
@@ -146,18 +146,18 @@ def test_on_a_busy_machine_it_is_a_guess(monkeypatch: pytest.MonkeyPatch) -> Non
     quiet = float(torch.get_num_threads())
     for load, busy in ((quiet, False), (quiet + 1, True)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
-        probe.begin()
-        assert probe.is_busy() == busy
+        timing.begin()
+        assert timing.is_busy() == busy
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
-    @probe.probed
+    @timing.probed
     def probed(what: str) -> float:
-        return probe._seconds(lambda: time.sleep(0.05), CPU)
+        return timing.measured(lambda: time.sleep(0.05), CPU)
 
     for _ in range(2):  # also where it is known already
-        probe.begin()
+        timing.begin()
         assert probed("sleeps") > 0.04
-        assert probe.is_busy()
+        assert timing.is_busy()
 
     takes = [0.0, 0.01, 0.05, 0.05, 0.05, 0.05]  # the first is for warmth
 
@@ -166,9 +166,9 @@ def test_on_a_busy_machine_it_is_a_guess(monkeypatch: pytest.MonkeyPatch) -> Non
         while time.process_time() < end:
             pass
 
-    probe.begin()
-    assert probe._seconds(uneven, CPU) > 0.03
-    assert probe.is_busy()
+    timing.begin()
+    assert timing.measured(uneven, CPU) > 0.03
+    assert timing.is_busy()
 
 
 def test_small_models_are_run_with_all_there_is_around(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from wanquant import load_pipeline
 from wanquant.wan.tiny import draw, parse_caption
@@ -61,6 +83,50 @@ def text_and_image_to_video(folder: Path, picture: bool = False) -> Path:
     parts["transformer"] = transformer(width, in_channels=48, out_channels=48)
     kind = WanImageToVideoPipeline if picture else WanPipeline
     kind(**parts, expand_timesteps=True).save_pretrained(folder)
+    return folder
+
+
+def ltx(folder: Path) -> Path:
+    """LTX-Video, with a T5 encoder and tiny-wan's tokenizer."""
+    tokenizer = load_pipeline("tiny", "cpu").tokenizer
+    torch.manual_seed(0)
+    text = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    sizes: dict[str, Any] = {"in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 24}
+    transformer = LTXVideoTransformer3DModel(**sizes, cross_attention_dim=48, num_layers=4, caption_channels=32)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    LTXPipeline(scheduler, vae, T5EncoderModel(text), tokenizer, transformer.bfloat16()).save_pretrained(folder)
+    return folder
+
+
+def hunyuan(folder: Path) -> Path:
+    """HunyuanVideo, its two text encoders with tiny-wan's tokenizer."""
+    tokenizer = load_pipeline("tiny", "cpu").tokenizer
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    small |= {"num_hidden_layers": 3, "num_attention_heads": 2}
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+    transformer = HunyuanVideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        num_single_layers=3,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        pooled_projection_dim=32,
+        rope_axes_dim=(8, 8, 8),
+    )
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    encoders = LlamaModel(LlamaConfig(**small, **ends)), CLIPTextModel(CLIPTextConfig(**small, **ends))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    parts = (encoders[0], tokenizer, transformer.bfloat16(), vae, scheduler, encoders[1], tokenizer)
+    HunyuanVideoPipeline(*parts).save_pretrained(folder)
     return folder
 
 

@@ -272,7 +272,8 @@ class Evaluation:
 
 def _forget_all_but_vae(pipeline: CachedPipeline | None) -> None:
     for pipe in () if pipeline is None else (pipeline.pipe,):
-        pipe.transformer = pipe.transformer_2 = pipe.text_encoder = pipe.image_encoder = None
+        for name in ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder"):
+            setattr(pipe, name, None)
 
 
 def _values_of(samples: Sequence[Sample], scenes: bool, networks: Networks) -> Values:

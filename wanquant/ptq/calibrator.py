@@ -119,7 +119,7 @@ class Calibrator:
         def make(folder: Path) -> None:
             settings, position = self.pipeline.model.generation, Position()
             video = f"{pair[1]} {pair[0]}"
-            layout = Layout((video,), settings.steps, self.bins, settings.branches, full)
+            layout = Layout((video,), settings.steps, self.bins, settings.passes, full)
             with Observer(self.pipeline.transformer, layout, position.where) as observer:
                 self.pipeline.generate([pair], tick, decode=False, position=position)
             save_statistics(observer.statistics, folder)
@@ -150,7 +150,8 @@ class Calibrator:
             stats, pairs = self.inputs(), [pair for name in names for pair in groups[name]]
             with pipeline.progress("block errors", pairs) as tick:
                 how = (self.scheme, self.modules, pairs, pipeline.generate, stats, tick)
-                rows = [iter(row) for row in sensitivity.block_errors(pipeline.pipe, *how)]
+                together = pipeline.model.generation.together
+                rows = [iter(row) for row in sensitivity.block_errors(pipeline.pipe, *how, together)]
             return [[[vars(next(row)) for _ in groups[name]] for row in rows] for name in names]
 
         # Together as many as may be, since the quantized copies are made anew each time.

@@ -29,6 +29,7 @@ from wanquant.wan.checkpoints.find import check_folder, check_weights, find_mode
 from wanquant.wan.checkpoints.model_files import ModelFiles, count_files, fingerprint
 from wanquant.wan.checkpoints.stream import Needs, Recipe, foresee
 from wanquant.wan.checkpoints.tensor_files import Source
+from wanquant.wan.experts import as_whole
 from wanquant.wan.load import Transformer
 from wanquant.wan.resources.printed import LEGEND, block_map, in_bytes
 
@@ -175,7 +176,7 @@ def print_convert_plan(plan: ConvertPlan, config_yaml: str) -> None:
 def probed_seconds(plan: ConvertPlan) -> float:
     """For quantizing, by one linear of random weights; for reading and writing, by as much to the disk of the cache."""
     part, disk = next(iter(plan.parts.values())), Path(plan.config.cache)
-    blocks = part.shape.get_submodule("blocks")
+    blocks = as_whole(part.shape).blocks
     name, shape = next((name, child) for name, child in blocks.named_modules() if isinstance(child, nn.Linear))
     linear = nn.Linear(shape.in_features, shape.out_features, dtype=torch.bfloat16)
     scheme, seen = plan.scheme, (part.recipe.stats or {}).get(f"blocks.{name}")

@@ -29,6 +29,7 @@ from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig, Picture
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import parts_of, shape_of_whole
+from wanquant.wan.families import family_of, folds_of
 from wanquant.wan.generate import check_generation
 from wanquant.wan.load import Transformer
 from wanquant.wan.lora import read_lora
@@ -205,12 +206,16 @@ def resolve_model(config: PTQConfig, scheme: Scheme, files: ModelFiles) -> Sourc
     if config.mode != "convert":  # which generates nothing
         check_generation(files, config.model.generation)
     blocks, transformers = len(shape.blocks), len(parts_of(shape))
+    if config.model.lora and not family_of(type(parts_of(shape)[0]).__name__).is_wan:
+        raise ValueError("model.lora is for Wan's transformers: fuse with diffusers and save the result")
     if config.model.lora and transformers > 1:
         raise ValueError("model.lora: this model has two transformers; fuse with diffusers and save the result")
     for lora in config.model.lora:
         read_lora(lora, shape)  # which refuses what does not fit
     check_protect(config.protect, blocks // transformers)
     outliers = chosen_blocks(config.model.outliers, blocks)
+    if outliers and not folds_of(shape):
+        raise ValueError(f"model.outliers: nothing in a {type(parts_of(shape)[0]).__name__} can hold them exactly")
     protected = None if by_data else resolve_blocks(by_rule(config.protect, blocks, transformers), blocks)
     kept = range(config.protect.budget) if protected is None else protected
     plan = plan_conversion(shape, scheme, list(kept), config.protect.modules)

@@ -22,7 +22,7 @@ from wanquant.evaluate.fidelity import EQUAL_DB
 from wanquant.evaluate.stats import Item
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
 from wanquant.quant.scheme import Scheme, scheme_of
-from wanquant.quant.statistics import Site
+from wanquant.quant.statistics import Site, first_of
 from wanquant.wan.cached import Pair
 from wanquant.wan.experts import whole_of
 from wanquant.wan.families import folds_of
@@ -63,9 +63,10 @@ def quantized(
 
 
 def kinds(transformer: nn.Module, protected: Sequence[str] = ()) -> list[str]:
-    """Names of the linears inside a block, but for those that match a pattern of ``protected``."""
-    first = transformer.get_submodule("blocks.0")
-    names = [name for name, child in first.named_modules() if isinstance(child, nn.Linear)]
+    """Names of the linears inside a block, of all kinds there are, but for those that match a pattern of
+    ``protected``."""
+    inside = (block.named_modules() for block in transformer.get_submodule("blocks").children())
+    names = dict.fromkeys(name for block in inside for name, child in block if isinstance(child, nn.Linear))
     return [name for name in names if not any(re.fullmatch(pattern, name) for pattern in protected)]
 
 
@@ -88,9 +89,10 @@ def block_errors(
     make: Make,
     stats: Stats | None,
     on_step: Callable[[], None],
+    together: int = 1,
 ) -> list[list[Item]]:
     """SQNR in dB of each block's own output when it alone is quantized but for ``modules``, by block and pair, in one
-    BF16 pass; at most ``EQUAL_DB``."""
+    BF16 pass; at most ``EQUAL_DB``. A pass computes so many guidance branches ``together``."""
     transformer = whole_of(pipe)
     blocks, placed = list(transformer.blocks), placement_of(transformer)
     with quantized(transformer, replace(scheme, packed=True), (), modules, stats):
@@ -100,11 +102,13 @@ def block_errors(
     position = Position()
 
     def beside(index: int) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            error = (placed.there(copies[index])(*args, **kwargs).float() - output.float()).flatten(1)
-            first, count = position.video, len(output)
-            signal[index, first : first + count] += output.float().flatten(1).square().sum(1).cpu().double()
-            noise[index, first : first + count] += error.square().sum(1).cpu().double()
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            exact = first_of(output).float()
+            error = first_of(placed.there(copies[index])(*args, **kwargs)).float() - exact
+            for total, tensor in ((signal, exact), (noise, error)):
+                rows = tensor.flatten(1).square().sum(1).cpu().double()
+                videos = rows.view(together, -1).sum(0)  # a row of each branch that is computed in this pass
+                total[index, position.video : position.video + len(videos)] += videos
 
         return hook
 

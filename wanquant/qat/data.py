@@ -121,7 +121,7 @@ def make_source(
     """From the cache, or made now with the model in BF16: trajectories of what is ``learned``, or videos, without
     scenes whose captions are ``measured`` on."""
     if config.source == "trajectories":
-        return Trajectories(Recording(pipeline, list(learned), "record training data"), pipeline.embed, seed)
+        return Trajectories(Recording(pipeline, list(learned), "record training data"), pipeline.embedding, seed)
     settings = pipeline.model.generation
     if config.source == "scenes":
         captions, latents = _scenes(pipeline, config.videos_per_scene, measured)
@@ -129,7 +129,8 @@ def make_source(
         listed = read_list(Path(config.path))
         files = encoded(pipeline, [path for path, _ in listed])
         captions, latents = [caption for _, caption in listed], lambda place: read_latents(files[place])
-    return Videos(captions, latents, pipeline.embed, settings.negative_prompt, seed, settings.flow_shift, config.drop)
+    shift = settings.flow_shift or pipeline.pipe.scheduler.config.flow_shift
+    return Videos(captions, latents, pipeline.embedding, settings.negative_prompt, seed, shift, config.drop)
 
 
 def _scenes(

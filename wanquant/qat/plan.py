@@ -84,6 +84,9 @@ def resolve_train(config: TrainConfig) -> TrainPlan:
     learned = pairs(data.prompts, "qat.data.prompts") if data.source == "trajectories" else []
     pictures(data.prompts, False, "qat.data.prompts")
     plan = resolve(config)
+    family = check_shape(plan.model.files)
+    if not family.is_wan:
+        raise ValueError(f"train.py trains Wan's transformers, and model.path is a {family.pipeline.__name__}")
     _check(config.qat, plan)
     blocks = resolve_blocks(config.qat.blocks or range(plan.model.blocks), plan.model.blocks, "trained")
     resolved = {each.name: getattr(plan, each.name) for each in dataclasses.fields(plan)}

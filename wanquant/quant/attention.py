@@ -143,7 +143,9 @@ class _PassThrough(torch.autograd.Function):
 
 
 def check_processor(processor: Any) -> None:
-    """``ValueError`` if diffusers was told to run this attention in a way the quantized one does not."""
+    """``ValueError`` if diffusers runs this attention in a way the quantized one does not."""
+    if type(processor).__name__ not in ("WanAttnProcessor", "QuantAttention"):
+        raise ValueError(f"quantized attention is Wan's, and this one is run by {type(processor).__name__}")
     backend = getattr(processor, "_attention_backend", None)
     if getattr(processor, "_parallel_config", None) is not None:
         raise ValueError("quantized attention does not run in parallel over the context")

@@ -115,6 +115,11 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
     return reduce(Statistics.merged, parts)
 
 
+def first_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Of a block: the video's stream, where the text has one too."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class Observer:
     """Collects ``statistics`` while entered: of every linear's input and output, and of the residual stream behind
     every block; without ``layout.full`` the largest magnitudes of inputs and of the stream only.
@@ -145,8 +150,8 @@ class Observer:
     def _before(self, site: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._see(site, inputs[0], is_input=True)
 
-    def _after(self, site: str, _: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self._see(site, output, is_input=False)
+    def _after(self, site: str, _: nn.Module, inputs: Any, output: Any) -> None:
+        self._see(site, first_of(output), is_input=False)
 
     def _see(self, name: str, tensor: torch.Tensor, is_input: bool) -> None:
         rows = tensor.detach().view(-1, tensor.shape[-1]) if tensor.is_contiguous() else tensor.detach().flatten(0, -2)

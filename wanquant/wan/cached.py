@@ -31,6 +31,7 @@ from wanquant.runs.signature import GENERATES, signature
 from wanquant.wan.checkpoints.checkpoint import quantized_linears
 from wanquant.wan.config import ModelConfig, Picture
 from wanquant.wan.experts import put, whole_of
+from wanquant.wan.families import Text
 from wanquant.wan.generate import Sample, decode_video, embed_prompt, generate, one_ulp_up
 from wanquant.wan.load import Pipeline
 
@@ -54,7 +55,7 @@ class CachedPipeline:
     #: What was not made by this run but found in the cache.
     reused: list[str] = field(default_factory=list)
     _noted: set[str] = field(default_factory=set)
-    _embedded: dict[str, torch.Tensor] = field(default_factory=dict)
+    _embedded: dict[str, Text] = field(default_factory=dict)
 
     @property
     def transformer(self) -> Any:
@@ -86,18 +87,22 @@ class CachedPipeline:
             print(f"{label:<20} known, from {self.cache.root}", file=sys.stderr, flush=True)
         self._noted.add(label)
 
-    def embed(self, prompt: str) -> torch.Tensor:
-        """[text length, width], on the CPU."""
+    def embed(self, prompt: str) -> Text:
+        """On the CPU."""
         if prompt not in self._embedded:
 
             def make(folder: Path) -> None:
                 embedded = embed_prompt(self.pipe, prompt, self.model.generation)
-                save_file({"embedding": embedded.contiguous().cpu()}, folder / TEXT)
+                save_file({name: tensor.contiguous().cpu() for name, tensor in embedded.items()}, folder / TEXT)
 
             counted = {"artefact": "text", "prompt": prompt, "length": self.model.generation.max_text_length}
             folder = self.cache.folder("text", signature(counted, self.fingerprint, self.device, GENERATES), make)
-            self._embedded[prompt] = load_file(folder / TEXT)["embedding"]
+            self._embedded[prompt] = load_file(folder / TEXT)
         return self._embedded[prompt]
+
+    def embedding(self, prompt: str) -> torch.Tensor:
+        """[text length, width] of Wan's one text encoder."""
+        return self.embed(prompt)["prompt_embeds"]
 
     def generate(self, pairs: Sequence[Pair], on_step: Callable[[], None], **how: Any) -> list[Sample]:
         """In the model's batches, whatever the transformer is at the moment; kept nowhere."""

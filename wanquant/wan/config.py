@@ -10,8 +10,12 @@ from wanquant.choices import choice
 
 LANGUAGES = ("scenes", "english")
 OFFLOADS = ("auto", "none", "group", "disk")
-#: ``unipc``: the scheduler as the checkpoint has it. ``euler``: of first order, which few-step distilled models take.
+#: ``unipc``: Wan's scheduler as the checkpoint has it. ``euler``: of first order, which few-step distilled models and
+#: other families take.
 SOLVERS = ("unipc", "euler")
+#: How a guided denoising step runs: in two passes, with the prompt and without; in one pass on twice the rows
+#: (LTX-Video); or in one, which the scale is an input of (HunyuanVideo).
+GUIDANCES = ("branches", "batch", "embedded")
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,30 @@ class GenerationConfig:
     num_frames: int = 81
     steps: int = 50
     guidance_scale: float = 5.0
-    flow_shift: float = 3.0
+    #: None for the checkpoint's own.
+    flow_shift: float | None = 3.0
     max_text_length: int = 512
     fps: int = 16
     negative_prompt: str = ""
     #: Of Wan2.2's second transformer; none for that of the first.
     guidance_scale_2: float | None = None
     solver: str = choice("unipc", SOLVERS)
+    guidance: str = choice("branches", GUIDANCES)
 
     @property
     def branches(self) -> int:
-        """Passes in a step: with the prompt and, where it is guided, without."""
-        return 2 if self.guidance_scale > 1 else 1
+        """What a step computes: with the prompt and, where it is guided by both, without."""
+        return 2 if self.guidance_scale > 1 and self.guidance != "embedded" else 1
+
+    @property
+    def together(self) -> int:
+        """Branches in a pass."""
+        return self.branches if self.guidance == "batch" else 1
+
+    @property
+    def passes(self) -> int:
+        """In a step."""
+        return self.branches // self.together
 
     def __post_init__(self) -> None:
         """``ValueError`` names what no Wan pipeline can do, before it rounds it to something else."""
@@ -54,7 +70,7 @@ class GenerationConfig:
                 raise ValueError(f"generation.{name}={getattr(self, name)}: must be a multiple of 16")
         if self.num_frames < 1 or (self.num_frames - 1) % 4:
             raise ValueError(f"generation.num_frames={self.num_frames}: must be 1, 5, 9, ... (4n + 1)")
-        if not 0 < self.flow_shift < math.inf:
+        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
             raise ValueError(f"generation.flow_shift={self.flow_shift}: must be positive and finite")
         for name in ("guidance_scale", "guidance_scale_2"):
             if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):

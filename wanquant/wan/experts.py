@@ -1,8 +1,9 @@
-"""The transformers of a pipeline as one module: its only one as it is, and the two of Wan2.2 together.
+"""The transformers of a pipeline as one module with one list of ``blocks``: its only one as it is, if it has them so,
+else a view of it, or of both of Wan2.2.
 
 Wan2.2's pipelines denoise with two transformers of one shape, the first while the noise is high, the second from a
-timestep on that the pipeline names (``boundary_ratio``). Their blocks are numbered through here, so that whoever looks
-at, protects, quantizes or trains blocks needs not know that there are two.
+timestep on that the pipeline names (``boundary_ratio``). Other families have their blocks in lists of other names.
+Blocks are numbered through here, so that whoever looks at, protects, quantizes or trains blocks needs not know.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from wanquant.wan.checkpoints.checkpoint import TRANSFORMERS, read_json
 from wanquant.wan.checkpoints.find import shape_of
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.checkpoints.tensor_files import Source
+from wanquant.wan.families import family_of
 
 #: Of training, in which a timestep is a number between 0 and this.
 TIMESTEPS = 1000
@@ -40,25 +42,24 @@ class _Through(nn.ModuleList):
         own[index] = block
 
 
-class Experts(nn.Module):
+class Whole(nn.Module):
     """``parts`` stay what they are: their blocks are this module's ``blocks``, one list after the other, and what else
-    is in the second is below ``transformer_2``. Asked for the velocity of several rows, each is answered by the part
-    for its timestep."""
+    is in the first and only, or the first of two, is here under its own name; of the second below ``transformer_2``."""
 
-    def __init__(self, parts: Sequence[WanTransformer3DModel], boundary: float) -> None:
+    def __init__(self, parts: Sequence[Any]) -> None:
         super().__init__()
-        first, second = parts
-        if len(first.blocks) != len(second.blocks):
-            raise ValueError(f"two transformers of {len(first.blocks)} and {len(second.blocks)} blocks: no Wan2.2")
-        self.parts, self.boundary = tuple(parts), boundary
-        self.blocks = _Through([part.blocks for part in parts])
-        self.transformer_2 = nn.Module()
-        for whole, part in ((self, first), (self.transformer_2, second)):
+        self.parts = tuple(parts)
+        lists = [family_of(type(part).__name__).block_lists for part in parts]
+        self.blocks = _Through([getattr(part, n) for part, own in zip(parts, lists, strict=True) for n in own])
+        holders = [self, nn.Module()]
+        if len(parts) > 1:
+            self.transformer_2 = holders[1]
+        for holder, part, own in zip(holders, parts, lists, strict=False):
             for name, child in part.named_children():
-                if name != "blocks":
-                    whole.add_module(name, child)
+                if name not in own:
+                    holder.add_module(name, child)
             for name, parameter in part.named_parameters(recurse=False):
-                whole.register_parameter(name, parameter)
+                holder.register_parameter(name, parameter)
 
     @property
     def config(self) -> Any:
@@ -67,6 +68,20 @@ class Experts(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         for part in self.parts:
             part.enable_gradient_checkpointing()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.parts[0](*args, **kwargs)
+
+
+class Experts(Whole):
+    """Both of Wan2.2. Asked for the velocity of several rows, each is answered by the part for its timestep."""
+
+    def __init__(self, parts: Sequence[WanTransformer3DModel], boundary: float) -> None:
+        first, second = parts
+        if len(first.blocks) != len(second.blocks):
+            raise ValueError(f"two transformers of {len(first.blocks)} and {len(second.blocks)} blocks: no Wan2.2")
+        super().__init__(parts)
+        self.boundary = boundary
 
     def part_of(self, timesteps: torch.Tensor) -> torch.Tensor:
         """0 or 1 for each."""
@@ -86,19 +101,24 @@ class Experts(nn.Module):
         return Transformer2DModelOutput(sample=found) if return_dict else (found,)
 
 
+def as_whole(part: Any) -> Any:
+    """One transformer with its blocks in one list: itself, if that is how it has them."""
+    return part if set(family_of(type(part).__name__).block_lists) == {"blocks"} else Whole([part])
+
+
 def transformers_in(pipe: WanPipeline) -> dict[str, WanTransformer3DModel]:
     """By the names the pipeline has for them."""
     return {name: getattr(pipe, name) for name in TRANSFORMERS if getattr(pipe, name, None) is not None}
 
 
 def whole_of(pipe: WanPipeline) -> Any:
-    """The pipeline's transformer, or both as ``Experts``."""
+    """The pipeline's transformer as one module."""
     parts = list(transformers_in(pipe).values())
-    return parts[0] if len(parts) == 1 else Experts(parts, pipe.config.boundary_ratio * TIMESTEPS)
+    return as_whole(parts[0]) if len(parts) == 1 else Experts(parts, pipe.config.boundary_ratio * TIMESTEPS)
 
 
 def parts_of(whole: nn.Module) -> tuple[nn.Module, ...]:
-    return whole.parts if isinstance(whole, Experts) else (whole,)
+    return whole.parts if isinstance(whole, Whole) else (whole,)
 
 
 def put(pipe: WanPipeline, whole: nn.Module) -> None:
@@ -122,7 +142,7 @@ def shape_of_whole(model: Path | ModelFiles) -> Any:
 def _shape(folder: Path, parts: tuple[Source, ...], described: tuple[bytes, ...]) -> Any:
     shapes = [shape_of(part) for part in parts]
     if len(shapes) == 1:
-        return shapes[0]
+        return as_whole(shapes[0])
     ratio = read_json(folder / "model_index.json").get("boundary_ratio")
     if not isinstance(ratio, int | float):
         raise ValueError(f"{folder} has two transformers, and its model_index.json no boundary_ratio between them")

@@ -10,31 +10,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline
+from diffusers import WanPipeline as Pipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image, ImageOps
 
 from wanquant.quant.attention import TEXT
 from wanquant.wan.checkpoints.checkpoint import read_json
+from wanquant.wan.checkpoints.find import check_shape
 from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig, Picture
-from wanquant.wan.experts import shape_of_whole, transformers_in
+from wanquant.wan.experts import parts_of, shape_of_whole, transformers_in
+from wanquant.wan.families import Text, family_of_pipe
 from wanquant.wan.products import quick_products
 from wanquant.wan.resources.placement import streamed
 
-#: A prompt to its embedding [text length, width].
-Embed = Callable[[str], torch.Tensor]
+#: A prompt to what it is to the pipeline.
+Embed = Callable[[str], Text]
 
 
 def check_generation(model: ModelFiles, settings: GenerationConfig) -> None:
     """``ValueError`` for what the pipeline cannot do, though another could."""
-    config: Any = shape_of_whole(model).config
-    vae = read_json(model.folder / "vae" / "config.json")
-    multiple = vae.get("scale_factor_spatial", 8) * config.patch_size[1]
-    for name in ("height", "width"):
-        if getattr(settings, name) % multiple:
-            raise ValueError(f"model.generation.{name}={getattr(settings, name)}: must be a multiple of {multiple}")
-    if config.added_kv_proj_dim is not None and settings.max_text_length != TEXT:
+    family, config = check_shape(model), parts_of(shape_of_whole(model))[0].config
+    time, space = family.shrinks(read_json(model.folder / "vae" / "config.json"))
+    sides = family.patch(config)[1:]
+    for name, side in zip(("height", "width"), sides, strict=True):
+        if getattr(settings, name) % (space * side):
+            told = f"must be a multiple of {space * side}"
+            raise ValueError(f"model.generation.{name}={getattr(settings, name)}: {told}")
+    if (settings.num_frames - 1) % time:
+        raise ValueError(f"model.generation.num_frames={settings.num_frames}: must be {time}n + 1")
+    for name, known in (("guidance", (family.guidance,)), ("solver", family.solvers)):
+        if getattr(settings, name) not in known:
+            told = f"of a {family.pipeline.__name__} it is {' or '.join(known)}"
+            raise ValueError(f"model.generation.{name}={getattr(settings, name)}: {told}")
+    if getattr(config, "added_kv_proj_dim", None) is not None and settings.max_text_length != TEXT:
         told = f"must be {TEXT} for a transformer that attends to pictures"
         raise ValueError(f"model.generation.max_text_length={settings.max_text_length}: {told}")
     if settings.guidance_scale_2 is not None and len(model.transformers) == 1:
@@ -84,15 +93,10 @@ class Position:
                 handle.remove()
 
 
-def initial_noise(pipe: WanPipeline, seed: int, settings: GenerationConfig) -> torch.Tensor:
+def initial_noise(pipe: Pipeline, seed: int, settings: GenerationConfig) -> torch.Tensor:
     """float32 [1, channels, frames', h, w], drawn on the CPU whatever the device, so that all share it."""
-    shape = (
-        1,
-        pipe.vae.config.z_dim,
-        (settings.num_frames - 1) // pipe.vae_scale_factor_temporal + 1,
-        settings.height // pipe.vae_scale_factor_spatial,
-        settings.width // pipe.vae_scale_factor_spatial,
-    )
+    family, vae = family_of_pipe(pipe), pipe.vae.config
+    shape = (1, family.channels(vae), *family.latents(vae, settings))
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
@@ -102,38 +106,15 @@ def one_ulp_up(noise: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decode_video(pipe: WanPipeline, latents: torch.Tensor) -> np.ndarray:
+def decode_video(pipe: Pipeline, latents: torch.Tensor) -> np.ndarray:
     """The video of one sample's final latents, bit for bit what the pipeline makes of them."""
-    vae = pipe.vae
-    latents = latents[None].to(get_module_execution_device(vae), vae.dtype)
-    mean, scale = (
-        values.view(1, -1, 1, 1, 1).to(latents)
-        for values in (torch.tensor(vae.config.latents_mean), 1 / torch.tensor(vae.config.latents_std))
-    )
-    pixels = vae.decode(latents / scale + mean, return_dict=False)[0]
-    return np.asarray(pipe.video_processor.postprocess_video(pixels, output_type="np")[0], np.float32)
+    return family_of_pipe(pipe).decode(pipe, latents)
 
 
-def _device(pipe: WanPipeline) -> torch.device:
+def _device(pipe: Pipeline) -> torch.device:
     """On which the pipeline runs, wherever weights wait: the VAE is always there."""
     device: torch.device = get_module_execution_device(pipe.vae)
     return device
-
-
-def use_scheduler(pipe: WanPipeline, settings: GenerationConfig) -> None:
-    """Gives the pipeline the scheduler that the settings ask for, where its own is another.
-
-    Noise levels are s·σ / (1 + (s - 1)·σ) with the flow shift s, σ going down evenly from 1. UniPC of first order
-    without its corrector is Euler's method, and its config is one that a saved pipeline keeps.
-    """
-    scheduler = pipe.scheduler
-    if not isinstance(scheduler, UniPCMultistepScheduler):
-        raise ValueError(f"the pipeline's scheduler is a {type(scheduler).__name__}; Wan's is UniPCMultistepScheduler")
-    asked: dict[str, Any] = {"flow_shift": settings.flow_shift}
-    if settings.solver == "euler":
-        asked |= {"solver_order": 1, "disable_corrector": list(range(settings.steps))}
-    if any(scheduler.config[name] != value for name, value in asked.items()):
-        pipe.scheduler = UniPCMultistepScheduler.from_config(scheduler.config, **asked)
 
 
 def open_picture(picture: Picture, settings: GenerationConfig) -> Image.Image:
@@ -143,17 +124,15 @@ def open_picture(picture: Picture, settings: GenerationConfig) -> Image.Image:
 
 
 @torch.no_grad()
-def embed_prompt(pipe: WanPipeline, prompt: str, settings: GenerationConfig) -> torch.Tensor:
-    """[text length, width] of one prompt, encoded alone, so that its neighbours in a batch cannot change it."""
+def embed_prompt(pipe: Pipeline, prompt: str, settings: GenerationConfig) -> Text:
+    """What one prompt is to the pipeline, encoded alone, so that its neighbours in a batch cannot change it."""
     with quick_products(_device(pipe)):
-        found, _ = pipe.encode_prompt([prompt], None, False, max_sequence_length=settings.max_text_length)
-    embedded: torch.Tensor = found[0]
-    return embedded
+        return family_of_pipe(pipe).embed(pipe, prompt, settings)
 
 
 @torch.no_grad()
 def generate(
-    pipe: WanPipeline,
+    pipe: Pipeline,
     pairs: Sequence[tuple[str, int]],
     settings: GenerationConfig,
     on_step: Callable[[], None] = lambda: None,
@@ -172,7 +151,7 @@ def generate(
     ``embed`` may know the prompts' embeddings already; ``pictures`` are the first frames by prompt, where the pipeline
     takes one, and then videos come one at a time.
     """
-    use_scheduler(pipe, settings)
+    family_of_pipe(pipe).schedule(pipe, settings)
     embed = cache(partial(embed_prompt, pipe, settings=settings)) if embed is None else embed
     position = Position() if position is None else position
     samples = []
@@ -192,7 +171,7 @@ def generate(
 
 
 def _denoise(
-    pipe: WanPipeline,
+    pipe: Pipeline,
     prompts: Sequence[str],
     noise: torch.Tensor,
     settings: GenerationConfig,
@@ -206,19 +185,14 @@ def _denoise(
         on_step()
         return {}
 
-    device = _device(pipe)
-    found: torch.Tensor = pipe(
-        prompt_embeds=torch.stack([embed(prompt) for prompt in prompts]).to(device),
-        negative_prompt_embeds=torch.stack([embed(settings.negative_prompt)] * len(prompts)).to(device),
-        height=settings.height,
-        width=settings.width,
-        num_frames=settings.num_frames,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        guidance_scale_2=settings.guidance_scale_2 if pipe.config.boundary_ratio is not None else None,
-        latents=noise.to(device),
-        callback_on_step_end=tick,
-        output_type="latent",
-        **given,
-    ).frames
+    family, device = family_of_pipe(pipe), _device(pipe)
+    text = _stacked([embed(prompt) for prompt in prompts], device)
+    negative: Text = {}
+    if settings.guidance != "embedded":
+        negative = _stacked([embed(settings.negative_prompt)] * len(prompts), device)
+    found = family.denoise(pipe, text, negative, noise.to(device), settings, callback_on_step_end=tick, **given)
     return found.float().cpu()
+
+
+def _stacked(texts: Sequence[Text], device: torch.device) -> Text:
+    return {name: torch.stack([text[name] for text in texts]).to(device) for name in texts[0]}

@@ -32,7 +32,7 @@ from wanquant.wan.checkpoints.quantizer import attach
 from wanquant.wan.checkpoints.sums import check_finite, check_sums
 from wanquant.wan.checkpoints.tensor_files import Source
 from wanquant.wan.device import pick_device
-from wanquant.wan.families import family_of
+from wanquant.wan.families import family_of, family_of_pipe
 from wanquant.wan.resources.placement import HOST, Placement
 
 #: The classes, for rooms that do not import diffusers.
@@ -72,8 +72,10 @@ def load_pipeline(
         parts = _read_transformers(files, packed, product, placement)
         on_part()
         parts["vae"] = _whole(family.vae, folder / "vae", torch.float32)
+        family.prepare(parts["vae"])
         on_part()
-        parts["text_encoder"] = _whole(family.text_encoder, folder / "text_encoder", torch.bfloat16)
+        for name, kind in family.text_encoders.items():
+            parts[name] = _whole(kind, folder / name, torch.bfloat16)
         if (folder / IMAGE_ENCODER).is_dir():
             parts[IMAGE_ENCODER] = _whole(family.image_encoder, folder / IMAGE_ENCODER, torch.float32)
         on_part()
@@ -91,7 +93,8 @@ def load_pipeline(
 def _place(pipe: WanPipeline, placement: Placement) -> None:
     transformers = [part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None]
     if placement.streams:
-        placement.encoder_(pipe.text_encoder)
+        for name in family_of_pipe(pipe).text_encoders:
+            placement.encoder_(getattr(pipe, name))
         for part in (pipe.vae, getattr(pipe, IMAGE_ENCODER, None)):
             if part is not None:
                 part.to(placement.device)

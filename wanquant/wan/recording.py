@@ -4,12 +4,13 @@ They are the data of distillation, which needs no videos, and what single denois
 transformer is given BF16's own noisy latents and its output is compared with BF16's, before the sampler adds errors up.
 A pass is replayed as it was recorded, the same videos in the same batch, so that BF16 itself gives the same bits.
 
-A guided model runs twice in a denoising step, with the prompt and without: its two branches.
+A guided model computes two branches in a denoising step, with the prompt and without: in two passes, or in one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from wanquant.wan.resources.placement import streamed
 
 #: Kind of artefact, and the file in its folder.
 RECORDED, STEPS = "trajectories", "trajectories.safetensors"
+#: In its metadata, what passes were given besides tensors; and what changes from step to step.
+GIVEN, BY_STEP = "given", ("hidden_states", "timestep")
 #: Decibels reported at most, and for two that are equal, whose ratio is infinite: means need a number.
 EQUAL_DB = 100.0
 
@@ -114,7 +117,7 @@ def step_sqnrs(
     pairs, path = recording.groups[batch]
     errors = torch.empty(len(pairs), recording.steps, recording.branches, dtype=torch.float64)
     with streamed(transformers_in(pipeline.pipe).values()):
-        for step, branch, output, expected in _replayed(pipeline, recording, pairs, path):
+        for step, branch, output, expected in _replayed(pipeline, recording, path):
             signal, noise = (each.flatten(1).square().sum(1) for each in (expected, output - expected))
             decibels = torch.where((noise == 0) & signal.isfinite(), EQUAL_DB, 10 * torch.log10(signal / noise))
             errors[:, step, branch] = torch.where(
@@ -127,49 +130,69 @@ def step_sqnrs(
 
 
 def _replayed(
-    pipeline: CachedPipeline, recording: Recording, pairs: list[Pair], path: Path
+    pipeline: CachedPipeline, recording: Recording, path: Path
 ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
     """Step, branch, and the batch's outputs now and as recorded, in float64."""
-    device, transformer = pipeline.device, pipeline.transformer
-    prompts = [[prompt for prompt, _ in pairs], [recording.negative] * len(pairs)]
-    texts = [torch.stack([pipeline.embed(prompt) for prompt in each]).to(device) for each in prompts]
+    device, transformer, settings = pipeline.device, pipeline.transformer, pipeline.model.generation
     with safe_open(path, "pt") as file:
         noisy, timestep, expected = (file.get_slice(name) for name in ("noisy", "timestep", "output"))
-        image = file.get_slice("image") if "image" in file.keys() else None  # noqa: SIM118
+        given = [_given(file, number, device) for number in range(settings.passes)]
         for step in range(recording.steps):
-            given = noisy[step].to(device), timestep[step].to(device)
-            seen = {} if image is None else {"encoder_hidden_states_image": image[step].to(device)}
-            for branch in range(recording.branches):
+            now, branch = {"hidden_states": noisy[step].to(device), "timestep": timestep[step].to(device)}, 0
+            for each in given:
                 with quick_products(device):
-                    output = transformer(*given, texts[branch].to(given[0].dtype), **seen, return_dict=False)[0]
-                yield step, branch, output.cpu().double(), expected[step, branch].double()  # not all devices have it
+                    output = transformer(**now, **each, return_dict=False)[0]
+                for part in _branches(output, settings.together):
+                    yield step, branch, part.cpu().double(), expected[step, branch].double()  # not all devices have it
+                    branch += 1
+
+
+def _branches(output: torch.Tensor, together: int) -> Iterable[torch.Tensor]:
+    """Of a pass: with the prompt, and without, whose rows come first."""
+    return reversed(output.chunk(together))
+
+
+def _given(file: Any, number: int, device: torch.device) -> dict[str, Any]:
+    """The same in every step, of a step's pass of this number."""
+    start = f"{GIVEN}.{number}."
+    tensors = {n.removeprefix(start): file.get_tensor(n).to(device) for n in file.keys() if n.startswith(start)}  # noqa: SIM118
+    others: dict[str, Any] = json.loads(file.metadata()[GIVEN])
+    return tensors | others
 
 
 def _record(
     pipeline: CachedPipeline, kept: list[int], pairs: list[Pair], tick: Callable[[], None], folder: Path
 ) -> None:
-    passes: dict[str, list[torch.Tensor]] = {"noisy": [], "timestep": [], "output": []}
-    branches, seen = pipeline.model.generation.branches, 0
+    settings, seen = pipeline.model.generation, 0
+    found: dict[str, list[torch.Tensor]] = {"noisy": [], "timestep": [], "output": []}
+    given: dict[str, torch.Tensor] = {}
+    others: dict[str, Any] = {}
 
     def hook(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal seen
-        step, branch = divmod(seen, branches)
+        step, number = divmod(seen, settings.passes)
         seen += 1
+        for name, value in kwargs.items():
+            if name in (*BY_STEP, "return_dict") or value is None:
+                continue
+            if not isinstance(value, torch.Tensor):
+                others[name] = value
+            elif not torch.equal(given.setdefault(f"{GIVEN}.{number}.{name}", value.detach().cpu()), value.cpu()):
+                raise RuntimeError(f"{name} changes from step to step, and single steps are recorded without")
         if step not in kept:
             return
         output = output[0] if isinstance(output, tuple) else output.sample
-        passes["output"].append(output.detach().cpu())
-        if branch == 0:  # both branches take the same
-            passes["noisy"].append(kwargs["hidden_states"].detach().cpu())
-            passes["timestep"].append(kwargs["timestep"].detach().cpu())
-            if kwargs.get("encoder_hidden_states_image") is not None:
-                passes.setdefault("image", []).append(kwargs["encoder_hidden_states_image"].detach().cpu())
+        found["output"] += [part.detach().cpu() for part in _branches(output, settings.together)]
+        if number == 0:  # all passes take the same
+            found["noisy"].append(kwargs["hidden_states"].detach().cpu())
+            found["timestep"].append(kwargs["timestep"].detach().cpu())
 
     samples = _generate_watched(pipeline, pairs, tick, hook)
     pipeline.keep(pairs, samples)
-    whole = {name: torch.stack(tensors) for name, tensors in passes.items()}
-    whole["output"] = whole["output"].view(-1, branches, *whole["output"].shape[1:])
-    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, folder / STEPS)
+    whole = {name: torch.stack(tensors) for name, tensors in found.items()}
+    whole["output"] = whole["output"].view(-1, settings.branches, *whole["output"].shape[1:])
+    tensors = {name: tensor.contiguous() for name, tensor in {**whole, **given}.items()}
+    save_file(tensors, folder / STEPS, metadata={GIVEN: json.dumps(others)})
 
 
 def _generate_watched(pipeline: CachedPipeline, pairs: list[Pair], tick: Callable[[], None], hook: Any) -> Any:

@@ -32,7 +32,7 @@ from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD
 from wanquant.runs.files import whole_folder, write_atomic
 from wanquant.wan.checkpoints.sums import check_finite, seal
-from wanquant.wan.families import family_of
+from wanquant.wan.families import block_names, block_of, family_of
 
 T = TypeVar("T")
 
@@ -82,7 +82,8 @@ def _save_components(pipe: DiffusionPipeline, folder: Path, on_linear: Callable[
     source = Path(str(pipe.config.get("_name_or_path")))
     if (source / "generation.json").is_file():
         # The shift is the scheduler's, which may have been asked for another one than the source's.
-        settings = {**read_json(source / "generation.json"), "flow_shift": pipe.scheduler.config.flow_shift}
+        shift = pipe.scheduler.config.get("flow_shift", pipe.scheduler.config.get("shift"))
+        settings = {**read_json(source / "generation.json"), "flow_shift": shift}
         (folder / "generation.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for name, component in pipe.components.items():
         if component is None:
@@ -135,12 +136,12 @@ def write_config(transformer: WanTransformer3DModel, scheme: Scheme, modules: Se
 
 def describe(transformer: Any, scheme: Scheme, modules: Sequence[str]) -> dict[str, Any]:
     """Its ``quantization_config``."""
-    touched = {int(name.split(".")[1]) for name in modules}
+    touched = {block_of(name, transformer) for name in modules}
     return {
         "quant_method": METHOD,
         "version": wanquant.__version__,
         **dataclasses.asdict(scheme.config),
-        "protected_blocks": [index for index in range(transformer.config.num_layers) if index not in touched],
+        "protected_blocks": [index for index in range(len(block_names(transformer))) if index not in touched],
         "modules": list(modules),
     }
 
@@ -192,7 +193,7 @@ def weight_files(folder: Path) -> list[str]:
 
 def kept_in_fp32(transformer: nn.Module, name: str) -> bool:
     """As diffusers does it: a kept name is one of the parts of the tensor's dotted name."""
-    return any(kept in name.split(".") for kept in getattr(transformer, "_keep_in_fp32_modules", ()))
+    return any(kept in name.split(".") for kept in getattr(transformer, "_keep_in_fp32_modules", None) or ())
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:

@@ -90,11 +90,7 @@ def check_shape(model: Path | ModelFiles) -> Family:
         made = folder / "checkpoint" / "model_index.json"
         hint = f" (that of this run is {made.parent})" if made.is_file() else ""
         raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json{hint}")
-    index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    family = FAMILIES.get(str(kind))
-    if family is None:
-        raise ValueError(f"{folder} is a {kind}, not a {' or a '.join(FAMILIES)}")
+    family, index = _family_in(folder), read_json(folder / "model_index.json")
     elsewhere = TRANSFORMERS if files.assembled else ()
     listed = (name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None)
     for name in dict.fromkeys((*family.components, *listed)):
@@ -102,6 +98,14 @@ def check_shape(model: Path | ModelFiles) -> Family:
             raise ValueError(f"{folder} has no folder {name}: the checkpoint is incomplete")
     for path in folder.glob("*/*.json"):
         read_json(path)
+    return family
+
+
+def _family_in(folder: Path) -> Family:
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        raise ValueError(f"{folder} is a {kind}, not a {' or a '.join(FAMILIES)}")
     return family
 
 
@@ -120,7 +124,7 @@ def check_folder(model: Path | ModelFiles) -> Family:
 
 def check_rest(folder: Path) -> None:
     """As ``check_folder``, of what else than transformers has weights."""
-    for name in ("text_encoder", "vae", *(n for n in (IMAGE_ENCODER,) if (folder / n).is_dir())):
+    for name in (*_family_in(folder).text_encoders, "vae", *(n for n in (IMAGE_ENCODER,) if (folder / n).is_dir())):
         check_weights(folder / name)
 
 

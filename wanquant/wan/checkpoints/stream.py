@@ -25,6 +25,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from wanquant.quant import ConversionReport, QuantConfig, plan_conversion, quantize_
+from wanquant.quant.conversion import ModuleReport
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.statistics import Site
 from wanquant.runs.files import replacing, sum_of_file, write_atomic
@@ -38,7 +39,8 @@ from wanquant.wan.checkpoints.checkpoint import (
 )
 from wanquant.wan.checkpoints.find import shape_of
 from wanquant.wan.checkpoints.tensor_files import Source, file_names, write_tensors
-from wanquant.wan.families import folds_of
+from wanquant.wan.experts import as_whole
+from wanquant.wan.families import block_names, block_of, folds_of
 
 #: Bytes that a file of the target holds at most, unless a block alone has more.
 SHARD = 500_000_000
@@ -74,8 +76,17 @@ class Recipe:
         return scheme_of(self.config)
 
     def plan(self, transformer: nn.Module) -> ConversionReport:
-        """What becomes of each linear; ``ValueError`` for what ``quantize_`` refuses."""
-        return plan_conversion(transformer, self.scheme, self.protected_blocks, self.protected_modules)
+        """What becomes of each linear, by its name in a file; ``ValueError`` for what ``quantize_`` refuses."""
+        plan = plan_conversion(as_whole(transformer), self.scheme, self.protected_blocks, self.protected_modules)
+        names = block_names(transformer)
+
+        def as_stored(row: ModuleReport) -> ModuleReport:
+            within = row.name.removeprefix(f"blocks.{row.block}.")
+            return row if row.block is None else replace(row, name=f"{names[row.block]}.{within}")
+
+        return replace(
+            plan, modules=tuple(map(as_stored, plan.modules)), attentions=tuple(map(as_stored, plan.attentions))
+        )
 
 
 def convert_transformer(
@@ -162,12 +173,13 @@ def foresee(where: Path | Source, recipe: Recipe) -> Needs:
     sizes = {name: known[name].size if known else size for name, size in plain.items()}
     largest = max(known[name].held if known else size for name, size in plain.items())
     parts = stored_sizes(transformer, recipe, plan)
-    groups = grouped(parts)
+    groups, blocks = grouped(parts), block_names(transformer)
     memory = 0
     for group in groups:
         held = 0
         for part in group:
-            loaded = sum(2 * t.numel() for t in transformer.blocks[part].parameters()) if part is not None else 0
+            inside = transformer.get_submodule(blocks[part]).parameters() if part is not None else ()
+            loaded = sum(2 * tensor.numel() for tensor in inside)
             memory = max(memory, held + loaded + largest)
             held += parts[part]
     quantized = sum(transformer.get_submodule(name).weight.numel() for name in plan.names("converted"))
@@ -190,16 +202,14 @@ def stored_sizes(transformer: WanTransformer3DModel, recipe: Recipe, plan: Conve
     found: dict[Part, int] = dict.fromkeys([None, *range(plan.blocks)], 0)
     for name, tensor in transformer.state_dict().items():
         each = 1 if name in coded else 4 if kept_in_fp32(transformer, name) else 2
-        found[_part_of(name)] += each * tensor.numel()
+        found[block_of(name, transformer)] += each * tensor.numel()
     for name in converted:
         linear = transformer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        found[_part_of(name)] += 4 * math.prod(granularity.scale_shape(linear.out_features, linear.in_features))
+        found[block_of(name, transformer)] += 4 * math.prod(
+            granularity.scale_shape(linear.out_features, linear.in_features)
+        )
     return found
-
-
-def _part_of(name: str) -> Part:
-    return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
 def grouped(sizes: Mapping[Part, int]) -> list[list[Part]]:
@@ -225,10 +235,11 @@ class _Conversion:
         groups: Sequence[Sequence[Part]],
     ) -> None:
         self.transformer, self.source, self.recipe = transformer, source, recipe
+        self.blocks = block_names(transformer)
         self.touched = {row.block for row in plan.modules if row.status == "converted"}
         self.names: dict[Part, list[str]] = {part: [] for group in groups for part in group}
         for name in source.tensors:
-            self.names[_part_of(name)].append(name)
+            self.names[block_of(name, transformer)].append(name)
         self.after = dict(itertools.pairwise(self.names))
 
     def write(self, group: Sequence[Part], path: Path, on_block: Callable[[int], None]) -> dict[str, Any]:
@@ -244,8 +255,9 @@ class _Conversion:
                 stored |= read
             else:
                 told["overflowed"] |= self._quantize(part, read)
-                stored |= stored_tensors(self.transformer.blocks[part], self.transformer, f"blocks.{part}.")
-                self.transformer.blocks[part] = nn.Identity()  # what it held has gone into ``stored``
+                name = self.blocks[part]
+                stored |= stored_tensors(self.transformer.get_submodule(name), self.transformer, f"{name}.")
+                self.transformer.set_submodule(name, nn.Identity())  # what it held has gone into ``stored``
             told["read"].append(size)
             on_block(size)
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
@@ -256,12 +268,13 @@ class _Conversion:
     def _quantize(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
         """Fills a block, which takes the tensors, and quantizes it, its weights as codes; how many of each linear were
         beyond the range."""
-        block, own = self.transformer.blocks[index], f"blocks.{index}."
+        block, own = self.transformer.get_submodule(self.blocks[index]), f"{self.blocks[index]}."
         block.load_state_dict({name.removeprefix(own): tensors.pop(name) for name in list(tensors)}, assign=True)
         holder = nn.Module()
         holder.blocks = nn.ModuleList([block])
         seen = (self.recipe.stats or {}).items()
-        stats = {name.replace(own, "blocks.0.", 1): site for name, site in seen if name.startswith(own)}
+        known = f"blocks.{index}."  # statistics have them numbered through
+        stats = {name.replace(known, "blocks.0.", 1): site for name, site in seen if name.startswith(known)}
         packed = replace(self.recipe.scheme, packed=True)
         quantize_(holder, packed, (), self.recipe.protected_modules, stats, folds=folds_of(self.transformer))
         layers = quantized_linears(block)

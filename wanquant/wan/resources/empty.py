@@ -9,30 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme
 from wanquant.wan.checkpoints.checkpoint import FLOAT32, kept_in_fp32, read_json
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.families import FAMILIES, WAN
+from wanquant.wan.families import FAMILIES, PICTURE_TOKENS, WAN, Family, block_names
 
 #: Latents are so many times smaller in time, and, unless the VAE's config says otherwise, in height and width.
 IN_TIME, IN_SPACE = 4, 8
-#: Tokens of a picture beside the text's, as Wan2.1's encoder makes them.
-PICTURE_TOKENS = 257
 
 
 @dataclass(frozen=True)
 class Given:
     """What a pipeline gives its transformer and the transformer's config does not tell: how many times smaller latents
-    are ``in_space``, whether a timestep comes with each token (Wan2.2-TI2V), whether videos start from a picture."""
+    are (``in_space`` and ``in_time``), whether a timestep comes with each token (Wan2.2-TI2V), whether videos start
+    from a picture."""
 
     in_space: int = IN_SPACE
     timestep_per_token: bool = False
     picture: bool = False
+    in_time: int = IN_TIME
+    family: Family = WAN
 
     @staticmethod
     def of(folder: Path) -> Given:
@@ -41,28 +41,20 @@ class Given:
             return USUAL
         index, vae = (read_json(folder / name) for name in ("model_index.json", "vae/config.json"))
         family = FAMILIES.get(str(index.get("_class_name")), WAN)
-        in_space = vae.get("scale_factor_spatial", IN_SPACE)
-        return Given(in_space, bool(index.get("expand_timesteps")), family.takes_pictures)
+        time, space = family.shrinks(vae)
+        return Given(space, bool(index.get("expand_timesteps")), family.takes_pictures, time, family)
 
     def latents(self, settings: GenerationConfig) -> tuple[int, int, int]:
         """Frames, rows and columns."""
-        frames = (settings.num_frames - 1) // IN_TIME + 1
+        frames = (settings.num_frames - 1) // self.in_time + 1
         return frames, settings.height // self.in_space, settings.width // self.in_space
 
     def inputs(
         self, config: Any, settings: GenerationConfig, rows: int, make: Callable[..., torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """Of one pass on ``rows`` videos, made by ``make(*size, dtype=…)``."""
-        size, kind = self.latents(settings), {"dtype": torch.bfloat16}
-        tokens = math.prod(length // patch for length, patch in zip(size, config["patch_size"], strict=True))
-        found = {
-            "hidden_states": make(rows, config["in_channels"], *size, **kind),
-            "timestep": make(*((rows, tokens) if self.timestep_per_token else (rows,)), dtype=torch.float32),
-            "encoder_hidden_states": make(rows, settings.max_text_length, config["text_dim"], **kind),
-        }
-        if config["image_dim"] is not None:
-            found["encoder_hidden_states_image"] = make(rows, PICTURE_TOKENS, config["image_dim"], **kind)
-        return found
+        how = {"timestep_per_token": self.timestep_per_token}
+        return self.family.inputs(config, self.latents(settings), settings, rows, make, **how)
 
 
 #: Of Wan's text-to-video models, but for Wan2.2-TI2V.
@@ -71,36 +63,43 @@ USUAL = Given()
 
 @dataclass(frozen=True)
 class Quantized:
-    """How a block is: ``names`` of its linears that are quantized, as inside the block."""
+    """How blocks are: ``names`` of their linears that are quantized, as inside a block."""
 
     names: Sequence[str]
     scheme: Scheme
 
 
-def empty_vae(folder: Path) -> AutoencoderKLWan:
+def empty_vae(folder: Path, family: Family = WAN) -> Any:
     """On the meta device."""
     with torch.device("meta"):
-        return AutoencoderKLWan.from_config(read_json(folder / "config.json")).eval()
+        vae = family.vae.from_config(read_json(folder / "config.json")).eval()
+    family.prepare(vae)
+    return vae
 
 
-def empty_text_encoder(folder: Path) -> UMT5EncoderModel:
+def empty_encoder(folder: Path, kind: Any) -> nn.Module:
+    """Of text or of pictures, by its class."""
     with torch.device("meta"):
-        return UMT5EncoderModel(UMT5Config(**read_json(folder / "config.json"))).eval()
+        found: nn.Module = kind(kind.config_class(**read_json(folder / "config.json"))).eval()
+    return found
 
 
-def empty_image_encoder(folder: Path) -> CLIPVisionModel:
+def empty_transformer(
+    config: dict[str, Any], how: Quantized | None, blocks: int | Sequence[int], family: Family = WAN
+) -> Any:
+    """On meta, with so many blocks in each of its lists, which are ``how``."""
+    lengths = [blocks] * len(family.block_lists) if isinstance(blocks, int) else blocks
     with torch.device("meta"):
-        return CLIPVisionModel(CLIPVisionConfig(**read_json(folder / "config.json"))).eval()
-
-
-def empty_transformer(config: dict[str, Any], how: Quantized | None, blocks: int) -> WanTransformer3DModel:
-    """On meta; its blocks are ``how``."""
-    with torch.device("meta"):
-        transformer = WanTransformer3DModel.from_config({**config, "num_layers": blocks}).eval()
+        transformer = family.transformer.from_config(family.sized(config, lengths)).eval()
     if how is not None:
-        names = [f"blocks.{index}.{name}" for index in range(blocks) for name in how.names]
-        empty_like_quantized_(transformer, names, how.scheme)
+        empty_like_quantized_(transformer, linears_in(transformer, how.names), how.scheme)
     return transformer
+
+
+def linears_in(transformer: Any, names: Sequence[str]) -> list[str]:
+    """Of each block, those linears of these names that it has."""
+    known = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    return [full for block in block_names(transformer) for name in names if (full := f"{block}.{name}") in known]
 
 
 def block_inputs(
@@ -117,21 +116,21 @@ def block_inputs(
     return hidden, words, torch.zeros(rows, 6, width, device=device), tuple(part.to(device) for part in rotary)
 
 
-def parameters_of(model: nn.Module) -> int:
-    """How many numbers they are."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def parameters_of(model: nn.Module, inside: bool = True) -> int:
+    """How many numbers they are; with those of the modules ``inside``."""
+    return sum(parameter.numel() for parameter in model.parameters(inside))
 
 
 def fill(model: nn.Module, make: Callable[..., torch.Tensor], narrow: bool = True) -> None:
     """``make(size, dtype=...)`` in the place of meta tensors; a transformer, if ``narrow``, in BF16 but for what it
     keeps in float32."""
-    wan = narrow and isinstance(model, WanTransformer3DModel)
+    denoises = narrow and isinstance(model, tuple(family.transformer for family in FAMILIES.values()))
     for name, module in model.named_modules():
         for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or not tensor.is_meta:
                 continue
             full = f"{name}.{own}"
-            wide = not wan or tensor.dtype != torch.float32 or kept_in_fp32(model, full) or full.endswith(FLOAT32)
+            wide = not denoises or tensor.dtype != torch.float32 or kept_in_fp32(model, full) or full.endswith(FLOAT32)
             made = make(tensor.shape, dtype=tensor.dtype if wide else torch.bfloat16)
             if own in module._parameters:
                 module._parameters[own] = nn.Parameter(made, requires_grad=False)
@@ -140,7 +139,6 @@ def fill(model: nn.Module, make: Callable[..., torch.Tensor], narrow: bool = Tru
 
 
 def tokens_of(settings: GenerationConfig, transformer: Any, given: Given = USUAL) -> int:
-    """Of one video: patches of its latents, 1×2×2 of them each."""
-    return math.prod(
-        size // patch for size, patch in zip(given.latents(settings), transformer.config.patch_size, strict=True)
-    )
+    """Of one video."""
+    patch = given.family.patch(transformer.config)
+    return math.prod(size // each for size, each in zip(given.latents(settings), patch, strict=True))

@@ -20,11 +20,11 @@ from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.load import Transformer
+from wanquant.wan.resources.counts import VideoCounts as VideoCounts
 from wanquant.wan.resources.empty import (
     Given,
     Quantized,
-    empty_image_encoder,
-    empty_text_encoder,
+    empty_encoder,
     empty_vae,
     parameters_of,
     tokens_of,
@@ -33,58 +33,16 @@ from wanquant.wan.resources.footprint import decoding_bytes, denoising_bytes, en
 from wanquant.wan.resources.offload import Needed, on_host, sizes_of, ways_of
 from wanquant.wan.resources.probe import (
     around_seconds,
-    begin,
     block_seconds,
     decoding_seconds,
     encoding_seconds,
-    is_busy,
     is_small,
+    other_blocks_seconds,
     small_pass,
 )
+from wanquant.wan.resources.timing import begin, is_busy
 
 GUESS = "; a guess: the machine is busy"
-
-
-@dataclass(frozen=True)
-class VideoCounts:
-    """Videos that are denoised in BF16 and quantized, those that are decoded, and those in memory at the end; whether
-    quantized blocks stand ``beside`` those of BF16 meanwhile, and whether all of them do, packed. Then which of them
-    are for what: calibration, noise floors, choosing blocks (in BF16, and quantized); in training what is learned from,
-    the PTQ baseline, and validation. ``renamed`` are stages that the job has other names for.
-
-    Single steps: ``replayed`` by the quantized model, in as many passes as so many videos take; trajectories of
-    ``other_lengths``, recorded in BF16, in videos of the model's own; ``replays`` to choose blocks, mostly in BF16 and
-    mostly quantized; the ``longest`` number of frames; ``recorded_steps`` that are kept on the disk, and of how many
-    frames each."""
-
-    bf16: int
-    quantized: int
-    decoded: int = 0
-    held: int = 0
-    beside: bool = False
-    all_beside: bool = False
-    calibrated: int = 0
-    floors: int = 0
-    choosing: tuple[int, int] = (0, 0)
-    prompts: int = 0
-    recorded: int = 0
-    untrained: int = 0
-    looks: float = 0.0
-    replayed: float = 0.0
-    other_lengths: float = 0.0
-    replays: tuple[float, float] = (0.0, 0.0)
-    longest: int = 0
-    recorded_steps: tuple[tuple[int, int], ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def replays_in_all(self) -> float:
-        """Single steps, in as many passes as so many videos take."""
-        return self.replayed + sum(self.replays) + self.looks
-
-    @property
-    def any_quantized(self) -> bool:
-        return bool(self.quantized or self.replays_in_all)
 
 
 @dataclass(frozen=True)
@@ -126,15 +84,19 @@ class ResourceEstimate:
     @cached_property
     def text_encoder(self) -> tuple[int, int]:
         """Bytes, and those of the two largest layers that follow each other."""
-        encoder = empty_text_encoder(self.files.folder / "text_encoder")
-        layers = [2 * sum(p.numel() for p in child.parameters(recurse=False)) for child in encoder.encoder.modules()]
-        return 2 * parameters_of(encoder), max(map(sum, pairwise(layer for layer in layers if layer)))
+        kinds = self.given.family.text_encoders.items()
+        encoders = [empty_encoder(self.files.folder / name, kind) for name, kind in kinds]
+        layers = [[2 * parameters_of(child, inside=False) for child in each.modules()] for each in encoders]
+        largest = max(max(map(sum, pairwise(layer for layer in each if layer))) for each in layers)
+        return 2 * sum(map(parameters_of, encoders)), largest
 
     @cached_property
     def vae(self) -> int:
         """With the encoder of pictures, which stays on the device as it does."""
-        folder = self.files.folder
-        wide = [empty_vae(folder / "vae"), *(empty_image_encoder(p) for p in (folder / IMAGE_ENCODER,) if p.is_dir())]
+        folder, family = self.files.folder, self.given.family
+        wide = [empty_vae(folder / "vae", family)]
+        if (folder / IMAGE_ENCODER).is_dir():
+            wide.append(empty_encoder(folder / IMAGE_ENCODER, family.image_encoder))
         return 4 * sum(map(parameters_of, wide))
 
     @cached_property
@@ -177,7 +139,7 @@ class ResourceEstimate:
         settings, vae = replace(self.settings, num_frames=longest), self.files.folder / "vae"
         how = (settings, self.rows, self.device, self.given)
         denoising = max(denoising_bytes(self._config, kind, *how) for kind in (None, self._quantized))
-        coding = decoding_bytes(vae, self.settings) if self.counts.decoded else 0
+        coding = decoding_bytes(vae, self.settings, self.given.family) if self.counts.decoded else 0
         if self.given.picture:  # of which the further frames are empty, or none
             coding = max(coding, encoding_bytes(vae, settings, 1 if self.given.timestep_per_token else longest))
         return denoising, coding
@@ -242,7 +204,8 @@ class ResourceEstimate:
 
     def _stages(self) -> dict[str, float]:
         counts, (plain, mixed) = self.counts, self._denoising()
-        decoding = decoding_seconds(self.files.folder / "vae", self.settings, self.device) if counts.decoded else 0.0
+        vae = (self.files.folder / "vae", self.settings, self.device, self.given.family)
+        decoding = decoding_seconds(*vae) if counts.decoded else 0.0
         chosen, tried = counts.choosing
         made = counts.bf16 - counts.calibrated - counts.floors - counts.recorded - chosen
         quantized = counts.quantized - counts.untrained - tried
@@ -266,21 +229,27 @@ class ResourceEstimate:
         """Seconds for one video in BF16, and quantized."""
         plain, quantized = (self._one_pass(how, self.rows) for how in (None, self._quantized))
         touched = len({name.split(".")[1] for name in self.converted}) / len(self.shape.blocks)
-        passes = self.settings.branches * self.settings.steps  # each through one transformer
+        passes = self.settings.passes * self.settings.steps  # each through one transformer
         return passes * plain, passes * (touched * quantized + (1 - touched) * plain)
 
     def _calibrating(self) -> float:
-        encoding = encoding_seconds(self.files.folder / "text_encoder", self.settings.max_text_length, self.device)
-        each = self._one_pass(None, 1, Layout(("",), 1, 4, 1, self.scheme.needs_statistics))
-        passes = self.settings.branches * self.settings.steps
-        return self.counts.calibrated * passes * each + self.counts.prompts * encoding
+        length, kinds = self.settings.max_text_length, self.given.family.text_encoders
+        each = (encoding_seconds(self.files.folder / n, kind, length, self.device) for n, kind in kinds.items())
+        encoding = sum(each)
+        alone = self._one_pass(None, 1, Layout(("",), 1, 4, 1, self.scheme.needs_statistics))
+        passes = self.settings.passes * self.settings.steps
+        return self.counts.calibrated * passes * alone + self.counts.prompts * encoding
 
     def _one_pass(self, how: Quantized | None, rows: int, layout: Layout | None = None) -> float:
         """Seconds of a forward pass through one transformer, ``rows`` videos together, for one of them."""
         parts, tokens = len(parts_of(self.shape)), tokens_of(self.settings, self.shape, self.given)
-        if parts == 1 and is_small(self._config, tokens, self.rows):
+        family = self.given.family
+        if parts == 1 and is_small(self._config, tokens, self.rows, family):
             return small_pass(self._config, how, self.settings, rows, self.device, layout, self.given)
         around = around_seconds(self._config, self.settings, rows, self.device, self.given)
+        if not family.is_wan:
+            given = (self.settings, rows, self.device, self.given, layout)
+            return (around + other_blocks_seconds(self._config, how, *given)) / rows
         sizes = (tokens, self.settings.max_text_length, rows)
         block = block_seconds(self._config, how, *sizes, self.device, layout)
         return (around + len(self.shape.blocks) // parts * block) / rows
@@ -291,10 +260,6 @@ class ResourceEstimate:
 
     @cached_property
     def _quantized(self) -> Quantized | None:
-        """The block with the most quantized linears; None if there is none, or no video is made with it."""
-        inside: dict[str, list[str]] = {}
-        for name in self.converted:
-            _, index, own = name.split(".", 2)
-            inside.setdefault(index, []).append(own)
-        names = max(inside.values(), key=len, default=[])
+        """A block with every linear quantized that any has so; None if there is none, or no video is made with it."""
+        names = list(dict.fromkeys(name.split(".", 2)[2] for name in self.converted))
         return Quantized(names, self.scheme) if names and self.counts.any_quantized else None

@@ -15,7 +15,6 @@ tokens; torch's own is.
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from wanquant.kernels import eager
 from wanquant.wan.config import GenerationConfig
+from wanquant.wan.families import WAN, Family
 from wanquant.wan.products import quick_products
 from wanquant.wan.resources.empty import (
     USUAL,
@@ -43,6 +43,8 @@ from wanquant.wan.resources.empty import (
     empty_transformer,
     empty_vae,
     fill,
+    linears_in,
+    tokens_of,
 )
 
 #: Of the small blocks that are trained: tokens of the video and of the text, fewer and more, and the width of the
@@ -122,7 +124,7 @@ def denoising_bytes(
     given: Given = USUAL,
 ) -> int:
     """Of one forward pass of a transformer of this config, on ``rows`` videos."""
-    transformer = empty_transformer(config, _fake(how, device), blocks=2)
+    transformer = empty_transformer(config, _fake(how, device), 2, given.family)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quick_products(device):
         fill(transformer, torch.empty)
         inputs = given.inputs(config, settings, rows, torch.empty)
@@ -132,17 +134,22 @@ def denoising_bytes(
             transformer(**inputs, return_dict=False)
     if how is None or how.scheme.product != "exact" or device.type == "cpu":
         return alive.most
-    widest: int = max(transformer.get_submodule(f"blocks.0.{name}").out_features for name in how.names)
-    patches: int = rows * math.prod(given.latents(settings)) // math.prod(config["patch_size"])
-    return alive.most + 2 * patches * widest  # the product is in float32, of operands in BF16
+    plain = empty_transformer(config, None, 1, given.family)
+    widest: int = max(plain.get_submodule(name).out_features for name in linears_in(plain, how.names))
+    return (
+        alive.most + 2 * rows * tokens_of(settings, plain, given) * widest
+    )  # the product is in float32, of operands in BF16
 
 
 @once
-def decoding_bytes(folder: Path, settings: GenerationConfig) -> int:
+def decoding_bytes(folder: Path, settings: GenerationConfig, family: Family = WAN) -> int:
     """Of decoding one video with the VAE of this folder."""
-    vae = empty_vae(folder)
-    size = (vae.config.z_dim, *Given(vae.config.scale_factor_spatial).latents(settings))
-    return _vae_bytes(vae, "decode", size)
+    vae = empty_vae(folder, family)
+    size, tile, beside = family.latents(vae.config, settings), family.tile(vae), 0
+    if any(length > most for length, most in zip(size, tile, strict=True)):
+        size = tuple(map(min, size, tile))  # type: ignore[assignment]
+        beside = 2 * 12 * settings.num_frames * settings.height * settings.width  # what tiles gave, and joined
+    return beside + _vae_bytes(vae, "decode", (family.channels(vae.config), *size))
 
 
 @once
@@ -151,7 +158,7 @@ def encoding_bytes(folder: Path, settings: GenerationConfig, frames: int) -> int
     return _vae_bytes(empty_vae(folder), "encode", (3, frames, settings.height, settings.width))
 
 
-def _vae_bytes(vae: AutoencoderKLWan, what: str, size: tuple[int, ...]) -> int:
+def _vae_bytes(vae: Any, what: str, size: tuple[int, ...]) -> int:
     with FakeTensorMode(), torch.no_grad():
         fill(vae, torch.empty)
         alive, given = Alive([*vae.parameters(), *vae.buffers()]), torch.empty(1, *size)
