@@ -149,7 +149,8 @@ def test_nothing_is_measured_on_what_it_was_calibrated_on() -> None:
 
 def test_generation_settings_are_those_shipped_with_the_weights() -> None:
     shipped = json.loads((tiny.folder() / "generation.json").read_text())
-    assert dataclasses.asdict(composed().model.generation) == {**shipped, "guidance_scale_2": None, "solver": "unipc"}
+    usual = {"guidance_scale_2": None, "solver": "unipc", "guidance": "branches"}
+    assert dataclasses.asdict(composed().model.generation) == {**shipped, **usual}
 
 
 @pytest.mark.parametrize(

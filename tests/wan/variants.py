@@ -19,6 +19,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from PIL import Image
 from transformers import (
@@ -83,6 +85,21 @@ def text_and_image_to_video(folder: Path, picture: bool = False) -> Path:
     parts["transformer"] = transformer(width, in_channels=48, out_channels=48)
     kind = WanImageToVideoPipeline if picture else WanPipeline
     kind(**parts, expand_timesteps=True).save_pretrained(folder)
+    return folder
+
+
+def vace(folder: Path) -> Path:
+    """With tiny-wan's text encoder: four blocks, and two that read the control, beside 0 and 2."""
+    parts = load_pipeline("tiny", "cpu").components
+    del parts["transformer_2"]
+    torch.manual_seed(0)
+    parts["vae"] = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)  # of three halvings, as Wan's
+    kept = WanVACETransformer3DModel._keep_in_fp32_modules
+    sizes: dict[str, Any] = {**SMALL, "text_dim": parts["text_encoder"].config.d_model, "vace_in_channels": 96}
+    model = WanVACETransformer3DModel(num_layers=4, vace_layers=[0, 2], **sizes)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if set(kept) & set(name.split(".")) else parameter.data.bfloat16()
+    WanVACEPipeline(**{**parts, "transformer": model}).save_pretrained(folder)
     return folder
 
 

@@ -92,7 +92,8 @@ def _resolve_model(config: EvaluateConfig) -> EvaluationPlan:
         model = dataclasses.replace(config.model, batch=sides[0].model.batch)
         sides.append(_side("bf16", "bf16.", model, _reference(config.reference, model), config.verify))
         sides += [sides[1].perturbed({})] if config.eval.noise_floor else []
-    found = pictures(config.prompts_of_model(), check_shape(sides[0].source).takes_pictures)
+    family = check_shape(sides[0].source)
+    found = pictures(config.prompts_of_model(), family.takes_pictures, needed=family.needs_pictures)
     sides = [dataclasses.replace(side, pictures=found) for side in sides]
     return EvaluationPlan(name, Path(), tuple(sides), (config.pairs_of_model(),), config.eval, config.prompts.official)
 

@@ -29,7 +29,7 @@ from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig, Picture
 from wanquant.wan.device import pick_device
 from wanquant.wan.experts import parts_of, shape_of_whole
-from wanquant.wan.families import family_of, folds_of
+from wanquant.wan.families import Family, family_of, folds_of
 from wanquant.wan.generate import check_generation
 from wanquant.wan.load import Transformer
 from wanquant.wan.lora import read_lora
@@ -143,17 +143,22 @@ def resolve(config: PTQConfig) -> PTQPlan:
     side = min(config.model.generation.height, config.model.generation.width)
     vbench.refuse_pointless(config.eval.dimensions, [text for text, _ in measured], side)
     model = resolve_model(config, scheme, find_model(config.model.path, config.model.base, shapes_only=True))
-    taken = check_shape(model.files).takes_pictures
-    found = _pictures(config, taken)
-    if taken:  # the pipelines take one at a time
+    family = check_shape(model.files)
+    found = _pictures(config, family)
+    if family.takes_pictures:  # the pipelines take one at a time
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, batch=1))
     return PTQPlan(config, scheme, model, device, tuple(measured), tuple(calibration), found)
 
 
-def _pictures(config: PTQConfig, taken: bool) -> dict[str, Picture]:
+def _pictures(config: PTQConfig, family: Family) -> dict[str, Picture]:
     """Of what is calibrated on, and of what is measured."""
-    found = pictures(config.calib, taken, "calib")
-    measured = pictures(config.prompts, taken) if config.mode != "analyze" or not taken else {}
+    taken, needed = family.takes_pictures, family.needs_pictures
+    found = pictures(config.calib, taken, "calib", needed)
+    measured = pictures(config.prompts, taken, needed=needed) if config.mode != "analyze" or not taken else {}
+    if measured and len(found) != len(settled(config.calib).texts) and config.mode != "analyze":
+        raise ValueError("calib.images: give one for each text, as prompts.images does, or leave both out")
+    if found and not measured and config.mode != "analyze":
+        raise ValueError("prompts.images: give one for each text, as calib.images does, or leave both out")
     for text, picture in measured.items():
         if found.setdefault(text, picture).sha256 != picture.sha256:
             raise ValueError(f"prompts.images: the text {text!r} has another picture in calib.images")
@@ -216,7 +221,9 @@ def resolve_model(config: PTQConfig, scheme: Scheme, files: ModelFiles) -> Sourc
     outliers = chosen_blocks(config.model.outliers, blocks)
     if outliers and not folds_of(shape):
         raise ValueError(f"model.outliers: nothing in a {type(parts_of(shape)[0]).__name__} can hold them exactly")
-    protected = None if by_data else resolve_blocks(by_rule(config.protect, blocks, transformers), blocks)
+    first: Any = parts_of(shape)[0]
+    beside = family_of(type(first).__name__).beside(first.config)
+    protected = None if by_data else resolve_blocks(by_rule(config.protect, blocks, transformers, beside), blocks)
     kept = range(config.protect.budget) if protected is None else protected
     plan = plan_conversion(shape, scheme, list(kept), config.protect.modules)
     if not plan.names("converted") and not scheme.format.keeps_all:

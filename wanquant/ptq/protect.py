@@ -86,15 +86,18 @@ def check_protect(config: ProtectConfig, blocks: int) -> None:
         raise ValueError(f"protect.candidates={config.candidates} are fewer than protect.budget={config.budget}")
 
 
-def by_rule(config: ProtectConfig, blocks: int, transformers: int = 1) -> list[int]:
-    """The blocks of a list, or of a rule that needs no data; ``blocks`` are those of all transformers."""
+def by_rule(config: ProtectConfig, blocks: int, transformers: int = 1, beside: Sequence[int] = ()) -> list[int]:
+    """The blocks of a list, or of a rule that needs no data; ``blocks`` are those of all transformers. The last of each
+    transformer are ``beside`` one of the others each, with which they are protected; none is counted from the end."""
     each = blocks // transformers
+    others = each - len(beside)
     if config.by != LIST:
-        own = RULES[config.by](config, each)
-    elif config.through or transformers == 1:
+        own = RULES[config.by](config, others)
+    elif config.through or (transformers == 1 and not beside):
         return list(config.blocks)
     else:
-        own = list(resolve_blocks(config.blocks, each))
+        own = list(resolve_blocks([i if i >= 0 else i - len(beside) for i in config.blocks], each))
+    own = sorted({*own, *(others + place for place, block in enumerate(beside) if block in own)})
     return [first + index for first in range(0, blocks, each) for index in own]
 
 

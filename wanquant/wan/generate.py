@@ -93,10 +93,12 @@ class Position:
                 handle.remove()
 
 
-def initial_noise(pipe: Pipeline, seed: int, settings: GenerationConfig) -> torch.Tensor:
-    """float32 [1, channels, frames', h, w], drawn on the CPU whatever the device, so that all share it."""
+def initial_noise(pipe: Pipeline, seed: int, settings: GenerationConfig, further: int = 0) -> torch.Tensor:
+    """float32 [1, channels, frames', h, w], drawn on the CPU whatever the device, so that all share it; with so many
+    ``further`` frames of latents."""
     family, vae = family_of_pipe(pipe), pipe.vae.config
-    shape = (1, family.channels(vae), *family.latents(vae, settings))
+    frames, *sides = family.latents(vae, settings)
+    shape = (1, family.channels(vae), frames + further, *sides)
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
@@ -151,19 +153,21 @@ def generate(
     ``embed`` may know the prompts' embeddings already; ``pictures`` are the first frames by prompt, where the pipeline
     takes one, and then videos come one at a time.
     """
-    family_of_pipe(pipe).schedule(pipe, settings)
+    family = family_of_pipe(pipe)
+    family.schedule(pipe, settings)
+    further = family.picture_frames if pictures else 0
     embed = cache(partial(embed_prompt, pipe, settings=settings)) if embed is None else embed
     position = Position() if position is None else position
     samples = []
     for first in range(0, len(pairs), batch):
         prompts, seeds = zip(*pairs[first : first + batch], strict=True)
         position.video = first
-        noise = torch.cat([initial_noise(pipe, seed, settings) for seed in seeds])
+        noise = torch.cat([initial_noise(pipe, seed, settings, further) for seed in seeds])
         noise = noise if perturb is None else perturb(noise)
         parts = transformers_in(pipe).values()
         with quick_products(_device(pipe)), streamed(parts), position.following(parts):
-            first_frame = {"image": open_picture(pictures[prompts[0]], settings)} if pictures else {}
-            found = _denoise(pipe, prompts, noise, settings, embed, on_step, **first_frame)
+            shown = family.shown(open_picture(pictures[prompts[0]], settings)) if pictures else {}
+            found = _denoise(pipe, prompts, noise, settings, embed, on_step, **shown)
         for prompt, seed, latents in zip(prompts, seeds, found, strict=True):
             video = decode_video(pipe, latents) if decode else np.empty((0, settings.height, settings.width, 3))
             samples.append(Sample(prompt, seed, latents, video))

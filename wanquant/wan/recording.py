@@ -153,11 +153,11 @@ def _branches(output: torch.Tensor, together: int) -> Iterable[torch.Tensor]:
 
 
 def _given(file: Any, number: int, device: torch.device) -> dict[str, Any]:
-    """The same in every step, of a step's pass of this number."""
+    """The same in every step, of a step's pass of this number: what is not that of the first one, and the rest."""
     start = f"{GIVEN}.{number}."
     tensors = {n.removeprefix(start): file.get_tensor(n).to(device) for n in file.keys() if n.startswith(start)}  # noqa: SIM118
-    others: dict[str, Any] = json.loads(file.metadata()[GIVEN])
-    return tensors | others
+    others: dict[str, Any] = json.loads(file.metadata()[GIVEN]) if number == 0 else _given(file, 0, device)
+    return others | tensors
 
 
 def _record(
@@ -175,8 +175,11 @@ def _record(
         for name, value in kwargs.items():
             if name in (*BY_STEP, "return_dict") or value is None:
                 continue
+            known = given.get(f"{GIVEN}.0.{name}")
             if not isinstance(value, torch.Tensor):
                 others[name] = value
+            elif known is not None and torch.equal(known, value.cpu()):
+                continue  # in all passes
             elif not torch.equal(given.setdefault(f"{GIVEN}.{number}.{name}", value.detach().cpu()), value.cpu()):
                 raise RuntimeError(f"{name} changes from step to step, and single steps are recorded without")
         if step not in kept:

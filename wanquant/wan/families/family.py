@@ -60,6 +60,23 @@ class Family:
         return self.image_encoder is not None
 
     @property
+    def needs_pictures(self) -> bool:
+        return self.takes_pictures
+
+    @property
+    def picture_frames(self) -> int:
+        """Frames of latents that a picture takes beside the video's."""
+        return 0
+
+    def shown(self, picture: Any) -> dict[str, Any]:
+        """The pipeline's arguments for a picture."""
+        return {"image": picture}
+
+    def beside(self, config: Mapping[str, Any]) -> Sequence[int]:
+        """Where the last blocks each belong to another: the numbers of these, and they are protected together."""
+        return ()
+
+    @property
     def is_wan(self) -> bool:
         """Whether blocks are called as Wan's are, which training and LoRA files need."""
         return type(self) is Family

@@ -15,12 +15,14 @@ from transformers import CLIPVisionModel
 from wanquant.wan.families.family import Family
 from wanquant.wan.families.hunyuan import HUNYUAN
 from wanquant.wan.families.ltx import LTX
+from wanquant.wan.families.vace import VACE
 
 WAN = Family(WanPipeline, WanTransformer3DModel)
 #: By the class name of the pipeline.
 FAMILIES: dict[str, Family] = {
     "WanPipeline": WAN,
     "WanImageToVideoPipeline": replace(WAN, pipeline=WanImageToVideoPipeline, image_encoder=CLIPVisionModel),
+    "WanVACEPipeline": VACE,
     "LTXPipeline": LTX,
     "HunyuanVideoPipeline": HUNYUAN,
 }

@@ -91,6 +91,8 @@ def empty_transformer(
     lengths = [blocks] * len(family.block_lists) if isinstance(blocks, int) else blocks
     with torch.device("meta"):
         transformer = family.transformer.from_config(family.sized(config, lengths)).eval()
+    for name, length in zip(family.block_lists, lengths, strict=True):
+        setattr(transformer, name, getattr(transformer, name)[:length])
     if how is not None:
         empty_like_quantized_(transformer, linears_in(transformer, how.names), how.scheme)
     return transformer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -97,10 +98,9 @@ def other_blocks_seconds(
     family, small = given.family, settings
     while math.prod(given.latents(small)) > PROBED and max(small.height, small.width) >= 8 * given.in_space:
         small = replace(small, height=_half(small.height, given), width=_half(small.width, given), num_frames=1)
-    lists = [[0] * len(family.block_lists)]
-    lists += [[int(place == number) for place in range(len(lists[0]))] for number in range(len(lists[0]))]
-    taken = []
-    for blocks in lists:
+    lists, taken = len(family.block_lists), list[float]()
+    for filled_lists in range(lists + 1):  # a block in one more, from the last on
+        blocks = [0] * (lists - filled_lists) + [1] * filled_lists
         transformer = empty_transformer(config, runs_on(how, device), blocks, family)
         inputs = given.inputs(config, small, 1, partial(torch.ones, device=device))
         with _watched(transformer, layout):
@@ -109,8 +109,8 @@ def other_blocks_seconds(
     count, tokens = (tokens_of(each, transformer, given) for each in (small, settings))
     each = settings.together * attention_seconds(config, min(tokens, PROBED_ATTENTION), device)
     found = 0.0
-    for number, more in zip(family.lengths(config), taken[1:], strict=True):
-        alone = max(more - taken[0], 0.0)
+    for number, (less, more) in zip(reversed(family.lengths(config)), itertools.pairwise(taken), strict=True):
+        alone = max(more - less, 0.0)
         found += number * (max(alone - each * count**2, 0.0) / count * tokens + each * tokens**2)
     return rows * found
 
