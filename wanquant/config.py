@@ -237,7 +237,8 @@ def name_after_overrides(raw: DictConfig, overrides: list[str]) -> None:
     overrides = [override.lstrip("+") for override in overrides]
     if raw.model.name == "tiny" and raw.model.path != "tiny":
         raw.model.name = Path(raw.model.path).name
-    planted = [o.removeprefix("model.") for o in overrides if o.startswith(("model.outliers.", "model.lora="))]
+    added = ("model.outliers.", "model.lora=", "model.lora_fuse=")
+    planted = [o.removeprefix("model.") for o in overrides if o.startswith(added)]
     raw.model.name = " ".join([raw.model.name, *planted])
     given = [o for o in overrides if o.startswith(("prompts.texts=", "prompts.file="))]
     if given and not any(o.startswith("prompts.name=") for o in overrides):

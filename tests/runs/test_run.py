@@ -50,6 +50,7 @@ QUIET = {
     "model.path",
     "model.base",
     "model.lora",
+    "model.lora_fuse",
     "model.offload",
     "model.generation.fps",
     "eval.dimensions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from safetensors.torch import save_file
 
 from tests import jobs
 from tests.models import wan_transformer
+from tests.wan.pair import make_pair
 from wanquant import load_pipeline, quantize_
 from wanquant.runs.run import read_result
 from wanquant.wan.checkpoints.model_files import fingerprint
+from wanquant.wan.config import ModelConfig
+from wanquant.wan.experts import transformers_in, whole_of
 from wanquant.wan.lora import describe_loras, fuse_loras_, load_loras, parse_lora
 
 #: Of two blocks 48 wide: diffusers' names and those of Wan's authors, of every kind of linear.
@@ -163,17 +167,55 @@ def test_what_does_not_fit_is_refused(state: dict[str, torch.Tensor], said: str,
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_files_and_scales(tmp_path: Path) -> None:
-    path = tmp_path / "a:b.safetensors"
+@pytest.mark.parametrize("name", ["a:b.safetensors", "a, b=c.safetensors", "low=a.safetensors", "high=:0.5"])
+def test_files_scales_and_transformers(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
     path.write_bytes(b"no tensors")
-    assert parse_lora(str(path)) == (path, 1.0)
-    assert parse_lora(f"{path}:-0.5") == (path, -0.5)
+    assert parse_lora(f"{path}:1") == ("", path, 1.0)
+    assert parse_lora(f"{path}:-0.5") == ("", path, -0.5)
+    assert parse_lora(f"high={path}:1e-2") == ("high", path, 0.01)
+    assert parse_lora(f"low={path}:1") == ("low", path, 1.0)
+    if not name.endswith(":0.5"):
+        assert parse_lora(str(path)) == ("", path, 1.0)
+        assert parse_lora(f"low={path}") == ("low", path, 1.0)
     with pytest.raises(ValueError, match="its scale must be finite"):
-        parse_lora(f"{path}:inf")
-    with pytest.raises(ValueError, match="no file"):
-        parse_lora(f"{tmp_path / 'none.safetensors'}:1")
+        parse_lora(f"high={path}:inf")
+    with pytest.raises(ValueError, match=r"no file .*none, give \[high=\|low=\]path\[:scale\]"):
+        parse_lora(f"high={tmp_path / 'none'}:1")
     with pytest.raises(ValueError, match=r"is no \.safetensors file"):
-        fuse_loras_(wan_transformer(1), [str(path)])
+        fuse_loras_(wan_transformer(1), [f"{path}:1"])
+    with pytest.raises(ValueError, match="high= is for pipelines of two transformers, and this has one"):
+        fuse_loras_(wan_transformer(1), [f"high={path}:1"])
+
+
+def test_a_name_that_begins_like_a_transformer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "high=a.safetensors").touch()
+    assert parse_lora("./high=a.safetensors:2") == ("", Path("high=a.safetensors"), 2.0)
+
+
+def test_each_of_two_transformers_gets_its_own(tmp_path: Path) -> None:
+    """What names none is for both, as users of Wan2.1's files take them for Wan2.2."""
+    pipe = load_pipeline(make_pair(tmp_path / "pair", [0, 1], [2, 3]), device="cpu")
+    parts, paths = transformers_in(pipe), {name: tmp_path / f"{name}.safetensors" for name in "abc"}
+    for path, naming in zip(paths.values(), ("diffusers", "original", "kohya"), strict=True):
+        written(parts["transformer"], path, naming, float(len(naming)))
+    wanted = {}
+    for name, own in (("transformer", f"{paths['a']}:0.5"), ("transformer_2", f"{paths['b']}:-1")):
+        alone = copy.deepcopy(parts[name])
+        fuse_loras_(alone, [own, f"{paths['c']}:0.25"])
+        wanted[name] = alone.state_dict()
+    fuse_loras_(whole_of(pipe), [f"high={paths['a']}:0.5", f"low={paths['b']}:-1", f"{paths['c']}:0.25"])
+    for name, part in parts.items():
+        assert all(torch.equal(tensor, wanted[name][key]) for key, tensor in part.state_dict().items())
+
+
+def test_a_file_for_one_transformer_has_to_fit_that(tmp_path: Path) -> None:
+    pipe = load_pipeline(make_pair(tmp_path / "pair", [0], [1]), device="cpu")
+    save_file(with_("transformer.blocks.1.attn1.to_q.diff_b", 128), tmp_path / "a.safetensors")
+    for given in (f"low={tmp_path / 'a.safetensors'}", str(tmp_path / "a.safetensors")):
+        with pytest.raises(ValueError, match=r"none of its 1 keys is of this model: transformer\.blocks\.1"):
+            fuse_loras_(whole_of(pipe), [given])
 
 
 def test_a_quantized_model_is_refused_to_fuse(tmp_path: Path) -> None:
@@ -214,12 +256,12 @@ def test_the_content_and_scale_count_not_the_name(tmp_path: Path) -> None:
     first, same, other = (tmp_path / f"{name}.safetensors" for name in "abc")
     for path, value in ((first, 1.0), (same, 1.0), (other, 2.0)):
         save_file({"transformer.proj_out.diff_b": torch.full((64,), value)}, path)
-    found = [
-        fingerprint(jobs.short(2), loras=describe_loras([each]))
-        for each in (str(first), str(same), str(other), f"{first}:0.5")
-    ]
+    asked = [ModelConfig(lora=[each]) for each in (str(first), str(same), str(other), f"{first}:0.5", f"high={first}")]
+    asked.append(ModelConfig(lora=[str(first)], lora_fuse=False))
+    found = [fingerprint(jobs.short(2), loras=describe_loras(each)) for each in asked]
     assert found[0] == found[1]
-    assert len({fingerprint(jobs.short(2)), *found}) == 4
+    assert len({fingerprint(jobs.short(2)), *found}) == 6
+    assert fingerprint(jobs.short(2), loras=describe_loras(ModelConfig(lora_fuse=False))) == fingerprint(jobs.short(2))
 
 
 def test_the_job_refuses_what_does_not_fit(
@@ -247,8 +289,11 @@ def test_the_job_fuses_it_before_all_else(monkeypatch: pytest.MonkeyPatch, tmp_p
     result = read_result(tmp_path / "run")
     (lora,) = result["model"]["lora"]
     assert (lora["file"], lora["scale"]) == ("a.safetensors", 0.5)
-    assert "a.safetensors was fused into the BF16 weights, times 0.5" in (tmp_path / "run" / "report.html").read_text()
+    shown = " ".join((tmp_path / "run" / "report.html").read_text().split())
+    assert "a.safetensors was fused into the BF16 weights, times 0.5." in shown
     found = load_pipeline(tmp_path / "run" / "checkpoint", device="cpu").transformer.blocks[0].attn1.to_q.weight
     wanted = plain.blocks[0].attn1.to_q.weight.float() + 0.5 * state["diffusion_model.blocks.0.self_attn.q.diff"]
     assert torch.equal(found, wanted.bfloat16())
-    assert result["model"]["fingerprint"] == fingerprint(jobs.short(2), loras=describe_loras([f"{path}:0.5"]))
+    assert result["model"]["fingerprint"] == fingerprint(
+        jobs.short(2), loras=describe_loras(ModelConfig(lora=[f"{path}:0.5"]))
+    )

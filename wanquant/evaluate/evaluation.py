@@ -35,7 +35,7 @@ from wanquant.wan.config import ModelConfig, Picture
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample, decode_video
 from wanquant.wan.load import LOAD_PARTS, Pipeline, load_pipeline
-from wanquant.wan.lora import describe_loras, fuse_loras_
+from wanquant.wan.lora import add_loras_, describe_loras
 from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.resources.placement import Placement
 
@@ -67,7 +67,7 @@ class Side:
             raise ValueError(f"{self.source} is not there to generate from: run ptq.py with checkpoint=true")
         check_folder(self.source)
         with progress(f"read {self.name}", count_files(self.source), "file") as tick:
-            found = fingerprint(self.source, tick, describe_loras(self.model.lora), self.verify)
+            found = fingerprint(self.source, tick, describe_loras(self.model), self.verify)
         if self.fingerprint not in ("", found):
             raise ValueError(f"{self.source} is not the model this run was made with: give that as reference=<folder>")
         return dataclasses.replace(self, fingerprint=found)
@@ -75,7 +75,7 @@ class Side:
     def pipeline(self, placement: Placement, cache: Cache) -> CachedPipeline:
         with progress(f"load {self.name}", LOAD_PARTS, "part") as tick:
             pipe = load_pipeline(self.source, on_part=tick, placement=placement, verify=False)  # it is identified
-        fuse_loras_(whole_of(pipe), self.model.lora)
+        add_loras_(whole_of(pipe), self.model)
         plant_outliers_(whole_of(pipe), self.model.outliers)
         return CachedPipeline(pipe, self.model, self.fingerprint, placement.device, cache, self.pictures)
 

@@ -39,6 +39,7 @@ from wanquant.wan.checkpoints.find import shape_of
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
 from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.load import hush_libraries
+from wanquant.wan.lora import check_loras, describe_loras
 from wanquant.wan.outliers import chosen_blocks
 from wanquant.wan.resources.choice import choose
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
@@ -207,6 +208,7 @@ def _result(
             "fingerprint": side.fingerprint,
             "outliers": list(chosen_blocks(config.model.outliers, blocks)),
             "source": side.source.told,
+            "lora": describe_loras(side.model),
         },
         **AS_IT_IS,
         "generation": dataclasses.asdict(config.model.generation),
@@ -260,4 +262,6 @@ def _estimate(side: Side, videos: int, device: torch.device) -> ResourceEstimate
         first += len(shape_of(part).blocks)
     counts = VideoCounts(0, videos, videos) if names else VideoCounts(videos, 0, videos)
     settings, rows = side.model.generation, min(side.model.batch, videos)
-    return ResourceEstimate(side.source, parse(quant), (), (), settings, counts, rows, device, names or None)
+    loras = check_loras(side.model, shape_of_whole(side.source))
+    how = (settings, counts, rows, device, names or None)
+    return ResourceEstimate(side.source, parse(quant), (), (), *how, loras=loras)

@@ -27,7 +27,9 @@ from wanquant.wan.checkpoints.checkpoint import config_of
 from wanquant.wan.checkpoints.find import check_folder, check_shape, find_model
 from wanquant.wan.checkpoints.model_files import ModelFiles, lone_transformers
 from wanquant.wan.config import GenerationConfig, ModelConfig, OutliersConfig, Picture
+from wanquant.wan.experts import shape_of_whole
 from wanquant.wan.generate import check_generation
+from wanquant.wan.lora import check_loras
 
 #: What of a run's provenance has to be as it is now for its figures to stand beside new ones.
 SAME = ("packages", "device", "device_name", "threads", "instructions")
@@ -109,6 +111,7 @@ def _side(name: str, prefix: str, model: ModelConfig, source: ModelFiles, verify
     family = check_folder(source)
     check_generation(source, model.generation)
     made = [part.quantization for part in source.transformers.values() if part.quantization is not None]
+    check_loras(model, shape_of_whole(source), quantized=bool(made))
     alone = family.takes_pictures or any(not parse(config_of(described)).independent for described in made)
     return Side(name, prefix, source, dataclasses.replace(model, batch=1) if alone else model, verify=verify)
 
@@ -237,7 +240,8 @@ def _sides_of(
     bf16 = Side("bf16", "bf16.", made_from, model, files["bf16"], result["model"]["fingerprint"], pictures=shown)
     quantized = dataclasses.replace(bf16, name="quantized", prefix="", files=files["quantized"])
     if result["conversion"]["converted"]:
-        plain = dataclasses.replace(model, outliers=OutliersConfig(), lora=[])  # the checkpoint's weights have them
+        lora = [] if model.lora_fuse else model.lora  # the checkpoint's weights have what was fused, and the outliers
+        plain = dataclasses.replace(model, outliers=OutliersConfig(), lora=lora)
         made = ModelFiles.of(run / "checkpoint")
         quantized = dataclasses.replace(quantized, source=made, model=plain, fingerprint="")
     return quantized, bf16, bf16.perturbed(files["bf16_ulp"])

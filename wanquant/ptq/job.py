@@ -23,7 +23,7 @@ from wanquant.ptq.estimate import count_videos, estimate_resources, predicted, s
 from wanquant.ptq.generating import bf16_videos, compare_videos, noise_floors, quantize_transformer, quantized_videos
 from wanquant.ptq.plan import PTQPlan, resolve
 from wanquant.ptq.protect import choose
-from wanquant.ptq.result import conversion, head, lost_to_fp8, names_of, tail, verdict, write_videos
+from wanquant.ptq.result import conversion, head, lost_to_fp8, names_of, tail, verdict, write_readme, write_videos
 from wanquant.ptq.running import run_job
 from wanquant.quant import ConversionReport
 from wanquant.runs import launch
@@ -41,7 +41,7 @@ from wanquant.wan.device import forget_peak_memory, peak_memory
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Sample
 from wanquant.wan.load import LOAD_PARTS, load_pipeline
-from wanquant.wan.lora import describe_loras, fuse_loras_
+from wanquant.wan.lora import add_loras_, describe_loras
 from wanquant.wan.outliers import plant_outliers_
 from wanquant.wan.resources.choice import choose as choose_offload
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate, VideoCounts
@@ -94,7 +94,7 @@ class Job:
         self.shown = self.pairs if self.config.eval.videos else []
         self.with_checkpoint = self.config.checkpoint and self.config.mode == "quantize"
         self.cache = Cache(Path(self.config.cache))
-        files, loras = self.plan.model.files, describe_loras(self.config.model.lora)
+        files, loras = self.plan.model.files, describe_loras(self.config.model)
         with progress("read", count_files(files), "file") as tick:
             self.fingerprint = fingerprint(files, tick, loras, self.config.verify)
 
@@ -201,7 +201,7 @@ class Job:
                 placement = Placement(self.device, needs.offload, self.cache.root / "offload")
                 # Its sums have been checked by the fingerprint.
                 pipe = load_pipeline(self.plan.model.files, on_part=tick, placement=placement, verify=False)
-            fuse_loras_(whole_of(pipe), self.config.model.lora)
+            add_loras_(whole_of(pipe), self.config.model)
             plant_outliers_(whole_of(pipe), self.config.model.outliers)
         pipeline = CachedPipeline(
             pipe, self.config.model, self.fingerprint, self.device, self.cache, self.plan.pictures
@@ -238,6 +238,7 @@ class Job:
         if self.config.checkpoint and report.names("converted"):
             with progress("save", len(report.names("converted")), "linear") as tick:
                 save_quantized(pipeline.pipe, self.run_.folder / "checkpoint", tick)
+            write_readme(self.run_.folder / "checkpoint", self.config.model)
 
     def head(self, protected: tuple[int, ...] | None) -> dict[str, Any]:
         return {"signature": self.signed(protected), **head(self.plan, self.fingerprint)}

@@ -32,7 +32,7 @@ from wanquant.wan.experts import parts_of, shape_of_whole
 from wanquant.wan.families import Family, family_of, folds_of
 from wanquant.wan.generate import check_generation
 from wanquant.wan.load import Transformer
-from wanquant.wan.lora import read_lora
+from wanquant.wan.lora import check_loras
 from wanquant.wan.outliers import chosen_blocks
 
 P = TypeVar("P", bound="PTQPlan")
@@ -47,6 +47,7 @@ class SourceModel:
     transformers  1, or 2
     protected     the blocks that stay BF16, numbered through; None where the data will choose them
     outliers      the blocks that outliers are planted in
+    beside        bytes of LoRAs beside its weights
     """
 
     files: ModelFiles
@@ -54,6 +55,7 @@ class SourceModel:
     transformers: int
     protected: tuple[int, ...] | None
     outliers: tuple[int, ...]
+    beside: int = 0
 
     @property
     def blocks(self) -> int:
@@ -211,21 +213,19 @@ def resolve_model(config: PTQConfig, scheme: Scheme, files: ModelFiles) -> Sourc
     if config.mode != "convert":  # which generates nothing
         check_generation(files, config.model.generation)
     blocks, transformers = len(shape.blocks), len(parts_of(shape))
-    if config.model.lora and not family_of(type(parts_of(shape)[0]).__name__).is_wan:
+    first: Any = parts_of(shape)[0]
+    family = family_of(type(first).__name__)
+    if config.model.lora and not family.is_wan:
         raise ValueError("model.lora is for Wan's transformers: fuse with diffusers and save the result")
-    if config.model.lora and transformers > 1:
-        raise ValueError("model.lora: this model has two transformers; fuse with diffusers and save the result")
-    for lora in config.model.lora:
-        read_lora(lora, shape)  # which refuses what does not fit
+    loras = check_loras(config.model, shape)
     check_protect(config.protect, blocks // transformers)
     outliers = chosen_blocks(config.model.outliers, blocks)
     if outliers and not folds_of(shape):
-        raise ValueError(f"model.outliers: nothing in a {type(parts_of(shape)[0]).__name__} can hold them exactly")
-    first: Any = parts_of(shape)[0]
-    beside = family_of(type(first).__name__).beside(first.config)
+        raise ValueError(f"model.outliers: nothing in a {type(first).__name__} can hold them exactly")
+    beside = family.beside(first.config)
     protected = None if by_data else resolve_blocks(by_rule(config.protect, blocks, transformers, beside), blocks)
     kept = range(config.protect.budget) if protected is None else protected
     plan = plan_conversion(shape, scheme, list(kept), config.protect.modules)
     if not plan.names("converted") and not scheme.format.keeps_all:
         raise ValueError("protect leaves no linear to quantize: protect fewer blocks or modules")
-    return SourceModel(files, shape, transformers, protected, outliers)
+    return SourceModel(files, shape, transformers, protected, outliers, loras)

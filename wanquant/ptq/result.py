@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,12 @@ from wanquant.quant.eight_bit import CARRIED, emulates
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import RESIDUAL
 from wanquant.runs import pictures
+from wanquant.runs.files import write_atomic
 from wanquant.runs.progress import progress
 from wanquant.runs.run import digest, read_result
 from wanquant.wan.cached import Pair
 from wanquant.wan.checkpoints.checkpoint import quantized_linears
+from wanquant.wan.config import ModelConfig
 from wanquant.wan.generate import Sample
 from wanquant.wan.lora import describe_loras
 
@@ -55,7 +58,7 @@ def head(plan: PTQPlan, fingerprint: str) -> dict[str, Any]:
             "outliers": list(model.outliers),
             "octaves": config.model.outliers.octaves,
             "source": model.files.told,
-            "lora": describe_loras(config.model.lora),
+            "lora": describe_loras(config.model),
         },
         "pictures": {text: {"path": str(each.path), "sha256": each.sha256} for text, each in plan.pictures.items()},
         "quant": dataclasses.asdict(config.quant),
@@ -149,6 +152,30 @@ def verdict(metrics: Mapping[str, Sequence[Item]], gate_results: Sequence[GateRe
         "verdict": ("pass" if all(gate.passed for gate in gate_results) else "fail") if gate_results else "no videos",
         "gates": {gate.name: gate.as_json() for gate in gate_results},
     }
+
+
+def write_readme(checkpoint: Path, model: ModelConfig) -> None:
+    """Into a checkpoint, where LoRAs were beside what it holds: which, and how they are loaded on it."""
+    if model.lora_fuse or not model.lora:
+        return
+    loras = describe_loras(model)
+    which = [f"{lora['transformer']}=" if lora["transformer"] else "./" for lora in loras]
+    given = [f"{place}{lora['file']}:{lora['scale']}" for place, lora in zip(which, loras, strict=True)]
+    sums = "\n".join(f"- {lora['file']}, SHA-256 {lora['sha256']}" for lora in loras)
+    text = f"""The weights alone are quantized here. They were calibrated and measured with LoRA files beside them in
+BF16, which this folder does not hold:
+
+{sums}
+
+```python
+import wanquant
+from wanquant.wan.lora import load_loras
+
+pipe = wanquant.load_pipeline("<this folder>")
+load_loras(pipe, {json.dumps(given)})
+```
+"""
+    write_atomic(checkpoint / "README.md", text)
 
 
 def write_videos(

@@ -34,6 +34,8 @@ class TrainConfig(PTQConfig):
         qat = self.qat
         if self.mode != "quantize":
             raise ValueError(f"mode={self.mode}: train.py has no other than quantize")
+        if self.model.lora and not self.model.lora_fuse:
+            raise ValueError("model.lora_fuse=false: train.py trains weights with the LoRA fused into them")
         _check_ranges(qat)
         _check_scope(qat)
         _check_data(qat.data, self.model.language)

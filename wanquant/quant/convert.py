@@ -47,9 +47,11 @@ def quantize_(
     device             where linears are quantized one by one, if not where they are; ``keep`` then puts each where it
                        is to stay
 
-    Linears outside the blocks stay as they are. With ``config.attention``, attention itself is quantized where its
-    ``to_q``, ``to_k`` and ``to_v`` are. Everything is checked before anything is changed:
-    ``ValueError`` names a wrong index, a pattern that matches nothing, a linear that cannot be quantized so.
+    Linears outside the blocks stay as they are, and so do forward hooks of all: what one adds to a linear's output, a
+    LoRA's product, it adds to the quantized one's, and smoothing does not fold there. With ``config.attention``,
+    attention itself is quantized where its ``to_q``, ``to_k`` and ``to_v`` are.
+    Everything is checked before anything is changed: ``ValueError`` names a wrong index, a pattern that matches
+    nothing, a linear that cannot be quantized so.
     """
     scheme, known = scheme_of(config), dict(stats or {})
     plan = plan_conversion(module, scheme, protected_blocks, protected_modules, blocks)
@@ -63,7 +65,7 @@ def quantize_(
     for name in todo:
         linear = _there(_linear(module, name), device)
         layer = QuantLinear.from_linear(linear, scheme, known.get(name), smoothed.get(name))
-        module.set_submodule(name, keep(layer))
+        module.set_submodule(name, keep(_with_hooks_of(linear, layer)))
         on_linear()
     _set_attention(module, plan.converted_attentions(), scheme)
     guard(module)
@@ -116,6 +118,24 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     if not isinstance(linear, nn.Linear):
         raise ValueError(f"{name} is a {type(linear).__name__}, not a linear")
     return linear
+
+
+def _with_hooks_of(linear: nn.Linear, layer: QuantLinear) -> QuantLinear:
+    """What they add to the one's output they add to the other's."""
+    for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        setattr(layer, kind, getattr(linear, kind))
+    return layer
+
+
+def folded_names(module: nn.Module, folds: Mapping[str, str]) -> set[str]:
+    """The modules of a quantized model that smoothing has folded divisors into, of their inputs or outputs."""
+    found = set[str]()
+    for name, layer in module.named_modules():
+        if isinstance(layer, QuantLinear) and layer.scheme.smoothing is not None and layer.input_factor is None:
+            for reader, writer in folds.items():
+                if name.endswith(f".{reader}"):
+                    found |= {name, name.removesuffix(reader) + writer}
+    return found
 
 
 def _there(linear: nn.Linear, device: torch.device | None) -> nn.Linear:

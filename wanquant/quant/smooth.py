@@ -58,7 +58,8 @@ def smooth_(
 
     ``blocks`` is the block of each linear, by name; ``folds`` has, by name inside a block, the module whose output
     channels a linear reads, if nothing else does. A linear that is not to be quantized itself is not changed, so
-    one that is protected stays what it is; then its reader keeps the factors.
+    one that is protected stays what it is; then its reader keeps the factors. So it does where a forward hook of either
+    adds to an output (a LoRA beside the weights), which is not divided, or reads an input that would be.
     Weights of readers that were folded are multiplied here, those of the others where they are quantized.
     """
 
@@ -76,7 +77,8 @@ def smooth_(
         writer = None if writer_name is None else module.get_submodule(writer_name)
         # A norm without weights has nothing to fold into.
         possible = writer is not None and next(writer.parameters(recurse=False), None) is not None
-        folded = possible and not (isinstance(writer, nn.Linear) and writer_name not in names)
+        alone = not any(each is not None and each._forward_hooks for each in (writer, linear))
+        folded = possible and alone and not (isinstance(writer, nn.Linear) and writer_name not in names)
         done[name] = Smoothing(divisor, folded)
         if folded:
             assert writer is not None

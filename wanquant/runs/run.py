@@ -39,6 +39,7 @@ VOLATILE = (
     "model.path",
     "model.base",
     "model.lora",
+    "model.lora_fuse",
     "model.generation.fps",
     "eval.dimensions",
     "eval.foreign_weights",

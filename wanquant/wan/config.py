@@ -113,8 +113,10 @@ class ModelConfig:
     other_frames: list[int] = field(default_factory=list)
     #: Planted after loading; none by default.
     outliers: OutliersConfig = field(default_factory=OutliersConfig)
-    #: LoRA files, ``path`` or ``path:scale``, fused into the BF16 weights as they are loaded.
+    #: LoRA files, ``[high=|low=]path[:scale]``: ``high`` and ``low`` are for one of Wan2.2's two transformers.
     lora: list[str] = field(default_factory=list)
+    #: Into the BF16 weights as they are loaded; if not, the LoRA stays in BF16 beside weights that alone are quantized.
+    lora_fuse: bool = True
 
     def check_video(self) -> None:
         """``ValueError`` for a still picture, which has no motion to measure."""

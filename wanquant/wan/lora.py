@@ -1,204 +1,163 @@
-"""LoRA files, fused into the weights before anything is calibrated: W + scale · alpha / r · B A, summed in float32.
-
-Three namings are read: diffusers' and peft's (``transformer.blocks.0.attn1.to_q.lora_A.weight``), that of Wan's authors
-(``diffusion_model.blocks.0.self_attn.q.lora_A.weight``), kohya's (``lora_unet_blocks_0_self_attn_q.lora_down.weight``);
-each with or without ``alpha``, and with whole differences: ``diff`` of a weight, ``diff_b`` of a bias. diffusers' own
-converters leave out ``diff`` without a word and fail at kohya files of some linears only; here every key has a place,
-or is an error.
+"""LoRAs of a pipeline: fused into the weights before anything is calibrated, W + scale · alpha / r · B A, summed in
+float32; or beside them, W x + B (A x), where the weights alone are quantized and what is added is a product in BF16.
+Files are read as ``wanquant.wan.checkpoints.lora_file`` has them.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 from wanquant.quant import QuantLinear
+from wanquant.quant.convert import folded_names
 from wanquant.runs.files import sum_of_file
-from wanquant.wan.checkpoints import names
-from wanquant.wan.checkpoints.names import to_original
+from wanquant.wan.checkpoints.lora_file import FUSED_ONLY, Lora, read_lora
+from wanquant.wan.config import ModelConfig
+from wanquant.wan.experts import parts_of, transformers_in, whole_of
+from wanquant.wan.families import folds_of
+from wanquant.wan.resources.placement import placement_of
 
-PREFIXES = ("base_model.model.", "transformer.", *names.PREFIXES, "lora_unet_")
-#: By the ending of a key, what it is of the module named before it. ``shift`` is peft's bias of B, scaled as B is.
-PARTS = {
-    **dict.fromkeys(("lora_A.weight", "lora_A.default.weight", "lora_down.weight"), "down"),
-    **dict.fromkeys(("lora_B.weight", "lora_B.default.weight", "lora_up.weight"), "up"),
-    "lora_B.bias": "shift",
-    "alpha": "alpha",
-    "diff": "diff",
-    "diff_b": "diff_b",
-}
+#: What a file is for, of a pipeline of two transformers: the first denoises while the noise is high.
+EXPERTS = ("high", "low")
+#: By the parts of a transformer, what each gets, by its place among the files.
+Loras = list[tuple[nn.Module, dict[int, Lora]]]
 
 
-@dataclass(frozen=True)
-class Lora:
-    """What a file adds, times ``scale``: by module its keys of ``PARTS``. ``alpha`` is of those that have none of their
-    own; None for the rank."""
-
-    path: Path
-    scale: float
-    keys: Mapping[str, Mapping[str, str]]
-    alpha: float | None
-
-    def factor(self, file: Any, module: str) -> float:
-        """Scale · alpha / r of a module that has B and A."""
-        parts = self.keys[module]
-        rank = file.get_slice(parts["down"]).get_shape()[0]
-        own = float(file.get_tensor(parts["alpha"])) if "alpha" in parts else self.alpha
-        return self.scale * (1.0 if own is None else own / rank)
-
-    def added(self, file: Any, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
-        """To a parameter of this name, float32 in its shape."""
-        module, _, last = name.rpartition(".")
-        module = module if module in self.keys and last in ("weight", "bias") else name
-        parts, found = self.keys.get(module, {}), torch.zeros(parameter.shape, device=parameter.device)
-
-        def read(part: str) -> torch.Tensor:
-            tensor: torch.Tensor = file.get_tensor(parts[part])
-            return tensor.to(parameter.device, torch.float32)
-
-        scaled, whole = ("shift", "diff_b") if last == "bias" else ("up", "diff")
-        if scaled not in parts and whole not in parts:
-            return None
-        if scaled in parts:
-            product = read("up").flatten(1) @ read("down").flatten(1) if scaled == "up" else read("shift")
-            found += self.factor(file, module) * product.view(parameter.shape)
-        if whole in parts:
-            found += self.scale * read(whole).view(parameter.shape)
-        return found
-
-
-def parse_lora(given: str) -> tuple[Path, float]:
-    """``path`` or ``path:scale``."""
-    path, _, scale = given.rpartition(":")
+def parse_lora(given: str) -> tuple[str, Path, float]:
+    """``path``, ``path:scale``, or either behind ``high=`` or ``low=``: which of two transformers (empty: whichever
+    there are), the file, the scale. A file whose own name begins so is given as ``./high=...``, one that ends in a
+    colon and a number with a scale behind it."""
+    which, _, rest = given.partition("=")
+    which, rest = (which, rest) if which in EXPERTS else ("", given)
+    path, _, scale = rest.rpartition(":")
     try:
-        found = (Path(path).expanduser(), float(scale)) if path else (Path(given).expanduser(), 1.0)
+        file, by = (Path(path).expanduser(), float(scale)) if path else (Path(rest).expanduser(), 1.0)
     except ValueError:
-        found = Path(given).expanduser(), 1.0
-    if not math.isfinite(found[1]):
+        file, by = Path(rest).expanduser(), 1.0
+    if not math.isfinite(by):
         raise ValueError(f"model.lora={given}: its scale must be finite")
-    if not found[0].is_file():
-        raise ValueError(f"model.lora={given}: no file {found[0]}, give path or path:scale of a .safetensors file")
+    if not file.is_file():
+        raise ValueError(f"model.lora={given}: no file {file}, give [high=|low=]path[:scale] of a .safetensors file")
+    return which, file, by
+
+
+def describe_loras(config: ModelConfig) -> list[dict[str, Any]]:
+    """Of each its file's name and sum, the scale, the transformer it is for (empty: all), and whether it is fused."""
+    found, fused = map(parse_lora, config.lora), config.lora_fuse
+    return [
+        {"file": path.name, "scale": scale, "transformer": which, "fused": fused, "sha256": sum_of_file(path)}
+        for which, path, scale in found
+    ]
+
+
+def read_loras(given: Sequence[str], transformer: nn.Module) -> Loras:
+    """Of a transformer, or of each of two as one (``wanquant.wan.experts``), what it gets of the files."""
+    found: Loras = [(part, {}) for part in parts_of(transformer)]
+    for place, each in enumerate(given):
+        which, path, scale = parse_lora(each)
+        if which and len(found) == 1:
+            raise ValueError(f"model.lora={each}: {which}= is for pipelines of two transformers, and this has one")
+        for name, (part, loras) in zip(EXPERTS, found, strict=False):
+            if which in ("", name):
+                loras[place] = read_lora(path, scale, part)
     return found
 
 
-def describe_loras(given: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each its file's name and sum, and the scale."""
-    return [{"file": path.name, "scale": by, "sha256": sum_of_file(path)} for path, by in map(parse_lora, given)]
+def check_loras(config: ModelConfig, transformer: nn.Module, quantized: bool = False) -> int:
+    """``ValueError`` for files that do not fit a model, on meta or not, which may be ``quantized`` in its files. Bytes
+    that stay beside its weights."""
+    if config.lora_fuse:
+        if quantized and config.lora:
+            beside = "model.lora_fuse=false has it beside the weights"
+            raise ValueError(f"model.lora: nothing can be fused into a quantized model, {beside}")
+        read_loras(config.lora, transformer)
+        return 0
+    if config.lora and (config.outliers.blocks or config.outliers.count):
+        raise ValueError("model.outliers are planted in weights alone: leave them out, or model.lora_fuse=true")
+    found = read_beside(config.lora, transformer)
+    return 2 * sum(lora.elements for _, loras in found for lora in loras.values())
 
 
-def read_lora(given: str, model: nn.Module) -> Lora:
-    """Of a model, on meta or not; no weights are read. ``ValueError`` names the first keys where none is of the model,
-    the first that is not of it, one whose shape does not fit."""
-    path, scale = parse_lora(given)
-    known, keys, strange = _spellings(model), dict[str, dict[str, str]](), list[str]()
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {key: list(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
-            alpha = _alpha(file.metadata() or {}, path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no .safetensors file: {error}") from None
-    for key in shapes:
-        ending = next((ending for ending in PARTS if key.endswith(f".{ending}")), "")
-        stem = key.removesuffix(f".{ending}")
-        for prefix in PREFIXES:
-            stem = stem.removeprefix(prefix)
-        if ending and stem in known:
-            keys.setdefault(known[stem], {})[PARTS[ending]] = key
-        else:
-            strange.append(key)
-    if not keys:
-        raise ValueError(f"{path}: none of its {len(shapes)} keys is of this model: {', '.join(list(shapes)[:3])}, ...")
-    if strange:
-        raise ValueError(f"{path}: {strange[0]} fits nothing of this model ({len(strange)} of {len(shapes)} keys)")
-    parameters = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for module, parts in keys.items():
-        _check(path, {part: (key, shapes[key]) for part, key in parts.items()}, module, parameters)
-    return Lora(path, scale, keys, alpha)
-
-
-def _spellings(model: nn.Module) -> dict[str, str]:
-    """By each name that a file may have for it, a module or a parameter that is no module's weight."""
-    found: dict[str, str] = {}
-    for name, _ in model.named_parameters():
-        module, _, last = name.rpartition(".")
-        name = module if last in ("weight", "bias") else name
-        try:
-            spelled = {name, to_original(name)}
-        except ValueError:
-            spelled = {name}
-        found |= {form: name for each in spelled for form in (each, each.replace(".", "_"))}
+def read_beside(given: Sequence[str], transformer: nn.Module) -> Loras:
+    """As ``read_loras``. ``ValueError`` also for what is no product, and beside a linear whose channels smoothing has
+    folded divisors into: they are not those that A or B was made for."""
+    found = read_loras(given, transformer)
+    for part, loras in found:
+        folded = folded_names(part, folds_of(part))
+        for lora in loras.values():
+            for parts in lora.keys.values():
+                if unlike := [parts[kind] for kind in FUSED_ONLY if kind in parts]:
+                    raise ValueError(f"{lora.path}: {unlike[0]} can only be fused, before the model is quantized")
+            if wrong := folded.intersection(lora.keys):
+                how = "quantize the original model with this file beside it (model.lora_fuse=false)"
+                raise ValueError(f"{lora.path}: smoothing is folded into {min(wrong)} of this quantized model: {how}")
     return found
 
 
-def _check(
-    path: Path, parts: Mapping[str, tuple[str, list[int]]], module: str, parameters: Mapping[str, list[int]]
-) -> None:
-    """Of a module its ``parts`` by their kind, each with key and shape."""
-    weight = parameters.get(f"{module}.weight", parameters.get(module, []))
-    bias = parameters.get(f"{module}.bias", [])
-    first = next(iter(parts.values()))[0]
-    if ("down" in parts) != ("up" in parts) or ({"alpha", "shift"} & set(parts) and "up" not in parts):
-        raise ValueError(f"{path}: {first} has not both of lora_A and lora_B beside it")
-    if "up" in parts:
-        (key, down), (_, up) = parts["down"], parts["up"]
-        if [up[0], *down[1:]] != weight or up[1] != down[0]:
-            raise ValueError(f"{path}: {key} and its other half are {down} and {up}, for a weight of {weight}")
-    for part, shape in (("diff", weight), ("diff_b", bias), ("shift", bias)):
-        if part in parts and math.prod(parts[part][1]) != math.prod(shape or [0]):
-            raise ValueError(f"{path}: {parts[part][0]} is {parts[part][1]}, to be added to {shape or 'nothing'}")
-
-
-def _alpha(metadata: Mapping[str, str], path: Path) -> float | None:
-    """Of all modules, as diffusers keeps it in the file and peft beside it."""
-    text, beside = metadata.get("lora_adapter_metadata", "{}"), path.with_name("adapter_config.json")
-    if path.name == "adapter_model.safetensors" and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
-    settings = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-    for name in ("alpha_pattern", "use_dora", "use_rslora"):
-        if settings.get(name):
-            raise ValueError(f"{path}: its {name} is not read here, fuse it with peft and give model.path the result")
-    return settings.get("lora_alpha")
+def add_loras_(transformer: nn.Module, config: ModelConfig) -> None:
+    """``model.lora`` as ``model.lora_fuse`` has it, to a model that was loaded."""
+    (fuse_loras_ if config.lora_fuse else keep_loras_beside_)(transformer, config.lora)
 
 
 @torch.no_grad()
 def fuse_loras_(transformer: nn.Module, given: Sequence[str]) -> None:
-    """Adds files (``path`` or ``path:scale``) to the weights of a model that is not quantized; each weight is rounded
-    once, whatever their number."""
+    """Adds files (``parse_lora``) to the weights of a model that is not quantized, or of two as one
+    (``wanquant.wan.experts.whole_of``); each weight is rounded once, whatever their number."""
     if given and any(isinstance(child, QuantLinear) for child in transformer.modules()):
         raise ValueError("model.lora: the model is quantized, to which no LoRA can be added; take the original model")
-    loras = [read_lora(each, transformer) for each in given]
-    with ExitStack() as opened:
-        files = [opened.enter_context(safe_open(lora.path, "pt")) for lora in loras]
-        for name, parameter in transformer.named_parameters() if loras else ():
-            each = (lora.added(file, name, parameter) for lora, file in zip(loras, files, strict=True))
-            if deltas := [delta for delta in each if delta is not None]:
-                parameter.copy_(parameter.float() + torch.stack(deltas).sum(0))
+    for part, loras in read_loras(given, transformer):
+        with ExitStack() as opened:
+            files = [opened.enter_context(safe_open(lora.path, "pt")) for lora in loras.values()]
+            for name, parameter in part.named_parameters() if loras else ():
+                each = (lora.added(file, name, parameter) for lora, file in zip(loras.values(), files, strict=True))
+                if deltas := [delta for delta in each if delta is not None]:
+                    parameter.copy_(parameter.float() + torch.stack(deltas).sum(0))
+
+
+@torch.no_grad()
+def keep_loras_beside_(transformer: nn.Module, given: Sequence[str]) -> None:
+    """As ``load_loras``, bit for bit, and without peft: by forward hooks, which ``quantize_`` leaves in place. Names of
+    modules stay what they are, and what is saved is the model alone."""
+    for part, loras in read_beside(given, transformer):
+        device = placement_of(part).device
+        for lora in loras.values():
+            for module, down, up in lora.branches(part):
+                part.get_submodule(module).register_forward_hook(_branch(down.to(device), up.to(device)))
+
+
+def _branch(down: torch.Tensor, up: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A forward hook; a function, so that copies of a module share the tensors."""
+
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0].to(down.dtype)
+        if isinstance(module, nn.Conv3d):
+            x = F.conv3d(F.conv3d(x, down, None, module.stride, module.padding, module.dilation), up)
+        else:
+            x = F.linear(F.linear(x, down), up)
+        return (output + x).to(output.dtype)
+
+    return add
 
 
 def load_loras(pipe: Any, given: Sequence[str]) -> None:
-    """Puts files (``path`` or ``path:scale``) beside the linears of the pipeline's transformer, quantized or not, as
-    diffusers' ``load_lora_weights`` does, which they are handed to. ``ValueError`` for differences of weights and
-    biases, which can only be fused."""
-    loras = [read_lora(each, pipe.transformer) for each in given]
-    for lora in loras:
-        unlike = [parts[part] for parts in lora.keys.values() for part in ("diff", "diff_b", "shift") if part in parts]
-        if unlike:
-            raise ValueError(f"{lora.path}: {unlike[0]} can only be fused, before quantize_")
-    for number, lora in enumerate(loras):
-        state = {}
-        with safe_open(lora.path, "pt") as file:
-            for module, parts in lora.keys.items():
-                up, name = file.get_tensor(parts["up"]), f"transformer.{module}"
-                state[f"{name}.lora_A.weight"] = file.get_tensor(parts["down"])
-                state[f"{name}.lora_B.weight"] = (up.float() * lora.factor(file, module)).to(up.dtype)
-        pipe.load_lora_weights(state, adapter_name=f"lora_{number}")
-    pipe.set_adapters([f"lora_{number}" for number in range(len(loras))])
+    """Puts files (``parse_lora``) beside the linears of the pipeline's transformers, quantized or not, as diffusers'
+    ``load_lora_weights`` does, which they are handed to as ``lora_0``, ``lora_1`` and so on. ``ValueError`` as in
+    ``read_beside``."""
+    loaded = read_beside(given, whole_of(pipe))
+    for name, (part, loras) in zip(transformers_in(pipe), loaded, strict=True):
+        for place, lora in loras.items():
+            state: dict[str, torch.Tensor] = {}
+            for module, down, up in lora.branches(part):
+                state |= {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
+            second = name == "transformer_2"
+            pipe.load_lora_weights(state, adapter_name=f"lora_{place}", load_into_transformer_2=second)
+    if given:
+        pipe.set_adapters([f"lora_{place}" for place in range(len(given))])

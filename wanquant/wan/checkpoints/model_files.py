@@ -75,8 +75,8 @@ def fingerprint(
     verify: bool = True,
 ) -> str:
     """SHA-256 over the model's files, by name and content, so that other weights are another model; and over the
-    content and scales of the LoRA files that are fused into it. ``ValueError`` names a file that is not what its
-    ``SHA256SUMS`` says, unless ``verify`` is false: it costs nothing more here."""
+    content and scales of its LoRA files, the transformers they are for, and whether they are fused. ``ValueError``
+    names a file that is not what its ``SHA256SUMS`` says, unless ``verify`` is false: it costs nothing more here."""
     files, digest = ModelFiles.of(model), hashlib.sha256()
     if verify and not files.assembled:
         refuse_missing(files.folder)
@@ -90,7 +90,7 @@ def fingerprint(
     for part in files.transformers.values() if files.assembled else ():
         digest.update(json.dumps(part.config, sort_keys=True).encode())
     for lora in loras:
-        digest.update(f"{lora['sha256']} {lora['scale']}".encode())
+        digest.update(f"{lora['sha256']} {lora['scale']} {lora['transformer']} {lora['fused']}".encode())
     return digest.hexdigest()
 
 

@@ -61,6 +61,7 @@ class ResourceEstimate:
     names: Sequence[str] | None = None
     #: Where the weights wait: a way of ``wanquant.wan.resources.placement``.
     offload: str = "none"
+    loras: int = 0  #: Bytes of LoRAs beside the weights.
     #: Seconds of the job's further stages, by name.
     further: Callable[[ResourceEstimate], dict[str, float]] = field(default=lambda plan: {}, compare=False)
 
@@ -92,12 +93,12 @@ class ResourceEstimate:
 
     @cached_property
     def vae(self) -> int:
-        """With the encoder of pictures, which stays on the device as it does."""
+        """With the encoder of pictures and LoRAs beside the weights, which stay on the device as it does."""
         folder, family = self.files.folder, self.given.family
         wide = [empty_vae(folder / "vae", family)]
         if (folder / IMAGE_ENCODER).is_dir():
             wide.append(empty_encoder(folder / IMAGE_ENCODER, family.image_encoder))
-        return 4 * sum(map(parameters_of, wide))
+        return 4 * sum(map(parameters_of, wide)) + self.loras
 
     @cached_property
     def given(self) -> Given:
@@ -250,8 +251,7 @@ class ResourceEstimate:
         if not family.is_wan:
             given = (self.settings, rows, self.device, self.given, layout)
             return (around + other_blocks_seconds(self._config, how, *given)) / rows
-        sizes = (tokens, self.settings.max_text_length, rows)
-        block = block_seconds(self._config, how, *sizes, self.device, layout)
+        block = block_seconds(self._config, how, tokens, self.settings.max_text_length, rows, self.device, layout)
         return (around + len(self.shape.blocks) // parts * block) / rows
 
     @property
