@@ -144,7 +144,7 @@ class _PassThrough(torch.autograd.Function):
 
 def check_processor(processor: Any) -> None:
     """``ValueError`` if diffusers runs this attention in a way the quantized one does not."""
-    if type(processor).__name__ not in ("WanAttnProcessor", "QuantAttention"):
+    if type(processor).__name__ != "WanAttnProcessor" and not isinstance(processor, QuantAttention):
         raise ValueError(f"quantized attention is Wan's, and this one is run by {type(processor).__name__}")
     backend = getattr(processor, "_attention_backend", None)
     if getattr(processor, "_parallel_config", None) is not None:
