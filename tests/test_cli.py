@@ -272,7 +272,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(build, cwd=source, check=True, capture_output=True)
     (wheel,) = (folder / "dist").glob("*.whl")
     target = folder / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "install", "--no-compile", "--no-deps", "--no-index", "--target", str(target), str(wheel)], check=True
+    )
     return target
 
 
@@ -283,12 +285,13 @@ def from_wheel(site: Path, folder: Path, *words: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
-def test_the_wheel_has_all_configs_and_packages(installed: Path) -> None:
-    for suffix, ours in (("yaml", Path(CONF)), ("py", ROOT / "wanquant"), ("j2", ROOT / "wanquant")):
-        there = installed / "wanquant" / ("conf" if suffix == "yaml" else "")
-        wanted = {path.relative_to(ours) for path in ours.rglob(f"*.{suffix}")}
+def test_the_wheel_has_all_there_is(installed: Path) -> None:
+    """Code, templates, tiny-wan; and the configs, which lie beside the package in the checkout."""
+    source = installed.parent / "source"
+    for ours, there in ((source / "wanquant", "wanquant"), (source / "conf", "wanquant/conf")):
+        wanted = {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()}
         assert wanted
-        assert wanted <= {path.relative_to(there) for path in there.rglob(f"*.{suffix}")}
+        assert wanted <= {path.relative_to(installed / there) for path in (installed / there).rglob("*")}
 
 
 def test_every_folder_of_the_package_is_listed() -> None:
@@ -301,14 +304,28 @@ def test_every_folder_of_the_package_is_listed() -> None:
     assert wanted <= set(listed)
 
 
+def group_of_ones_own(folder: Path) -> list[str]:
+    """Words of a command there that has it and chooses it."""
+    (folder / "mine" / "protect").mkdir(parents=True)
+    (folder / "mine" / "protect" / "two.yaml").write_text("name: two\nblocks: [0, -1]\n")
+    return ["ptq", "--config-dir", "mine", "protect=two"]
+
+
+def test_the_wheel_finds_its_configs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    """And a group of the user's own."""
+    done = from_wheel(installed, tmp_path, *group_of_ones_own(tmp_path), "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert "protect:\n  name: two\n" in done.stdout
+    for words in (["train", "qat=onn"], ["eval", "evl=x"]):
+        assert "did you mean" in from_wheel(installed, tmp_path, *words).stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"mine"}
+
+
+@pytest.mark.slow
 def test_the_wheel_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
-    """The main job's plan, with a group of the user's own."""
-    (tmp_path / "mine" / "protect").mkdir(parents=True)
-    (tmp_path / "mine" / "protect" / "two.yaml").write_text("name: two\nblocks: [0, -1]\n")
-    done = from_wheel(installed, tmp_path, "ptq", "--config-dir", "mine", "protect=two", "dry_run=true")
+    """The main job's plan."""
+    done = from_wheel(installed, tmp_path, *group_of_ones_own(tmp_path), "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert f"P{38 * 'q'}P" in done.stdout
     assert done.stdout.startswith(f"wanquant {wanquant.__version__} ptq: dry run")
-    for words in (["train", "qat=onn"], ["eval", "evl=x"]):
-        assert "did you mean" in from_wheel(installed, tmp_path, *words).stderr
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}

@@ -56,6 +56,9 @@ JOBS = {
     "eval": ("wanquant.evaluate.job", "run_evaluate"),
 }
 
+# Hydra copies its store whole for each config it composes and each group that --help lists, which took 3 s. What is
+# loaded from it is a copy anyway.
+ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
 for _program, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{_program}_schema", node=_schema)
 
@@ -189,8 +192,14 @@ def load_job(program: str) -> Callable[[Any, Path, str], Any]:
     """``job(config, run directory, yaml)``."""
     module, name = JOBS[program]
     if module not in sys.modules:
-        import_module(module)
-        gc.freeze()  # what was imported stays: Python's searches for cycles took half a second each to go through it
+        # What is imported stays, and Python's searches for cycles take half a second each to go through it: none
+        # meanwhile, and none through that afterwards.
+        gc.disable()
+        try:
+            import_module(module)
+        finally:
+            gc.enable()
+        gc.freeze()
     found: Callable[[Any, Path, str], Any] = getattr(sys.modules[module], name)
     return found
 

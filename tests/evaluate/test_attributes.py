@@ -10,7 +10,7 @@ from wanquant.wan.tiny import DIRECTIONS, MIN_TRAVEL, PALETTE, SHAPES, Scene, al
 @pytest.mark.parametrize("noise", [0.0, 0.04])
 def test_drawn_videos_score_full_marks(noise: float) -> None:
     rng = np.random.default_rng(0)
-    for scene in all_scenes():
+    for scene in all_scenes()[:: 5 if noise else 1]:
         video = draw(scene, rng) / 255.0
         assert score(np.clip(video + rng.normal(0, noise, video.shape), 0, 1), scene)["attributes"] == 1.0, scene
 

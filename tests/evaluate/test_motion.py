@@ -42,15 +42,14 @@ def _noisy(scene: tiny.Scene, seed: int, frames: np.ndarray) -> Sample:
 def test_a_video_slowed_to_four_fifths_is_found_with_the_interval_at_twelve_pairs() -> None:
     pairs = [(filmed(scene, seed), slowed(scene, seed, 0.8)) for seed, scene in enumerate(SCENES)]
     assert len(pairs) == 12
+    measured = [of_pair(b, a, True, Networks()) for a, b in pairs]
     for name, within in (("motion_speed", 0.03), ("shape_speed", 0.02)):
-        values = [of_pair(b, a, True, Networks())[name] for a, b in pairs]
-        found = estimate([Item(a.prompt, a.seed, value) for (a, _), value in zip(pairs, values, strict=True)])
+        found = estimate([Item(a.prompt, a.seed, each[name]) for (a, _), each in zip(pairs, measured, strict=True)])
         assert found.low < 0.8 + within
         assert found.high > 0.8 - within
         assert found.high < 0.9
         assert found.high - found.low < 0.06
-    same = [of_pair(filmed(scene, seed + 1000), filmed(scene, seed + 1000), True, Networks())["motion_speed"]
-            for seed, scene in enumerate(SCENES)]  # fmt: skip
+    same = [of_pair(a, a, True, Networks())["motion_speed"] for a, _ in pairs]
     assert same == [1.0] * 12
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import forked
 from tests.evaluate import judges
 from wanquant import doctor
 from wanquant.evaluate import fidelity
@@ -118,15 +117,16 @@ def test_the_doctor_says_what_to_do(
 ) -> None:
     weight = next(weight for weight in weights.WEIGHTS if weight.name == "clip_model/ViT-B-32.pt")
     put(weight, b"not it")
-    done = forked.run(["-m", "wanquant.doctor"])
-    assert done.returncode == 0, done.stderr
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
+    monkeypatch.setattr(sys, "argv", ["wanquant doctor"])
+    doctor.main()
+    said = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in said.splitlines() if line.startswith("  ")}
     assert lines["vbench"].split()[1] == judges.vbench.VERSION
     assert lines["temporal_flickering"].endswith("ready")
     assert "needs amt_model/amt-s.pth" in lines["motion_smoothness"]
     assert "NOT what it should be" in lines[weight.name]
     assert "missing" in lines["amt_model/amt-s.pth"]
-    assert "doctor fetch` gets what is missing" in done.stdout
+    assert "doctor fetch` gets what is missing" in said
     assert not (tmp_path / "vbench" / weights.RECORD).exists()
     monkeypatch.setattr(sys, "argv", ["wanquant doctor", "fetch", "no"])
     with pytest.raises(SystemExit, match="1"):

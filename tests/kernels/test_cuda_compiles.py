@@ -155,7 +155,7 @@ def compile_all(found: Sequence[Launch], card: int) -> None:
     assert set(spills) == {"0"}, [launch for launch, spill in zip(found, spills, strict=True) if spill != "0"]
 
 
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", [pytest.param(card, marks=[pytest.mark.slow] * (card != 90)) for card in CARDS])
 def test_every_specialization_compiles(card: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For one of the cards, and every kernel for each of them. The length changes how memory is read and the type what
     is computed: both in all ways, but not in all pairs."""

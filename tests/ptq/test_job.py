@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests import forked
 from tests.conftest import OFFLINE
-from tests.jobs import QUICK, ROOT, TWO, ptq, short
+from tests.jobs import QUICK, ROOT, TWO, TWO_STEPS, ptq, short
 from wanquant import load_pipeline
 from wanquant.evaluate.fidelity import latent_sqnr
 from wanquant.runs.run import read_result
@@ -73,9 +73,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "protect=boundary",
         TWO,
         "model.device=cpu",
-        "model.generation.steps=2",
-        "model.generation.num_frames=5",
-        "model.other_frames=[9]",
+        *TWO_STEPS[:2],
+        "model.other_frames=[]",
     ]
     command.append(f"hydra.run.dir={folder}")
     command.append(f"cache={tmp_path_factory.mktemp('cache')}")
@@ -135,25 +134,10 @@ def test_the_saved_checkpoint_makes_the_same_videos(finished: Path) -> None:
     assert measured_again(result, load_pipeline(finished / "checkpoint", device="cpu"), "tiny") == recorded(result)
 
 
-def test_none_converts_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    status = ptq(
-        monkeypatch, "-m", "protect=none", TWO, "checkpoint=false",
-        "eval.noise_floor=false", f"hydra.sweep.dir={tmp_path}",
-    )  # fmt: skip
-    assert status == 0
-    result = read_result(tmp_path / "0")
-    # The sweep's table goes to the tracker as well as each run.
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert list(tmp_path.glob("0/wandb/offline-run-*/*.wandb"))
-    assert (tmp_path / "table.tex").is_file()
-    assert result["conversion"] == {"converted": 80, "protected": 0, "skipped": 6}
-    assert not (tmp_path / "0" / "checkpoint").exists()
-
-
 def test_dry_run_only_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ptq(monkeypatch, "model=tiny", "dry_run=true", f"hydra.run.dir={tmp_path / 'run'}") == 0
+    assert ptq(monkeypatch, "model=tiny", *QUICK, "dry_run=true", f"hydra.run.dir={tmp_path / 'run'}") == 0
     printed = capsys.readouterr().out
     assert "PP" + "q" * 35 + "PPP" in printed
     assert "350 converted, 50 protected, 6 skipped" in printed
@@ -280,6 +264,7 @@ def test_values_that_fp8_loses_are_told(
     words = ["quant=hif8_fp8", "protect=none", TWO, "tracker=none", f"hydra.run.dir={tmp_path / 'run'}"]
     assert ptq(monkeypatch, *words) == 0
     result = read_result(tmp_path / "run")
+    assert result["conversion"] == {"converted": 80, "protected": 0, "skipped": 6}
     lost = result["lost_to_fp8"]
     assert f"<b>{100 * lost['inputs_share']:.3f} %</b>" in (tmp_path / "run" / "report.html").read_text()
     assert f"lost to FP8: {100 * lost['inputs_share']:.3f} %" in capsys.readouterr().out
@@ -424,10 +409,7 @@ def test_a_failing_job_of_a_sweep_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Block 40 does not exist: that job fails, the other one is complete, and the status says it."""
-    status = ptq(
-        monkeypatch, "-m", "protect.blocks=[40],[0]", TWO, "tracker=none",
-        "checkpoint=false", "eval.noise_floor=false", f"hydra.sweep.dir={tmp_path}",
-    )  # fmt: skip
+    status = ptq(monkeypatch, "-m", "protect.blocks=[40],[0]", TWO, "checkpoint=false", f"hydra.sweep.dir={tmp_path}")
     assert status == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: job 0: protected block 40 is out of range")
@@ -441,6 +423,11 @@ def test_a_failing_job_of_a_sweep_leaves_the_others(
     result = read_result(tmp_path / "1")
     assert result["protect"]["blocks"] == [0]
     assert result["protect"]["name"] == "blocks=[0]"
+    assert not (tmp_path / "1" / "checkpoint").exists()
+    # The sweep's table goes to the tracker as well as each run.
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("1/wandb/offline-run-*/*.wandb"))
+    assert (tmp_path / "table.tex").is_file()
 
 
 def test_a_sweeps_directory_is_that_sweeps(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.jobs import short
 from tests.qat.test_job import make_videos
 from wanquant import load_pipeline
 from wanquant.evaluate.prompts import PromptsConfig, pairs
@@ -30,7 +31,7 @@ BOTH = DataConfig(prompts=PromptsConfig(texts=[text for text, _ in PAIRS]))
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> CachedPipeline:
-    pipe = load_pipeline("tiny", device="cpu")
+    pipe = load_pipeline(short(), device="cpu")
     model = ModelConfig(generation=SETTINGS, batch=2)
     return CachedPipeline(pipe, model, "tiny", torch.device("cpu"), Cache(tmp_path_factory.mktemp("cache")))
 

@@ -132,16 +132,29 @@ def test_finished_is_not_trained_again(model: Path, cache: Path, tmp_path: Path,
     assert "train" in result_of(tmp_path / "c")["provenance"]["from_cache"]
 
 
-def test_the_untrained_baseline_is_ptqs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose latents it takes from the cache, however the blocks are written."""
-    words = overrides(model, tmp_path / "cache", "qat.scope=norms")
-    alone = [word for word in words if not word.startswith("qat.")]
+@pytest.fixture(scope="module")
+def validated(model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that is looked at on its way, and tracked; its blocks are written otherwise than their preset."""
+    folder = tmp_path_factory.mktemp("validated") / "run"
+    more = ["qat.scope=norms", "qat.check_every=2", "qat.recompute=true", "qat.floor=1", "tracker=wandb", "qat.seed=3"]
+    with pytest.MonkeyPatch.context() as patch:
+        words = overrides(model, cache, *more, "protect.blocks=[-1,0]", f"hydra.run.dir={folder}")
+        assert train(patch, *words) == 0
+    wandb.teardown()
+    return folder
+
+
+def test_the_untrained_baseline_is_ptqs(
+    validated: Path, model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One takes the other's latents from the cache, however the blocks are written."""
+    alone = [word for word in overrides(model, cache) if not word.startswith("qat.")]
     assert ptq(monkeypatch, *alone, "checkpoint=false", f"hydra.run.dir={tmp_path / 'ptq'}") == 0
-    assert train(monkeypatch, *words, "protect.blocks=[-1,0]", f"hydra.run.dir={tmp_path / 'run'}") == 0
-    result, untrained = result_of(tmp_path / "run"), read_result(tmp_path / "ptq")["metrics"]
-    assert "generate untrained" in result["provenance"]["from_cache"]
+    ptqs = read_result(tmp_path / "ptq")
+    assert f"generate {ptqs['quant']['format']}" in ptqs["provenance"]["from_cache"]
+    trained = result_of(validated)["metrics"]
     for name in ("step_sqnr", "psnr", "shape_speed", "motion_speed", "attributes"):
-        assert result["metrics"][f"untrained.{name}"]["per_item"] == untrained[name]["per_item"], name
+        assert trained[f"untrained.{name}"]["per_item"] == ptqs["metrics"][name]["per_item"], name
 
 
 def test_training_without_videos_is_judged_by_single_steps(
@@ -300,20 +313,15 @@ def test_a_dry_run_says_what_memory_the_training_needs(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_tracker_gets_every_step_and_the_validation(
-    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = ["qat.scope=norms", "qat.check_every=2", "qat.recompute=true", "qat.floor=1", "tracker=wandb", "qat.seed=3"]
-    assert train(monkeypatch, *overrides(model, cache, *more, f"hydra.run.dir={tmp_path / 'run'}")) == 0
-    wandb.teardown()
-    sent = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+def test_the_tracker_gets_every_step_and_the_validation(validated: Path) -> None:
+    sent = b"".join(path.read_bytes() for path in validated.glob("wandb/offline-run-*/*.wandb"))
     for name in (b"grad_norms/blocks.1", b"drift/blocks.2", b"clipped", b"step_sqnr", b"untrained"):
         assert name in sent
-    checks = result_of(tmp_path / "run")["training"]["checks"]
+    checks = result_of(validated)["training"]["checks"]
     assert [row["step"] for row in checks] == [1, 2]
     assert checks[0]["untrained"] == checks[1]["untrained"]
     assert checks[0]["step_sqnr"] != checks[1]["step_sqnr"]
-    assert "Validation" in (tmp_path / "run" / "report.html").read_text()
+    assert "Validation" in (validated / "report.html").read_text()
 
 
 @pytest.mark.slow

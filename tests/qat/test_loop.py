@@ -45,7 +45,7 @@ def test_stopped_anywhere_it_ends_the_same(tmp_path: Path, precision: str) -> No
     assert len(expected.rows) == 12
     assert expected.rows[-1]["loss"] < expected.rows[0]["loss"]
     ends = weights(whole.release()), whole.average.values  # type: ignore[union-attr]
-    for stops in ((1,), (5,), (7, 9), (11,)):
+    for stops in ((1,), (5,), (7, 9), (11,)) if precision == "fp32" else ((7, 9),):
         for stop in (*stops, None):
             again = loop(tmp_path / str(stops), precision=precision)
             found = again.run(stop_at=stop)

@@ -88,7 +88,7 @@ def test_within_the_roundings_that_have_to_be(
 
 
 @pytest.mark.parametrize("product", ["exact", "fast"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[1:]), SHAPES[0]])
 def test_whole_linears_too(shape: tuple[int, int], product: str) -> None:
     check(shape, "per_channel", "per_token", product)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests import forked
 from tests.evaluate.results import METRIC, changed, named, shifted, sweep
 from wanquant.evaluate.sweep import tables as report
 from wanquant.evaluate.sweep.summary import summarize
@@ -184,8 +183,7 @@ def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) 
     write_videos(folder, 3)
     Run(folder / "3", "ptq", "", {"protect": {"name": "w"}}).fail(ValueError("out of <luck>"))
     (folder / "4").mkdir()
-    command = [sys.executable, "-m", "wanquant.report", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.run(["-m", "wanquant.report", str(folder)])
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[2].startswith("1 ")
     assert "job 3 failed (w): ValueError: out of <luck>" in done.stdout
@@ -201,6 +199,7 @@ def test_the_report_is_one_file_the_same_each_time_and_complete(tmp_path: Path) 
     assert html.count("<svg") == 4
     assert "out of &lt;luck&gt;" in html
     assert "not finished yet" in html
+    assert "Which measure could be spared?" in html
     assert 'src="http' not in html
     assert 'href="http' not in html.replace('xlink:href="http', "")
     assert len(html) < 20e6
@@ -234,9 +233,7 @@ def test_a_sweep_in_which_all_failed_has_a_report(tmp_path: Path) -> None:
 
 
 def test_what_is_no_sweep_is_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "wanquant.report", str(tmp_path / "nowhere")], capture_output=True, text=True
-    )
+    done = forked.run(["-m", "wanquant.report", str(tmp_path / "nowhere")])
     assert done.returncode == 1
     assert done.stderr.strip() == f"error: {tmp_path / 'nowhere'} holds no runs of a sweep"
 

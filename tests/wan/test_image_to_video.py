@@ -232,7 +232,7 @@ def test_it_is_planned_at_the_true_shape(
         "calib.texts=[other]",
         "eval.videos=false",
         "model.device=cpu",
-        "model.generation.num_frames=17",
+        "model.generation.num_frames=5",
     ]
     plan = resolve(composed(f"model={preset}", *images, *texts))
     estimate = estimate_resources(plan, count_videos(plan))

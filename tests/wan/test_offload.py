@@ -15,6 +15,7 @@ from wanquant.quant import QuantConfig
 from wanquant.quant.scheme import parse
 from wanquant.runs.run import read_result
 from wanquant.wan.checkpoints.find import find_folder
+from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.resources import choice, placement
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
@@ -97,7 +98,7 @@ def test_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_true_size_is_that() -> None:
     folder = find_folder("Wan-AI/Wan2.1-T2V-14B-Diffusers", shapes_only=True)
     how = (parse(QuantConfig()), (0, 1, 37, 38, 39), (), GenerationConfig(), VideoCounts(2, 1, 3, 3), 1)
-    found = ResourceEstimate(folder, *how, torch.device("cuda")).ways
+    found = ResourceEstimate(ModelFiles.of(folder), *how, torch.device("cuda")).ways
     for name, needed in ways_of(REAL).items():
         assert (found[name].card, found[name].host) == pytest.approx((needed.card, needed.host), rel=0.02)
 

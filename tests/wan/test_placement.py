@@ -176,6 +176,7 @@ torch.set_num_threads(1)
 from wanquant import load_pipeline
 from wanquant.quant import QuantConfig, quantize_
 from wanquant.quant.scheme import parse
+from wanquant.wan.checkpoints.model_files import ModelFiles
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.generate import generate
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
@@ -199,8 +200,8 @@ quantize_(pipe.transformer, scheme, (0,), device=cpu, keep=placement.keep_)
 generate(pipe, [PAIR], settings, decode=False)
 done.set()
 watching.join()
-counts = VideoCounts(0, 1)
-print(most[0] - begun, ResourceEstimate(folder, parse(scheme), (0,), (), settings, counts, 1, cpu).ways["disk"].card)
+counts, files = VideoCounts(0, 1), ModelFiles.of(folder)
+print(most[0] - begun, ResourceEstimate(files, parse(scheme), (0,), (), settings, counts, 1, cpu).ways["disk"].card)
 """
     pipe = load_pipeline("tiny", "cpu")
     pipe.transformer = WanTransformer3DModel(num_layers=8, **{**WIDE, "text_dim": pipe.transformer.config.text_dim})

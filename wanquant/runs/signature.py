@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.metadata
 import platform
 import subprocess
+from dis import opmap
 from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ MEASURES = (*GENERATES, "evaluate", "ptq")
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "numba", "torch_npu")
 
 
+NOP = opmap["NOP"]
 #: Of the package.
 ROOT = Path(wanquant.__file__).parent
 
@@ -39,12 +41,23 @@ def code_hash(rooms: tuple[str, ...]) -> str:
 
 
 def what_it_does(source: str) -> str:
-    """The syntax of a module without comments, docstrings and layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
+    """The bytecode of a module: of its text without comments, docstrings, assertions and layout."""
+    return _described(compile(source, "", "exec", dont_inherit=True, optimize=2))
+
+
+def _described(value: Any) -> str:
+    """A constant, or code, without where it stands in the file."""
+    if isinstance(value, CodeType):
+        named = (value.co_name, value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars)
+        taken = (value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount, value.co_flags)
+        steps = (value.co_code[place : place + 2] for place in range(0, len(value.co_code), 2))
+        done = b"".join(step for step in steps if step[0] != NOP)  # which stands where a docstring was
+        return f"{named} {taken} {done.hex()} {_described(value.co_consts)}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
+    if isinstance(value, frozenset):  # of which each process has an order of its own
+        return f"{{{', '.join(sorted(map(_described, value)))}}}"
+    return repr(value)
 
 
 def signature(config: dict[str, Any], fingerprint: str, device: torch.device, rooms: tuple[str, ...] = MEASURES) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,13 @@ class Quantized:
 
 def empty_vae(folder: Path, family: Family = WAN) -> Any:
     """On the meta device."""
+    return vae_of(read_json(folder / "config.json"), family)
+
+
+def vae_of(config: Mapping[str, Any], family: Family = WAN) -> Any:
+    """By its config alone, which does not count where it is."""
     with torch.device("meta"):
-        vae = family.vae.from_config(read_json(folder / "config.json")).eval()
+        vae = family.vae.from_config({key: value for key, value in config.items() if not key.startswith("_")}).eval()
     family.prepare(vae)
     return vae
 

@@ -137,9 +137,10 @@ class ResourceEstimate:
     def each_activations(self) -> tuple[int, int]:
         """Of denoising, and of the VAE."""
         longest = max(self.settings.num_frames, self.counts.longest)
-        settings, vae = replace(self.settings, num_frames=longest), self.files.folder / "vae"
-        how = (settings, self.rows, self.device, self.given)
-        denoising = max(denoising_bytes(self._config, kind, *how) for kind in (None, self._quantized))
+        settings, vae = replace(self.settings, num_frames=longest, steps=1), self.files.folder / "vae"
+        family, how = self.given.family, (settings, self.rows, self.device, self.given)
+        config = family.sized(self._config, [2] * len(family.block_lists))  # those of more blocks are the same
+        denoising = max(denoising_bytes(config, kind, *how) for kind in (None, self._quantized))
         coding = decoding_bytes(vae, self.settings, self.given.family) if self.counts.decoded else 0
         if self.given.picture:  # of which the further frames are empty, or none
             coding = max(coding, encoding_bytes(vae, settings, 1 if self.given.timestep_per_token else longest))
@@ -255,8 +256,8 @@ class ResourceEstimate:
         return (around + len(self.shape.blocks) // parts * block) / rows
 
     @property
-    def _config(self) -> dict[str, Any]:
-        return dict(parts_of(self.shape)[0].config)  # type: ignore[arg-type]
+    def _config(self) -> dict[str, Any]:  # without where it comes from: what is probed is kept by it
+        return {key: value for key, value in parts_of(self.shape)[0].config.items() if key[0] != "_"}  # type: ignore
 
     @cached_property
     def _quantized(self) -> Quantized | None:

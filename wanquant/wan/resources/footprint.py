@@ -45,6 +45,7 @@ from wanquant.wan.resources.empty import (
     fill,
     linears_in,
     tokens_of,
+    vae_of,
 )
 
 #: Of the small blocks that are trained: tokens of the video and of the text, fewer and more, and the width of the
@@ -141,7 +142,6 @@ def denoising_bytes(
     )  # the product is in float32, of operands in BF16
 
 
-@once
 def decoding_bytes(folder: Path, settings: GenerationConfig, family: Family = WAN) -> int:
     """Of decoding one video with the VAE of this folder."""
     vae = empty_vae(folder, family)
@@ -149,16 +149,17 @@ def decoding_bytes(folder: Path, settings: GenerationConfig, family: Family = WA
     if any(length > most for length, most in zip(size, tile, strict=True)):
         size = tuple(map(min, size, tile))  # type: ignore[assignment]
         beside = 2 * 12 * settings.num_frames * settings.height * settings.width  # what tiles gave, and joined
-    return beside + _vae_bytes(vae, "decode", (family.channels(vae.config), *size))
+    return beside + _vae_bytes(dict(vae.config), family, "decode", (family.channels(vae.config), *size))
+
+
+def encoding_bytes(folder: Path, settings: GenerationConfig, frames: int) -> int:
+    """Of encoding so many frames, which a picture is the first of."""
+    return _vae_bytes(dict(empty_vae(folder).config), WAN, "encode", (3, frames, settings.height, settings.width))
 
 
 @once
-def encoding_bytes(folder: Path, settings: GenerationConfig, frames: int) -> int:
-    """Of encoding so many frames, which a picture is the first of."""
-    return _vae_bytes(empty_vae(folder), "encode", (3, frames, settings.height, settings.width))
-
-
-def _vae_bytes(vae: Any, what: str, size: tuple[int, ...]) -> int:
+def _vae_bytes(config: dict[str, Any], family: Family, what: str, size: tuple[int, ...]) -> int:
+    vae = vae_of(config, family)
     with FakeTensorMode(), torch.no_grad():
         fill(vae, torch.empty)
         alive, given = Alive([*vae.parameters(), *vae.buffers()]), torch.empty(1, *size)
