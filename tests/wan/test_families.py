@@ -65,5 +65,7 @@ def test_a_registered_family_is_loaded_quantized_and_saved(registered: None, fol
 def test_what_no_family_knows_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="is a OtherPipeline, not a WanPipeline"):
         load_pipeline(folder, "cpu")
+    with pytest.raises(ValueError, match="the pipeline class WanPipeline is that of another"):
+        register_family("MinePipeline", Family(WanPipeline, OtherTransformer))
     with pytest.raises(ValueError, match="the model family WanPipeline is known already"):
         register_family("WanPipeline", OTHER)

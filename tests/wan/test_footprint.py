@@ -234,6 +234,7 @@ def test_the_shapes_of_the_hubs_models_come_along(name: str, parameters: float, 
     plan = ResourceEstimate(find_model(name, shapes_only=True), *how)
     assert plan.parameters == pytest.approx(parameters, rel=1e-3)
     assert plan.report.blocks == blocks
+    assert plan.text_encoder[1] == 2 * 4096 * (256_384 + 4096)  # words, and what reads them
     assert plan.others == pytest.approx(2 * 5.68e9 + 4 * 127e6, rel=0.01)
 
 

@@ -13,18 +13,21 @@ from safetensors.torch import load_file
 from tests.jobs import ptq, run
 from tests.test_config import composed
 from tests.wan.variants import hunyuan, ltx
-from wanquant import load_pipeline, quantize_
+from wanquant import load_pipeline, quantize_, save_quantized
 from wanquant.evaluate.single_steps import measured_now, record
 from wanquant.ptq.estimate import count_videos, estimate_resources
 from wanquant.ptq.plan import resolve
 from wanquant.quant import QuantConfig
+from wanquant.quant.statistics import Layout, Observer
 from wanquant.runs.cache import Cache
 from wanquant.runs.run import read_result
 from wanquant.wan.cached import CachedPipeline
 from wanquant.wan.checkpoints.checkpoint import quantized_linears, read_json
+from wanquant.wan.checkpoints.export import export_all
+from wanquant.wan.checkpoints.find import find_model
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.experts import whole_of
-from wanquant.wan.generate import generate, initial_noise
+from wanquant.wan.generate import Position, generate, initial_noise
 
 CPU = torch.device("cpu")
 KINDS = {"ltx": ltx, "hunyuan": hunyuan}
@@ -161,6 +164,48 @@ def test_the_true_size_is_planned(preset: str, parameters: float, blocks: int, w
     denoising, decoding = estimate.each_activations
     assert 0 < denoising < 40e9
     assert 0 < decoding < 40e9
+
+
+def test_steps_are_counted_where_timesteps_are_one_in_bf16(tmp_path: Path) -> None:
+    """HunyuanVideo's pipeline rounds them: at a shift of 7 two of fifty are one."""
+    pipe, position = load_pipeline(hunyuan(tmp_path / "hunyuan"), "cpu"), Position()
+    settings, seen = settings_of("hunyuan", steps=50, flow_shift=7.0, num_frames=1, height=16, width=16), []
+    pipe.transformer.register_forward_hook(lambda *_: seen.append(position.where()[1:]))
+    generate(pipe, [(TEXTS[0], 0)], settings, decode=False, position=position)
+    assert seen == [(step, 0) for step in range(50)]
+
+
+def test_what_one_block_alone_has_is_its_own(tmp_path: Path) -> None:
+    """The modulation's input is the same in all blocks of a kind, and the kinds have other names for it."""
+    pipe = load_pipeline(hunyuan(tmp_path / "hunyuan"), "cpu")
+    layout = Layout(("",), 2, 1, 1, full=False)
+    position = Position()
+    with Observer(whole_of(pipe), layout, position.where) as observer:
+        generate(pipe, [(TEXTS[0], 0)], settings_of("hunyuan"), decode=False, position=position)
+    for block in range(5):
+        own = {name.split(".", 2)[2] for name in observer.statistics.own_inputs(block)}
+        assert not {"norm1.linear", "norm1_context.linear", "norm.linear"} & own
+        assert "attn.to_q" in own
+
+
+def test_only_its_own_layouts_leave_a_checkpoint(model: Path, kind: str, tmp_path: Path) -> None:
+    pipe = load_pipeline(model, "cpu")
+    quantize_(whole_of(pipe), QuantConfig())
+    saved = save_quantized(pipe, tmp_path / "saved")
+    with pytest.raises(ValueError, match="compressed-tensors is a layout for Wan's transformers"):
+        export_all(saved, tmp_path / "exported", "compressed-tensors")
+    export_all(saved, tmp_path / "plain", "bf16")
+    with pytest.raises(ValueError, match=r"and the pipeline in .* has a WanTransformer3DModel"):
+        find_model(saved / "transformer", "tiny")
+    assert run_dry(saved, kind) == 0
+
+
+def run_dry(saved: Path, kind: str) -> int:
+    """What ``eval.py`` would do with a checkpoint."""
+    given = [f"model.generation.{name}={value}" for name, value in {**OWN, "guidance": GUIDANCE[kind]}.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        words_ = [f"model.path={saved}", "model.language=english", f"prompts.texts={json.dumps(TEXTS)}", "dry_run=true"]
+        return run(patch, "eval", *words_, "model.generation.flow_shift=null", "tracker=none", *given)
 
 
 @pytest.mark.parametrize(

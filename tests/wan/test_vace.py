@@ -113,6 +113,7 @@ def test_blocks_are_protected_with_those_beside_them() -> None:
     assert by_rule(ProtectConfig(blocks=[2]), 12, 2, beside) == [2, 5, 8, 11]
     assert by_rule(ProtectConfig(blocks=[5]), 6, 1, beside) == [5]
     assert by_rule(ProtectConfig(by="middle", budget=2), 6, 1, beside) == [1, 2, 5]
+    assert by_rule(ProtectConfig(blocks=[0, 2], through=True), 6, 1, beside) == [0, 2]
 
 
 def test_the_true_size_is_planned() -> None:

@@ -47,9 +47,8 @@ Values = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Side:
-    """One of the models. ``source`` are its files, ``model`` how to ask it for a video, ``how`` what is
-    done to its noise, ``files`` the videos that are there, ``pictures`` first frames by prompt. ``fingerprint`` is what
-    the source has to be, if known; ``verify``: so do its ``SHA256SUMS``, if it has some."""
+    """One of the models: its files, how to ask it for a video, ``how`` its noise is changed, the videos that are there,
+    pictures by prompt. ``fingerprint`` is what the source has to be, if known; ``verify``: so do its ``SHA256SUMS``."""
 
     name: str
     prefix: str
@@ -272,7 +271,7 @@ class Evaluation:
 
 def _forget_all_but_vae(pipeline: CachedPipeline | None) -> None:
     for pipe in () if pipeline is None else (pipeline.pipe,):
-        for name in ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder"):
+        for name in set(pipe.components) - {"vae", "scheduler"}:
             setattr(pipe, name, None)
 
 

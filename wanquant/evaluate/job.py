@@ -38,6 +38,7 @@ from wanquant.wan.checkpoints.checkpoint import config_of
 from wanquant.wan.checkpoints.find import shape_of
 from wanquant.wan.device import forget_peak_memory, one_card, peak_memory, pick_device
 from wanquant.wan.experts import shape_of_whole
+from wanquant.wan.families import block_names, block_of
 from wanquant.wan.load import hush_libraries
 from wanquant.wan.lora import check_loras, describe_loras
 from wanquant.wan.outliers import chosen_blocks
@@ -254,12 +255,12 @@ def _estimate(side: Side, videos: int, device: torch.device) -> ResourceEstimate
     """Of generating so many, kept as files; what judges need is not in it."""
     quant, names, first = QuantConfig(format="bf16"), list[str](), 0
     for part in side.source.transformers.values():
-        described = part.quantization
+        described, shape = part.quantization, shape_of(part)
         if described is not None:
             quant = config_of(described)
-            for parts in (name.split(".") for name in described["modules"]):
-                names.append(".".join([parts[0], str(first + int(parts[1])), *parts[2:]]))
-        first += len(shape_of(part).blocks)
+            for name in described["modules"]:
+                names.append(f"blocks.{first + (block_of(name, shape) or 0)}.{name.split('.', 2)[2]}")
+        first += len(block_names(shape))
     counts = VideoCounts(0, videos, videos) if names else VideoCounts(videos, 0, videos)
     settings, rows = side.model.generation, min(side.model.batch, videos)
     loras = check_loras(side.model, shape_of_whole(side.source))

@@ -171,7 +171,9 @@ def _pictures_of(
     texts = list(dict.fromkeys(text for text, _ in asked))
     found = {text: own[text] for text in texts if text in own}
     if prompts is not None and prompts.images:
-        found = pictures(dataclasses.replace(prompts, texts=texts, file="", official=False), bool(own))
+        if not own:
+            raise ValueError("prompts.images: this run's videos were made from text alone, leave the pictures out")
+        found = pictures(dataclasses.replace(prompts, texts=texts, file="", official=False), True)
     elif own and len(found) < len(texts):
         raise ValueError(f"prompts.images: give the first frame of each of the {len(texts)} texts, in their order")
     for text, picture in found.items():

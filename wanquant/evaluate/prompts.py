@@ -80,13 +80,11 @@ def pairs(config: PromptsConfig, group: str = "prompts") -> list[Pair]:
     return [(text, seed) for text in texts for seed in config.seeds]
 
 
-def pictures(
-    config: PromptsConfig, taken: bool, group: str = "prompts", needed: bool | None = None
-) -> dict[str, Picture]:
+def pictures(config: PromptsConfig, taken: bool, group: str = "prompts", needed: bool = True) -> dict[str, Picture]:
     """First frames or references by text; ``ValueError`` where the model is one that has them ``taken`` and they are
     not there, unless they are not ``needed``, and where it is not and they are."""
     texts = settled(config).texts
-    if not taken or not (config.images or needed in (None, True)):
+    if not taken or not (config.images or needed):
         if config.images:
             raise ValueError(f"{group}.images: this model makes videos from text alone, leave the pictures out")
         return {}

@@ -215,14 +215,12 @@ def resolve_model(config: PTQConfig, scheme: Scheme, files: ModelFiles) -> Sourc
     blocks, transformers = len(shape.blocks), len(parts_of(shape))
     first: Any = parts_of(shape)[0]
     family = family_of(type(first).__name__)
-    if config.model.lora and not family.is_wan:
-        raise ValueError("model.lora is for Wan's transformers: fuse with diffusers and save the result")
     loras = check_loras(config.model, shape)
-    check_protect(config.protect, blocks // transformers)
+    beside = family.beside(first.config)
+    check_protect(config.protect, blocks // transformers - len(beside))
     outliers = chosen_blocks(config.model.outliers, blocks)
     if outliers and not folds_of(shape):
         raise ValueError(f"model.outliers: nothing in a {type(first).__name__} can hold them exactly")
-    beside = family.beside(first.config)
     protected = None if by_data else resolve_blocks(by_rule(config.protect, blocks, transformers, beside), blocks)
     kept = range(config.protect.budget) if protected is None else protected
     plan = plan_conversion(shape, scheme, list(kept), config.protect.modules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing, smooth_
 from wanquant.quant.trainable import TrainableQuantLinear, check_trainable, trainable_linears
 from wanquant.registered import guard
+
+L = TypeVar("L", bound=nn.Module)
 
 
 def quantize_(
@@ -65,7 +67,7 @@ def quantize_(
     for name in todo:
         linear = _there(_linear(module, name), device)
         layer = QuantLinear.from_linear(linear, scheme, known.get(name), smoothed.get(name))
-        module.set_submodule(name, keep(_with_hooks_of(linear, layer)))
+        module.set_submodule(name, keep(with_hooks_of(linear, layer)))
         on_linear()
     _set_attention(module, plan.converted_attentions(), scheme)
     guard(module)
@@ -120,7 +122,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def _with_hooks_of(linear: nn.Linear, layer: QuantLinear) -> QuantLinear:
+def with_hooks_of(linear: nn.Module, layer: L) -> L:
     """What they add to the one's output they add to the other's."""
     for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
         setattr(layer, kind, getattr(linear, kind))

@@ -67,15 +67,17 @@ class Statistics:
         return {name: site for name, site in self.inputs().items() if name.startswith(f"blocks.{block}.")}
 
     def own_inputs(self, block: int) -> dict[str, Site]:
-        """Of those, what is not the same in every block: the text that cross-attention reads says nothing of one."""
-        first, other = self.block_inputs(0), self.block_inputs(1)
+        """Of those, what is not the same in another block: the text that cross-attention reads says nothing of one."""
+        everywhere: dict[str, list[Site]] = {}
+        for name, site in self.inputs().items():
+            if name.startswith("blocks.") and not name.startswith(f"blocks.{block}."):
+                everywhere.setdefault(name.split(".", 2)[2], []).append(site)
 
-        def is_shared(inside: str) -> bool:
-            one, two = first.get(f"blocks.0.{inside}"), other.get(f"blocks.1.{inside}")
-            return one is not None and two is not None and np.array_equal(one.absmax, two.absmax, equal_nan=True)
+        def is_shared(name: str, site: Site) -> bool:
+            others = everywhere.get(name.split(".", 2)[2], [])
+            return any(np.array_equal(site.absmax, other.absmax, equal_nan=True) for other in others)
 
-        inputs, start = self.block_inputs(block), f"blocks.{block}."
-        return {name: site for name, site in inputs.items() if not is_shared(name.removeprefix(start))}
+        return {name: site for name, site in self.block_inputs(block).items() if not is_shared(name, site)}
 
     def coverage(self) -> list[str]:
         """How many videos, steps, branches, tokens and sites were seen, in a line; and a warning for each bin and

@@ -46,6 +46,8 @@ def check_generation(model: ModelFiles, settings: GenerationConfig) -> None:
     if getattr(config, "added_kv_proj_dim", None) is not None and settings.max_text_length != TEXT:
         told = f"must be {TEXT} for a transformer that attends to pictures"
         raise ValueError(f"model.generation.max_text_length={settings.max_text_length}: {told}")
+    if settings.guidance == "embedded" and settings.negative_prompt:
+        raise ValueError("model.generation.negative_prompt: a guidance scale that is an input has none, leave it out")
     if settings.guidance_scale_2 is not None and len(model.transformers) == 1:
         raise ValueError("model.generation.guidance_scale_2 is for pipelines of two transformers, and this has one")
 
@@ -74,18 +76,17 @@ class Position:
         return self.video, self.step, self.branch
 
     @contextmanager
-    def following(self, transformers: Iterable[torch.nn.Module]) -> Iterator[None]:
-        """Counts their forward passes: a new timestep is a new step, the same again the other branch."""
-        last: list[float] = []
+    def following(self, transformers: Iterable[torch.nn.Module], passes: int) -> Iterator[None]:
+        """Counts their forward passes, of which a step has so many. Timesteps do not tell: two may be one in BF16."""
+        seen = 0
 
-        def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            now = [kwargs["timestep"].max().item()]  # of a timestep a token, those of a given first frame are 0
-            self.branch = int(now == last)
-            self.step += now != last
-            last[:] = now
+        def hook(_: Any, args: Any) -> None:
+            nonlocal seen
+            self.step, self.branch = divmod(seen, passes)
+            seen += 1
 
         self.step = -1
-        handles = [each.register_forward_pre_hook(hook, with_kwargs=True) for each in transformers]
+        handles = [each.register_forward_pre_hook(hook) for each in transformers]
         try:
             yield
         finally:
@@ -165,7 +166,7 @@ def generate(
         noise = torch.cat([initial_noise(pipe, seed, settings, further) for seed in seeds])
         noise = noise if perturb is None else perturb(noise)
         parts = transformers_in(pipe).values()
-        with quick_products(_device(pipe)), streamed(parts), position.following(parts):
+        with quick_products(_device(pipe)), streamed(parts), position.following(parts, settings.passes):
             shown = family.shown(open_picture(pictures[prompts[0]], settings)) if pictures else {}
             found = _denoise(pipe, prompts, noise, settings, embed, on_step, **shown)
         for prompt, seed, latents in zip(prompts, seeds, found, strict=True):

@@ -22,7 +22,7 @@ from wanquant.runs.files import sum_of_file
 from wanquant.wan.checkpoints.lora_file import FUSED_ONLY, Lora, read_lora
 from wanquant.wan.config import ModelConfig
 from wanquant.wan.experts import parts_of, transformers_in, whole_of
-from wanquant.wan.families import folds_of
+from wanquant.wan.families import family_of, folds_of
 from wanquant.wan.resources.placement import placement_of
 
 #: What a file is for, of a pipeline of two transformers: the first denoises while the noise is high.
@@ -74,6 +74,8 @@ def read_loras(given: Sequence[str], transformer: nn.Module) -> Loras:
 def check_loras(config: ModelConfig, transformer: nn.Module, quantized: bool = False) -> int:
     """``ValueError`` for files that do not fit a model, on meta or not, which may be ``quantized`` in its files. Bytes
     that stay beside its weights."""
+    if config.lora and not family_of(type(parts_of(transformer)[0]).__name__).is_wan:
+        raise ValueError("model.lora is for Wan's transformers: fuse with diffusers and save the result")
     if config.lora_fuse:
         if quantized and config.lora:
             beside = "model.lora_fuse=false has it beside the weights"

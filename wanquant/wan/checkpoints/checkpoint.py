@@ -27,7 +27,7 @@ import wanquant
 from wanquant.plugins import load_plugins
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import ActivationConfig, WeightConfig
-from wanquant.quant.convert import empty_like_quantized_
+from wanquant.quant.convert import empty_like_quantized_, with_hooks_of
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD
 from wanquant.runs.files import whole_folder, write_atomic
@@ -82,7 +82,8 @@ def _save_components(pipe: DiffusionPipeline, folder: Path, on_linear: Callable[
     source = Path(str(pipe.config.get("_name_or_path")))
     if (source / "generation.json").is_file():
         # The shift is the scheduler's, which may have been asked for another one than the source's.
-        shift = pipe.scheduler.config.get("flow_shift", pipe.scheduler.config.get("shift"))
+        config = pipe.scheduler.config
+        shift = None if config.get("use_dynamic_shifting") else config.get("flow_shift", config.get("shift"))
         settings = {**read_json(source / "generation.json"), "flow_shift": shift}
         (folder / "generation.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for name, component in pipe.components.items():
@@ -263,7 +264,7 @@ def check_type(name: str, tensor: torch.Tensor, wanted: torch.dtype, folder: Pat
 def dequantize_(transformer: WanTransformer3DModel) -> None:
     """To plain linears of the codes' values in BF16, and attention as it was; nothing is rounded any more."""
     for name, layer in quantized_linears(transformer).items():
-        transformer.set_submodule(name, layer.dequantized())
+        transformer.set_submodule(name, with_hooks_of(layer, layer.dequantized()))
     for child in transformer.modules():
         if isinstance(child, WanAttention):
             child.set_processor(WanAttnProcessor())

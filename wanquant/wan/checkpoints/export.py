@@ -23,6 +23,7 @@ from wanquant.wan.checkpoints.layouts.ascend import write_mindie, write_modelsli
 from wanquant.wan.checkpoints.layouts.fp8 import write_comfyui, write_compressed_tensors
 from wanquant.wan.checkpoints.layouts.pieces import Checkpoint, Piece, write_as_source
 from wanquant.wan.checkpoints.sums import check_sums, seal
+from wanquant.wan.families import family_of
 
 #: Writes a checkpoint's tensors to a folder by a naming, and calls back after each file. It returns what is to be said.
 Writer = Callable[[Checkpoint, Path, str, Callable[[], None]], list[str]]
@@ -71,6 +72,9 @@ def export(
     file."""
     naming = naming_of(layout, naming)
     checkpoint = Checkpoint.of(folder)
+    kind = str(checkpoint.config.get("_class_name"))
+    if layout != "bf16" and not family_of(kind).is_wan:
+        raise ValueError(f"{folder} is a {kind}: {layout} is a layout for Wan's transformers, bf16 is for any")
     _refuse_existing(target)
     with whole_folder(target) as partial_target:
         write_json(partial_target / "config.json", checkpoint.config)

@@ -92,6 +92,10 @@ def check_shape(model: Path | ModelFiles) -> Family:
         raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json{hint}")
     family, index = _family_in(folder), read_json(folder / "model_index.json")
     elsewhere = TRANSFORMERS if files.assembled else ()
+    for part in files.transformers.values() if files.assembled else ():
+        kind, wanted = part.config.get("_class_name"), family.transformer.__name__
+        if kind not in (None, wanted):
+            raise ValueError(f"{part.path} is a {kind}, and the pipeline in {folder} has a {wanted}")
     listed = (name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None)
     for name in dict.fromkeys((*family.components, *listed)):
         if name not in elsewhere and not (folder / name).is_dir():

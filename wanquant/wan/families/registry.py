@@ -32,6 +32,11 @@ def register_family(name: str, family: Family) -> None:
     """Makes pipelines whose ``_class_name`` is ``name`` known; ``ValueError`` if the name is taken."""
     if name in FAMILIES:
         raise ValueError(f"the model family {name} is known already")
+    own = family.pipeline.__name__
+    if own != name and own in FAMILIES:  # by its class a loaded pipeline's family is found
+        raise ValueError(
+            f"the model family {name}: the pipeline class {own} is that of another, give it one of its own"
+        )
     alike = family_of(family.transformer.__name__)
     if alike.transformer is family.transformer:  # by that class these are found
         for what in ("folds", "block_lists"):

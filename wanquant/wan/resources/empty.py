@@ -123,9 +123,20 @@ def block_inputs(
     return hidden, words, torch.zeros(rows, 6, width, device=device), tuple(part.to(device) for part in rotary)
 
 
-def parameters_of(model: nn.Module, inside: bool = True) -> int:
-    """How many numbers they are; with those of the modules ``inside``."""
-    return sum(parameter.numel() for parameter in model.parameters(inside))
+def parameters_of(model: nn.Module) -> int:
+    """How many numbers they are."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def sizes_of_layers(model: nn.Module) -> list[int]:
+    """How many numbers each module has of its own; what two share counts once."""
+    seen: set[int] = set()
+    found = []
+    for module in model.modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in seen]
+        seen.update(map(id, own))
+        found.append(sum(parameter.numel() for parameter in own))
+    return found
 
 
 def fill(model: nn.Module, make: Callable[..., torch.Tensor], narrow: bool = True) -> None:

@@ -27,6 +27,7 @@ from wanquant.wan.resources.empty import (
     empty_encoder,
     empty_vae,
     parameters_of,
+    sizes_of_layers,
     tokens_of,
 )
 from wanquant.wan.resources.footprint import decoding_bytes, denoising_bytes, encoding_bytes
@@ -87,7 +88,7 @@ class ResourceEstimate:
         """Bytes, and those of the two largest layers that follow each other."""
         kinds = self.given.family.text_encoders.items()
         encoders = [empty_encoder(self.files.folder / name, kind) for name, kind in kinds]
-        layers = [[2 * parameters_of(child, inside=False) for child in each.modules()] for each in encoders]
+        layers = [[2 * size for size in sizes_of_layers(each)] for each in encoders]
         largest = max(max(map(sum, pairwise(layer for layer in each if layer))) for each in layers)
         return 2 * sum(map(parameters_of, encoders)), largest
 
@@ -179,7 +180,7 @@ class ResourceEstimate:
     def recorded(self) -> int:
         """Bytes on the disk of the recorded trajectories, in BF16: of each step what the model took, and what it gave
         by branch."""
-        each, total = 2 * (1 + self.settings.branches) * int(self._config["in_channels"]), 0
+        each, total = 2 * (self.settings.together + self.settings.branches) * int(self._config["in_channels"]), 0
         for steps, frames in self.counts.recorded_steps:
             total += steps * each * math.prod(self.given.latents(replace(self.settings, num_frames=frames)))
         return total

@@ -136,18 +136,20 @@ def small_pass(
     device: torch.device,
     layout: Layout | None = None,
     given: Given = USUAL,
+    alone: bool = False,
 ) -> float:
     """Of a forward pass through a small transformer for one video, as if all blocks were ``how``, and observed if there
-    is a ``layout``. Some blocks are run, and their time is scaled: a single one would stay in the CPU's cache."""
+    is a ``layout``; or ``alone``, of what is outside of the blocks. Some blocks are run, and their time is scaled: a
+    single one would stay in the CPU's cache."""
     family = given.family
     lengths = family.lengths(config)
-    some = [min(length, SOME_BLOCKS) for length in lengths]
+    some = [0 if alone else min(length, SOME_BLOCKS) for length in lengths]
     transformer = empty_transformer(config, runs_on(how, device), some, family)
     with _watched(transformer, layout):
         found = _pass_seconds(_filled(transformer, device), settings, rows, device, given)
-    if some == lengths:
+    if alone or some == lengths:
         return found
-    around: float = small_pass(family.sized(config, [0] * len(some)), None, settings, rows, device, given=given)
+    around: float = small_pass(config, None, settings, rows, device, given=given, alone=True)
     whole: float = around + (found - around) * sum(lengths) / sum(some)
     return whole
 
