@@ -29,6 +29,7 @@ from wanquant.wan.checkpoints.checkpoint import quantized_linears
 from wanquant.wan.config import GenerationConfig, ModelConfig, Picture
 from wanquant.wan.families import FOLDS, folds_of
 from wanquant.wan.generate import Position, generate, initial_noise, open_picture
+from wanquant.wan.products import quick_products
 
 CPU = torch.device("cpu")
 TEXTS = ["a red circle moving right on a black background", "a blue square moving up on a white background"]
@@ -103,18 +104,19 @@ def test_each_video_starts_from_its_own_picture(model: Path, pictures: dict[str,
     found = generate(pipe, [pair, (TEXTS[1], 0)], SETTINGS, decode=False, pictures=pictures)
     image = open_picture(pictures[TEXTS[0]], SETTINGS)
     assert image.size == (48, 32)
-    alone = pipe(
-        image=image,
-        prompt=TEXTS[0],
-        negative_prompt="",
-        height=32,
-        width=48,
-        num_frames=5,
-        num_inference_steps=2,
-        guidance_scale=2.0,
-        latents=initial_noise(pipe, 0, SETTINGS),
-        output_type="latent",
-    ).frames
+    with quick_products(CPU):
+        alone = pipe(
+            image=image,
+            prompt=TEXTS[0],
+            negative_prompt="",
+            height=32,
+            width=48,
+            num_frames=5,
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            latents=initial_noise(pipe, 0, SETTINGS),
+            output_type="latent",
+        ).frames
     assert torch.equal(found[0].latents, alone[0])
     swapped = {TEXTS[0]: pictures[TEXTS[1]]}
     assert not torch.equal(generate(pipe, [pair], SETTINGS, decode=False, pictures=swapped)[0].latents, alone[0])

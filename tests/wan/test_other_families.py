@@ -28,6 +28,7 @@ from wanquant.wan.checkpoints.find import find_model
 from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Position, generate, initial_noise
+from wanquant.wan.products import quick_products
 
 CPU = torch.device("cpu")
 KINDS = {"ltx": ltx, "hunyuan": hunyuan}
@@ -96,6 +97,10 @@ def test_a_run_and_what_becomes_of_its_checkpoint(
     assert any(
         torch.equal(found["0"], again[0].latents) and torch.equal(found["1"], again[1].latents) for found in files
     )
+    other = [f"run={folder}", 'prompts.texts=["a yellow star"]', "tracker=none", cache, "eval.noise_floor=false"]
+    assert run(monkeypatch, "eval", *other, "model.device=cpu") == 0
+    (entry,) = read_result(folder)["evaluations"].values()
+    assert entry["metrics"]["psnr"]["n"] == 1
 
 
 def test_videos_are_those_of_the_pipeline(kind: str, model: Path) -> None:
@@ -108,7 +113,8 @@ def test_videos_are_those_of_the_pipeline(kind: str, model: Path) -> None:
     given = {"prompt": TEXTS[0], "negative_prompt": "", "height": 64, "width": 64, "num_frames": 9}
     given |= {"num_inference_steps": 2, "guidance_scale": 3.0, "latents": noise, "max_sequence_length": 24}
     given |= {"frame_rate": 16} if kind == "ltx" else {}
-    alone = pipe(**given, output_type="np").frames[0]
+    with quick_products(CPU):
+        alone = pipe(**given, output_type="np").frames[0]
     assert found.video.shape == (9, 64, 64, 3)
     assert (found.video == alone).all()
     both = generate(pipe, [(text, 0) for text in TEXTS], settings, decode=False, batch=2)

@@ -92,7 +92,7 @@ def check_shape(model: Path | ModelFiles) -> Family:
         raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json{hint}")
     family, index = _family_in(folder), read_json(folder / "model_index.json")
     elsewhere = TRANSFORMERS if files.assembled else ()
-    for part in files.transformers.values() if files.assembled else ():
+    for part in (part for part in files.transformers.values() if elsewhere and part.as_diffusers):
         kind, wanted = part.config.get("_class_name"), family.transformer.__name__
         if kind not in (None, wanted):
             raise ValueError(f"{part.path} is a {kind}, and the pipeline in {folder} has a {wanted}")
