@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
 from tests.jobs import ptq, run
 from tests.test_config import composed
@@ -29,6 +30,7 @@ from wanquant.wan.config import GenerationConfig, ModelConfig
 from wanquant.wan.experts import whole_of
 from wanquant.wan.generate import Position, generate, initial_noise
 from wanquant.wan.products import quick_products
+from wanquant.wan.resources.probe import encoding_seconds
 
 CPU = torch.device("cpu")
 KINDS = {"ltx": ltx, "hunyuan": hunyuan}
@@ -147,6 +149,8 @@ def test_blocks_of_all_lists_are_one_list(kind: str, model: Path) -> None:
     pipe, names = load_pipeline(model, "cpu"), BLOCKS[kind]
     whole = whole_of(pipe)
     assert [whole.blocks[place] for place in range(len(names))] == [pipe.transformer.get_submodule(n) for n in names]
+    if kind == "hunyuan":  # whose second encoder takes 77 tokens, whatever the first is asked for
+        assert encoding_seconds(model / "text_encoder_2", CLIPTextModel, 256, CPU) > 0
     report = quantize_(whole, QuantConfig(), (0, -1))
     assert report.protected_blocks == (0, len(names) - 1)
     assert {".".join(name.split(".")[:2]) for name in quantized_linears(pipe.transformer)} == set(names[1:-1])

@@ -69,7 +69,8 @@ class GenerationConfig:
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 raise ValueError(f"generation.{name}={getattr(self, name)}: must be a multiple of 16")
         if self.num_frames < 1 or (self.num_frames - 1) % 4:
-            raise ValueError(f"generation.num_frames={self.num_frames}: must be 1, 5, 9, ... (4n + 1)")
+            told = "must be 1, 5, 9, ... (4n + 1), of LTX-Video 1, 9, 17, ..."
+            raise ValueError(f"generation.num_frames={self.num_frames}: {told}")
         if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
             raise ValueError(f"generation.flow_shift={self.flow_shift}: must be positive and finite")
         for name in ("guidance_scale", "guidance_scale_2"):

@@ -27,7 +27,12 @@ def choose(
     way = choose_way(ways, card, host) if asked == "auto" else asked
     if way is None and not on_host:
         raise ValueError(too_small(ways, card, host))
-    chosen = dataclasses.replace(needs, offload=way or "none")
+    if way is None:
+        way, least = "none", list(ways.values())[-1]
+        return dataclasses.replace(
+            needs, offload=way
+        ), f"offload     no way fits: the least needs {_of(least.card, card)}"
+    chosen = dataclasses.replace(needs, offload=way)
     return chosen, "" if on_host and chosen.offload == "none" else told(chosen.offload, ways, card, host)
 
 

@@ -238,5 +238,7 @@ def encoding_seconds(folder: Path, kind: Any, length: int, device: torch.device)
     encoder = empty_encoder(folder, kind)
     if parameters_of(encoder) > SMALL_ENCODER:
         return 0.0
+    longest: int = getattr(encoder.config, "max_position_embeddings", length)
+    length = min(length, longest)  # of CLIP 77, to which prompts are cut
     encoder = _filled(encoder.bfloat16(), device)
     return measured(lambda: encoder(torch.zeros(1, length, dtype=torch.long, device=device)), device)
