@@ -259,7 +259,9 @@ def _estimate(side: Side, videos: int, device: torch.device) -> ResourceEstimate
         if described is not None:
             quant = config_of(described)
             for name in described["modules"]:
-                names.append(f"blocks.{first + (block_of(name, shape) or 0)}.{name.split('.', 2)[2]}")
+                block = block_of(name, shape)
+                assert block is not None  # what is quantized is in one
+                names.append(f"blocks.{first + block}.{name.split('.', 2)[2]}")
         first += len(block_names(shape))
     counts = VideoCounts(0, videos, videos) if names else VideoCounts(videos, 0, videos)
     settings, rows = side.model.generation, min(side.model.batch, videos)

@@ -97,8 +97,7 @@ def resolve_convert(config: PTQConfig) -> ConvertPlan:
     if model.protected is None:
         raise ValueError(
             f"mode=convert cannot know the blocks that protect.by={config.protect.by} would choose: let mode=analyze "
-            f"choose them, and give protect.blocks=[...] "
-            "protect.through=true"
+            "choose them, and give protect.blocks=[...] protect.through=true"
         )
     stats, each = _statistics(config, scheme), model.blocks // model.transformers
     chosen = resolve_blocks(model.protected, model.blocks)

@@ -50,7 +50,7 @@ def estimate_resources(plan: PTQPlan, counts: VideoCounts) -> ResourceEstimate:
         blocks = tuple(range(config.protect.budget * model.transformers))
     rows = min(config.model.batch, len(plan.pairs))
     how = (plan.scheme, blocks, config.protect.modules, plan.settings, counts, rows, plan.device)
-    return ResourceEstimate(model.files, *how, loras=model.beside, further=lambda needs: further_stages(needs, plan))
+    return ResourceEstimate(model.files, *how, loras=model.loras, further=lambda needs: further_stages(needs, plan))
 
 
 def predicted(

@@ -47,7 +47,7 @@ class SourceModel:
     transformers  1, or 2
     protected     the blocks that stay BF16, numbered through; None where the data will choose them
     outliers      the blocks that outliers are planted in
-    beside        bytes of LoRAs beside its weights
+    loras         bytes of LoRAs beside its weights
     """
 
     files: ModelFiles
@@ -55,7 +55,7 @@ class SourceModel:
     transformers: int
     protected: tuple[int, ...] | None
     outliers: tuple[int, ...]
-    beside: int = 0
+    loras: int = 0
 
     @property
     def blocks(self) -> int:

@@ -10,20 +10,14 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVi
 from transformers import CLIPTextModel, LlamaModel
 
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.families.euler import use_euler
-from wanquant.wan.families.family import COMPONENTS, Family, Make, Text
+from wanquant.wan.families.euler import EulerFamily
+from wanquant.wan.families.family import COMPONENTS, Make, Text
 
 
 @dataclass(frozen=True)
-class HunyuanFamily(Family):
+class HunyuanFamily(EulerFamily):
     def shrinks(self, vae: Any) -> tuple[int, int]:
         return vae["temporal_compression_ratio"], vae["spatial_compression_ratio"]
-
-    def channels(self, vae: Any) -> int:
-        return int(vae["latent_channels"])
-
-    def patch(self, config: Any) -> tuple[int, int, int]:
-        return config["patch_size_t"], config["patch_size"], config["patch_size"]
 
     def prepare(self, vae: Any) -> None:
         """In tiles, as no card decodes a video of the model's size at once."""
@@ -51,9 +45,6 @@ class HunyuanFamily(Family):
             "guidance": make(rows, **kind) if config["guidance_embeds"] else None,
         }
 
-    def schedule(self, pipe: Any, settings: GenerationConfig) -> None:
-        use_euler(pipe, settings)
-
     def embed(self, pipe: Any, prompt: str, settings: GenerationConfig) -> Text:
         found = pipe.encode_prompt(prompt, max_sequence_length=settings.max_text_length)
         return dict(
@@ -79,5 +70,4 @@ HUNYUAN = HunyuanFamily(
     folds={},
     block_lists={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
     guidance="embedded",
-    solvers=("euler",),
 )

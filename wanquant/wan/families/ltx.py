@@ -12,22 +12,16 @@ from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DM
 from transformers import T5EncoderModel
 
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.families.euler import use_euler
-from wanquant.wan.families.family import Family, Make, Text
+from wanquant.wan.families.euler import EulerFamily
+from wanquant.wan.families.family import Make, Text
 
 
 @dataclass(frozen=True)
-class LTXFamily(Family):
+class LTXFamily(EulerFamily):
     def shrinks(self, vae: Any) -> tuple[int, int]:
         scaled = 2 ** sum(vae["spatio_temporal_scaling"])
         time, space = vae.get("temporal_compression_ratio"), vae.get("spatial_compression_ratio")
         return time or vae["patch_size_t"] * scaled, space or vae["patch_size"] * scaled
-
-    def channels(self, vae: Any) -> int:
-        return int(vae["latent_channels"])
-
-    def patch(self, config: Any) -> tuple[int, int, int]:
-        return config["patch_size_t"], config["patch_size"], config["patch_size"]
 
     def inputs(
         self, config: Any, size: tuple[int, int, int], settings: GenerationConfig, rows: int, make: Make, **how: Any
@@ -44,9 +38,6 @@ class LTXFamily(Family):
             "encoder_attention_mask": make(rows, settings.max_text_length, dtype=torch.bool),
             **dict(zip(("num_frames", "height", "width"), size, strict=True)),
         }
-
-    def schedule(self, pipe: Any, settings: GenerationConfig) -> None:
-        use_euler(pipe, settings)
 
     def embed(self, pipe: Any, prompt: str, settings: GenerationConfig) -> Text:
         found = pipe.encode_prompt(prompt, None, False, max_sequence_length=settings.max_text_length)
@@ -81,5 +72,4 @@ LTX = LTXFamily(
     folds={"attn1.to_out.0": "attn1.to_v", "attn2.to_out.0": "attn2.to_v"},
     block_lists={"transformer_blocks": "num_layers"},
     guidance="batch",
-    solvers=("euler",),
 )
