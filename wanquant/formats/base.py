@@ -10,14 +10,15 @@ from wanquant import kernels
 
 
 class Format(ABC):
-    """An 8-bit number format, whose values are all exact in BF16.
+    """A number format of at most 8 bits, whose values are all exact in BF16.
 
     overflow          the least magnitude that rounds beyond the largest finite value
     target            where a scale rule without a target of its own brings the largest magnitude
     default_overflow  ``inf`` or ``saturate``, what becomes of such a magnitude unless told otherwise
     keeps_all         no linear is converted to it
     codes_all         NaN and infinity have codes
-    block             how many elements of a row share a scale, where the format itself says so
+    bits              of an element's code
+    block             how many elements of a row share a scale that is the format's own; 0: none do
     """
 
     name: str
@@ -26,7 +27,16 @@ class Format(ABC):
     default_overflow: str = "saturate"
     keeps_all: bool = False
     codes_all: bool = True
-    block: int | None = None
+    bits: int = 8
+    block: int = 0
+
+    def default_rule(self) -> str:
+        """The scale rule where none is asked for, of what is outside of a block's own scale."""
+        return f"amax/{self.target:g}"
+
+    def row_bytes(self, columns: int) -> int:
+        """Of a row's codes; ``ValueError`` if it does not divide into blocks."""
+        return columns
 
     @abstractmethod
     def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
@@ -34,11 +44,15 @@ class Format(ABC):
 
     @abstractmethod
     def encode(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
-        """uint8 codes of the rounded elements, in their shape."""
+        """uint8 codes of the rounded elements: in their shape, or [..., ``row_bytes``]."""
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """uint8 codes of values that are on the grid, whatever rounding them again would make of them."""
+        return self.encode(values, self.default_overflow)
 
     @abstractmethod
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """The values of uint8 codes, in their shape."""
+        """The values of uint8 codes."""
 
     def check_overflow(self, overflow: str) -> None:
         """``ValueError`` if the format has no such way to overflow."""

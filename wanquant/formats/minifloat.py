@@ -2,10 +2,6 @@
 
 E4M3 has no infinity: what overflows becomes NaN with ``overflow="inf"``, ±448 with ``overflow="saturate"``, and a
 true infinity NaN either way. E5M2 overflows to infinity or to ±57344, and a true infinity stays one. Both have a -0.
-
-MXFP8 is E4M3 with a power of two as scale for every 32 elements of a row (OCP Microscaling 1.0). The scales are
-exact in BF16 and go into the operands; an element below 2^-133 after that, of a block whose magnitudes are below
-2^-119, is lost.
 """
 
 from __future__ import annotations
@@ -16,8 +12,8 @@ from wanquant.formats.base import Format
 
 
 class Minifloat(Format):
-    def __init__(self, name: str, dtype: torch.dtype, overflow: float, block: int | None = None) -> None:
-        self.name, self.dtype, self.overflow, self.block = name, dtype, overflow, block
+    def __init__(self, name: str, dtype: torch.dtype, overflow: float) -> None:
+        self.name, self.dtype, self.overflow = name, dtype, overflow
         self.target = torch.finfo(dtype).max
 
     def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
@@ -41,6 +37,5 @@ class Minifloat(Format):
 #: 464 lies in the middle of 448 and the 480 that is not there; the tie goes to 448, whose last bit is 0. The next
 #: float32 overflows.
 E4M3 = Minifloat("e4m3", torch.float8_e4m3fn, overflow=464.0 + 2.0**-15)
-MXFP8 = Minifloat("mxfp8", torch.float8_e4m3fn, overflow=E4M3.overflow, block=32)
 #: 61440 lies in the middle of 57344 and 65536; the tie goes to the latter.
 E5M2 = Minifloat("e5m2", torch.float8_e5m2, overflow=61440.0)

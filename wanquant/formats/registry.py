@@ -10,8 +10,9 @@ from wanquant import kernels
 from wanquant.choices import mistaken
 from wanquant.formats import hif8
 from wanquant.formats.base import Format
+from wanquant.formats.blocks import HIF4, INT4_64, INT4_128, MXFP4, MXFP6, MXFP8, NVFP4
 from wanquant.formats.integer import Int8
-from wanquant.formats.minifloat import E4M3, E5M2, MXFP8
+from wanquant.formats.minifloat import E4M3, E5M2
 
 
 class HiF8(Format):
@@ -57,7 +58,8 @@ def register_format(format_: Format) -> None:
     FORMATS[format_.name] = format_
 
 
-for _format in (HiF8(), E4M3, E5M2, MXFP8, Int8(), BFloat16()):
+_BLOCKS = (NVFP4, MXFP4, MXFP6, MXFP8, HIF4, INT4_64, INT4_128)
+for _format in (HiF8(), E4M3, E5M2, Int8(), *_BLOCKS, BFloat16()):
     register_format(_format)
 
 

@@ -1,5 +1,6 @@
 """How rounding is made fast: one set of torch ops, an implementation per device."""
 
+from wanquant.kernels.blocks import SCALE_BF16, SCALE_E4M3, SCALE_E8M0, SCALE_HIF4, BlockRounding
 from wanquant.kernels.dispatch import (
     absmax_rows,
     carry_e4m3,
@@ -10,6 +11,7 @@ from wanquant.kernels.dispatch import (
     native_product,
     quantize_rows_coded,
     quantize_rows_hif8,
+    round_blocks,
     scaled_round_hif8,
 )
 from wanquant.kernels.eager import (
@@ -29,6 +31,11 @@ __all__ = [
     "CODED_INT8",
     "LARGEST_E4M3",
     "OVERFLOW",
+    "SCALE_BF16",
+    "SCALE_E4M3",
+    "SCALE_E8M0",
+    "SCALE_HIF4",
+    "BlockRounding",
     "absmax_rows",
     "absmax_to_scale",
     "carry_e4m3",
@@ -39,6 +46,7 @@ __all__ = [
     "native_product",
     "quantize_rows_coded",
     "quantize_rows_hif8",
+    "round_blocks",
     "scaled_round_hif8",
     "times",
     "two_to",

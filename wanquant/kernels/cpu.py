@@ -7,17 +7,20 @@ beside torch's and kill forked children, on the work queue they are not thread-s
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from wanquant.kernels import eager
 from wanquant.kernels.eager import counted, fit, quantize_rows_coded
 from wanquant.kernels.loops import DESCALE, LOOPS, carry, stochastic
+from wanquant.kernels.loops_blocks import BLOCK_LOOPS
 from wanquant.kernels.tables import carry_table, decode_table, narrow
 
 __all__ = ["quantize_rows_coded"]
@@ -103,6 +106,27 @@ def quantize_rows_hif8(
     loop = LOOPS[x.dtype].quantize_rows
     _run(loop, rows, x.numel(), x, factors, out, scale, columns, goal, power_of_two, saturate)
     return out, scale
+
+
+def round_blocks(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    block: int,
+    kind: int,
+    mantissa: int,
+    exponent: int,
+    largest: float,
+    limit: float,
+    factors: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, scale, (rows, columns) = fit(x), scale.contiguous(), x.shape
+    out, over = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(rows, dtype=torch.int64)
+    # Exponents as fields of float32; the loops' types are those of their arguments.
+    shift, least = np.uint32((23 - mantissa) << 23), np.uint32((127 + exponent) << 23)
+    how = (block, kind, shift, least, np.float32(largest), math.frexp(largest)[1] - 1, np.float32(limit))
+    loop = BLOCK_LOOPS[x.dtype].round
+    _run(loop, rows, x.numel(), x, factors, scale, scale.ndim, out, over, columns, *how)
+    return out, over.sum()
 
 
 def descale(

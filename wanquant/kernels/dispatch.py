@@ -12,6 +12,7 @@ import torch
 
 from wanquant.kernels import npu
 from wanquant.kernels import ops as _registered  # noqa: F401  torch.ops.wanquant
+from wanquant.kernels.blocks import BlockRounding
 from wanquant.kernels.tables import decode_table, encode_table, round_table
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,6 +91,19 @@ def quantize_rows_hif8(
     check_rows(x)
     _check_factors(x, factors)
     return OPS.quantize_rows_hif8.default(x, target, power_of_two, saturates(overflow), factors)
+
+
+def round_blocks(
+    x: torch.Tensor, scale: torch.Tensor, how: BlockRounding, factors: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / scale of a matrix [rows, columns] rounded block by block, as BF16; int64 [], how many overflowed.
+
+    Arguments as those of ``scaled_round_hif8``; rows divide into blocks."""
+    check_rows(x, scale)
+    _check_factors(x, factors)
+    if x.shape[1] % how.block:
+        raise ValueError(f"rows of {x.shape[1]} elements do not divide into blocks of {how.block}")
+    return OPS.round_blocks.default(x, scale, *how, factors)
 
 
 def quantize_rows_coded(

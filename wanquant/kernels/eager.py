@@ -32,7 +32,7 @@ def _rows_at_once(x: torch.Tensor) -> int:
     return max(1, AT_ONCE // max(1, x.shape[1:].numel()))
 
 
-def _in_parts(
+def in_parts(
     work: Callable[..., torch.Tensor], dtype: torch.dtype, x: torch.Tensor, by_row: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``work(x)``, or with a scale for each row or for all ``work(x, by_row)``, of some rows at a time, to a tensor of
@@ -86,7 +86,7 @@ def round_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
     def rounded(part: torch.Tensor) -> torch.Tensor:
         return narrow(round_float32(part.float(), saturate), x.dtype)
 
-    return _in_parts(rounded, x.dtype, x.contiguous().view(-1)).view(x.shape)
+    return in_parts(rounded, x.dtype, x.contiguous().view(-1)).view(x.shape)
 
 
 def round_hif8_out(x: torch.Tensor, saturate: bool, out: torch.Tensor) -> None:
@@ -118,7 +118,7 @@ def encode_hif8(x: torch.Tensor, saturate: bool) -> torch.Tensor:
         # The upper twelve bits of a float32 are those of its BF16.
         return table[((round_float32(part.float(), saturate).view(torch.int32) >> 20) & 0xFFF).long()]
 
-    return _in_parts(encoded, torch.uint8, x.contiguous().view(-1)).view(x.shape)
+    return in_parts(encoded, torch.uint8, x.contiguous().view(-1)).view(x.shape)
 
 
 def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -127,7 +127,7 @@ def decode_hif8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The entry of each uint8 code in ``table`` [256]."""
-    return _in_parts(lambda part: table[part.long()], table.dtype, codes.contiguous().view(-1)).view(codes.shape)
+    return in_parts(lambda part: table[part.long()], table.dtype, codes.contiguous().view(-1)).view(codes.shape)
 
 
 def absmax_rows(x: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def scaled_round_hif8(
         over = over + (scaled.abs() >= OVERFLOW).sum()
         return narrow(round_float32(scaled, saturate), torch.bfloat16)
 
-    return _in_parts(rounded, torch.bfloat16, x.contiguous(), scale), over
+    return in_parts(rounded, torch.bfloat16, x.contiguous(), scale), over
 
 
 def quantize_rows_hif8(
@@ -193,7 +193,7 @@ def carry_e4m3(values: torch.Tensor, lift: float) -> tuple[torch.Tensor, torch.T
     def found(part: torch.Tensor) -> torch.Tensor:
         return table[((part.view(torch.int16) >> 4) & 0xFFF).long()]
 
-    entries = _in_parts(found, table.dtype, values.contiguous().view(-1)).view(values.shape)
+    entries = in_parts(found, table.dtype, values.contiguous().view(-1)).view(values.shape)
     return (entries & 0xFF).to(torch.uint8), counted((entries >> 8).sum(), entries.numel())
 
 
@@ -239,4 +239,4 @@ def descale(
         rounded = (values if bias is None else values + bias).to(dtype)
         return rounded.masked_fill(rounded.isnan(), torch.nan)  # torch's own cast to BF16 has two kinds of it
 
-    return _in_parts(scaled, dtype, product.contiguous(), row_scale)
+    return in_parts(scaled, dtype, product.contiguous(), row_scale)

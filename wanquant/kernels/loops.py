@@ -51,7 +51,7 @@ def scale_of(absmax, goal, power_of_two):
 
 
 @njit(inline="always")
-def _bfloat16(bits):
+def bfloat16_of(bits):
     """The BF16 pattern of a float32 pattern, ties to even."""
     if bits & np.uint32(0x7FFFFFFF) > INF_BITS:
         return np.uint16(0x7FC0)
@@ -194,7 +194,7 @@ def _descale_loop(product_word: type, bias_word: type, out_word: type) -> Any:
                 value = to_float(widen(x[row, column])) * factor * by_column[column]
                 if bias is not None:
                     value += to_float(widen(offset[column]))
-                y[row, column] = _bfloat16(to_bits(value)) if to_bfloat16 else _one_nan(to_bits(value))
+                y[row, column] = bfloat16_of(to_bits(value)) if to_bfloat16 else _one_nan(to_bits(value))
 
     return descale
 

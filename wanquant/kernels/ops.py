@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from wanquant.kernels import cpu, eager, npu
+from wanquant.kernels import blocks, cpu, eager, npu
 
 #: Each device's module has a function of each name. ``saturate``: an overflow gives 32768 instead of infinity.
 SCHEMAS = (
@@ -36,6 +36,8 @@ SCHEMAS = (
     "carry_e4m3(Tensor values, float lift) -> (Tensor, Tensor)",
     "quantize_rows_coded(Tensor x, int kind, float goal, bool power_of_two, float lift, float divisor,"
     " Tensor? factors=None) -> (Tensor, Tensor, Tensor)",
+    "round_blocks(Tensor x, Tensor scale, int block, int kind, int mantissa, int exponent, float largest, float limit,"
+    " Tensor? factors=None) -> (Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 #: Those with a Triton kernel; the others are few elements, or plain torch does them well.
@@ -48,9 +50,9 @@ ON_NPU = ("round_hif8", "round_hif8_out", "encode_hif8", "scaled_round_hif8", "q
 _LIBRARY = torch.library.Library("wanquant", "DEF")
 
 
-def _implement(key: str, device: ModuleType) -> None:
+def _implement(key: str, device: ModuleType, blocks_of: ModuleType) -> None:
     for name in NAMES:
-        _LIBRARY.impl(name, getattr(device, name), key)
+        _LIBRARY.impl(name, getattr(blocks_of if name == "round_blocks" else device, name), key)
 
 
 @cache
@@ -79,5 +81,5 @@ for _name in ON_CUDA:
     _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
 for _name in ON_NPU:
     _LIBRARY.impl(_name, getattr(npu, _name), "PrivateUse1")  # torch's key for devices of other packages
-_implement("CompositeExplicitAutograd", eager)
-_implement("CPU", cpu)
+_implement("CompositeExplicitAutograd", eager, blocks)
+_implement("CPU", cpu, cpu)

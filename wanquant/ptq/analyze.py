@@ -146,12 +146,13 @@ def module_row(name: str, statistics: Statistics, calibrator: Calibrator) -> dic
 
 def static_sqnrs(site: Site, view: View, calibrator: Calibrator) -> dict[str, float]:
     """Of one scale for everything, by each rule."""
-    scheme = calibrator.scheme
-    found = {}
+    scheme, found = calibrator.scheme, dict[str, float]()
+    if scheme.act_format.block or scheme.act_format.keeps_all:
+        return found
     for text in STATIC_RULES:
-        rule = parse_rule(text, scheme.format)
-        scale = float(static_scale(rule, site, scheme.format, scheme.overflow))
-        found[f"static {text}"] = view.static_sqnr(scale, scheme.format, scheme.overflow)
+        rule = parse_rule(text, scheme.act_format)
+        scale = float(static_scale(rule, site, scheme.act_format, scheme.act_overflow))
+        found[f"static {text}"] = view.static_sqnr(scale, scheme.act_format, scheme.act_overflow)
     return found
 
 

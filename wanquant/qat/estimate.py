@@ -175,7 +175,9 @@ def count_trained(plan: TrainPlan) -> int:
             if qat.scope == "lora":
                 count += qat.lora.rank * sum(size)
             else:
-                count += math.prod(plan.scheme.weight_granularity.scale_shape(*size)) + plan.scheme.act_static
+                count += (
+                    math.prod(plan.scheme.weight_granularity.scale_shape(linear.out_features)) + plan.scheme.act_static
+                )
     return count
 
 

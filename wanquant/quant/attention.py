@@ -94,8 +94,8 @@ class QuantAttention:
         return self._round_rows(x.reshape(x.shape[0] * x.shape[1], -1)).view(x.shape)
 
     def _round_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        scheme = self.scheme
-        values, scales = scheme.format.quantize_rows(rows.detach(), scheme.format.target, True, scheme.overflow)
+        format_ = self.scheme.act_format
+        values, scales = format_.quantize_rows(rows.detach(), format_.target, True, self.scheme.act_overflow)
         return straight_through(rows, values * scales[:, None].to(torch.bfloat16))
 
     def attend(
@@ -106,13 +106,13 @@ class QuantAttention:
             raise ValueError("quantized attention probabilities take no mask")
         scheme = self.scheme
         batch, heads, queries, channels = query.shape
-        scale = torch.tensor(2.0 ** -math.floor(math.log2(scheme.format.target)), device=query.device)
+        scale = torch.tensor(2.0 ** -math.floor(math.log2(scheme.act_format.target)), device=query.device)
         chunk = max(1, SCORES_AT_ONCE // (batch * heads * key.shape[2]))
         parts = []
         for first in range(0, queries, chunk):
             scores = query[:, :, first : first + chunk].float() @ key.float().mT / math.sqrt(channels)
             numerators = (scores - scores.amax(-1, keepdim=True)).exp()
-            rounded, _ = scheme.format.scaled_round(numerators.detach().flatten(0, 2), scale, scheme.overflow)
+            rounded, _ = scheme.act_format.scaled_round(numerators.detach().flatten(0, 2), scale, scheme.act_overflow)
             weights = straight_through(numerators, rounded.view(numerators.shape), scale)
             if scheme.product == "exact":
                 product = weights.float() @ value.float() * scale

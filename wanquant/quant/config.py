@@ -28,6 +28,8 @@ class ActivationConfig:
     rule: str = DEFAULT
     #: A static scale comes from calibration and needs ``granularity=per_tensor``.
     static: bool = False
+    #: ``default``: that of the weights. ``bf16`` leaves activations as they are (W4A16).
+    format: str = DEFAULT
 
 
 @dataclass

@@ -111,10 +111,11 @@ def _fate(name: str, linear: nn.Linear, block: int, scheme: Scheme) -> tuple[str
     """Status and reason of a linear that no selector protects."""
     if scheme.format.keeps_all:
         return "skipped", f"{scheme.format.name} is no quantization"
-    try:
-        scheme.weight_granularity.scale_shape(linear.out_features, linear.in_features)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be quantized to {scheme.format.name}: {error}") from None
+    for format_ in (scheme.format, scheme.act_format):
+        try:
+            format_.row_bytes(linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be quantized to {format_.name}: {error}") from None
     return "converted", f"block {block}"
 
 

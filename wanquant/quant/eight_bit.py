@@ -192,24 +192,23 @@ def _whole_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(x, weight.view(torch.int8).T)[:rows]
 
 
-def multiply_mx(
-    x: tuple[torch.Tensor, torch.Tensor],
-    weight: tuple[torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """A card's product of MXFP8, BF16 [rows, out]: of codes [rows, in] and [out, in], each with the scales of its
-    blocks of 32, float32 powers of two [rows, in / 32]."""
+def multiply_mx(x: torch.Tensor, weight: torch.Tensor, columns: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """A card's product of MXFP8, BF16 [rows, out], of packed rows: codes of ``columns`` elements, then a byte of E8M0
+    for every 32 of them."""
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
     how, layout = ScalingType.BlockWise1x32, SwizzleType.SWIZZLE_32_4_4
-    (left, by_left), (right, by_right) = ((c.view(torch.float8_e4m3fn), in_tiles(s)) for c, s in (x, weight))
+    (left, by_left), (right, by_right) = (
+        (packed[:, :columns].contiguous().view(torch.float8_e4m3fn), in_tiles(packed[:, columns:]))
+        for packed in (x, weight)
+    )
     return scaled_mm(left, right.T, by_left, how, by_right, how, swizzle_a=layout, swizzle_b=layout, bias=bias)
 
 
 def in_tiles(scale: torch.Tensor) -> torch.Tensor:
-    """Scales [rows, blocks] as E8M0 in the order in which cards of compute capability 10.0 read them: tiles of 128 by
+    """Bytes of E8M0 [rows, blocks] in the order in which cards of compute capability 10.0 read them: tiles of 128 by
     4, and in a tile row r and block b at 16 · (r mod 32) + 4 · (r div 32) + b; the rest is filled up."""
     rows, blocks = -(-scale.shape[0] // 128) * 128, -(-scale.shape[1] // 4) * 4
-    filled = F.pad(scale, (0, blocks - scale.shape[1], 0, rows - scale.shape[0]), value=1.0)
-    tiles = filled.to(torch.float8_e8m0fnu).view(torch.uint8).view(rows // 128, 4, 32, blocks // 4, 4)
+    filled = F.pad(scale, (0, blocks - scale.shape[1], 0, rows - scale.shape[0]), value=127)
+    tiles = filled.view(rows // 128, 4, 32, blocks // 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(torch.float8_e8m0fnu)

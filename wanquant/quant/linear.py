@@ -2,12 +2,13 @@
 
     y = s_x · s_w · (Q(x / s_x) · Q(w / s_w)ᵀ) + b
 
-Q rounds to an 8-bit format whose values are exact in BF16, so a BF16 product of them with float32
+Q rounds to a format whose values are exact in BF16, so a BF16 product of them with float32
 accumulation has exact products, provided the scales are applied after it. ``product=fast`` takes
 that product in BF16, whose output is rounded once more; ``product=exact`` takes it in float32;
 ``product=fp8`` and ``int8`` multiply codes (``wanquant.quant.eight_bit``).
 
-Block formats (MXFP8) are the exception: their scales, powers of two, go into the operands, where they are exact.
+Where a block of a row has a scale of its own (NVFP4, MX, HiF4), element times scale is the operand, and exact in BF16:
+only the scale outside of it comes after the product.
 
 Differs from the usual fake quantization (dequantize both operands, then multiply) in that no scale
 touches an operand: what is simulated is what the hardware does.
@@ -45,8 +46,8 @@ class QuantLinear(nn.Linear):
 
     For inference: no gradient passes through the rounding.
 
-    weight        [out, in]: BF16 values on the format's grid, or uint8 codes (packed)
-    weight_scale  float32 [out], or [] per tensor, or [out, in / block]
+    weight        BF16 [out, in]: values on the format's grid; or uint8 [out, bytes of a row]: their codes (packed)
+    weight_scale  float32 [out], or [] per tensor
     input_scale   float32 [], with static activations only
     input_factor  float32 [in], powers of two by which channels are multiplied before rounding; where smoothing is
     bias          BF16
@@ -67,9 +68,9 @@ class QuantLinear(nn.Linear):
         """An empty layer of the right shapes, on meta; ``from_linear`` or a checkpoint fills it."""
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=torch.bfloat16)
         self.scheme = scheme
-        dtype = torch.uint8 if scheme.coded else torch.bfloat16
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device="meta"), False)
-        shape = scheme.weight_granularity.scale_shape(out_features, in_features)
+        stored = (scheme.format.row_bytes(in_features), torch.uint8) if scheme.coded else (in_features, torch.bfloat16)
+        self.weight = nn.Parameter(torch.empty(out_features, stored[0], dtype=stored[1], device="meta"), False)
+        shape = scheme.weight_granularity.scale_shape(out_features)
         self.register_buffer("weight_scale", torch.empty(shape, device="meta"))
         self.register_buffer("input_scale", torch.empty((), device="meta") if scheme.act_static else None)
         self.register_buffer("input_factor", torch.empty(in_features, device="meta") if factored else None)
@@ -91,7 +92,7 @@ class QuantLinear(nn.Linear):
         ``seen`` is the input's largest magnitude or all that calibration recorded of it; static schemes and some
         rules need it. ``smoothing`` says by what its channels are divided, and whether they have been already.
         """
-        scheme.weight_granularity.scale_shape(linear.out_features, linear.in_features)  # refuses what does not divide
+        scheme.format.row_bytes(linear.in_features)  # refuses what does not divide
         source, divisors, factor = linear.weight.detach().to(torch.bfloat16), None, None
         if smoothing is not None:
             divisors = smoothing.divisors.to(source.device)
@@ -116,7 +117,7 @@ class QuantLinear(nn.Linear):
         """Of a weight [out, in] as ``Scheme.quantize_weight`` gives it."""
         rounded, weight_scale, overflowed = weight
         self = cls(rounded.shape[1], rounded.shape[0], bias is not None, scheme, input_factor is not None)
-        self.weight = nn.Parameter(scheme.format.encode(rounded, scheme.overflow) if scheme.coded else rounded, False)
+        self.weight = nn.Parameter(scheme.format.pack(rounded) if scheme.coded else rounded, False)
         self.weight_scale = weight_scale
         self.overflowed = torch.zeros_like(weight_scale, dtype=torch.int64).sum() if overflowed is None else overflowed
         self.lost = torch.zeros(2, dtype=torch.int64, device=rounded.device)
@@ -130,8 +131,8 @@ class QuantLinear(nn.Linear):
         return self.weight.dtype == torch.uint8
 
     def codes(self) -> torch.Tensor:
-        """The weights as uint8 codes [out, in], packed or not; exact."""
-        return self.weight.data if self.is_packed else self.scheme.format.encode(self.weight.data, self.scheme.overflow)
+        """The weights as uint8 codes [out, bytes of a row], packed or not; exact."""
+        return self.weight.data if self.is_packed else self.scheme.format.pack(self.weight.data)
 
     def pack_(self) -> QuantLinear:
         """Keeps the weights as codes, half the memory; they are decoded in every forward."""
@@ -147,9 +148,7 @@ class QuantLinear(nn.Linear):
     def dequantized(self) -> nn.Linear:
         """A plain linear of what the codes mean, in BF16: rounded once more unless the scales are powers of two."""
         values = self.scheme.format.decode(self.codes(), torch.float32)
-        scale = self.weight_scale
-        values = values.view(*scale.shape, -1) * scale[..., None] if scale.ndim else values * scale
-        values = values.reshape(self.out_features, self.in_features)
+        values = values * (self.weight_scale[:, None] if self.weight_scale.ndim else self.weight_scale)
         if self.input_factor is not None:
             values = values * self.input_factor  # by whose inverse the weights were multiplied
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, values.device, torch.bfloat16)
@@ -159,7 +158,7 @@ class QuantLinear(nn.Linear):
         return linear
 
     def quantize_input(self, rows: torch.Tensor) -> Scaled:
-        """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens], [] or [tokens, in / block]."""
+        """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens] or []."""
         operand, scale, over = self.scheme.quantize_input(rows, self.input_scale, self.input_factor)
         self.overflowed = _plus(self.overflowed, over)
         return operand, scale
@@ -183,8 +182,7 @@ class QuantLinear(nn.Linear):
         if self.scheme.product == "native":
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
         elif self.scheme.product == "fp8" and operand.is_cuda:
-            weight = (self.codes(), self.weight_scale)
-            y = multiply_mx((self.scheme.format.encode(operand, "saturate"), scale), weight, self.bias).to(x.dtype)
+            y = multiply_mx(self.scheme.format.pack(operand), self.codes(), self.in_features, self.bias).to(x.dtype)
         else:
             values = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
             y = take_product((operand, scale), (values, self.weight_scale), self.bias, self.scheme, x.dtype)
@@ -236,7 +234,7 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"{name} comes without its scale: load it into the plain model, then quantize_")
         weight = state_dict.get(name, self.weight)
         if (weight.dtype == torch.uint8) != self.is_packed:
-            made = format_.encode(weight, self.scheme.overflow) if self.is_packed else format_.decode(weight)
+            made = format_.pack(weight) if self.is_packed else format_.decode(weight)
             state_dict = {**state_dict, name: made}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

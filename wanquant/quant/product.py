@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from wanquant.kernels import descale
-from wanquant.quant.scale import PerBlock
 from wanquant.quant.scheme import Scheme
 
 #: BF16 values on the grid, and their scales in float32.
@@ -19,8 +18,6 @@ def take_product(
     x: Scaled, weight: Scaled, bias: torch.Tensor | None, scheme: Scheme, dtype: torch.dtype
 ) -> torch.Tensor:
     """[rows, out] of BF16 values [rows, in] and [out, in], the scales applied after it."""
-    if isinstance(scheme.weight_granularity, PerBlock):
-        x, weight = _into_operand(*x), _into_operand(*weight)
     product = _exact_product(x[0], weight[0]) if scheme.product == "exact" else F.linear(x[0], weight[0])
     return descale(product, x[1], weight[1], bias, dtype)
 
@@ -39,9 +36,3 @@ def _exact_product(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         past = min(first + rows, len(weight))
         torch.mm(wide, part[: past - first].copy_(weight[first:past]).T, out=product[:, first:past])
     return product
-
-
-def _into_operand(values: torch.Tensor, scale: torch.Tensor) -> Scaled:
-    """Scales of blocks cannot wait until after the product; they are powers of two, so the operand stays exact."""
-    blocks = values.view(*scale.shape, -1) * scale[..., None].to(torch.bfloat16)
-    return blocks.view(values.shape), scale.new_ones(())

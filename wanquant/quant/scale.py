@@ -62,23 +62,6 @@ class PowerOfTwo(AmaxTo):
 
 
 @dataclass(frozen=True)
-class SharedExponent:
-    """s = 2^(floor(log2 absmax) - floor(log2 max)), at least 2^-127: the rule of OCP Microscaling 1.0, section 6.3.
-
-    The largest magnitude lands between the power of two below the format's maximum and the next one, so a part
-    of it is beyond the maximum and saturates. ``max_exponent`` is 8 for E4M3, whose maximum is 448.
-    """
-
-    max_exponent: int
-    power_of_two = True
-
-    def __call__(self, absmax: torch.Tensor) -> torch.Tensor:
-        exponent = torch.frexp(absmax).exponent - 1 - self.max_exponent
-        scale = kernels.two_to(exponent.clamp_min(-127))
-        return torch.where(torch.isfinite(absmax), torch.where(absmax == 0, 1.0, scale), torch.nan)
-
-
-@dataclass(frozen=True)
 class SearchedRule(ABC):
     """Finds scales before the model runs."""
 
@@ -170,7 +153,7 @@ class LeastError(SearchedRule):
 Rule = PlainRule | SearchedRule
 #: What makes a rule for a target, by name; ``register_scale_rule`` adds to them.
 TARGETED: dict[str, Callable[[float], Rule]] = {"amax": AmaxTo, "pow2": PowerOfTwo, "ema": partial(Ema, "ema")}
-#: Rules without a target, ``mx`` aside, which depends on the format.
+#: Rules without a target.
 FIXED: dict[str, Rule] = {"direct": Direct(), **{name: LeastError(name) for name in ("mse", "mse_output", "ofmr")}}
 PERCENT = re.compile(r"p(\d+(\.\d+)?)")
 
@@ -178,10 +161,10 @@ PERCENT = re.compile(r"p(\d+(\.\d+)?)")
 def register_scale_rule(name: str, make: Callable[[float], PlainRule]) -> None:
     """Adds a rule, which ``quant.activations.rule=NAME/TARGET`` and ``quant.weights.rule=NAME`` then find.
 
-    ``make(target)`` gives a ``PlainRule``. If that has a ``target``, it must lie within the format's range; formats
-    with blocks take it only if it has a true ``power_of_two``. ``ValueError`` for a name that is taken or has a slash.
+    ``make(target)`` gives a ``PlainRule``. If that has a ``target``, it must lie within the format's range.
+    ``ValueError`` for a name that is taken or has a slash.
     """
-    if name in TARGETED or name in FIXED or name == "mx" or PERCENT.fullmatch(name):
+    if name in TARGETED or name in FIXED or PERCENT.fullmatch(name):
         raise ValueError(f"there is a scale rule {name!r} already: choose another name")
     if not name or "/" in name:
         raise ValueError(f"a scale rule cannot be named {name!r}: a slash divides name and target")
@@ -189,7 +172,7 @@ def register_scale_rule(name: str, make: Callable[[float], PlainRule]) -> None:
 
 
 def parse_rule(text: str, format_: Format) -> Rule:
-    """``direct``, ``amax/15``, ``pow2/16``, ``p99.9/15``, ``ema/15``, ``mse``, ``mse_output``, ``ofmr``, ``mx``, or a
+    """``direct``, ``amax/15``, ``pow2/16``, ``p99.9/15``, ``ema/15``, ``mse``, ``mse_output``, ``ofmr``, or a
     registered one; the number behind the slash is the target, without one it is the format's own."""
     name, slash, target_text = text.partition("/")
     try:
@@ -202,16 +185,14 @@ def parse_rule(text: str, format_: Format) -> Rule:
         return TARGETED[name](target)
     if name in FIXED and not slash:
         return FIXED[name]
-    if name == "mx" and not slash:
-        return SharedExponent(math.frexp(format_.target)[1] - 1)
     percent = PERCENT.fullmatch(name)
     if percent and 0 < float(percent[1]) <= 100:
         return Percentile(f"p{float(percent[1]):g}", float(percent[1]) / 100, target)
     added = [f"{known}[/TARGET]" for known in TARGETED if known not in ("amax", "pow2")]
     raise ValueError(
-        f"unknown scale rule {text!r}: {did_you_mean(name, ('direct', *TARGETED, *FIXED, 'mx'))}"
+        f"unknown scale rule {text!r}: {did_you_mean(name, ('direct', *TARGETED, *FIXED))}"
         "choose direct, amax[/TARGET] (amax/15), pow2[/TARGET], pPERCENT[/TARGET] "
-        f"(p99.9/15), {', '.join(added)}, {', '.join([*FIXED][1:])} or mx"
+        f"(p99.9/15), {', '.join([*added, *[*FIXED][1:-1]])} or {[*FIXED][-1]}"
     )
 
 
@@ -219,12 +200,12 @@ class Granularity(ABC):
     """How many elements share a scale."""
 
     def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
-        """From the largest magnitude of each row, or of each block, to that of what shares a scale."""
+        """From the largest magnitude of each row to that of what shares a scale."""
         return absmax_of_rows
 
     @abstractmethod
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Of a matrix; ``ValueError`` if it does not divide."""
+    def scale_shape(self, rows: int) -> tuple[int, ...]:
+        """Of a matrix of so many rows."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +215,7 @@ class PerTensor(Granularity):
     def reduce(self, absmax_of_rows: torch.Tensor) -> torch.Tensor:
         return absmax_of_rows.amax()
 
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+    def scale_shape(self, rows: int) -> tuple[int, ...]:
         return ()
 
 
@@ -245,20 +226,8 @@ class PerRow(Granularity):
     Of a weight [out, in] that is *per-channel*, of activations [tokens, in] *per-token*.
     """
 
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+    def scale_shape(self, rows: int) -> tuple[int, ...]:
         return (rows,)
-
-
-@dataclass(frozen=True)
-class PerBlock(Granularity):
-    """One scale for ``size`` elements in a row: [rows, columns] → [rows, columns / size]."""
-
-    size: int
-
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        if columns % self.size:
-            raise ValueError(f"rows of {columns} elements do not divide into blocks of {self.size}")
-        return (rows, columns // self.size)
 
 
 def static_scale(rule: Rule, seen: float | Site, format_: Format, overflow: str) -> torch.Tensor:
@@ -284,17 +253,16 @@ def quantize_matrix(
     [columns], powers of two, multiply the columns first.
     """
     assert not isinstance(rule, SearchedRule), "parse lets none be dynamic"
+    if isinstance(rule, Direct) and format_.block:  # whose own scales tell what is not finite
+        one = torch.ones((), device=x.device)
+        rounded, over = format_.scaled_round(x, one, overflow, factors)
+        return rounded, one, over
     # Not what a plug-in derives from them.
     fused = rule if isinstance(rule, AmaxTo) and type(rule) in (AmaxTo, PowerOfTwo) else None
     if factors is not None and not (isinstance(granularity, PerRow) and fused is not None):
         x, factors = kernels.times(x, factors), None
-    slices = x.reshape(-1, granularity.size) if isinstance(granularity, PerBlock) else x
-    over = None
     if fused is not None and not isinstance(granularity, PerTensor):
-        rounded, scale = format_.quantize_rows(slices, fused.target, fused.power_of_two, overflow, factors)
-    else:
-        scale = rule(granularity.reduce(kernels.absmax_rows(slices)))
-        rounded, over = format_.scaled_round(slices, scale, overflow)
-    if isinstance(granularity, PerBlock):
-        return rounded.view(x.shape), scale.view(len(x), -1), over
+        return *format_.quantize_rows(x, fused.target, fused.power_of_two, overflow, factors), None
+    scale = rule(granularity.reduce(kernels.absmax_rows(x)))
+    rounded, over = format_.scaled_round(x, scale, overflow)
     return rounded, scale, over

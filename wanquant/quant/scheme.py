@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from wanquant.choices import check_choices, did_you_mean
 from wanquant.formats.base import Format
 from wanquant.formats.registry import get_format
-from wanquant.kernels import LARGEST_E4M3
+from wanquant.kernels import LARGEST_E4M3, times
 from wanquant.quant.config import DEFAULT, QuantConfig
 from wanquant.quant.scale import (
     Direct,
     Ema,
     Granularity,
     LeastError,
-    PerBlock,
     PerRow,
     PerTensor,
     Rule,
@@ -38,16 +39,19 @@ Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class Scheme:
-    """A ``QuantConfig``, checked and parsed once. Keeps the config, its defaults settled, for checkpoints to name."""
+    """A ``QuantConfig``, checked and parsed once. Keeps the config, its defaults settled, for checkpoints to name.
+    ``format`` and ``overflow`` are of weights, ``act_format`` and ``act_overflow`` of activations."""
 
     config: QuantConfig
     format: Format
+    act_format: Format
     weight_granularity: Granularity
     weight_rule: Rule
     act_granularity: Granularity
     act_rule: Rule
     act_static: bool
     overflow: str
+    act_overflow: str
     product: str
     attention: str
     packed: bool
@@ -73,6 +77,12 @@ class Scheme:
         weights, inputs = (LARGEST_E4M3 / self.format.round(targets, "saturate")).log2().floor().exp2().tolist()
         return weights, inputs
 
+    def packed_bytes(self, linear: nn.Linear) -> int:
+        """Of its weight's codes and their scales."""
+        rows = linear.out_features
+        scales = math.prod(self.weight_granularity.scale_shape(rows))
+        return rows * self.format.row_bytes(linear.in_features) + 4 * scales
+
     @property
     def by_output(self) -> bool:
         """Whether a weight's scales are searched for by the error of the layer's output."""
@@ -89,24 +99,27 @@ class Scheme:
         if not self.act_static:
             return None
         assert seen is not None, "a static scheme needs a calibrated input"
-        return static_scale(self.act_rule, seen, self.format, self.overflow).to(device)
+        return static_scale(self.act_rule, seen, self.act_format, self.act_overflow).to(device)
 
     def quantize_input(
         self, rows: torch.Tensor, scale: torch.Tensor | None, factors: torch.Tensor | None = None
     ) -> Rounded:
-        """Of a matrix [tokens, in], by a static ``scale`` or its own: [], [tokens] or [tokens, in / block].
-        ``factors``, float32 [in], powers of two, multiply the columns first."""
+        """Of a matrix [tokens, in], by a static ``scale`` or its own: [] or [tokens]. ``factors``, float32 [in], powers
+        of two, multiply the columns first."""
+        if self.act_format.keeps_all:
+            kept = rows if factors is None else times(rows, factors)
+            return kept.to(torch.bfloat16), torch.ones((), device=rows.device), None
         if scale is None:
-            how = (self.act_granularity, self.act_rule, self.format, self.overflow)
+            how = (self.act_granularity, self.act_rule, self.act_format, self.act_overflow)
             return quantize_matrix(rows, *how, factors)
-        rounded, over = self.format.scaled_round(rows, scale, self.overflow, factors)
+        rounded, over = self.act_format.scaled_round(rows, scale, self.act_overflow, factors)
         return rounded, scale, over
 
     def quantize_weight(
         self, source: torch.Tensor, seen: float | Site | None = None, divisors: torch.Tensor | None = None
     ) -> Rounded:
-        """Of a weight [out, in], by its own scales or by searched ones: [out], [] or [out, in / block]. ``seen`` is its
-        input in calibration, ``divisors``, float32 [in], by what the channels of that have been divided since."""
+        """Of a weight [out, in], by its own scales or by searched ones: [out] or []. ``seen`` is its input in
+        calibration, ``divisors``, float32 [in], by what the channels of that have been divided since."""
         rule, whole, cost = self.weight_rule, isinstance(self.weight_granularity, PerTensor), None
         if not isinstance(rule, SearchedRule):
             return quantize_matrix(source, self.weight_granularity, rule, self.format, self.overflow)
@@ -128,20 +141,32 @@ def scheme_of(config: QuantConfig | Scheme | None) -> Scheme:
 
 
 def settle(config: QuantConfig) -> QuantConfig:
-    """The config with the format's own choices where it says ``default``."""
-    format_ = get_format(config.format)
+    """The config with the formats' own choices where it says ``default``. ``overflow`` keeps saying so where those of
+    weights and activations differ."""
 
     def choose(value: str, own: str) -> str:
         return own if value == DEFAULT else value
 
-    rule = "mx" if format_.block else f"amax/{format_.target:g}"
-    weight_rows, act_rows = ("per_block", "per_block") if format_.block else ("per_channel", "per_token")
     weights, act = config.weights, config.activations
+    name = choose(act.format, config.format)
+    of_weights, of_inputs = get_format(config.format), get_format(name)
+    rows = "per_tensor" if of_weights.block else "per_channel"
+    tokens = "per_tensor" if of_inputs.block else "per_token"
+    overflow, other = of_weights.default_overflow, of_inputs.default_overflow
     return replace(
         config,
-        weights=replace(weights, granularity=choose(weights.granularity, weight_rows), rule=choose(weights.rule, rule)),
-        activations=replace(act, granularity=choose(act.granularity, act_rows), rule=choose(act.rule, rule)),
-        overflow=choose(config.overflow, format_.default_overflow),
+        weights=replace(
+            weights,
+            granularity=choose(weights.granularity, rows),
+            rule=choose(weights.rule, of_weights.default_rule()),
+        ),
+        activations=replace(
+            act,
+            format=name,
+            granularity=choose(act.granularity, tokens),
+            rule=choose(act.rule, of_inputs.default_rule()),
+        ),
+        overflow=choose(config.overflow, overflow if overflow == other else DEFAULT),
     )
 
 
@@ -149,62 +174,92 @@ def parse(config: QuantConfig) -> Scheme:
     """``ValueError`` names the key at fault and what it may be."""
     check_choices(config, "quant.")
     config = settle(config)
-    format_, weights, act = get_format(config.format), config.weights, config.activations
-    _check_config(config, format_)
-    weight_rule, act_rule = parse_rule(weights.rule, format_), parse_rule(act.rule, format_)
-    _check_rules(config, format_, weight_rule, act_rule)
+    weights, act = config.weights, config.activations
+    of_weights, of_inputs = get_format(config.format), get_format(act.format)
+    overflow, act_overflow = (
+        each.default_overflow if config.overflow == DEFAULT else config.overflow for each in (of_weights, of_inputs)
+    )
     scheme = Scheme(
         config=config,
-        format=format_,
-        weight_granularity=parse_granularity(weights.granularity, "per_channel", format_),
-        weight_rule=weight_rule,
-        act_granularity=parse_granularity(act.granularity, "per_token", format_),
-        act_rule=act_rule,
+        format=of_weights,
+        act_format=of_inputs,
+        weight_granularity=parse_granularity(weights.granularity, "per_channel"),
+        weight_rule=parse_rule(weights.rule, of_weights),
+        act_granularity=parse_granularity(act.granularity, "per_token"),
+        act_rule=parse_rule(act.rule, of_inputs),
         act_static=act.static,
-        overflow=config.overflow,
+        overflow=overflow,
+        act_overflow=act_overflow,
         product=config.product,
         attention=config.attention,
         packed=config.packed,
         smoothing=config.smoothing,
     )
+    _check_formats(scheme)
+    _check_product(scheme)
+    _check_rules(scheme)
     assert scheme.lifts  # found now, and not while a model is traced
     return scheme
 
 
-def _check_config(config: QuantConfig, format_: Format) -> None:
-    """What the format cannot do, and what does not go together."""
-    try:
-        format_.check_overflow(config.overflow)
-    except ValueError as error:
-        raise ValueError(f"quant.overflow={config.overflow}: {error}") from None
-    if config.product == "native" and config.format != "hif8":
-        raise ValueError(f"quant.product=native: there is none for {config.format}")
-    if config.product in EIGHT_BIT and config.format not in MULTIPLIED[config.product]:
-        own = [product for product, formats in MULTIPLIED.items() if config.format in formats]
-        known = ", ".join(MULTIPLIED[config.product])
+def _check_formats(scheme: Scheme) -> None:
+    """What the formats cannot do."""
+    config, act_format = scheme.config, scheme.act_format
+    for format_, overflow in ((scheme.format, scheme.overflow), (act_format, scheme.act_overflow)):
+        try:
+            format_.check_overflow(overflow)
+        except ValueError as error:
+            raise ValueError(f"quant.overflow={overflow}: {error}") from None
+    if scheme.format.keeps_all and not act_format.keeps_all:
         raise ValueError(
-            f"quant.product={config.product} is for {known}: with {format_.name} choose {' or '.join(['fast', *own])}"
+            f"quant.activations.format={act_format.name}: with quant.format={scheme.format.name} no linear"
         )
-    if config.attention != "off" and (format_.block or format_.keeps_all):
-        raise ValueError(f"quant.attention={config.attention}: {format_.name} has no attention of its own")
+    if config.attention != "off" and (act_format.block or act_format.keeps_all):
+        raise ValueError(f"quant.attention={config.attention}: {act_format.name} has no attention of its own")
     if config.activations.static and config.activations.granularity != "per_tensor":
         raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
+    if config.activations.static and act_format.keeps_all:
+        raise ValueError(f"quant.activations.static=true: {act_format.name} has no scales")
     if config.smoothing is not None and not 0 <= config.smoothing <= 1:
         raise ValueError(f"quant.smoothing={config.smoothing}: must lie between 0 and 1, or be null for none")
 
 
-def _check_rules(config: QuantConfig, format_: Format, weight_rule: Rule, act_rule: Rule) -> None:
-    """What the rules cannot do, by what they are; a plug-in's may have a target and be of powers of two."""
-    for side, rule in (("weights", weight_rule), ("activations", act_rule)):
+def _check_product(scheme: Scheme) -> None:
+    """What the product does not multiply."""
+    product, name, act_name = scheme.product, scheme.format.name, scheme.act_format.name
+    if product in ("fast", "exact"):
+        return
+    if name != act_name:
+        raise ValueError(f"quant.product={product}: there is none of {name} with {act_name}, choose fast or exact")
+    if product == "native" and name != "hif8":
+        raise ValueError(f"quant.product=native: there is none for {name}")
+    if product in EIGHT_BIT and name not in MULTIPLIED[product]:
+        own = [product for product, formats in MULTIPLIED.items() if name in formats]
+        known = ", ".join(MULTIPLIED[product])
+        raise ValueError(f"quant.product={product} is for {known}: with {name} choose {' or '.join(['fast', *own])}")
+    if product not in EIGHT_BIT:
+        return
+    config, format_ = scheme.config, scheme.format
+    for side, rule, text in (
+        ("weights", scheme.weight_rule, config.weights.rule),
+        ("activations", scheme.act_rule, config.activations.rule),
+    ):
+        if format_.block and not isinstance(rule, Direct):
+            raise ValueError(f"quant.{side}.rule={text}: {product} takes no scales but the blocks', choose direct")
+        if product == "fp8" and name in ("hif8", "e5m2") and not getattr(rule, "target", 0.0):
+            other = f"quant.{side}.rule=amax/{format_.target:g}"
+            raise ValueError(f"quant.product=fp8 carries {name} up to a target: choose {other}")
+
+
+def _check_rules(scheme: Scheme) -> None:
+    """What the rules cannot do, by what they are; a plug-in's may have a target."""
+    config, act_rule = scheme.config, scheme.act_rule
+    sides = (("weights", scheme.weight_rule, scheme.format), ("activations", act_rule, scheme.act_format))
+    for side, rule, format_ in sides:
         target: float = getattr(rule, "target", 0.0)
         if target >= format_.overflow:
             raise ValueError(f"quant.{side}.rule: target {target:g} is beyond the range of {format_.name}")
-        if format_.block and not getattr(rule, "power_of_two", False):
-            raise ValueError(f"quant.{side}.rule: the scales of {format_.name} are powers of two, choose mx or pow2")
-        if config.product == "fp8" and config.format in ("hif8", "e5m2") and not target:
-            other = f"quant.{side}.rule=amax/{format_.target:g}"
-            raise ValueError(f"quant.product=fp8 carries {format_.name} up to a target: choose {other}")
-    if isinstance(weight_rule, Ema):
+    if isinstance(scheme.weight_rule, Ema):
         raise ValueError("quant.weights.rule=ema: a weight has no history, that rule is for static activations")
     if not isinstance(act_rule, SearchedRule):
         return
@@ -213,17 +268,14 @@ def _check_rules(config: QuantConfig, format_: Format, weight_rule: Rule, act_ru
         raise ValueError(f"quant.activations.rule={text} is found in calibration: set quant.activations.static=true")
     if text == "mse_output":
         raise ValueError("quant.activations.rule=mse_output is for weights: choose mse")
+    if isinstance(act_rule, LeastError) and scheme.act_format.block:
+        raise ValueError(f"quant.activations.rule={text}: errors of blocks are not in the statistics, choose amax")
     if config.smoothing is not None:
         raise ValueError(f"quant.smoothing changes what quant.activations.rule={text} was found on: choose amax")
 
 
-def parse_granularity(text: str, rows: str, format_: Format) -> Granularity:
-    """``per_tensor``, ``per_block`` or the name ``rows`` stands for: ``per_channel`` of weights, ``per_token`` of
-    activations."""
-    if text == "per_block" and format_.block:
-        return PerBlock(format_.block)
-    if format_.block:
-        raise ValueError(f"{format_.name} has a scale for every {format_.block} elements: the granularity is per_block")
+def parse_granularity(text: str, rows: str) -> Granularity:
+    """``per_tensor``, or the name ``rows`` stands for: ``per_channel`` of weights, ``per_token`` of activations."""
     if text == "per_tensor":
         return PerTensor()
     if text == rows:

@@ -37,7 +37,7 @@ from wanquant.quant.config import Training as Training
 from wanquant.quant.last_input import LastInput
 from wanquant.quant.linear import QuantLinear
 from wanquant.quant.product import take_product
-from wanquant.quant.scale import Direct, PerBlock, SearchedRule, SharedExponent
+from wanquant.quant.scale import Direct, SearchedRule
 from wanquant.quant.scheme import Rounded, Scheme
 from wanquant.quant.site import Site
 
@@ -46,9 +46,7 @@ GRADIENT_TARGET = 224.0
 
 
 def check_trainable(scheme: Scheme, how: Training) -> None:
-    """``ValueError`` names what cannot be trained: a format with blocks, smoothing, delayed scales that have no use."""
-    if isinstance(scheme.weight_granularity, PerBlock):
-        raise ValueError(f"{scheme.format.name} cannot be trained: its scales go into the operands")
+    """``ValueError`` names what cannot be trained: smoothing, scales of blocks, delayed scales that have no use."""
     if scheme.smoothing is not None:
         raise ValueError("quant.smoothing cannot be trained: its factors are found for the weights as they were")
     if scheme.product not in ("fast", "exact"):
@@ -58,7 +56,7 @@ def check_trainable(scheme: Scheme, how: Training) -> None:
     if how.scaling == "delayed":
         if not scheme.act_static:
             raise ValueError("scaling=delayed makes static scales: set quant.activations.static=true")
-        if isinstance(scheme.act_rule, SearchedRule | Direct | SharedExponent):  # no target for the history's maximum
+        if isinstance(scheme.act_rule, SearchedRule | Direct):  # no target for the history's maximum
             rule = scheme.config.activations.rule
             raise ValueError(f"scaling=delayed needs quant.activations.rule=amax or pow2, not {rule}")
 
@@ -193,10 +191,10 @@ class _StraightThrough(torch.autograd.Function):
         if layer.counting:
             layer.clipped_weights = torch.zeros_like(layer.clipped) if w_over is None else w_over
             layer.clipped = layer.clipped if x_over is None else layer.clipped + x_over
-        limit = scheme.format.overflow
+        sides = (rows, x_scale, x_over, scheme.act_format), (source, w_scale, w_over, scheme.format)
         ctx.masks = [
-            (values.float() / _over_rows(scale)).abs() < limit if how.clip_mask and over is not None else None
-            for values, scale, over in ((rows, x_scale, x_over), (source, w_scale, w_over))
+            (values.float() / _over_rows(scale)).abs() < kind.overflow if how.clip_mask and over is not None else None
+            for values, scale, over, kind in sides
         ]
         # What was rounded is needed again only where the scale is learned.
         kept = rows if input_gain is not None else None, source if weight_gain is not None else None

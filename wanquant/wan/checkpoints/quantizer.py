@@ -136,7 +136,7 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name in self.names:
             weight = found[f"{name}.weight"]
             if weight.dtype != torch.uint8:
-                found[f"{name}.weight"] = self.scheme.format.encode(weight, self.scheme.overflow)
+                found[f"{name}.weight"] = self.scheme.format.pack(weight)
         return found, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:

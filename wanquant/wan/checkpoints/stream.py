@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -197,18 +196,17 @@ def empty_like(where: Path | Source) -> WanTransformer3DModel:
 
 def stored_sizes(transformer: WanTransformer3DModel, recipe: Recipe, plan: ConversionReport) -> dict[Part, int]:
     """Bytes of each part as it is stored."""
-    converted, granularity = plan.names("converted"), recipe.scheme.weight_granularity
+    converted = plan.names("converted")
     coded = {f"{name}.weight" for name in converted}
     found: dict[Part, int] = dict.fromkeys([None, *range(plan.blocks)], 0)
     for name, tensor in transformer.state_dict().items():
-        each = 1 if name in coded else 4 if kept_in_fp32(transformer, name) else 2
-        found[block_of(name, transformer)] += each * tensor.numel()
+        if name not in coded:
+            each = 4 if kept_in_fp32(transformer, name) else 2
+            found[block_of(name, transformer)] += each * tensor.numel()
     for name in converted:
         linear = transformer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        found[block_of(name, transformer)] += 4 * math.prod(
-            granularity.scale_shape(linear.out_features, linear.in_features)
-        )
+        found[block_of(name, transformer)] += recipe.scheme.packed_bytes(linear)
     return found
 
 

@@ -118,11 +118,14 @@ class ResourceEstimate:
         return sum(linear.weight.numel() for linear in self._linears)
 
     @cached_property
+    def codes(self) -> int:
+        """Bytes of the quantized weights as codes, with their scales."""
+        return sum(self.scheme.packed_bytes(linear) for linear in self._linears)
+
+    @cached_property
     def packed(self) -> int:
         """Bytes of the transformers with codes for weights, as they are stored."""
-        shape_of_scale = self.scheme.weight_granularity.scale_shape
-        scales = sum(math.prod(shape_of_scale(linear.out_features, linear.in_features)) for linear in self._linears)
-        return 2 * self.parameters - self.quantized_weights + 4 * scales
+        return 2 * (self.parameters - self.quantized_weights) + self.codes
 
     @property
     def weights(self) -> int:
@@ -166,7 +169,7 @@ class ResourceEstimate:
     def beside(self) -> int:
         """Bytes of quantized blocks that stand beside those of BF16."""
         new = self.device.type == "cpu" and self.counts.any_quantized and self.names is None
-        rounded = self.quantized_weights * (1 if self.scheme.packed else 2) if new or self.counts.beside else 0
+        rounded = (self.codes if self.scheme.packed else 2 * self.quantized_weights) if new or self.counts.beside else 0
         inside = sum(m.weight.numel() for m in self.shape.blocks.modules() if isinstance(m, nn.Linear))
         return max(rounded, inside if self.counts.all_beside else 0)
 
