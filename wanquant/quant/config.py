@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from wanquant.choices import check_choices, choice
 
 PRODUCTS = ("fast", "exact", "native", "fp8", "int8")
+#: Products of 8-bit codes, which weights are kept as.
+EIGHT_BIT = ("fp8", "int8")
+#: The formats whose values such a product multiplies; no others, whose values need not be E4M3's.
+MULTIPLIED = {"fp8": ("hif8", "e4m3", "e5m2", "mxfp8"), "int8": ("int8",)}
 ATTENTION = ("off", "qkv", "qkvp")
 #: Of the gradients in the backward pass of training, and of static inputs meanwhile.
 GRADIENTS = ("none", "hif8", "stochastic")
@@ -52,6 +56,10 @@ class QuantConfig:
     #: SmoothQuant (arXiv 2211.10438): how much of the activations' spread over channels goes into the weights, 0 to
     #: 1 (its paper takes 0.5); null for none. Its divisors are powers of two here.
     smoothing: float | None = None
+    #: Channels in a block of the Hadamard rotation of inputs (QuaRot, arXiv 2404.00456), a power of two; null for none.
+    rotation: int | None = None
+    #: Rank of the BF16 branch beside the quantized weight (SVDQuant, arXiv 2411.05007); 0 for none.
+    low_rank: int = 0
 
 
 @dataclass(frozen=True)

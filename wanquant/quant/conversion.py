@@ -116,6 +116,9 @@ def _fate(name: str, linear: nn.Linear, block: int, scheme: Scheme) -> tuple[str
             format_.row_bytes(linear.in_features)
         except ValueError as error:
             raise ValueError(f"{name} cannot be quantized to {format_.name}: {error}") from None
+    if scheme.rotation is not None and linear.in_features % scheme.rotation:
+        wide = f"{linear.in_features} channels do not divide into blocks of {scheme.rotation}"
+        raise ValueError(f"{name} cannot be rotated: {wide}")
     return "converted", f"block {block}"
 
 

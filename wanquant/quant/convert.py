@@ -13,8 +13,10 @@ from wanquant.quant.attention import QuantAttention
 from wanquant.quant.config import QuantConfig, Training
 from wanquant.quant.conversion import ConversionReport, attentions, plan_conversion
 from wanquant.quant.eight_bit import check_product, check_shape
+from wanquant.quant.held import OPTIONAL
 from wanquant.quant.last_input import LastInput
 from wanquant.quant.linear import QuantLinear
+from wanquant.quant.rotate import Rotation, rotations
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing, smooth_
@@ -44,13 +46,14 @@ def quantize_(
                        calibration recorded of the input, which smoothing and some rules need
     blocks             dotted name of the list of blocks
     on_linear          called after each linear, for progress
-    folds              for smoothing: by a linear's name inside a block the name of the linear or norm that alone makes
-                       its input, channel by channel, and makes nothing else's (``wanquant.wan.families.FOLDS``)
+    folds              for smoothing and rotation: by a linear's name inside a block the name of the linear or norm that
+                       alone makes its input, channel by channel, and makes nothing else's
+                       (``wanquant.wan.families.FOLDS``)
     device             where linears are quantized one by one, if not where they are; ``keep`` then puts each where it
                        is to stay
 
     Linears outside the blocks stay as they are, and so do forward hooks of all: what one adds to a linear's output, a
-    LoRA's product, it adds to the quantized one's, and smoothing does not fold there. With ``config.attention``,
+    LoRA's product, it adds to the quantized one's, and nothing is folded there. With ``config.attention``,
     attention itself is quantized where its ``to_q``, ``to_k`` and ``to_v`` are.
     Everything is checked before anything is changed: ``ValueError`` names a wrong index, a pattern that matches
     nothing, a linear that cannot be quantized so.
@@ -61,12 +64,15 @@ def quantize_(
     _check_weights(module, todo, scheme, device)
     _check_statistics(scheme, todo, known)
     smoothed: dict[str, Smoothing] = {}
+    rotated: dict[str, Rotation] = {}
+    homes = {row.name: f"{blocks}.{row.block}" for row in plan.modules}
     if scheme.smoothing is not None:
-        homes = {row.name: f"{blocks}.{row.block}" for row in plan.modules}
         smoothed = smooth_(module, todo, homes, known, scheme.smoothing, folds or {})
+    if scheme.rotation is not None:
+        rotated = rotations(module, todo, homes, folds or {}, scheme.rotation)
     for name in todo:
         linear = _there(_linear(module, name), device)
-        layer = QuantLinear.from_linear(linear, scheme, known.get(name), smoothed.get(name))
+        layer = QuantLinear.from_linear(linear, scheme, known.get(name), smoothed.get(name), rotated.get(name))
         module.set_submodule(name, keep(with_hooks_of(linear, layer)))
         on_linear()
     _set_attention(module, plan.converted_attentions(), scheme)
@@ -130,10 +136,13 @@ def with_hooks_of(linear: nn.Module, layer: L) -> L:
 
 
 def folded_names(module: nn.Module, folds: Mapping[str, str]) -> set[str]:
-    """The modules of a quantized model that smoothing has folded divisors into, of their inputs or outputs."""
+    """The modules of a quantized model that smoothing or rotation is folded into, of their inputs or outputs."""
     found = set[str]()
     for name, layer in module.named_modules():
-        if isinstance(layer, QuantLinear) and layer.scheme.smoothing is not None and layer.input_factor is None:
+        if not isinstance(layer, QuantLinear):
+            continue
+        smoothed = layer.scheme.smoothing is not None and layer.input_factor is None
+        if smoothed or (layer.scheme.rotation is not None and layer.input_signs is None):
             for reader, writer in folds.items():
                 if name.endswith(f".{reader}"):
                     found |= {name, name.removesuffix(reader) + writer}
@@ -175,13 +184,14 @@ def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, 
 
 
 def empty_like_quantized_(
-    module: nn.Module, names: Sequence[str], scheme: Scheme, factored: Collection[str] = ()
+    module: nn.Module, names: Sequence[str], scheme: Scheme, stored: Collection[str] = ()
 ) -> None:
-    """Puts empty ``QuantLinear`` layers (on meta) at ``names``, for a checkpoint to fill; ``factored`` of them keep a
-    factor for each input channel."""
+    """Puts empty ``QuantLinear`` layers (on meta) at ``names``, for a checkpoint to fill, whose tensors are the
+    ``stored``."""
     for name in names:
         linear = _linear(module, name)
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
-        module.set_submodule(name, QuantLinear(*shape, scheme, name in factored))
+        own = [part for part in OPTIONAL if f"{name}.{part}" in stored]
+        module.set_submodule(name, QuantLinear(*shape, scheme, own))
     if scheme.attention != "off":
         _set_attention(module, attentions(names), scheme)

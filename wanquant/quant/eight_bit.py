@@ -24,8 +24,9 @@ from torch._subclasses import FakeTensor
 
 from wanquant import kernels
 from wanquant.kernels import CODED_E4M3, CODED_HIF8, CODED_INT8, LARGEST_E4M3, eager
+from wanquant.quant.config import EIGHT_BIT
 from wanquant.quant.scale import AmaxTo, PerRow, PowerOfTwo
-from wanquant.quant.scheme import EIGHT_BIT, Scheme
+from wanquant.quant.scheme import Scheme
 
 #: By format, the codes that one pass over an input makes of it.
 KINDS = {"hif8": CODED_HIF8, "e4m3": CODED_E4M3, "int8": CODED_INT8}

@@ -16,14 +16,16 @@ touches an operand: what is simulated is what the hardware does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from wanquant.kernels import make_tables, native_product
+from wanquant.kernels import make_tables, native_product, times
+from wanquant.quant.config import EIGHT_BIT
 from wanquant.quant.eight_bit import (
     Codes,
     check_product,
@@ -34,76 +36,51 @@ from wanquant.quant.eight_bit import (
     multiply,
     multiply_mx,
 )
+from wanquant.quant.held import HeldLinear
 from wanquant.quant.last_input import LastInput
 from wanquant.quant.product import Scaled, take_product
-from wanquant.quant.scheme import EIGHT_BIT, Rounded, Scheme
+from wanquant.quant.rotate import Rotation, rotate, rotation_of
+from wanquant.quant.scheme import Rounded, Scheme
 from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing
+from wanquant.quant.source import source_of
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(HeldLinear):
     """Takes the place of an ``nn.Linear``; a subclass of it, so that peft and diffusers recognise it.
 
     For inference: no gradient passes through the rounding.
-
-    weight        BF16 [out, in]: values on the format's grid; or uint8 [out, bytes of a row]: their codes (packed)
-    weight_scale  float32 [out], or [] per tensor
-    input_scale   float32 [], with static activations only
-    input_factor  float32 [in], powers of two by which channels are multiplied before rounding; where smoothing is
-    bias          BF16
-    overflowed    int64 []: elements, of the weight and of all inputs so far, that fell beyond the format's range
-    lost          int64 [2]: of all inputs so far, values that a product of codes does not hold, and all of them
     """
 
     #: Shared by all, so that ``to_q``, ``to_k`` and ``to_v`` round what they all get once.
     _last = LastInput()
 
-    weight_scale: torch.Tensor
-    input_scale: torch.Tensor | None
-    input_factor: torch.Tensor | None
-    overflowed: torch.Tensor
-    lost: torch.Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, scheme: Scheme, factored: bool = False) -> None:
-        """An empty layer of the right shapes, on meta; ``from_linear`` or a checkpoint fills it."""
-        super().__init__(in_features, out_features, bias=bias, device="meta", dtype=torch.bfloat16)
-        self.scheme = scheme
-        stored = (scheme.format.row_bytes(in_features), torch.uint8) if scheme.coded else (in_features, torch.bfloat16)
-        self.weight = nn.Parameter(torch.empty(out_features, stored[0], dtype=stored[1], device="meta"), False)
-        shape = scheme.weight_granularity.scale_shape(out_features)
-        self.register_buffer("weight_scale", torch.empty(shape, device="meta"))
-        self.register_buffer("input_scale", torch.empty((), device="meta") if scheme.act_static else None)
-        self.register_buffer("input_factor", torch.empty(in_features, device="meta") if factored else None)
-        # No buffers: offloading puts those back as they were before the pass.
-        self.overflowed = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.lost = torch.zeros(2, dtype=torch.int64, device="cpu")
-        #: What tells the weight it was made of, and its codes as a product takes them.
-        self._coded: tuple[Any, torch.Tensor] | None = None
-        #: Not where weights are brought to a device for each pass, on which the codes of all would stay.
-        self.keeps_codes = True
-
     @classmethod
     @torch.no_grad()
     def from_linear(
-        cls, linear: nn.Linear, scheme: Scheme, seen: float | Site | None = None, smoothing: Smoothing | None = None
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme,
+        seen: float | Site | None = None,
+        smoothing: Smoothing | None = None,
+        rotation: Rotation | None = None,
     ) -> QuantLinear:
-        """Quantizes the weights, from BF16: a source in float32 is cast first, so both give the same.
+        """Quantizes the weights.
 
         ``seen`` is the input's largest magnitude or all that calibration recorded of it; static schemes and some
-        rules need it. ``smoothing`` says by what its channels are divided, and whether they have been already.
+        rules need it. ``smoothing`` says by what its channels are divided, and whether they have been already,
+        ``rotation`` whether they come rotated; without one, and where the scheme has it, they are here.
         """
         scheme.format.row_bytes(linear.in_features)  # refuses what does not divide
-        source, divisors, factor = linear.weight.detach().to(torch.bfloat16), None, None
-        if smoothing is not None:
-            divisors = smoothing.divisors.to(source.device)
-            if not smoothing.folded:
-                source, factor = source * divisors.to(torch.bfloat16), 1 / divisors
-        rounded = scheme.quantize_weight(source, seen, divisors)
-        if scheme.act_static and divisors is not None:
+        if rotation is None and scheme.rotation is not None:
+            rotation = Rotation(scheme.rotation)
+        source = source_of(linear, scheme.low_rank, smoothing, rotation)
+        rounded = scheme.quantize_weight(source.weight, seen, source.divisors)
+        if scheme.act_static and source.divisors is not None:
             assert isinstance(seen, Site), "smoothing needs what each channel did"
-            seen = float((torch.from_numpy(seen.view().channel_absmax) / divisors.cpu()).amax())
-        self = cls.assembled(scheme, rounded, linear.bias, scheme.input_scale(seen, source.device), factor)
-        return self.train(linear.training)
+            seen = float((torch.from_numpy(seen.view().channel_absmax) / source.divisors.cpu()).amax())
+        scale = scheme.input_scale(seen, rounded[0].device)
+        return cls.assembled(scheme, rounded, source.bias, scale, source.beside).train(linear.training)
 
     @classmethod
     def assembled(
@@ -112,63 +89,52 @@ class QuantLinear(nn.Linear):
         weight: Rounded,
         bias: torch.Tensor | None,
         input_scale: torch.Tensor | None,
-        input_factor: torch.Tensor | None = None,
+        beside: Mapping[str, torch.Tensor] | None = None,
     ) -> QuantLinear:
-        """Of a weight [out, in] as ``Scheme.quantize_weight`` gives it."""
+        """Of a weight [out, in] as ``Scheme.quantize_weight`` gives it, and the buffers ``beside`` it."""
         rounded, weight_scale, overflowed = weight
-        self = cls(rounded.shape[1], rounded.shape[0], bias is not None, scheme, input_factor is not None)
+        beside = beside or {}
+        self = cls(rounded.shape[1], rounded.shape[0], bias is not None, scheme, beside)
         self.weight = nn.Parameter(scheme.format.pack(rounded) if scheme.coded else rounded, False)
         self.weight_scale = weight_scale
         self.overflowed = torch.zeros_like(weight_scale, dtype=torch.int64).sum() if overflowed is None else overflowed
         self.lost = torch.zeros(2, dtype=torch.int64, device=rounded.device)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
-        self.input_scale, self.input_factor = input_scale, input_factor
+        self.input_scale = input_scale
+        for name, tensor in beside.items():
+            setattr(self, name, tensor)
         return self.prepare_()
-
-    @property
-    def is_packed(self) -> bool:
-        return self.weight.dtype == torch.uint8
-
-    def codes(self) -> torch.Tensor:
-        """The weights as uint8 codes [out, bytes of a row], packed or not; exact."""
-        return self.weight.data if self.is_packed else self.scheme.format.pack(self.weight.data)
-
-    def pack_(self) -> QuantLinear:
-        """Keeps the weights as codes, half the memory; they are decoded in every forward."""
-        self.weight = nn.Parameter(self.codes(), requires_grad=False)
-        return self
-
-    def unpack_(self) -> QuantLinear:
-        """Keeps the weights as BF16 values. Nothing is lost either way."""
-        if self.is_packed:
-            self.weight = nn.Parameter(self.scheme.format.decode(self.weight.data), requires_grad=False)
-        return self
-
-    def dequantized(self) -> nn.Linear:
-        """A plain linear of what the codes mean, in BF16: rounded once more unless the scales are powers of two."""
-        values = self.scheme.format.decode(self.codes(), torch.float32)
-        values = values * (self.weight_scale[:, None] if self.weight_scale.ndim else self.weight_scale)
-        if self.input_factor is not None:
-            values = values * self.input_factor  # by whose inverse the weights were multiplied
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, values.device, torch.bfloat16)
-        linear.weight = nn.Parameter(values.to(torch.bfloat16), requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        return linear
 
     def quantize_input(self, rows: torch.Tensor) -> Scaled:
         """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens] or []."""
-        operand, scale, over = self.scheme.quantize_input(rows, self.input_scale, self.input_factor)
+        operand, scale, over = self.scheme.quantize_input(self._turned(rows), self.input_scale, self._factor)
         self.overflowed = _plus(self.overflowed, over)
         return operand, scale
+
+    @property
+    def _factor(self) -> torch.Tensor | None:
+        """By which channels are multiplied as they are rounded; where they are rotated first, they have been."""
+        return None if self.input_signs is not None else self.input_factor
+
+    def _turned(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.input_signs is None:
+            return rows
+        by = rotation_of(self.input_signs) if self._rotation is None else self._rotation
+        return rotate(rows if self.input_factor is None else times(rows, self.input_factor), by)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             # It would take the exact product in 16 bits, and cast scales.
             with torch.autocast(x.device.type, enabled=False):
-                return self._multiply(x)
-        return self._multiply(x)
+                return self._with_branch(x, self._multiply(x))
+        return self._with_branch(x, self._multiply(x))
+
+    def _with_branch(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.low_rank_down is None or self.low_rank_up is None:
+            return y
+        inner = F.linear(x.to(torch.bfloat16), self.low_rank_down)
+        return y + F.linear(inner, self.low_rank_up).to(y.dtype)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -176,8 +142,8 @@ class QuantLinear(nn.Linear):
             return x.new_empty(*x.shape[:-1], self.out_features)
         if self.scheme.product in EIGHT_BIT and not self.scheme.format.block:
             return self._multiply_codes(x, rows).view(*x.shape[:-1], self.out_features)
-        scheme, how = self.scheme, (self.input_scale, self.input_factor)
-        operand, scale, over = self._shared(x, lambda: scheme.quantize_input(rows, *how))
+        scheme, how = self.scheme, (self.input_scale, self._factor)
+        operand, scale, over = self._shared(x, lambda: scheme.quantize_input(self._turned(rows), *how))
         self.overflowed = _plus(self.overflowed, over)
         if self.scheme.product == "native":
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
@@ -194,10 +160,12 @@ class QuantLinear(nn.Linear):
         own = self.input_scale is not None or self.input_factor is not None
         if own or torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return round_()
-        return self._last.rounded(x, round_, of=self.scheme, by=self)
+        return self._last.rounded(x, round_, of=(self.scheme, self.input_signs is None), by=self)
 
     def _multiply_codes(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        codes: Codes = self._shared(x, lambda: encode_input(self.scheme, rows, self.input_scale, self.input_factor))
+        codes: Codes = self._shared(
+            x, lambda: encode_input(self.scheme, self._turned(rows), self.input_scale, self._factor)
+        )
         self.overflowed = _plus(self.overflowed, codes.over)
         self.lost = _plus(self.lost, codes.lost)
         return multiply(self.scheme, codes, self._coded_weight(), self.weight_scale, self.bias, x.dtype)
@@ -221,46 +189,17 @@ class QuantLinear(nn.Linear):
     def prepare_(self) -> QuantLinear:
         """Makes now what the first pass would make; ``ValueError`` for a product that the device does not have."""
         make_tables(self.weight.device, self.scheme.overflow)
+        if self.input_signs is not None and not self.input_signs.is_meta:
+            self._rotation = rotation_of(self.input_signs)
         if self.scheme.product in EIGHT_BIT and not self.weight.is_meta:
             check_product(self.scheme, self.weight.device)
             check_shape(self.scheme, self, "a linear")
             self._coded_weight()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Packed weights into unpacked ones and the other way; ``ValueError`` for those of a plain linear."""
-        name, format_, self._coded = f"{prefix}weight", self.scheme.format, None
-        if name in state_dict and f"{name}_scale" not in state_dict:
-            raise ValueError(f"{name} comes without its scale: load it into the plain model, then quantize_")
-        weight = state_dict.get(name, self.weight)
-        if (weight.dtype == torch.uint8) != self.is_packed:
-            made = format_.pack(weight) if self.is_packed else format_.decode(weight)
-            state_dict = {**state_dict, name: made}
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def lost_weights(self) -> int:
         """How many values of the weight a product of codes does not hold."""
         return lost_in_weight(self.scheme, self.codes()) if self.scheme.product in EIGHT_BIT else 0
-
-    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> QuantLinear:
-        """Moves like any module, but a change of type leaves scales in float32, weight and bias what they are."""
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        before, self._coded = {name: parameter.data for name, parameter in self.named_parameters()}, None
-        super()._apply(fn, recurse)
-        for name, parameter in list(self.named_parameters()):
-            if parameter.dtype != before[name].dtype:
-                setattr(self, name, nn.Parameter(before[name].to(parameter.device), requires_grad=False))
-        if not self.weight.is_meta:
-            self.overflowed, self.lost = (count.to(self.weight.device) for count in (self.overflowed, self.lost))
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            assert moved is not None
-            self._buffers[name] = moved if moved.dtype == torch.float32 else buffer.to(moved.device)
-        make_tables(self.weight.device, self.scheme.overflow)
-        return self
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.is_packed}"
 
 
 def _plus(count: torch.Tensor, more: torch.Tensor | None) -> torch.Tensor:

@@ -13,10 +13,10 @@ from wanquant.choices import check_choices, did_you_mean
 from wanquant.formats.base import Format
 from wanquant.formats.registry import get_format
 from wanquant.kernels import LARGEST_E4M3, times
-from wanquant.quant.config import DEFAULT, QuantConfig
+from wanquant.quant.checks import check
+from wanquant.quant.config import DEFAULT, EIGHT_BIT, QuantConfig
 from wanquant.quant.scale import (
     Direct,
-    Ema,
     Granularity,
     LeastError,
     PerRow,
@@ -29,10 +29,6 @@ from wanquant.quant.scale import (
 )
 from wanquant.quant.statistics import Site
 
-#: Products of 8-bit codes, which weights are kept as.
-EIGHT_BIT = ("fp8", "int8")
-#: The formats whose values such a product multiplies; no others, whose values need not be E4M3's.
-MULTIPLIED = {"fp8": ("hif8", "e4m3", "e5m2", "mxfp8"), "int8": ("int8",)}
 #: BF16 values on the grid, float32 scales, and how many elements overflowed (int64 []; None: none could).
 Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -56,6 +52,8 @@ class Scheme:
     attention: str
     packed: bool
     smoothing: float | None
+    rotation: int | None
+    low_rank: int
 
     @property
     def independent(self) -> bool:
@@ -194,84 +192,12 @@ def parse(config: QuantConfig) -> Scheme:
         attention=config.attention,
         packed=config.packed,
         smoothing=config.smoothing,
+        rotation=config.rotation,
+        low_rank=config.low_rank,
     )
-    _check_formats(scheme)
-    _check_product(scheme)
-    _check_rules(scheme)
+    check(scheme)
     assert scheme.lifts  # found now, and not while a model is traced
     return scheme
-
-
-def _check_formats(scheme: Scheme) -> None:
-    """What the formats cannot do."""
-    config, act_format = scheme.config, scheme.act_format
-    for format_, overflow in ((scheme.format, scheme.overflow), (act_format, scheme.act_overflow)):
-        try:
-            format_.check_overflow(overflow)
-        except ValueError as error:
-            raise ValueError(f"quant.overflow={overflow}: {error}") from None
-    if scheme.format.keeps_all and not act_format.keeps_all:
-        raise ValueError(
-            f"quant.activations.format={act_format.name}: with quant.format={scheme.format.name} no linear"
-        )
-    if config.attention != "off" and (act_format.block or act_format.keeps_all):
-        raise ValueError(f"quant.attention={config.attention}: {act_format.name} has no attention of its own")
-    if config.activations.static and config.activations.granularity != "per_tensor":
-        raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
-    if config.activations.static and act_format.keeps_all:
-        raise ValueError(f"quant.activations.static=true: {act_format.name} has no scales")
-    if config.smoothing is not None and not 0 <= config.smoothing <= 1:
-        raise ValueError(f"quant.smoothing={config.smoothing}: must lie between 0 and 1, or be null for none")
-
-
-def _check_product(scheme: Scheme) -> None:
-    """What the product does not multiply."""
-    product, name, act_name = scheme.product, scheme.format.name, scheme.act_format.name
-    if product in ("fast", "exact"):
-        return
-    if name != act_name:
-        raise ValueError(f"quant.product={product}: there is none of {name} with {act_name}, choose fast or exact")
-    if product == "native" and name != "hif8":
-        raise ValueError(f"quant.product=native: there is none for {name}")
-    if product in EIGHT_BIT and name not in MULTIPLIED[product]:
-        own = [product for product, formats in MULTIPLIED.items() if name in formats]
-        known = ", ".join(MULTIPLIED[product])
-        raise ValueError(f"quant.product={product} is for {known}: with {name} choose {' or '.join(['fast', *own])}")
-    if product not in EIGHT_BIT:
-        return
-    config, format_ = scheme.config, scheme.format
-    for side, rule, text in (
-        ("weights", scheme.weight_rule, config.weights.rule),
-        ("activations", scheme.act_rule, config.activations.rule),
-    ):
-        if format_.block and not isinstance(rule, Direct):
-            raise ValueError(f"quant.{side}.rule={text}: {product} takes no scales but the blocks', choose direct")
-        if product == "fp8" and name in ("hif8", "e5m2") and not getattr(rule, "target", 0.0):
-            other = f"quant.{side}.rule=amax/{format_.target:g}"
-            raise ValueError(f"quant.product=fp8 carries {name} up to a target: choose {other}")
-
-
-def _check_rules(scheme: Scheme) -> None:
-    """What the rules cannot do, by what they are; a plug-in's may have a target."""
-    config, act_rule = scheme.config, scheme.act_rule
-    sides = (("weights", scheme.weight_rule, scheme.format), ("activations", act_rule, scheme.act_format))
-    for side, rule, format_ in sides:
-        target: float = getattr(rule, "target", 0.0)
-        if target >= format_.overflow:
-            raise ValueError(f"quant.{side}.rule: target {target:g} is beyond the range of {format_.name}")
-    if isinstance(scheme.weight_rule, Ema):
-        raise ValueError("quant.weights.rule=ema: a weight has no history, that rule is for static activations")
-    if not isinstance(act_rule, SearchedRule):
-        return
-    text = config.activations.rule
-    if not config.activations.static:
-        raise ValueError(f"quant.activations.rule={text} is found in calibration: set quant.activations.static=true")
-    if text == "mse_output":
-        raise ValueError("quant.activations.rule=mse_output is for weights: choose mse")
-    if isinstance(act_rule, LeastError) and scheme.act_format.block:
-        raise ValueError(f"quant.activations.rule={text}: errors of blocks are not in the statistics, choose amax")
-    if config.smoothing is not None:
-        raise ValueError(f"quant.smoothing changes what quant.activations.rule={text} was found on: choose amax")
 
 
 def parse_granularity(text: str, rows: str) -> Granularity:

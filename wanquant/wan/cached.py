@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wanquant.quant.scheme import EIGHT_BIT
+from wanquant.quant.config import EIGHT_BIT
 from wanquant.runs import launch
 from wanquant.runs.cache import Cache
 from wanquant.runs.progress import progress

@@ -17,8 +17,8 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import WanPipeline, WanTransformer3DModel
 
+from wanquant.quant.config import EIGHT_BIT
 from wanquant.quant.eight_bit import check_product
-from wanquant.quant.scheme import EIGHT_BIT
 from wanquant.wan.checkpoints.checkpoint import (
     TRANSFORMERS,
     check_keys,

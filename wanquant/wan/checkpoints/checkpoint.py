@@ -26,7 +26,7 @@ from torch import nn
 import wanquant
 from wanquant.plugins import load_plugins
 from wanquant.quant import QuantConfig, QuantLinear
-from wanquant.quant.config import ActivationConfig, WeightConfig
+from wanquant.quant.config import DEFAULT, ActivationConfig, WeightConfig
 from wanquant.quant.convert import empty_like_quantized_, with_hooks_of
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD
@@ -39,9 +39,17 @@ T = TypeVar("T")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 #: Keys of a ``quantization_config`` that the first checkpoints do not have, and what those were made with.
-ADDED_LATER: dict[str, Any] = {"attention": "off", "smoothing": None}
-#: Endings of the tensors of a quantized linear that stay float32.
-FLOAT32 = (".weight_scale", ".input_scale", ".input_factor")
+ADDED_LATER: dict[str, Any] = {"attention": "off", "smoothing": None, "rotation": None, "low_rank": 0}
+#: Endings of the tensors of a quantized linear that stay float32, and of those in BF16.
+FLOAT32 = (".weight_scale", ".input_scale", ".input_factor", ".input_signs")
+LOW_RANK = (".low_rank_down", ".low_rank_up")
+#: The type of each.
+TYPES = {
+    ".weight": torch.uint8,
+    **dict.fromkeys(FLOAT32, torch.float32),
+    **dict.fromkeys(LOW_RANK, torch.bfloat16),
+}
+_BESIDE = re.compile(f"({'|'.join(map(re.escape, (*FLOAT32, *LOW_RANK)))})$")
 #: The components of a pipeline that may be quantized.
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -163,7 +171,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], source_index: Path, folder: 
     before = read_json(source_index)["weight_map"] if source_index.is_file() else {}
     first = min(before.values(), default=WEIGHTS)
     for name, tensor in tensors.items():
-        place = before.get(re.sub(r"\.(weight_scale|input_scale|input_factor)$", ".weight", name), first)
+        place = before.get(re.sub(_BESIDE, ".weight", name), first)
         shards.setdefault(place, {})[name] = tensor.contiguous()
     for place, shard in shards.items():
         save_file(shard, folder / place, metadata={"format": "pt"})
@@ -213,7 +221,7 @@ def config_of(described: dict[str, Any]) -> QuantConfig:
     names = {field.name for field in dataclasses.fields(QuantConfig)}
     raw = {name: value for name, value in {**ADDED_LATER, **described}.items() if name in names}
     raw["weights"] = _exactly(WeightConfig, raw.get("weights", {}))
-    raw["activations"] = _exactly(ActivationConfig, raw.get("activations", {}))
+    raw["activations"] = _exactly(ActivationConfig, {"format": DEFAULT, **raw.get("activations", {})})
     return _exactly(QuantConfig, raw)
 
 
@@ -238,15 +246,13 @@ def load_transformer(
     tensors: dict[str, torch.Tensor] = {}
     for name in weight_files(folder):
         tensors |= load_file(folder / name)
-    factored = [name for name in described["modules"] if f"{name}.input_factor" in tensors]
-    empty_like_quantized_(transformer, described["modules"], scheme, factored)
+    empty_like_quantized_(transformer, described["modules"], scheme, tensors)
     check_keys(transformer.state_dict(), tensors, folder)
     check_finite(tensors, folder)
     for name in described["modules"]:
-        check_type(f"{name}.weight", tensors[f"{name}.weight"], torch.uint8, folder)
-        for scale in (name + ending for ending in FLOAT32):
-            if scale in tensors:
-                check_type(scale, tensors[scale], torch.float32, folder)
+        for ending, dtype in TYPES.items():
+            if name + ending in tensors:
+                check_type(name + ending, tensors[name + ending], dtype, folder)
     if not scheme.coded:
         for name in described["modules"]:
             tensors[f"{name}.weight"] = scheme.format.decode(tensors[f"{name}.weight"])

@@ -23,7 +23,7 @@ from wanquant.quant import QuantLinear
 from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD, guard
-from wanquant.wan.checkpoints.checkpoint import FLOAT32, check_type, config_of, dequantize_
+from wanquant.wan.checkpoints.checkpoint import TYPES, check_type, config_of, dequantize_
 from wanquant.wan.checkpoints.sums import check_sums
 
 
@@ -67,8 +67,8 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self.described = quantization_config.to_dict()
         self.scheme: Scheme = scheme_of(config_of(self.described))
         self.names = [str(name) for name in self.described["modules"]]
-        self._ours = {f"{name}{end}" for name in self.names for end in (".weight", *FLOAT32)}
-        self._factored: list[str] = []
+        self._ours = {f"{name}{end}" for name in self.names for end in TYPES}
+        self._stored: set[str] = set()
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """What is not quantized is stored in BF16, but for what the model keeps in float32."""
@@ -84,12 +84,11 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """The first that diffusers tells of the files; so their sums are checked here."""
         for folder in {Path(file).parent for file in checkpoint_files}:
             check_sums(folder)
-        known = set(loaded_keys)
-        self._factored = [name for name in self.names if f"{name}.input_factor" in known]
+        self._stored = set(loaded_keys)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        empty_like_quantized_(model, self.names, self.scheme, self._factored)
+        empty_like_quantized_(model, self.names, self.scheme, self._stored)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """diffusers would fill them at random."""
@@ -116,7 +115,7 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         path, _, name = param_name.rpartition(".")
         layer, stored = model.get_submodule(path), state_dict[param_name]
         assert isinstance(layer, QuantLinear)
-        check_type(param_name, stored, torch.uint8 if name == "weight" else torch.float32, "checkpoint")
+        check_type(param_name, stored, TYPES.get(f".{name}", torch.float32), "checkpoint")
         stored = stored.to(target_device)
         if name != "weight":
             setattr(layer, name, stored)

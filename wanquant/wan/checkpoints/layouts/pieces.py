@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from wanquant.quant import QuantLinear
+from wanquant.quant.held import OPTIONAL
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.runs.files import replacing
 from wanquant.wan.checkpoints.checkpoint import config_of, quantization_of, read_json, write_index
@@ -71,11 +72,12 @@ class Checkpoint:
     def plain_weight(self, linear: str) -> torch.Tensor:
         """What the codes of a linear mean, in BF16."""
         rows, columns = self.shape(linear)
-        layer = QuantLinear(columns, rows, False, self.scheme, self.has(f"{linear}.input_factor"))
+        own = [part for part in OPTIONAL if self.has(f"{linear}.{part}")]
+        layer = QuantLinear(columns, rows, False, self.scheme, own)
         layer.weight = nn.Parameter(self.source.read(f"{linear}.weight"), False)
-        layer.weight_scale = self.source.read(f"{linear}.weight_scale")
-        if layer.input_factor is not None:
-            layer.input_factor = self.source.read(f"{linear}.input_factor")
+        for name, buffer in layer.named_buffers():
+            if buffer is not None:
+                setattr(layer, name, self.source.read(f"{linear}.{name}"))
         return layer.dequantized().weight.detach()
 
     def as_it_is(self, name: str) -> Piece:
