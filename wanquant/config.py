@@ -45,6 +45,8 @@ from wanquant.runs.tracking import TrackerConfig, mirror_table
 #: Where the configs are written, and, in an installed package, where they were put.
 FOLDERS = (Path(__file__).resolve().parent.parent / "conf", Path(__file__).resolve().parent / "conf")
 CONF = str(next(folder for folder in reversed(FOLDERS) if (folder / "ptq.yaml").is_file()))
+#: For the configs, which look for those of one program alone below it.
+os.environ["WANQUANT_CONF"] = CONF
 #: Keys that change no number by themselves, and yet another model.
 MODEL = ("model.path", "model.base")
 #: Each program's config, and the function that does the work: imported once the config is known to be good, for it

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from wanquant.formats.registry import HiF8
 from wanquant.ptq.estimate import count_videos
 from wanquant.qat.config import AT_ONCE, QATConfig
 from wanquant.qat.plan import TrainPlan
@@ -182,8 +183,12 @@ def count_trained(plan: TrainPlan) -> int:
 
 
 def _rounding(plan: TrainPlan) -> tuple[Scheme | None, Training]:
-    """How what is trained is rounded: not at all, or in this scheme."""
-    return plan.scheme if plan.qat.quantize else None, plan.training
+    """How what is trained is rounded: not at all, or in a scheme that keeps as much for the backward pass as this one
+    and takes any width, for what is measured is narrower than a block of some formats."""
+    if not plan.qat.quantize:
+        return None, plan.training
+    weights, inputs = (HiF8() if each.block else each for each in (plan.scheme.format, plan.scheme.act_format))
+    return replace(plan.scheme, format=weights, act_format=inputs), plan.training
 
 
 @once
