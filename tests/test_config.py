@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shlex
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -35,43 +36,61 @@ CHOICES = [
     if group.is_dir()
     for file in sorted(group.glob("*.yaml"))
 ]
+#: The choices but for experiments, one of each group at a time, so that each is composed once.
+ROUNDS = [
+    [(group, name) for group, name in choices if name]
+    for choices in zip_longest(
+        *(
+            [choice for choice in CHOICES if choice[0] == group]
+            for group in sorted({g for g, _ in CHOICES} - {"experiment"})
+        ),
+        fillvalue=("", ""),
+    )
+]
+#: Experiments, and those that are another for each program, with the program.
+EXPERIMENTS = [
+    *(("train" if name.startswith("qat_") else "ptq", name) for group, name in CHOICES if group == "experiment"),
+    *((folder, file.stem) for folder in ("ptq", "train") for file in Path(CONF, f"of_{folder}").glob("*/*.yaml")),
+]
 
 
-def script_of(*overrides: str) -> str:
-    """Which of the scripts has these choices."""
-    return "train" if any(o.startswith(("qat", "experiment=qat_")) for o in overrides) else "ptq"
-
-
-def composed(*overrides: str) -> PTQConfig:
-    """A copy: the same is asked for again and again."""
-    return copy.deepcopy(_composed(*overrides))
+def composed(*overrides: str, script: str = "") -> PTQConfig:
+    """A copy: the same is asked for again and again. By train.py where a training is chosen, else by ptq.py."""
+    script = script or ("train" if any(override.startswith("qat") for override in overrides) else "ptq")
+    return copy.deepcopy(_composed(script, *overrides))
 
 
 @cache
-def _composed(*overrides: str) -> PTQConfig:
+def _composed(script: str, *overrides: str) -> PTQConfig:
     with initialize_config_dir(CONF, version_base="1.3"):
-        config = OmegaConf.to_object(compose(script_of(*overrides), list(overrides)))
+        config = OmegaConf.to_object(compose(script, list(overrides)))
     assert isinstance(config, PTQConfig)
     return config
 
 
-@pytest.mark.parametrize(("group", "name"), CHOICES)
-def test_every_choice_composes_and_is_valid(group: str, name: str) -> None:
-    config = composed(f"{group}={name}")
-    assert group in ("tracker", "analysis", "experiment") or getattr(config, group).name == name
+@pytest.mark.parametrize("choices", ROUNDS, ids=lambda choices: "-".join(name for _, name in choices))
+def test_every_choice_composes_and_is_valid(choices: list[tuple[str, str]]) -> None:
+    config = composed(*(f"{group}={name}" for group, name in choices))
+    for group, name in choices:
+        assert group in ("tracker", "analysis") or getattr(config, group).name == name
     parse(config.quant)
     check_choices(config)
-    if name == "own":  # of a run, which ptq.py has none of
+    if config.prompts.name == "own":  # of a run, which ptq.py has none of
         with pytest.raises(ValueError, match=r"prompts\.texts is empty"):
             pairs(config.prompts)
     else:
         assert pairs(config.prompts)
     assert pairs(config.calib)
     check_dimensions(config.eval.dimensions)
-    if isinstance(config, TrainConfig) and group == "qat":
-        static = name == "delayed" or config.qat.scaling == "delayed"
-        quant = composed("quant=static_per_tensor").quant if static else config.quant
-        resolve_train(dataclasses.replace(config, quant=quant))
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "qat"])
+def test_every_training_can_be_planned(name: str) -> None:
+    config = composed(f"qat={name}")
+    assert isinstance(config, TrainConfig)
+    static = name == "delayed" or config.qat.scaling == "delayed"
+    quant = composed("quant=static_per_tensor").quant if static else config.quant
+    resolve_train(dataclasses.replace(config, quant=quant))
 
 
 def test_evaluation_composes_and_vbenchs_list_is_whole() -> None:
@@ -84,10 +103,9 @@ def test_evaluation_composes_and_vbenchs_list_is_whole() -> None:
     assert len(pairs(first)) == 5 * 4
 
 
-@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "experiment"])
-def test_an_experiment_is_a_sweep_over_presets_with_pairs_enough(name: str) -> None:
+@pytest.mark.parametrize(("script", "name"), EXPERIMENTS)
+def test_an_experiment_is_a_sweep_over_presets_with_pairs_enough(script: str, name: str) -> None:
     with initialize_config_dir(CONF, version_base="1.3"):
-        script = script_of(f"experiment={name}")
         raw = compose(script, [f"experiment={name}"], return_hydra_config=True)
     assert raw.hydra.mode == RunMode.MULTIRUN
     assert raw.hydra.sweep.dir.startswith(f"outputs/{script}/{name}-")
@@ -99,7 +117,7 @@ def test_an_experiment_is_a_sweep_over_presets_with_pairs_enough(name: str) -> N
             chosen = f"{group}={preset}"
             # What a preset is does not depend on the experiment; what is trained does on all of it.
             whole = script == "train" or number == 0
-            config = composed(*([f"experiment={name}"] if whole else []), chosen)
+            config = composed(*([f"experiment={name}"] if whole else []), chosen, script=script)
             assert not named or getattr(config, group).name == preset
             assert not whole or len(pairs(config.prompts)) >= ENOUGH_PAIRS
             assert not whole or script == "train" or len(pairs(config.calib)) >= ENOUGH_PAIRS
