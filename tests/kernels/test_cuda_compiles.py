@@ -23,7 +23,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from wanquant.kernels import cuda, cuda_bits, cuda_rows, eager  # noqa: E402
+from wanquant.formats.blocks import BlockFormat  # noqa: E402
+from wanquant.formats.registry import FORMATS  # noqa: E402
+from wanquant.kernels import cuda, cuda_bits, cuda_blocks, cuda_rows, eager  # noqa: E402
 
 #: What ``quantize_rows_coded`` writes.
 KINDS = (eager.CODED_HIF8, eager.CODED_E4M3, eager.CODED_INT8)
@@ -32,17 +34,27 @@ CARDS = (80, 90, 100)
 #: Names of pointers in a signature.
 WHOLE = {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 TYPES = {**WHOLE, torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+#: Formats of which one launch of each is compiled otherwise than the others'.
+BLOCKED = [format_ for format_ in FORMATS.values() if isinstance(format_, BlockFormat)]
 #: Columns of matrices, elements of tensors: those that 16 divides are compiled otherwise, and so is a single one.
 SIZES = (48, 47, 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = {
-    name: each for module in (cuda, cuda_rows) for name, each in vars(module).items() if isinstance(each, JITFunction)
+    name: each
+    for module in (cuda, cuda_blocks, cuda_rows)
+    for name, each in vars(module).items()
+    if isinstance(each, JITFunction)
 }
 #: Not launched but called by others.
 INNER = {
     "_placed",
     "_values",
     "_magnitude",
+    "_to_grid",
+    "_through_bfloat16",
+    "_block_scale",
+    "_by_scale",
+    "_by_levels",
     *(name for name, each in vars(cuda_bits).items() if isinstance(each, JITFunction)),
 }
 #: Columns of a row that is held in registers as a whole, as wide as they come, and of one that is not.
@@ -80,6 +92,9 @@ def launches(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> Iterator[No
                     cuda.quantize_rows_coded(matrix, kind, 15.0, power_of_two, 16.0, 256.0, factors)
             for scale in (torch.ones(()), torch.ones(3)):
                 cuda.scaled_round_hif8(matrix, scale, saturate, factors)
+        for format_, scale in itertools.product(BLOCKED, (torch.ones(()), torch.ones(3))):
+            blocked = torch.zeros(3, format_.block * size, dtype=dtype)
+            cuda.round_blocks(blocked, scale, *format_.how, blocked[0].float() if saturate else None)
         if dtype != torch.float16:  # no product comes in it
             for scale, bias in itertools.product((torch.ones(()), None), (None, torch.zeros(size, dtype=dtype))):
                 scales = (torch.ones(3), torch.ones(size)) if scale is None else (scale, scale)

@@ -16,6 +16,7 @@ from tests.kernels.inputs import ALL16, LARGE, MATRICES, WIDE, assert_same_bits
 from tests.models import wan_inputs, wan_transformer
 from wanquant import kernels
 from wanquant.formats import hif8
+from wanquant.formats.blocks import NVFP4
 from wanquant.kernels import cpu, eager, ops
 from wanquant.kernels.tables import NAN16, NAN_CODE, narrow
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
@@ -170,6 +171,7 @@ def test_ops_keep_their_contract() -> None:
         "look_up": (codes, torch.rand(256)),
         "carry_e4m3": (torch.ones(6, 32, dtype=torch.bfloat16), 16.0),
         "quantize_rows_coded": (x, eager.CODED_HIF8, 15.0, False, 16.0, 256.0),
+        "round_blocks": (x, torch.rand(6), *NVFP4.how),
     }
     assert set(calls) == set(ops.NAMES)
     for name, args in calls.items():
@@ -178,8 +180,14 @@ def test_ops_keep_their_contract() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [QuantConfig(), QuantConfig(packed=True, product="exact"), QuantConfig(format="e4m3"), QuantConfig(format="mxfp8")],
-    ids=["hif8", "packed", "e4m3", "mxfp8"],
+    [
+        QuantConfig(),
+        QuantConfig(packed=True, product="exact"),
+        QuantConfig(format="e4m3"),
+        QuantConfig(format="mxfp8"),
+        QuantConfig(format="hif4", packed=True),
+    ],
+    ids=["hif8", "packed", "e4m3", "mxfp8", "hif4"],
 )
 def test_a_quantized_linear_compiles_whole(config: QuantConfig) -> None:
     layer = QuantLinear.from_linear(nn.Linear(64, 48, dtype=torch.bfloat16), parse(config))

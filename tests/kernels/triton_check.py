@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tests.kernels.inputs import ALL16, MATRICES, WIDE, assert_same_bits
-from wanquant.kernels import cuda, eager
+from wanquant.formats.blocks import BlockFormat
+from wanquant.formats.registry import FORMATS
+from wanquant.kernels import blocks, cuda, eager
 
 
 def some(matrix: torch.Tensor, apart: int) -> torch.Tensor:
@@ -28,7 +30,22 @@ def rows_of(matrices: Sequence[torch.Tensor], other: bool, everything: bool) -> 
                 yield some(matrix, 7 if everything else 12).to(dtype)
 
 
+def check_blocks(everything: bool) -> None:
+    """Enough for more than one program, the last of them not full."""
+    ties = torch.arange(-1152, 1152).view(9, 256) / 16
+    for number, format_ in enumerate(each for each in FORMATS.values() if isinstance(each, BlockFormat)):
+        for x in [*rows_of([matrix[:, :256] for matrix in MATRICES], number % 2 == 1, everything), ties]:
+            powers = torch.ldexp(torch.ones(256), torch.arange(256) % 7 - 3)
+            scales = (torch.tensor(0.37), torch.rand(len(x)) + 0.01)
+            hows = ((scales[0], powers), (scales[1], None))
+            for scale, factors in hows if everything else hows[number % 2 :][:1]:
+                ours = cuda.round_blocks(x, scale, *format_.how, factors)
+                for got, expected in zip(ours, blocks.round_blocks(x, scale, *format_.how, factors), strict=True):
+                    assert_same_bits(got, expected)
+
+
 def main(everything: bool) -> None:
+    check_blocks(everything)
     for saturate in (False, True):
         for x in (WIDE[:4], ALL16.view(torch.bfloat16), ALL16.view(torch.float16), WIDE[:0], WIDE[:4].T):
             assert_same_bits(cuda.round_hif8(x, saturate), eager.round_hif8(x, saturate))

@@ -1,4 +1,5 @@
-"""The kernels of CUDA, in Triton, one function per op; those of matrices are in ``cuda_rows``.
+"""The kernels of CUDA, in Triton, one function per op; those of matrices are in ``cuda_rows`` and
+``cuda_blocks``.
 
 Tested bit for bit under Triton's interpreter, and, because that lets pass what does not compile, compiled for each kind
 of card in each specialization.
@@ -11,11 +12,12 @@ import triton
 import triton.language as tl
 
 from wanquant.kernels.cuda_bits import carried, count_lost, is16, pattern, round_bits, widen
+from wanquant.kernels.cuda_blocks import round_blocks
 from wanquant.kernels.cuda_rows import descale, quantize_rows_coded, quantize_rows_hif8, scaled_round_hif8
 from wanquant.kernels.eager import fit
 from wanquant.kernels.tables import decode_table, encode_table, narrow, round_table
 
-__all__ = ["descale", "quantize_rows_coded", "quantize_rows_hif8", "scaled_round_hif8"]
+__all__ = ["descale", "quantize_rows_coded", "quantize_rows_hif8", "round_blocks", "scaled_round_hif8"]
 
 _BLOCK = 1024
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -43,32 +43,34 @@ NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 #: Those with a Triton kernel; the others are few elements, or plain torch does them well.
 ON_CUDA = (
     *("round_hif8", "round_hif8_out", "encode_hif8", "decode_hif8", "look_up"),
-    *("scaled_round_hif8", "quantize_rows_hif8", "quantize_rows_coded", "carry_e4m3", "descale"),
+    *("scaled_round_hif8", "quantize_rows_hif8", "quantize_rows_coded", "carry_e4m3", "descale", "round_blocks"),
 )
 #: Those for which the chip may have a cast of its own.
 ON_NPU = ("round_hif8", "round_hif8_out", "encode_hif8", "scaled_round_hif8", "quantize_rows_hif8")
+#: In plain torch, for every other device.
+EAGER = (eager, blocks)
 _LIBRARY = torch.library.Library("wanquant", "DEF")
 
 
-def _implement(key: str, device: ModuleType, blocks_of: ModuleType) -> None:
-    for name in NAMES:
-        _LIBRARY.impl(name, getattr(blocks_of if name == "round_blocks" else device, name), key)
+def _find(name: str, modules: Sequence[ModuleType]) -> Callable[..., Any]:
+    found: Callable[..., Any] = next(getattr(module, name) for module in modules if hasattr(module, name))
+    return found
 
 
 @cache
-def _cuda() -> ModuleType:
+def _cuda() -> Sequence[ModuleType]:
     """The Triton kernels, imported by the first tensor that needs them; the eager path where there is no Triton."""
     try:
-        return importlib.import_module("wanquant.kernels.cuda")
+        return (importlib.import_module("wanquant.kernels.cuda"),)
     except ImportError as error:
-        warnings.warn(f"HiF8 on CUDA runs without its kernels, exact but slow: {error}", stacklevel=2)
-        return eager
+        warnings.warn(f"CUDA runs without the kernels, exact but slow: {error}", stacklevel=2)
+        return EAGER
 
 
 def _on_cuda(name: str) -> Callable[..., Any]:
     def call(x: torch.Tensor, *args: Any) -> Any:
         with torch.cuda.device(x.device):  # Triton launches on the current device, whatever the tensor's
-            return getattr(_cuda(), name)(x, *args)
+            return _find(name, _cuda())(x, *args)
 
     return call
 
@@ -81,5 +83,6 @@ for _name in ON_CUDA:
     _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
 for _name in ON_NPU:
     _LIBRARY.impl(_name, getattr(npu, _name), "PrivateUse1")  # torch's key for devices of other packages
-_implement("CompositeExplicitAutograd", eager, blocks)
-_implement("CPU", cpu, cpu)
+for _name in NAMES:
+    _LIBRARY.impl(_name, _find(_name, EAGER), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, getattr(cpu, _name), "CPU")
