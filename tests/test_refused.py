@@ -61,6 +61,9 @@ ptq quant.weights.rule=absmax | unknown scale rule 'absmax': did you mean amax? 
 ptq quant.activations.rule=amax/65536 | quant.activations.rule: target 65536 is beyond the range of hif8
 ptq quant.activations.static=true | quant.activations.static=true needs quant.activations.granularity=per_tensor
 ptq quant.format=int8 quant.product=fp8 | quant.product=fp8 is for hif8, e4m3, e5m2, mxfp8: with int8 choose
+ptq quant=mxfp8_w8a8 quant.weights.granularity=per_block | granularity per_block is gone, blocks are the format's own:
+ptq quant.format=hif4 quant.overflow=inf | quant.overflow=inf: hif4 has no infinity, choose saturate
+ptq quant=nvfp4_w4a8 quant.product=fp8 | quant.product=fp8: there is none of nvfp4 with e4m3, choose fast or exact
 ptq quant=weight_mse quant.product=fp8 | quant.product=fp8 carries hif8 up to a target: choose
 ptq 'prompts.texts=["a red dog"]' | DOG
 ptq 'calib.texts=["a red dog"]' | DOG
@@ -94,7 +97,6 @@ train qat.loss.flow=1 qat.scope=all | qat.loss.flow is for videos: choose qat.da
 train qat.loss.output=0 qat.scope=all | qat.loss: flow, output and blocks are all 0, so nothing would be learned
 train qat.scaling=delayed qat.scope=all | scaling=delayed makes static scales: set quant.activations.static=true
 train qat.gradients=hif4 | qat.gradients=hif4: did you mean hif8? choose none, hif8, stochastic
-train quant=mxfp8_w8a8 | mxfp8 cannot be trained: its scales go into the operands
 train quant=bf16 | quant.format=bf16 quantizes nothing: fine-tune with qat=off
 train qat=off qat.scope=lora | qat.scope=lora is for a quantized model: choose all, blocks or norms
 train qat.data.source=folder qat.scope=all qat.data.path=nowhere | qat.data.path=nowhere: [Errno 2] No such file

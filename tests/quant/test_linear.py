@@ -183,7 +183,8 @@ def test_compiled_scaled_rounding_equals_eager(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (QuantConfig(format="fp4"), "quant.format=fp4: choose hif8"),
+        (QuantConfig(format="fp4"), r"quant.format=fp4: did you mean nvfp4\? choose hif8"),
+        (QuantConfig(format="posit"), "quant.format=posit: choose hif8"),
         (QuantConfig(overflow="wrap"), "quant.overflow=wrap"),
         (QuantConfig(product="quick"), "quant.product=quick"),
         (make(weight_rows="per_token"), "per_tensor or per_channel"),

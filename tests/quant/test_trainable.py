@@ -318,12 +318,12 @@ def test_what_cannot_be_trained_is_refused() -> None:
     linear, delayed = nn.Linear(32, 8), Training(scaling="delayed")
     static = ActivationConfig("per_tensor", "p99.9/15", static=True)
     for quant, how, word in (
-        (QuantConfig(format="mxfp8"), Training(), "mxfp8"),
         (QuantConfig(smoothing=0.5), Training(), "smoothing"),
         (QuantConfig(product="native"), Training(), "native"),
         (QuantConfig(format="int8"), Training(gradients="hif8"), "int8"),
         (QuantConfig(), delayed, "static=true"),
         (QuantConfig(activations=static), delayed, "p99.9/15"),
+        (QuantConfig(format="mxfp8", activations=ActivationConfig(static=True)), delayed, "direct"),
     ):
         with pytest.raises(ValueError, match=word):
             TrainableQuantLinear(linear, parse(quant), 1.0, how)

@@ -52,7 +52,8 @@ EAGER = (eager, blocks)
 _LIBRARY = torch.library.Library("wanquant", "DEF")
 
 
-def _find(name: str, modules: Sequence[ModuleType]) -> Callable[..., Any]:
+def find(name: str, modules: Sequence[ModuleType]) -> Callable[..., Any]:
+    """The op of that name in the first module that has it."""
     found: Callable[..., Any] = next(getattr(module, name) for module in modules if hasattr(module, name))
     return found
 
@@ -70,7 +71,7 @@ def _cuda() -> Sequence[ModuleType]:
 def _on_cuda(name: str) -> Callable[..., Any]:
     def call(x: torch.Tensor, *args: Any) -> Any:
         with torch.cuda.device(x.device):  # Triton launches on the current device, whatever the tensor's
-            return _find(name, _cuda())(x, *args)
+            return find(name, _cuda())(x, *args)
 
     return call
 
@@ -84,5 +85,5 @@ for _name in ON_CUDA:
 for _name in ON_NPU:
     _LIBRARY.impl(_name, getattr(npu, _name), "PrivateUse1")  # torch's key for devices of other packages
 for _name in NAMES:
-    _LIBRARY.impl(_name, _find(_name, EAGER), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, find(_name, EAGER), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, getattr(cpu, _name), "CPU")

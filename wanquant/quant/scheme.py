@@ -206,5 +206,7 @@ def parse_granularity(text: str, rows: str) -> Granularity:
         return PerTensor()
     if text == rows:
         return PerRow()
+    if text == "per_block":
+        raise ValueError("granularity per_block is gone, blocks are the format's own: convert such a checkpoint again")
     guess = did_you_mean(text, ("per_tensor", rows))
     raise ValueError(f"unknown granularity {text!r}: {guess}choose per_tensor or {rows}")

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wanquant.kernels import eager
+from wanquant.kernels.ops import EAGER, find
 from wanquant.wan.config import GenerationConfig
 from wanquant.wan.families import WAN, Family
 from wanquant.wan.products import quick_products
@@ -58,7 +58,7 @@ R = TypeVar("R")
 
 class Alive(TorchDispatchMode):
     """Counts the bytes of all storages made while entered that are still alive, and the ``most`` there were. Our own
-    kernels need nothing more, unless they are ``eager``, plain torch."""
+    kernels need nothing more, unless they are ``EAGER``, plain torch."""
 
     def __init__(self, known: Sequence[torch.Tensor], eagerly: bool = False) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._eagerly and op.namespace == "wanquant":
             with self:
-                return getattr(eager, op.name().split("::")[1].split(".")[0])(*args, **(kwargs or {}))
+                return find(op.name().split("::")[1].split(".")[0], EAGER)(*args, **(kwargs or {}))
         output = op(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
