@@ -34,7 +34,8 @@ from torch import nn
 from benchmarks.random_wan import SHAPES
 from benchmarks.timing import Row, compare, table
 from wanquant.formats import hif8
-from wanquant.kernels import descale, eager, quantize_rows_coded, quantize_rows_hif8
+from wanquant.formats.blocks import HIF4, INT4_128, MXFP6, NVFP4
+from wanquant.kernels import blocks, descale, eager, quantize_rows_coded, quantize_rows_hif8, round_blocks
 from wanquant.quant import QuantConfig, QuantLinear, quantize_
 from wanquant.quant.eight_bit import check_product
 from wanquant.quant.scheme import parse
@@ -44,7 +45,7 @@ LINEARS = ((5120, 5120), (5120, 13824), (13824, 5120))
 TOKENS = (4096, 32_760)
 ELEMENTS = 1 << 27
 #: Of a linear with each product over one in BF16: ``fp8`` less where its weight is largest beside its input.
-BARS = {"fast": 1.2, "packed": 1.2, "exact": 5.0, "fp8": 0.72}
+BARS = {"fast": 1.2, "packed": 1.2, "exact": 5.0, "fp8": 0.72, "nvfp4": 1.4, "hif4": 1.4}
 WIDE_BAR = 0.62
 #: Calls between two looks at the clock take this long, in seconds.
 AT_LEAST = 0.02
@@ -126,9 +127,17 @@ def bits(place: Place) -> Rows:
             for result in (torch.float32, torch.bfloat16):
                 ours = torch.ops.wanquant.descale(*move(x, *scales, bias), result)
                 same(ours, eager.descale(x, *scales, bias, result))
+    for format_, (_, x) in itertools.product(BLOCKED, matrices(33, place.size(5120, 256), generator)):
+        scale, powers = torch.rand(len(x), generator=generator) + 0.01, torch.ones(x.shape[1])
+        for by, factors in ((scale, None), (torch.tensor(0.37), powers * 4)):
+            ours = torch.ops.wanquant.round_blocks(*move(x, by), *format_.how, *move(factors))
+            for found, expected in zip(ours, blocks.round_blocks(x, by, *format_.how, factors), strict=True):
+                same(found, expected)
     yield Row("elements that differ from the definition", "compared", counted["wrong"], counted["elements"], 0.0, True)
 
 
+#: One of each kind of scale.
+BLOCKED = (NVFP4, MXFP6, HIF4, INT4_128)
 #: Rows, columns, and whether every choice is tried: each is compiled by itself.
 SIZES = ((17, 1023, True), (33, 5120, False), (5, 13_824, False), (2, 100_003, False))
 
@@ -175,6 +184,10 @@ def elementwise(place: Place) -> Rows:
     yield place.compare("quantize_rows", lambda: quantize_rows_hif8(rows, 15.0, False), "clone", rows.clone, 1.15)
     how = (eager.CODED_HIF8, 15.0, False, 16.0, 256.0)
     yield place.compare("quantize_rows to codes", lambda: quantize_rows_coded(rows, *how), "clone", rows.clone, 1.15)
+    one = torch.ones((), device=place.device)
+    for format_ in BLOCKED:
+        rounding = partial(round_blocks, rows, one, format_.how)
+        yield place.compare(f"round_blocks {format_.name}", rounding, "clone", rows.clone, 2.0)
     scales = (torch.rand(len(rows), device=place.device), torch.rand(columns, device=place.device))
     bias = torch.randn(columns, device=place.device).to(torch.bfloat16)
     yield place.compare("descale", lambda: descale(rows, *scales, bias, torch.bfloat16), "clone", rows.clone, 1.2)
@@ -191,6 +204,8 @@ def configs(place: Place) -> dict[str, QuantConfig]:
         "e4m3 fp8": QuantConfig(format="e4m3", product="fp8"),
         "int8": QuantConfig(format="int8", product="int8"),
         "mxfp8 fp8": QuantConfig(format="mxfp8", product="fp8"),
+        "nvfp4": QuantConfig(format="nvfp4"),
+        "hif4": QuantConfig(format="hif4"),
     }
     found = {}
     for name, config in known.items():
