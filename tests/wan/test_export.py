@@ -187,6 +187,7 @@ def test_a_pipeline_by_the_command_line(tmp_path: Path) -> None:
         (QuantConfig(attention="qkv"), "quantize attention in other ways"),
         (QuantConfig(activations=ActivationConfig("per_tensor", static=True)), "has no static hif8"),
         (QuantConfig(format="e4m3"), "has no e4m3"),
+        (QuantConfig(format="mxfp8", weights=WeightConfig(rule="amax/448")), "no scale outside of the blocks"),
     ],
 )
 def test_what_the_layout_cannot_hold_is_refused(config: QuantConfig, said: str, tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ class Format(ABC):
         """Of a row's codes; ``ValueError`` if it does not divide into blocks."""
         return columns
 
+    def columns_of(self, row_bytes: int) -> int:
+        """How many elements a row of so many bytes has."""
+        return row_bytes
+
     @abstractmethod
     def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
         """Nearest value of each element, in the shape and dtype of ``x``; NaN stays NaN."""

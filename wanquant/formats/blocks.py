@@ -71,7 +71,6 @@ class BlockFormat(Format):
         return columns * self.bits // 8 + columns // self.block * SCALE_BYTES[self.kind]
 
     def columns_of(self, row_bytes: int) -> int:
-        """How many elements a packed row has."""
         return row_bytes // (self.block * self.bits // 8 + SCALE_BYTES[self.kind]) * self.block
 
     def check_overflow(self, overflow: str) -> None:

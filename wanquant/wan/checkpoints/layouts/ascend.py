@@ -78,6 +78,9 @@ def _type_of(scheme: Scheme, layout: str) -> str:
     if name not in known or static:
         found = f"static {name}" if static else name
         raise ValueError(f"layout {layout} has no {found}: it has int8, and with dynamic inputs {' and '.join(known)}")
+    rules = {scheme.config.weights.rule, scheme.config.activations.rule}
+    if scheme.format.block and rules != {"direct"}:
+        raise ValueError(f"layout {layout} has no scale outside of the blocks: choose quant.weights.rule=direct")
     return known[name]
 
 
@@ -97,12 +100,10 @@ def _linear(checkpoint: Checkpoint, name: str, kind: str) -> dict[str, Piece]:
         return (bias / output_scales()).round().to(torch.int32)
 
     pieces = {"bias": Piece("FLOAT", float32, (rows,), lambda: read("bias").float())} if biased else {}
-    pieces["weight"] = Piece(kind, codes, (rows, columns), lambda: read("weight").view(codes))
-    if kind == "W8A8_MXFP8":
-        shape = source.tensors[f"{name}.weight_scale"].shape
-        pieces["weight_scale"] = Piece(
-            kind, torch.uint8, shape, lambda: (read("weight_scale").log2() + 127).to(torch.uint8)
-        )
+    pieces["weight"] = Piece(kind, codes, (rows, columns), lambda: read("weight")[:, :columns].contiguous().view(codes))
+    if kind == "W8A8_MXFP8":  # the bytes behind the codes
+        shape = rows, columns // checkpoint.scheme.format.block
+        pieces["weight_scale"] = Piece(kind, torch.uint8, shape, lambda: read("weight")[:, columns:].contiguous())
     elif kind == "W8A8":
         pieces["input_scale"] = Piece(kind, float32, (1,), lambda: read("input_scale")[None])
         pieces["input_offset"] = Piece(kind, float32, (1,), lambda: torch.zeros(1))

@@ -65,9 +65,10 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         return name in self.source.tensors
 
-    def shape(self, linear: str) -> tuple[int, ...]:
+    def shape(self, linear: str) -> tuple[int, int]:
         """[out, in]."""
-        return self.source.tensors[f"{linear}.weight"].shape
+        rows, stored = self.source.tensors[f"{linear}.weight"].shape
+        return rows, self.scheme.format.columns_of(stored)
 
     def plain_weight(self, linear: str) -> torch.Tensor:
         """What the codes of a linear mean, in BF16."""
