@@ -167,7 +167,7 @@ class BlockFormat(Format):
     def _other_scales(self, absmax: torch.Tensor) -> Iterator[torch.Tensor]:
         """Those with which the largest magnitude is an element's, [count, 1]; where there is none, what it would be."""
         if self.kind == SCALE_E8M0:  # that of MXFP8's 1.875, whose largest is 1.75 · 2^8
-            yield 2 * block_scale(absmax, self.how)
+            yield two_to((torch.frexp(absmax).exponent - math.frexp(self.how.largest)[1] + 1).clamp(-127, 127))
             return
         times = (1.0, 2.0, 4.0) if self.kind == SCALE_HIF4 else (1.0,)
         for element in self.magnitudes[1:].flip(0).tolist():

@@ -88,7 +88,8 @@ def block_scale(absmax: torch.Tensor, how: BlockRounding) -> torch.Tensor:
     """The scale of blocks by their largest magnitudes; 0 where all of the block becomes 0."""
     if how.kind == SCALE_E8M0:  # OCP Microscaling 1.0, section 6.3: a part saturates
         top = math.frexp(how.largest)[1]
-        return two_to((torch.frexp(absmax.clamp_min(2.0**-127)).exponent - top).clamp(-127, 127))
+        exponent = (torch.frexp(absmax).exponent - top).clamp(-127, 127)
+        return two_to(exponent.masked_fill(absmax == 0, -127))
     wanted = absmax / torch.full_like(absmax, how.largest)
     if how.kind == SCALE_BF16:
         return wanted.to(torch.bfloat16).float()
