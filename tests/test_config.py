@@ -141,11 +141,19 @@ def test_defaults_are_the_librarys() -> None:
     assert len(pairs(config.prompts)) == 5
 
 
-@pytest.mark.parametrize("format_", ["hif8", "e4m3", "e5m2", "int8", "mxfp8"])
-def test_a_format_brings_its_own_choices(format_: str) -> None:
+@pytest.mark.parametrize(
+    ("format_", "preset"),
+    [
+        *((name, f"{name}_w8a8") for name in ("hif8", "e4m3", "e5m2", "int8", "mxfp8")),
+        *((name, f"{name}_w4a4") for name in ("mxfp4", "hif4")),
+        ("mxfp6", "mxfp6_w6a6"),
+        ("int4_g64", "int4_w4a4"),
+    ],
+)
+def test_a_format_brings_its_own_choices(format_: str, preset: str) -> None:
     """By its preset, by its name on the command line, and from Python."""
     library = settle(QuantConfig(format=format_))
-    for override in (f"quant={format_}_w8a8", f"quant.format={format_}"):
+    for override in (f"quant={preset}", f"quant.format={format_}"):
         config = settle(composed(override).quant)
         assert dataclasses.replace(config, name=library.name) == library
 

@@ -34,8 +34,8 @@ CARDS = (80, 90, 100)
 #: Names of pointers in a signature.
 WHOLE = {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 TYPES = {**WHOLE, torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-#: Formats of which one launch of each is compiled otherwise than the others'.
-BLOCKED = [format_ for format_ in FORMATS.values() if isinstance(format_, BlockFormat)]
+#: A format with each kind of scale.
+BLOCKED = list({format_.kind: format_ for format_ in FORMATS.values() if isinstance(format_, BlockFormat)}.values())
 #: Columns of matrices, elements of tensors: those that 16 divides are compiled otherwise, and so is a single one.
 SIZES = (48, 47, 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -27,11 +27,20 @@ CHOICES = {
     ),
     "static": QuantConfig(activations=ActivationConfig("per_tensor", static=True), overflow="saturate"),
     "int8": QuantConfig(format="int8"),
+    "mxfp8": QuantConfig(format="mxfp8"),
+    "nvfp4 static": QuantConfig(format="nvfp4", activations=ActivationConfig(static=True)),
+    "hif4 beside hif8": QuantConfig(format="hif4", activations=ActivationConfig(format="hif8")),
 }
+#: In which an input can be beyond the range.
+CLIPPED = ("direct", "static", "nvfp4 static")
+#: Features in: whole blocks of each format.
+IN = 64
 
 
-def layer(scheme: Scheme, bias: bool = True, clip_mask: bool = True) -> tuple[nn.Linear, TrainableQuantLinear]:
-    linear = nn.Linear(24, 16, bias=bias)
+def layer(
+    scheme: Scheme, bias: bool = True, clip_mask: bool = True, columns: int = 24
+) -> tuple[nn.Linear, TrainableQuantLinear]:
+    linear = nn.Linear(columns, 16, bias=bias)
     return linear, TrainableQuantLinear(
         linear, scheme, 2.0 if scheme.act_static else None, Training(clip_mask=clip_mask)
     )
@@ -41,10 +50,9 @@ def layer(scheme: Scheme, bias: bool = True, clip_mask: bool = True) -> tuple[nn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_is_that_of_inference(name: str, dtype: torch.dtype) -> None:
     scheme = parse(CHOICES[name])
-    linear, trained = layer(scheme)
-    x = torch.randn(2, 5, 24).to(dtype)
+    x = torch.randn(2, 5, IN).to(dtype)
     for bias in (True, False):
-        linear, trained = layer(scheme, bias)
+        linear, trained = layer(scheme, bias, columns=IN)
         expected = QuantLinear.from_linear(linear, scheme, 2.0 if scheme.act_static else None)(x)
         assert torch.equal(trained(x), expected)
         assert torch.equal(trained.frozen()(x), expected)
@@ -59,10 +67,10 @@ def surrogate(trained: TrainableQuantLinear, x: torch.Tensor, masked: bool) -> t
     rounded_x = operand.double() * (scale[:, None] if scale.ndim else scale)
     w_scale = inference.weight_scale
     rounded_w = inference.weight.double() * (w_scale[:, None] if w_scale.ndim else w_scale)
-    limit = trained.scheme.format.overflow
+    limits = trained.scheme.act_format.overflow, trained.scheme.format.overflow
     leaves = [x.double().requires_grad_(), trained.weight.detach().double().requires_grad_()]
     parts = []
-    for leaf, rounded, own in zip(leaves, (rounded_x, rounded_w), (scale, w_scale), strict=True):
+    for leaf, rounded, own, limit in zip(leaves, (rounded_x, rounded_w), (scale, w_scale), limits, strict=True):
         inside = (leaf.detach().bfloat16().double() if leaf is leaves[1] else leaf.detach()).abs() / (
             own[:, None] if own.ndim else own
         ) < limit
@@ -78,9 +86,9 @@ def surrogate(trained: TrainableQuantLinear, x: torch.Tensor, masked: bool) -> t
 def test_backward_is_that_of_the_surrogate(name: str, masked: bool) -> None:
     """Also where values are clipped: they lie far beyond the range of some."""
     scheme = parse(replace(CHOICES[name], product="exact"))
-    _, trained = layer(scheme, clip_mask=masked)
-    x = torch.randn(7, 24)
-    if name in ("direct", "static"):
+    _, trained = layer(scheme, clip_mask=masked, columns=IN)
+    x = torch.randn(7, IN)
+    if name in CLIPPED:
         x[0, :5] = torch.tensor([1e5, -1e5, 5e4, 3e4, 4e5])
     y, leaves = surrogate(trained, x, masked)
     upstream = torch.randn(7, 16)
@@ -91,7 +99,7 @@ def test_backward_is_that_of_the_surrogate(name: str, masked: bool) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert ours is not None
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
-    if name in ("direct", "static"):
+    if name in CLIPPED:
         assert trained.clipped > 0
         assert x.grad is not None
         assert bool((x.grad[0, :3] == 0).all()) is masked

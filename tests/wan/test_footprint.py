@@ -101,6 +101,7 @@ OF_FORMAT = {
     "hif8": [product for product in PRODUCTS if product != "int8"],
     "int8": ["fast", "exact", "int8"],
     "mxfp8": ["fast", "exact", "fp8"],
+    "hif4": ["fast"],
 }
 
 
