@@ -1,0 +1,145 @@
+"""Formats of four and six bits in files: what is promised of their size, and nothing lost on any way there and back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from tests.test_config import composed
+from wanquant import load_pipeline, quantize_
+from wanquant.config import CONF
+from wanquant.quant import QuantConfig, QuantLinear
+from wanquant.quant.scheme import parse
+from wanquant.wan.checkpoints.checkpoint import (
+    WEIGHTS,
+    dequantize_,
+    load_transformer,
+    quantization_of,
+    quantized_linears,
+    save_transformer,
+)
+from wanquant.wan.checkpoints.stream import Recipe, convert_transformer, foresee
+
+NAMES = sorted(path.stem for path in (Path(CONF) / "quant").glob("*_w[46]a*.yaml"))
+#: Bits a weight with the scales of its blocks.
+BITS = {"nvfp4": 4.5, "mxfp4": 4.25, "mxfp6": 6.25, "hif4": 4.5, "int4_g64": 4.25, "int4_g128": 4.125}
+
+
+@pytest.fixture(scope="module")
+def model() -> WanTransformer3DModel:
+    """The first two blocks of tiny-wan, 128 wide."""
+    transformer = load_pipeline("tiny", device="cpu").transformer
+    transformer.blocks = torch.nn.ModuleList(list(transformer.blocks)[:2])
+    transformer.register_to_config(num_layers=2)
+    return transformer
+
+
+def asked() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    noisy, text = (torch.randn(shape, generator=generator).bfloat16() for shape in ((1, 16, 2, 8, 8), (1, 9, 128)))
+    return {"hidden_states": noisy, "timestep": torch.tensor([900.0]), "encoder_hidden_states": text}
+
+
+@torch.no_grad()
+def answer(transformer: Any) -> torch.Tensor:
+    found: torch.Tensor = transformer(**asked(), return_dict=False)[0]
+    return found
+
+
+def recipe_of(model: torch.nn.Module, config: QuantConfig) -> Recipe:
+    """The first block protected; inputs up to 4 where their scale is static."""
+    linears = [name for name, child in model.named_modules() if isinstance(child, torch.nn.Linear)]
+    return Recipe(config, (0,), (), dict.fromkeys(linears, 4.0) if config.activations.static else None)
+
+
+def test_there_are_all_of_them() -> None:
+    assert len(NAMES) == 11
+    assert {composed(f"quant={name}").quant.format for name in NAMES} == BITS.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_lost_in_files(name: str, model: WanTransformer3DModel, tmp_path: Path) -> None:
+    """Saved as it lies in memory, packed or not, and streamed, it is one checkpoint; every loader makes the same."""
+    config = composed(f"quant={name}").quant
+    recipe, quantized = recipe_of(model, config), copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "source")
+    quantize_(quantized, config, recipe.protected_blocks, (), recipe.stats)
+    save_transformer(quantized, tmp_path / "source", tmp_path / "saved", lambda: None)
+    streamed = convert_transformer(tmp_path / "source", tmp_path / "streamed", recipe, "signed")
+    saved, found = (load_file(tmp_path / folder / WEIGHTS) for folder in ("saved", "streamed"))
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(saved[key], found[key]) and saved[key].dtype == found[key].dtype for key in saved)
+    # Of the size that is promised.
+    bits = BITS[config.format]
+    for path, layer in quantized_linears(quantized).items():
+        weight, scale = saved[f"{path}.weight"], saved[f"{path}.weight_scale"]
+        assert (weight.dtype, scale.dtype) == (torch.uint8, torch.float32)
+        assert 8 * weight.nbytes == bits * layer.in_features * layer.out_features
+        assert weight.nbytes + scale.nbytes == parse(config).packed_bytes(layer)
+        assert (f"{path}.input_scale" in saved) == config.activations.static
+    assert len(quantized_linears(quantized)) == 10
+    total = sum(tensor.nbytes for tensor in saved.values())
+    static = 40 if config.activations.static else 0
+    assert streamed.written == total == foresee(tmp_path / "source", recipe).written + static
+    # And the same whoever loads it.
+    described, wanted = quantization_of(tmp_path / "saved"), answer(quantized)
+    assert described is not None
+    packed = load_transformer(tmp_path / "saved", described, packed=True)
+    assert all(layer.is_packed for layer in quantized_linears(packed).values())
+    theirs = WanTransformer3DModel.from_pretrained(tmp_path / "saved")
+    for other in (load_transformer(tmp_path / "saved", described), packed, theirs):
+        assert torch.equal(answer(other), wanted)
+    theirs.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / WEIGHTS)
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[key], again[key]) for key in saved)
+
+
+@pytest.mark.parametrize("name", ["nvfp4_w4a4", "hif4_w4a4", "int4_w4a16", "mxfp6_w6a6"])
+def test_state_dicts_and_what_the_codes_mean(name: str, model: WanTransformer3DModel) -> None:
+    config = composed(f"quant={name}").quant
+    recipe, quantized = recipe_of(model, config), copy.deepcopy(model)
+    quantize_(quantized, config, recipe.protected_blocks, (), recipe.stats)
+    other = copy.deepcopy(model)
+    for child in other.blocks[1].modules():
+        if isinstance(child, torch.nn.Linear):
+            child.weight.data.zero_()
+    quantize_(other, composed(f"quant={name}", "quant.packed=true").quant, (0,), (), recipe.stats)
+    wanted = answer(quantized)
+    other.load_state_dict(quantized.state_dict())
+    assert all(layer.is_packed for layer in quantized_linears(other).values())
+    assert torch.equal(answer(other), wanted)
+    quantized.load_state_dict(other.state_dict())
+    assert torch.equal(answer(quantized), wanted)
+    layer = quantized.blocks[1].ffn.net[0].proj
+    assert isinstance(layer, QuantLinear)
+    meant = (layer.weight.float() * layer.weight_scale).bfloat16()
+    source = model.blocks[1].ffn.net[0].proj.weight.float()
+    assert 0 < (meant.float() - source).norm() < 0.2 * source.norm()
+    dequantize_(other)
+    plain = other.blocks[1].ffn.net[0].proj
+    assert type(plain) is torch.nn.Linear
+    assert torch.equal(plain.weight, meant)
+
+
+def test_a_weight_of_another_size_is_refused(model: WanTransformer3DModel, tmp_path: Path) -> None:
+    """By both loaders, in one line, also where torch would take it."""
+    quantized = copy.deepcopy(model)
+    quantize_(quantized, QuantConfig(format="mxfp4"), (0,))
+    save_transformer(quantized, tmp_path, tmp_path / "saved", lambda: None)
+    tensors, name = load_file(tmp_path / "saved" / WEIGHTS), "blocks.1.attn1.to_q.weight"
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, tmp_path / "saved" / WEIGHTS, metadata={"format": "pt"})
+    said = rf"tensor {name} has shape \(128, 67\), not \(128, 68\)"
+    described = quantization_of(tmp_path / "saved")
+    assert described is not None
+    with pytest.raises(ValueError, match=said):
+        load_transformer(tmp_path / "saved", described)
+    with pytest.raises(ValueError, match=said):
+        WanTransformer3DModel.from_pretrained(tmp_path / "saved")
