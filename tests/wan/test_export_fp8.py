@@ -220,7 +220,11 @@ def test_a_tensor_at_a_time(layout: str, tmp_path: Path, monkeypatch: pytest.Mon
 REFUSED: list[tuple[QuantConfig, str, str]] = [
     (QuantConfig(format="e4m3"), "comfyui", "granularity=per_channel: .* quantize with quant=e4m3_per_tensor"),
     (QuantConfig(), "comfyui", "quant=e4m3_per_tensor"),
-    (QuantConfig(format="int8"), "compressed-tensors", "does not hold int8: choose mindie-sd or modelslim"),
+    (
+        QuantConfig(format="int8"),
+        "compressed-tensors",
+        "holds E4M3 and NVFP4, and not int8: choose mindie-sd or modelslim",
+    ),
     (QuantConfig(activations=STATIC), "compressed-tensors", "static scales of hif8 are none of E4M3's: use e4m3"),
     (QuantConfig(format="e4m3"), "modelslim", "layout modelslim has no e4m3"),
 ]

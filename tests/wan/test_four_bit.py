@@ -18,12 +18,12 @@ from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.scheme import parse
 from wanquant.wan.checkpoints.checkpoint import (
     WEIGHTS,
-    dequantize_,
     load_transformer,
     quantization_of,
     quantized_linears,
     save_transformer,
 )
+from wanquant.wan.checkpoints.quantizer import dequantize_
 from wanquant.wan.checkpoints.stream import Recipe, convert_transformer, foresee
 
 NAMES = sorted(path.stem for path in (Path(CONF) / "quant").glob("*_w[46]a*.yaml"))

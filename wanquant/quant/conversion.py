@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from wanquant.formats.base import Format
+from wanquant.formats.registry import FORMATS
 from wanquant.quant.attention import check_processor
 from wanquant.quant.config import QuantConfig
 from wanquant.quant.linear import QuantLinear
@@ -115,11 +117,18 @@ def _fate(name: str, linear: nn.Linear, block: int, scheme: Scheme) -> tuple[str
         try:
             format_.row_bytes(linear.in_features)
         except ValueError as error:
-            raise ValueError(f"{name} cannot be quantized to {format_.name}: {error}") from None
+            other = f"{error}, {_instead(format_, linear.in_features)}"
+            raise ValueError(f"{name} cannot be quantized to {format_.name}: {other}") from None
     if scheme.rotation is not None and linear.in_features % scheme.rotation:
         wide = f"{linear.in_features} channels do not divide into blocks of {scheme.rotation}"
         raise ValueError(f"{name} cannot be rotated: {wide}")
     return "converted", f"block {block}"
+
+
+def _instead(format_: Format, columns: int) -> str:
+    fit = [other.name for other in FORMATS.values() if other.bits == format_.bits and other.block]
+    fit = [name for name in fit if columns % FORMATS[name].block == 0]
+    return f"choose {' or '.join(fit)}" if fit else "protect it (protect.modules) or choose a format without blocks"
 
 
 def _fused(module: nn.Module) -> dict[str, str]:

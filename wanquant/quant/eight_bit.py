@@ -206,10 +206,13 @@ def multiply_mx(x: torch.Tensor, weight: torch.Tensor, columns: int, bias: torch
     return scaled_mm(left, right.T, by_left, how, by_right, how, swizzle_a=layout, swizzle_b=layout, bias=bias)
 
 
-def in_tiles(scale: torch.Tensor) -> torch.Tensor:
-    """Bytes of E8M0 [rows, blocks] in the order in which cards of compute capability 10.0 read them: tiles of 128 by
-    4, and in a tile row r and block b at 16 · (r mod 32) + 4 · (r div 32) + b; the rest is filled up."""
+def in_tiles(scale: torch.Tensor, dtype: torch.dtype = torch.float8_e8m0fnu) -> torch.Tensor:
+    """Bytes of E8M0 or E4M3 [rows, blocks] in the order in which cards of compute capability 10.0 read them: tiles of
+    128 by 4, and in a tile row r and block b at 16 · (r mod 32) + 4 · (r div 32) + b; the rest is filled up, with 1 or
+    with 0."""
     rows, blocks = -(-scale.shape[0] // 128) * 128, -(-scale.shape[1] // 4) * 4
-    filled = F.pad(scale, (0, blocks - scale.shape[1], 0, rows - scale.shape[0]), value=127)
+    filled = F.pad(
+        scale, (0, blocks - scale.shape[1], 0, rows - scale.shape[0]), value=127 if dtype == torch.float8_e8m0fnu else 0
+    )
     tiles = filled.view(rows // 128, 4, 32, blocks // 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(torch.float8_e8m0fnu)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(dtype)

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,7 +26,7 @@ import wanquant
 from wanquant.plugins import load_plugins
 from wanquant.quant import QuantConfig, QuantLinear
 from wanquant.quant.config import DEFAULT, ActivationConfig, WeightConfig
-from wanquant.quant.convert import empty_like_quantized_, with_hooks_of
+from wanquant.quant.convert import empty_like_quantized_
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD
 from wanquant.runs.files import whole_folder, write_atomic
@@ -249,10 +248,9 @@ def load_transformer(
     empty_like_quantized_(transformer, described["modules"], scheme, tensors)
     check_keys(transformer.state_dict(), tensors, folder)
     check_finite(tensors, folder)
-    for name in described["modules"]:
-        for ending, dtype in TYPES.items():
-            if name + ending in tensors:
-                check_type(name + ending, tensors[name + ending], dtype, folder)
+    for name, layer in quantized_linears(transformer).items():
+        for part in (name + ending for ending in TYPES if name + ending in tensors):
+            check_part(layer, part, tensors[part], folder)
     if not scheme.coded:
         for name in described["modules"]:
             tensors[f"{name}.weight"] = scheme.format.decode(tensors[f"{name}.weight"])
@@ -261,19 +259,17 @@ def load_transformer(
     return transformer.eval()
 
 
-def check_type(name: str, tensor: torch.Tensor, wanted: torch.dtype, folder: Path | str) -> None:
-    """``ValueError`` for a tensor that was cast on the way, as a general-purpose loader or converter may do."""
+def check_part(layer: QuantLinear, name: str, tensor: torch.Tensor, where: Path | str) -> None:
+    """``ValueError`` for a layer's tensor that was cast on the way, as a general-purpose loader or converter may do, or
+    that is of another size."""
+    part = name.rpartition(".")[2]
+    wanted = TYPES[f".{part}"]
     if tensor.dtype != wanted:
-        raise ValueError(f"{folder}: tensor {name} is {tensor.dtype}, not {wanted}: something has cast this checkpoint")
-
-
-def dequantize_(transformer: WanTransformer3DModel) -> None:
-    """To plain linears of the codes' values in BF16, and attention as it was; nothing is rounded any more."""
-    for name, layer in quantized_linears(transformer).items():
-        transformer.set_submodule(name, with_hooks_of(layer, layer.dequantized()))
-    for child in transformer.modules():
-        if isinstance(child, WanAttention):
-            child.set_processor(WanAttnProcessor())
+        raise ValueError(f"{where}: tensor {name} is {tensor.dtype}, not {wanted}: something has cast this checkpoint")
+    codes = (layer.out_features, layer.scheme.format.row_bytes(layer.in_features))
+    shape = codes if part == "weight" else tuple(layer.get_buffer(part).shape)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{where}: tensor {name} has shape {tuple(tensor.shape)}, not {shape}")
 
 
 def check_keys(wanted: Collection[str], found: Collection[str], where: Path, strange: Collection[str] = ()) -> None:

@@ -2,7 +2,8 @@
 
 ``bf16`` is what the codes mean, as a plain BF16 model in diffusers' layout, for engines without the format: scales that
 are no powers of two round each weight once more, and activations are not rounded any more. ``comfyui`` and
-``compressed-tensors`` are told in ``layouts.fp8``, ``mindie-sd`` and ``modelslim`` in ``layouts.ascend``.
+``compressed-tensors`` are told in ``layouts.fp8`` and, of NVFP4, ``layouts.nvfp4``; ``mindie-sd`` and ``modelslim`` in
+``layouts.ascend``.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from wanquant.runs.files import whole_folder
 from wanquant.runs.progress import progress
 from wanquant.wan.checkpoints.checkpoint import quantization_of, write_json
 from wanquant.wan.checkpoints.find import transformers_of
-from wanquant.wan.checkpoints.layouts import LAYOUTS, naming_of
+from wanquant.wan.checkpoints.layouts import LAYOUTS, fp8, naming_of, nvfp4
 from wanquant.wan.checkpoints.layouts.ascend import write_mindie, write_modelslim
-from wanquant.wan.checkpoints.layouts.fp8 import write_comfyui, write_compressed_tensors
 from wanquant.wan.checkpoints.layouts.pieces import Checkpoint, Piece, write_as_source
 from wanquant.wan.checkpoints.sums import check_sums, seal
 from wanquant.wan.families import family_of
@@ -78,7 +78,8 @@ def export(
     _refuse_existing(target)
     with whole_folder(target) as partial_target:
         write_json(partial_target / "config.json", checkpoint.config)
-        return WRITERS[layout](checkpoint, partial_target, naming, on_file)
+        writers = WRITERS | (NVFP4 if checkpoint.scheme.format.name == "nvfp4" else {})
+        return writers[layout](checkpoint, partial_target, naming, on_file)
 
 
 def _refuse_existing(target: Path) -> None:
@@ -97,8 +98,10 @@ def _write_bf16(checkpoint: Checkpoint, target: Path, naming: str, on_file: Call
 
 WRITERS: dict[str, Writer] = {
     "bf16": _write_bf16,
-    "comfyui": write_comfyui,
-    "compressed-tensors": write_compressed_tensors,
+    "comfyui": fp8.write_comfyui,
+    "compressed-tensors": fp8.write_compressed_tensors,
     "modelslim": write_modelslim,
     "mindie-sd": write_mindie,
 }
+#: In their place, of a checkpoint in NVFP4.
+NVFP4: dict[str, Writer] = {"comfyui": nvfp4.write_comfyui, "compressed-tensors": nvfp4.write_compressed_tensors}

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from wanquant.quant import QuantLinear
-from wanquant.quant.convert import empty_like_quantized_
+from wanquant.quant.convert import empty_like_quantized_, with_hooks_of
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.registered import METHOD, guard
-from wanquant.wan.checkpoints.checkpoint import TYPES, check_type, config_of, dequantize_
+from wanquant.wan.checkpoints.checkpoint import TYPES, check_part, config_of, quantized_linears
 from wanquant.wan.checkpoints.sums import check_sums
 
 
@@ -115,7 +116,7 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         path, _, name = param_name.rpartition(".")
         layer, stored = model.get_submodule(path), state_dict[param_name]
         assert isinstance(layer, QuantLinear)
-        check_type(param_name, stored, TYPES.get(f".{name}", torch.float32), "checkpoint")
+        check_part(layer, param_name, stored, "checkpoint")
         stored = stored.to(target_device)
         if name != "weight":
             setattr(layer, name, stored)
@@ -145,3 +146,12 @@ class WanquantQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         kept = {key: value for key, value in settings.config.items() if key != "quantization_config"}
         settings._internal_dict = FrozenDict(kept)  # or it would be saved as quantized
         return model
+
+
+def dequantize_(transformer: nn.Module) -> None:
+    """To plain linears of the codes' values in BF16, and attention as it was; nothing is rounded any more."""
+    for name, layer in quantized_linears(transformer).items():
+        transformer.set_submodule(name, with_hooks_of(layer, layer.dequantized()))
+    for child in transformer.modules():
+        if isinstance(child, WanAttention):
+            child.set_processor(WanAttnProcessor())

@@ -33,6 +33,7 @@ CODES = {"W8A8_MXFP8": torch.float8_e4m3fn, "W8A8_HIFLOAT8": torch.uint8}
 def write_mindie(checkpoint: Checkpoint, target: Path, naming: str, on_file: Callable[[], None]) -> list[str]:
     """In one file of weights: MindIE-SD takes no more."""
     kind, rename = _type_of(checkpoint.scheme, "mindie-sd"), RENAME[naming]
+    checkpoint.refuse_others("layout mindie-sd")
     pieces = {rename(name): checkpoint.as_it_is(name) for name in checkpoint.others()}
     for name in checkpoint.linears:
         own = rename(name)
@@ -72,6 +73,8 @@ def _type_of(scheme: Scheme, layout: str) -> str:
     if scheme.attention != "off":
         raise ValueError(f"quant.attention={scheme.attention}: Ascend's engines quantize attention in other ways")
     name, static = scheme.format.name, scheme.act_static
+    if name != scheme.act_format.name:
+        raise ValueError(f"layout {layout} has no {name} weights for inputs of {scheme.act_format.name}")
     if name == "int8":
         return "W8A8" if static else "W8A8_DYNAMIC"
     known = {"mxfp8": "W8A8_MXFP8"} | ({"hif8": "W8A8_HIFLOAT8"} if layout == "mindie-sd" else {})

@@ -44,11 +44,11 @@ class Weights:
         self.lost = self.total = 0
         self._lifts: dict[str, torch.Tensor] = {}
         if self.format.name != "e4m3" and self.format.name not in CARRIED:
-            raise ValueError(
-                f"layout {layout} is of E4M3, which does not hold {self.format.name}: choose mindie-sd or modelslim"
-            )
-        if checkpoint.scheme.act_static and self.format.name != "e4m3":
-            raise ValueError(f"layout {layout}: static scales of {self.format.name} are none of E4M3's: use e4m3")
+            others = "mindie-sd or modelslim" if self.format.name in ("int8", "mxfp8") else "bf16"
+            raise ValueError(f"layout {layout} holds E4M3 and NVFP4, and not {self.format.name}: choose {others}")
+        inputs = checkpoint.scheme.act_format.name
+        if checkpoint.scheme.act_static and inputs != "e4m3":
+            raise ValueError(f"layout {layout}: static scales of {inputs} are none of E4M3's: use e4m3")
         checkpoint.refuse_factors(f"layout {layout}")
 
     def codes(self, linear: str) -> torch.Tensor:
@@ -147,9 +147,14 @@ def _compressed_config(checkpoint: Checkpoint) -> dict[str, Any]:
     weights = {**by, "strategy": "tensor" if isinstance(scheme.weight_granularity, PerTensor) else "channel"}
     inputs = {**by, "strategy": "tensor" if static else "token", "dynamic": not static}
     group = {"targets": ["Linear"], "weights": {**weights, "dynamic": False}, "input_activations": inputs}
+    return compressed_config(checkpoint, "float-quantized", group)
+
+
+def compressed_config(checkpoint: Checkpoint, format_: str, group: dict[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint whose linears are all quantized in one way."""
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
+        "format": format_,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": _plain_linears(checkpoint),
@@ -158,7 +163,7 @@ def _compressed_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _plain_linears(checkpoint: Checkpoint) -> list[str]:
     """Every matrix called ``weight`` that is not quantized, by diffusers' name of its module and by vLLM-Omni's: what
-    is not found in the list is taken for FP8, and would be cast to it."""
+    is not found in the list is taken for quantized."""
     tensors, found = checkpoint.source.tensors, set[str]()
     for name in checkpoint.others():
         module, _, part = name.rpartition(".")
@@ -175,6 +180,7 @@ def _inputs_of(scheme: Scheme) -> str:
     if scheme.act_static:
         return ""
     own = isinstance(scheme.act_granularity, PerRow) and scheme.config.activations.rule == f"amax/{LARGEST_E4M3:g}"
-    if scheme.format.name == "e4m3" and own:
+    if scheme.act_format.name == "e4m3" and own:
         return ""
-    return f"inputs are rounded to e4m3, by the largest magnitude of a token, where here they are {scheme.format.name}"
+    here = scheme.act_format.name
+    return f"inputs are rounded to e4m3, by the largest magnitude of a token, where here they are {here}"

@@ -93,10 +93,19 @@ class Checkpoint:
         return [name for name in self.source.tensors if name.rpartition(".")[0] not in self.linears]
 
     def refuse_factors(self, layout: str) -> None:
-        """``ValueError`` where smoothing has left factors in a linear, and the layout has no place for them."""
+        """``ValueError`` where smoothing has left factors in a linear, and the layout has no place for them; nor for
+        what rotation and a low-rank branch leave."""
+        self.refuse_others(layout)
         factored = [name for name in sorted(self.linears) if self.has(f"{name}.input_factor")]
         if factored:
             raise ValueError(f"quant.smoothing: {factored[0]} multiplies its input by factors, which {layout} has not")
+
+    def refuse_others(self, layout: str) -> None:
+        """``ValueError`` for rotated inputs and low-rank branches, which no engine's layout has a place for."""
+        config = self.scheme.config
+        for key, asked in (("rotation", config.rotation), ("low_rank", config.low_rank)):
+            if asked:
+                raise ValueError(f"quant.{key}={asked}: {layout} has no place for it, export as bf16")
 
 
 def write_as_source(
