@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 from wanquant import kernels
 from wanquant.formats.base import Format
@@ -30,17 +31,14 @@ from wanquant.kernels import SCALE_BF16, SCALE_E4M3, SCALE_E8M0, SCALE_HIF4, Blo
 from wanquant.kernels.blocks import (
     LARGEST_LEVEL,
     LARGEST_SCALE,
+    SCALE_BYTES,
     SMALLEST_LEVEL,
-    block_scale,
-    hif4_level,
+    code_blocks,
+    fit_blocks,
     round_element,
+    scale_bytes,
 )
 from wanquant.kernels.eager import two_to
-
-#: Bytes of a block's scale, by its kind.
-SCALE_BYTES = {SCALE_E4M3: 1, SCALE_E8M0: 1, SCALE_BF16: 2, SCALE_HIF4: 4}
-#: Elements that are packed together.
-AT_ONCE = 1 << 24
 
 
 class BlockFormat(Format):
@@ -60,7 +58,11 @@ class BlockFormat(Format):
         #: The grid's values that are not negative, in order: those of the codes from 0 on.
         self.magnitudes = _magnitudes(self.how)
         #: The value of each code: sign and magnitude, of whole numbers two's complement. NaN where there is none.
-        self._grid = _grid(self.magnitudes, bits, kind == SCALE_BF16)
+        grid = _grid(self.magnitudes, bits, kind == SCALE_BF16).to(torch.bfloat16)
+        #: By byte the value of the code in it; of four bits those of both its codes, as one float32.
+        self._table = F.pad(grid, (0, 256 - len(grid)))
+        if bits == 4:
+            self._table = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], 1).view(torch.float32).flatten()
 
     def default_rule(self) -> str:
         return super().default_rule() if self.kind == SCALE_E4M3 else "direct"
@@ -97,21 +99,33 @@ class BlockFormat(Format):
     def decode(self, codes: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         columns = self.columns_of(codes.shape[-1])
         packed, scales = codes.split([columns * self.bits // 8, codes.shape[-1] - columns * self.bits // 8], dim=-1)
-        elements = self._grid.to(codes.device)[_bytes_to_bits(packed, self.bits).long()]
         units = self._units(scales.unflatten(-1, (-1, SCALE_BYTES[self.kind])))
-        values: torch.Tensor = elements.unflatten(-1, (-1, self.block)) * units
-        return values.flatten(-2).to(torch.bfloat16).to(dtype)
+        values: torch.Tensor = self._elements(packed).unflatten(-1, (-1, self.block)) * units
+        return values.flatten(-2).to(dtype)
+
+    def _elements(self, packed: torch.Tensor) -> torch.Tensor:
+        """BF16 [..., columns] of the codes of a row; of four bits two at a time, as one float32."""
+        packed = _bytes_to_bits(packed) if self.bits == 6 else packed
+        found: torch.Tensor = kernels.look_up(packed, self._table.to(packed.device)).view(torch.bfloat16)
+        return found
 
     def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of values [..., columns] on the grid the codes of their elements, uint8 in the same shape, and the bytes of
         their blocks' scales, uint8 [..., blocks · bytes]. ``ValueError`` for values that are not on it."""
-        blocks = values.reshape(-1, self.block)
-        parts = [self._split_blocks(part.float()) for part in blocks.split(max(1, AT_ONCE // self.block))]
-        elements, scales = (torch.cat(each) for each in zip(*parts, strict=True))
-        return elements.view(values.shape), scales.view(*values.shape[:-1], -1)
+        rows = values.reshape(-1, values.shape[-1])
+        codes, scales, held = kernels.split_blocks(rows.to(torch.bfloat16), self.how, self.bits)
+        if not held.all():
+            # The scale that rounding takes for the largest magnitude is nearly always one that holds all of a block.
+            # Where it is not, the others are tried.
+            left = ~held.flatten()
+            found = self._search(rows.reshape(-1, self.block)[left].float())
+            codes.view(-1, self.block)[left], scales.view(-1, SCALE_BYTES[self.kind])[left] = found
+        if values.dtype != torch.bfloat16 and ((rows != rows.to(torch.bfloat16)) & rows.isfinite()).any():
+            raise ValueError(f"these are no values of {self.name}")
+        return codes.view(values.shape), scales.view(*values.shape[:-1], -1)
 
     def _units(self, scales: torch.Tensor) -> torch.Tensor:
-        """float32 [..., blocks, block] by which elements are multiplied, of the bytes [..., blocks, bytes]."""
+        """BF16 [..., blocks, block] by which elements are multiplied, of the bytes [..., blocks, bytes]."""
         if self.kind == SCALE_HIF4:
             return _hif4_units(scales)
         if self.kind == SCALE_E4M3:
@@ -120,49 +134,21 @@ class BlockFormat(Format):
             found = torch.where(scales == 255, torch.nan, two_to(scales.to(torch.int32) - 127))
         else:
             found = scales.contiguous().view(torch.bfloat16).float()
-        return found.expand(*found.shape[:-1], self.block)
+        return found.to(torch.bfloat16).expand(*found.shape[:-1], self.block)
 
-    def _split_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of blocks [count, block] in float32. The rounding's own scale of the largest magnitude is nearly always one
-        that holds all of the block; where it is not, the others are tried."""
+    def _search(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``split``, of blocks [count, block] in float32, all finite."""
         magnitude = blocks.abs()
         absmax = magnitude.amax(1, keepdim=True)
-        broken = ~absmax.isfinite()
-        magnitude = magnitude.masked_fill(broken, 0.0)
-        absmax = absmax.masked_fill(broken, 0.0)
-        scale = hif4_level(absmax) if self.kind == SCALE_HIF4 else block_scale(absmax, self.how)
-        units, held = self._fit(magnitude, scale)
+        scale = torch.zeros_like(absmax)
+        units, held = torch.zeros_like(magnitude), torch.zeros_like(absmax, dtype=torch.bool)
         for tried in self._other_scales(absmax):
-            if held.all():
-                break
-            others, fits = self._fit(magnitude, tried)
+            others, fits = fit_blocks(magnitude, tried, self.how)
             better = fits & ~held
             units, scale, held = torch.where(better, others, units), torch.where(better, tried, scale), held | fits
-        if not held.all():
-            raise ValueError(f"these are no values of {self.name}")
-        how = self.how
-        elements = round_element(magnitude / units, how.mantissa, how.exponent, how.largest)
-        elements = torch.where(units == 0, 0.0, elements)
-        codes = torch.searchsorted(self.magnitudes.to(blocks.device), elements.contiguous()).to(torch.uint8)
-        negative = blocks.signbit() & ~broken
-        if self.kind == SCALE_BF16:
-            codes = torch.where(negative, (2**self.bits - codes.to(torch.int32)) % 2**self.bits, codes).to(torch.uint8)
-        else:
-            codes = codes | (negative.to(torch.uint8) << (self.bits - 1))
-        return codes, self._scale_bytes(scale, units, broken)
-
-    def _fit(self, magnitude: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """By a scale for each block, of what its elements are multiples, [count, block], and whether it holds all of
-        them, [count, 1]."""
-        if self.kind == SCALE_HIF4:
-            return _fit_hif4(magnitude, scale)
-        elements = torch.where(scale == 0, 0.0, magnitude / scale)
-        how = self.how
-        product = round_element(elements, how.mantissa, how.exponent, how.largest) * scale
-        if self.kind == SCALE_BF16:
-            # What is rounded to BF16 is no exact multiple: its quotient is the element all the same.
-            product = product.to(torch.bfloat16).float()
-        return scale.expand_as(magnitude), (product == magnitude).all(1, keepdim=True)
+            if held.all():
+                return code_blocks(blocks, units, self.how, self.bits), scale_bytes(scale, units, self.how)
+        raise ValueError(f"these are no values of {self.name}")
 
     def _other_scales(self, absmax: torch.Tensor) -> Iterator[torch.Tensor]:
         """Those with which the largest magnitude is an element's, [count, 1]; where there is none, what it would be."""
@@ -183,24 +169,6 @@ class BlockFormat(Format):
                     for away in (0, 1, -1):
                         yield (near.view(torch.int16) + away).view(torch.bfloat16).float()
 
-    def _scale_bytes(self, scale: torch.Tensor, units: torch.Tensor, broken: torch.Tensor) -> torch.Tensor:
-        """uint8 [count, bytes] of scales [count, 1]; that of a broken block is NaN."""
-        if self.kind == SCALE_BF16:
-            return scale.masked_fill(broken, torch.nan).to(torch.bfloat16).view(torch.uint8)
-        if self.kind == SCALE_E4M3:
-            return scale.masked_fill(broken, torch.nan).to(torch.float8_e4m3fn).view(torch.uint8)
-        if self.kind == SCALE_E8M0:
-            exponent = (torch.frexp(scale).exponent - 1 + 127).to(torch.uint8)
-            return torch.where(broken, 255, exponent).to(torch.uint8)
-        mantissa, exponent = torch.frexp(scale)
-        level = (exponent + 47) * 4 + (mantissa * 8).to(torch.int32) - 4
-        power = units[:, ::4] / scale
-        shift = (power >= 2).to(torch.int32) + (power >= 4).to(torch.int32)  # of fours
-        second = (shift.view(-1, 8, 2) == 2).any(2)
-        third = shift - second.repeat_interleave(2, 1).to(torch.int32)
-        of_block = [torch.where(broken, 255, level), _bits(second), _bits(third[:, :8]), _bits(third[:, 8:])]
-        return torch.cat(of_block, dim=1).to(torch.uint8)
-
 
 def _magnitudes(how: BlockRounding) -> torch.Tensor:
     found = [0.0, 2.0 ** (how.exponent - how.mantissa)]
@@ -220,25 +188,8 @@ def _grid(magnitudes: torch.Tensor, bits: int, whole: bool) -> torch.Tensor:
     return found
 
 
-def _fit_hif4(magnitude: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``BlockFormat._fit`` by first levels: for each eight a second level with which a third holds both fours."""
-    quarters = (magnitude / level * 4).view(-1, 8, 2, 4)
-    fits = [_whole(quarters / 2**shift) for shift in range(3)]  # by fours, [count, 8, 2]
-    without = (fits[0] | fits[1]).all(2)
-    within = (fits[1] | fits[2]).all(2)
-    low = torch.where(fits[0], 0, 1)
-    high = torch.where(fits[1], 1, 2)
-    shift = torch.where(without[..., None], low, high).flatten(1).to(torch.int32)
-    # An eight of which one four needs no doubling and one needs two is on no grid.
-    return (level * two_to(shift)).repeat_interleave(4, 1), (without | within).all(1, keepdim=True)
-
-
-def _whole(quarters: torch.Tensor) -> torch.Tensor:
-    return ((quarters == quarters.floor()) & (quarters <= 7)).all(3)
-
-
 def _hif4_units(scales: torch.Tensor) -> torch.Tensor:
-    """Of the four bytes of blocks: E6M2, eight bits, sixteen bits, the first in the lowest; float32 [..., 64]."""
+    """Of the four bytes of blocks: E6M2, eight bits, sixteen bits, the first in the lowest; BF16 [..., 64]."""
     level = scales[..., :1].to(torch.int32)
     first = (1 + (level & 3) / 4) * two_to((level >> 2) - 48)
     first = torch.where(level == 255, torch.nan, first)
@@ -246,12 +197,7 @@ def _hif4_units(scales: torch.Tensor) -> torch.Tensor:
     bits = (scales[..., 1:, None] >> places & 1).to(torch.int32)
     shift = bits[..., 0, :].repeat_interleave(2, -1) + bits[..., 1:, :].flatten(-2)
     units: torch.Tensor = first * two_to(shift)
-    return units.repeat_interleave(4, -1)
-
-
-def _bits(flags: torch.Tensor) -> torch.Tensor:
-    """[count, 1], of eight flags each, the first in the lowest bit."""
-    return (flags.to(torch.int32) << torch.arange(8, device=flags.device)).sum(1, keepdim=True)
+    return units.to(torch.bfloat16).repeat_interleave(4, -1)
 
 
 def _bits_to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -261,18 +207,14 @@ def _bits_to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         return codes[..., ::2] | codes[..., 1::2] << 4
     fours = codes.unflatten(-1, (-1, 4)).to(torch.int32) << torch.arange(0, 24, 6, device=codes.device)
-    whole = fours.sum(-1, keepdim=True) >> torch.arange(0, 24, 8, device=codes.device)
+    whole = fours.sum(-1, keepdim=True, dtype=torch.int32) >> torch.arange(0, 24, 8, device=codes.device)
     return torch.flatten((whole & 255).to(torch.uint8), -2)
 
 
-def _bytes_to_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """What ``_bits_to_bytes`` was given."""
-    if bits == 8:
-        return packed
-    if bits == 4:
-        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+def _bytes_to_bits(packed: torch.Tensor) -> torch.Tensor:
+    """Of six bits, what ``_bits_to_bytes`` was given."""
     whole = packed.unflatten(-1, (-1, 3)).to(torch.int32) << torch.arange(0, 24, 8, device=packed.device)
-    fours = whole.sum(-1, keepdim=True) >> torch.arange(0, 24, 6, device=packed.device)
+    fours = whole.sum(-1, keepdim=True, dtype=torch.int32) >> torch.arange(0, 24, 6, device=packed.device)
     return torch.flatten((fours & 63).to(torch.uint8), -2)
 
 

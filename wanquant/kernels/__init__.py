@@ -13,6 +13,7 @@ from wanquant.kernels.dispatch import (
     quantize_rows_hif8,
     round_blocks,
     scaled_round_hif8,
+    split_blocks,
 )
 from wanquant.kernels.eager import (
     CODED_E4M3,
@@ -48,6 +49,7 @@ __all__ = [
     "quantize_rows_hif8",
     "round_blocks",
     "scaled_round_hif8",
+    "split_blocks",
     "times",
     "two_to",
 ]

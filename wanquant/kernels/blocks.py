@@ -15,6 +15,8 @@ from wanquant.kernels.eager import in_parts, times, two_to
 
 #: What the scale of a block may be: E4M3, a power of two (E8M0), BF16, or HiF4's three levels.
 SCALE_E4M3, SCALE_E8M0, SCALE_BF16, SCALE_HIF4 = range(4)
+#: Bytes of a block's scale, by its kind.
+SCALE_BYTES = {SCALE_E4M3: 1, SCALE_E8M0: 1, SCALE_BF16: 2, SCALE_HIF4: 4}
 #: The largest E4M3, and the range of E6M2, HiF4's first level.
 LARGEST_SCALE, SMALLEST_LEVEL, LARGEST_LEVEL = 448.0, 2.0**-48, 49152.0
 #: 1/7 in BF16, by which HiF4's definition multiplies: 7 is the largest a block reaches, times its first level.
@@ -123,3 +125,99 @@ def hif4_elements(magnitude: torch.Tensor, level: torch.Tensor, power: torch.Ten
     """S1P2 of magnitudes over their units, ties away from zero; ``power`` is 1, 2 or 4."""
     scaled = magnitude * (hif4_reciprocal(level) / power)
     return (scaled * 4 + 0.5).floor().clamp_max(7) * 0.25
+
+
+#: Elements that are split together.
+AT_ONCE = 1 << 22
+
+
+def split_blocks(
+    values: torch.Tensor, block: int, kind: int, mantissa: int, exponent: int, largest: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of BF16 values on the grid, [rows, columns], the codes of their elements by the scale that rounding takes for the
+    largest magnitude of a block, uint8 in the same shape; the bytes of those scales, uint8 [rows, blocks · bytes]; and
+    which blocks have only multiples of it, bool [rows, blocks]."""
+    how = BlockRounding(block, kind, mantissa, exponent, largest, math.inf)
+    rows = max(1, AT_ONCE // values.shape[1])
+    parts = [_split(part.reshape(-1, block).float(), how, bits) for part in values.split(rows)]
+    codes, scales, held = (torch.cat(each) for each in zip(*parts, strict=True))
+    blocks = values.shape[1] // block
+    return codes.view(values.shape), scales.view(len(values), -1), held.view(-1, blocks)
+
+
+def _split(x: torch.Tensor, how: BlockRounding, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    magnitude = x.abs()
+    absmax = magnitude.amax(1, keepdim=True)
+    broken = ~absmax.isfinite()
+    magnitude, absmax = magnitude.masked_fill(broken, 0.0), absmax.masked_fill(broken, 0.0)
+    scale = hif4_level(absmax) if how.kind == SCALE_HIF4 else block_scale(absmax, how)
+    units, held = fit_blocks(magnitude, scale, how)
+    codes = code_blocks(x.masked_fill(broken, 0.0), units, how, bits)
+    return codes, scale_bytes(scale.masked_fill(broken, torch.nan), units, how), held
+
+
+def fit_blocks(magnitude: torch.Tensor, scale: torch.Tensor, how: BlockRounding) -> tuple[torch.Tensor, torch.Tensor]:
+    """By a scale for each block, of what its elements are multiples, [count, block], and whether all of them are,
+    [count, 1]."""
+    if how.kind == SCALE_HIF4:
+        return _fit_hif4(magnitude, scale)
+    elements = torch.where(scale == 0, 0.0, magnitude / scale)
+    product = round_element(elements, how.mantissa, how.exponent, how.largest) * scale
+    if how.kind == SCALE_BF16:
+        # What is rounded to BF16 is no exact multiple: its quotient is the element all the same.
+        product = product.to(torch.bfloat16).float()
+    return scale.expand_as(magnitude), (product == magnitude).all(1, keepdim=True)
+
+
+def _fit_hif4(magnitude: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """By first levels: for each eight a second level with which a third holds both fours."""
+    quarters = (magnitude / level * 4).view(-1, 8, 2, 4)
+    fits = [_whole(quarters / 2**shift) for shift in range(3)]  # by fours, [count, 8, 2]
+    without = (fits[0] | fits[1]).all(2)
+    within = (fits[1] | fits[2]).all(2)
+    low = torch.where(fits[0], 0, 1)
+    high = torch.where(fits[1], 1, 2)
+    shift = torch.where(without[..., None], low, high).flatten(1).to(torch.int32)
+    # An eight of which one four needs no doubling and one needs two is on no grid.
+    return (level * two_to(shift)).repeat_interleave(4, 1), (without | within).all(1, keepdim=True)
+
+
+def _whole(quarters: torch.Tensor) -> torch.Tensor:
+    return ((quarters == quarters.floor()) & (quarters <= 7)).all(3)
+
+
+def code_blocks(x: torch.Tensor, units: torch.Tensor, how: BlockRounding, bits: int) -> torch.Tensor:
+    """uint8 codes of elements, [count, block], by what they are multiples of: sign and magnitude, of whole numbers
+    two's complement."""
+    element = torch.where(units == 0, 0.0, x.abs() / units)
+    element = round_element(element, how.mantissa, how.exponent, how.largest)
+    small = element * 2.0 ** (how.mantissa - how.exponent)
+    pattern = (element.view(torch.int32) >> (23 - how.mantissa)) - ((126 + how.exponent) << how.mantissa)
+    code = torch.where(element < 2.0**how.exponent, small.to(torch.int32), pattern)
+    if how.kind == SCALE_BF16:
+        return torch.where(x.signbit(), (2**bits - code) % 2**bits, code).to(torch.uint8)
+    return (code | (x.signbit().to(torch.int32) << (bits - 1))).to(torch.uint8)
+
+
+def scale_bytes(scale: torch.Tensor, units: torch.Tensor, how: BlockRounding) -> torch.Tensor:
+    """uint8 [count, bytes] of scales [count, 1], which are NaN where a block is not finite."""
+    if how.kind == SCALE_BF16:
+        return scale.to(torch.bfloat16).masked_fill(scale.isnan(), torch.nan).view(torch.uint8)  # of the one kind
+    if how.kind == SCALE_E4M3:
+        return scale.to(torch.float8_e4m3fn).view(torch.uint8)
+    broken = scale.isnan()
+    if how.kind == SCALE_E8M0:
+        field = torch.frexp(scale.masked_fill(broken, 1.0)).exponent + 126
+        return torch.where(broken, 255, field).to(torch.uint8)
+    level = (scale.view(torch.int32) >> 21) - (79 << 2)
+    power = torch.where(broken, 1.0, units[:, ::4] / scale)
+    shift = (power >= 2).to(torch.int32) + (power >= 4).to(torch.int32)  # of fours
+    second = (shift.view(-1, 8, 2) == 2).any(2)
+    third = shift - second.repeat_interleave(2, 1).to(torch.int32)
+    of_block = [torch.where(broken, 255, level), _bits(second), _bits(third[:, :8]), _bits(third[:, 8:])]
+    return torch.cat(of_block, dim=1).to(torch.uint8)
+
+
+def _bits(flags: torch.Tensor) -> torch.Tensor:
+    """[count, 1], of eight flags each, the first in the lowest bit."""
+    return (flags.to(torch.int32) << torch.arange(8, device=flags.device)).sum(1, keepdim=True)

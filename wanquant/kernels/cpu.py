@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from wanquant.kernels import eager
+from wanquant.kernels.blocks import SCALE_BYTES
 from wanquant.kernels.eager import counted, fit, quantize_rows_coded
 from wanquant.kernels.loops import DESCALE, LOOPS, carry, stochastic
-from wanquant.kernels.loops_blocks import BLOCK_LOOPS
+from wanquant.kernels.loops_blocks import BLOCK_LOOPS, split_loop
 from wanquant.kernels.tables import carry_table, decode_table, narrow
 
 __all__ = ["quantize_rows_coded"]
@@ -127,6 +128,24 @@ def round_blocks(
     loop = BLOCK_LOOPS[x.dtype].round
     _run(loop, rows, x.numel(), x, factors, scale, scale.ndim, out, over, columns, *how)
     return out, over.sum()
+
+
+def split_blocks(
+    values: torch.Tensor, block: int, kind: int, mantissa: int, exponent: int, largest: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    values, (rows, columns) = values.contiguous(), values.shape
+    blocks, size = columns // block, SCALE_BYTES[kind]
+    codes, scales = (torch.empty(rows, width, dtype=torch.uint8) for width in (columns, blocks * size))
+    held = torch.empty(rows, blocks, dtype=torch.bool)
+    shift, least = np.uint32((23 - mantissa) << 23), np.uint32((127 + exponent) << 23)
+    how = (block, kind, shift, least, np.float32(largest), math.frexp(largest)[1] - 1)
+    place = (
+        np.uint32(23 - mantissa),
+        np.uint32((126 + exponent) << mantissa),
+        np.float32(2.0 ** (mantissa - exponent)),
+    )
+    _run(split_loop, rows, values.numel(), values, codes, scales, held, columns, *how, *place, bits, size)
+    return codes, scales, held
 
 
 def descale(

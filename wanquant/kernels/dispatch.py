@@ -106,6 +106,17 @@ def round_blocks(
     return OPS.round_blocks.default(x, scale, *how, factors)
 
 
+def split_blocks(
+    values: torch.Tensor, how: BlockRounding, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of BF16 values on the grid, [rows, columns], the codes of their elements by the scale that rounding takes for the
+    largest magnitude of a block, uint8 in the same shape; the bytes of those scales, uint8 [rows, blocks · bytes]; and
+    which blocks have only multiples of it, bool [rows, blocks]."""
+    if values.dtype != torch.bfloat16 or values.ndim != 2 or values.shape[1] % how.block:
+        raise TypeError(f"{values.dtype} {tuple(values.shape)} is no BF16 matrix of blocks of {how.block}")
+    return OPS.split_blocks.default(values, *how[:-1], bits)
+
+
 def quantize_rows_coded(
     x: torch.Tensor,
     kind: int,

@@ -76,6 +76,14 @@ def _round_block(scaled, kind, shift, least, largest, top, target):
 
 
 @njit
+def _level_of(highest):
+    """HiF4's first level by the pattern of a block's largest magnitude."""
+    seventh = bfloat16_of(to_bits(to_float(np.uint32(highest)) * np.float32(SEVENTH)))
+    wanted = max(to_float(np.uint32(np.uint32(seventh) << np.uint32(16))), np.float32(SMALLEST_LEVEL))
+    return _to_grid(wanted, np.uint32(21 << 23), np.uint32(79 << 23), np.float32(LARGEST_LEVEL))
+
+
+@njit
 def _round_hif4(scaled, target):
     """Of 64 of them."""
     fours = np.empty(16, np.uint32)
@@ -90,9 +98,7 @@ def _round_hif4(scaled, target):
         for i in range(64):
             target[i] = np.uint16(0x7FC0)
         return
-    seventh = bfloat16_of(to_bits(to_float(np.uint32(highest)) * np.float32(SEVENTH)))
-    wanted = max(to_float(np.uint32(np.uint32(seventh) << np.uint32(16))), np.float32(SMALLEST_LEVEL))
-    level = _to_grid(wanted, np.uint32(21 << 23), np.uint32(79 << 23), np.float32(LARGEST_LEVEL))
+    level = _level_of(highest)
     reciprocal = to_float(np.uint32(np.uint32(bfloat16_of(to_bits(np.float32(1.0) / level))) << np.uint32(16)))
     for eight in range(8):
         reached = to_float(np.uint32(max(fours[2 * eight], fours[2 * eight + 1]))) * reciprocal
@@ -139,3 +145,124 @@ def _loop(word: type) -> Any:
 
 
 BLOCK_LOOPS = {dtype: SimpleNamespace(round=_loop(word)) for dtype, word in WORDS.items()}
+
+
+@njit(inline="always")
+def _index(element, least, drop, base, per):
+    """The place of an element among those that are not negative: below the smallest normal value by steps, above it
+    by its pattern."""
+    bits = to_bits(element)
+    if bits < least:
+        return np.uint32(element * per)
+    return np.uint32((bits >> drop) - base)
+
+
+@njit
+def _signed(index, word, whole, bits):
+    """The code of an element by its place and the sign of its value."""
+    negative = np.uint32(word >> np.uint16(15))
+    if whole:
+        return np.uint8((np.uint32(1 << bits) - index) & np.uint32((1 << bits) - 1)) if negative else np.uint8(index)
+    return np.uint8(index | (negative << np.uint32(bits - 1)))
+
+
+@njit
+def _split_block(x, kind, shift, least, largest, top, drop, base, per, bits, codes, scales):
+    """Whether all are multiples of the scale that ``_round_block`` would take."""
+    highest = np.uint32(0)
+    for i in range(len(x)):
+        highest = max(highest, magnitude_of(widen(x[i])))
+    broken = highest >= INF_BITS
+    scale = np.float32(0.0) if broken else _scale_of(to_float(np.uint32(highest)), kind, largest, top)
+    pattern, held = to_bits(scale), True
+    if kind == SCALE_BF16:
+        half = np.uint32(0x7FC0) if broken else pattern >> np.uint32(16)
+        scales[0], scales[1] = np.uint8(half & np.uint32(255)), np.uint8(half >> np.uint32(8))
+    elif kind == SCALE_E8M0:
+        scales[0] = np.uint8(255) if broken else np.uint8(pattern >> np.uint32(23))
+    elif broken:
+        scales[0] = np.uint8(127)
+    else:
+        place = _index(scale, np.uint32(121 << 23), np.uint32(20), np.uint32(120 << 3), np.float32(512.0))
+        scales[0] = np.uint8(place)
+    for i in range(len(x)):
+        if broken:
+            codes[i] = np.uint8(0)
+            continue
+        magnitude = to_float(magnitude_of(widen(x[i])))
+        element = np.float32(0.0)
+        if scale != np.float32(0.0):
+            element = _to_grid(magnitude / scale, shift, least, largest)
+        product = to_bits(element * scale)
+        if kind == SCALE_BF16:
+            product = np.uint32(np.uint32(bfloat16_of(product)) << np.uint32(16))
+        held = held and product == to_bits(magnitude)
+        codes[i] = _signed(_index(element, least, drop, base, per), x[i], kind == SCALE_BF16, bits)
+    return held
+
+
+@njit
+def _shift_of(x, level):
+    """The flags of the powers, 1, 2 and 4, of which with the level four elements are multiples."""
+    found = 7
+    for i in range(len(x)):
+        quarters = to_float(magnitude_of(widen(x[i]))) / level * np.float32(4.0)
+        for power in range(3):
+            scaled = quarters / np.float32(1 << power)
+            if scaled != np.floor(scaled) or scaled > np.float32(7.0):
+                found &= ~(1 << power)
+    return found
+
+
+@njit
+def _split_hif4(x, codes, scales):
+    highest = np.uint32(0)
+    for i in range(64):
+        highest = max(highest, magnitude_of(widen(x[i])))
+    scales[1] = scales[2] = scales[3] = np.uint8(0)
+    if highest >= INF_BITS:
+        scales[0] = np.uint8(255)
+        codes[:] = np.uint8(0)
+        return True
+    level, held = _level_of(highest), True
+    scales[0] = np.uint8((to_bits(level) >> np.uint32(21)) - np.uint32(79 << 2))
+    for eight in range(8):
+        middle = 8 * eight + 4
+        a, b = _shift_of(x[middle - 4 : middle], level), _shift_of(x[middle : middle + 4], level)
+        without = (a & 3) != 0 and (b & 3) != 0
+        held = held and (without or ((a & 6) != 0 and (b & 6) != 0))
+        if not without:
+            scales[1] |= np.uint8(1 << eight)
+        for four in range(2):
+            fits = b if four else a
+            third = (fits & 1) == 0 if without else (fits & 2) == 0
+            at = 2 * eight + four
+            if third:
+                scales[2 + at // 8] |= np.uint8(1 << (at % 8))
+            power = np.float32((1 if without else 2) * (2 if third else 1))
+            for i in range(4 * at, 4 * at + 4):
+                quarters = to_float(magnitude_of(widen(x[i]))) / (level * power) * np.float32(4.0)
+                codes[i] = _signed(np.uint32(min(quarters, np.float32(7.0))), x[i], False, 4)
+    return held
+
+
+@njit
+def split_loop(
+    first, past, source, codes, scales, held, columns,
+    block, kind, shift, least, largest, top, drop, base, per, bits, bytes_of_scale,
+):  # fmt: skip
+    """``wanquant.kernels.blocks.split_blocks``."""
+    blocks = columns // block
+    x, y = carray(pointer(source), (past, columns), np.uint16), carray(pointer(codes), (past, columns), np.uint8)
+    by_block = carray(pointer(scales), (past, blocks * bytes_of_scale), np.uint8)
+    fits = carray(pointer(held), (past, blocks), np.uint8)
+    for row in range(first, past):
+        for at in range(blocks):
+            one, out = x[row, block * at : block * at + block], y[row, block * at : block * at + block]
+            own = by_block[row, bytes_of_scale * at : bytes_of_scale * at + bytes_of_scale]
+            if kind == SCALE_HIF4:
+                fits[row, at] = _split_hif4(one, out, own)
+            else:
+                fits[row, at] = _split_block(
+                    one, kind, shift, least, largest, top, drop, base, per, bits, out, own
+                )  # fmt: skip

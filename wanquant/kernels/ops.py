@@ -38,6 +38,8 @@ SCHEMAS = (
     " Tensor? factors=None) -> (Tensor, Tensor, Tensor)",
     "round_blocks(Tensor x, Tensor scale, int block, int kind, int mantissa, int exponent, float largest, float limit,"
     " Tensor? factors=None) -> (Tensor, Tensor)",
+    "split_blocks(Tensor values, int block, int kind, int mantissa, int exponent, float largest, int bits)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 #: Those with a Triton kernel; the others are few elements, or plain torch does them well.

@@ -111,7 +111,8 @@ def _halves(checkpoint: Checkpoint, name: str, part: int) -> torch.Tensor:
     """The codes of elements, or the bytes of the blocks' scales, contiguous."""
     _, columns = checkpoint.shape(name)
     codes = checkpoint.source.read(f"{name}.weight")
-    return codes.split([columns // 2, columns // BLOCK], dim=1)[part].contiguous()
+    halves: tuple[torch.Tensor, ...] = codes.split([columns // 2, columns // BLOCK], dim=1)
+    return halves[part].contiguous()
 
 
 def _high_first(checkpoint: Checkpoint, name: str) -> torch.Tensor:
