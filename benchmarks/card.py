@@ -206,6 +206,8 @@ def configs(place: Place) -> dict[str, QuantConfig]:
         "mxfp8 fp8": QuantConfig(format="mxfp8", product="fp8"),
         "nvfp4": QuantConfig(format="nvfp4"),
         "hif4": QuantConfig(format="hif4"),
+        "nvfp4 fp4": QuantConfig(format="nvfp4", product="fp4"),
+        "mxfp4 fp4": QuantConfig(format="mxfp4", product="fp4"),
     }
     found = {}
     for name, config in known.items():

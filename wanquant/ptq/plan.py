@@ -85,7 +85,11 @@ class PTQPlan:
         config, settings, threads = self.config, self.settings, self.config.threads
         shown = self.calibration if config.mode == "analyze" else self.pairs
         how = "" if config.eval.videos else ", single steps without videos"
-        how += "; products of FP8 codes are taken in BF16 here" if emulates(self.scheme, self.device) else ""
+        how += (
+            f"; products of {self.scheme.product.upper()} codes are taken in BF16 here"
+            if emulates(self.scheme, self.device)
+            else ""
+        )
         return (
             f"{config.quant.name} on {config.model.name} ({self.device.type}, {threads} "
             f"thread{'s' if threads > 1 else ''}), protect {config.protect.name}: {len(shown)} (prompt, seed) pairs "

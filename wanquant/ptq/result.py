@@ -126,7 +126,11 @@ def tail(
         "provenance": {
             **made,
             "bf16_products": "native" if multiplies_bf16(plan.device) else "float32, rounded once",
-            **({"fp8_products": "in BF16, of the same codes"} if emulates(plan.scheme, plan.device) else {}),
+            **(
+                {f"{plan.scheme.product}_products": "in BF16, of the same codes"}
+                if emulates(plan.scheme, plan.device)
+                else {}
+            ),
             "seeds": seeds,
             "prompts": texts,
             "prompt_hash": digest(texts),

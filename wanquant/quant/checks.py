@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wanquant.quant.config import EIGHT_BIT, MULTIPLIED
+from wanquant.quant.config import MULTIPLIED
 from wanquant.quant.rotate import check_size
 from wanquant.quant.scale import Direct, Ema, LeastError, SearchedRule
 
@@ -51,18 +51,20 @@ def _check_product(scheme: Scheme) -> None:
         raise ValueError(f"quant.product={product}: there is none of {name} with {act_name}, choose fast or exact")
     if product == "native" and name != "hif8":
         raise ValueError(f"quant.product=native: there is none for {name}")
-    if product in EIGHT_BIT and name not in MULTIPLIED[product]:
+    if product in MULTIPLIED and name not in MULTIPLIED[product]:
         own = [product for product, formats in MULTIPLIED.items() if name in formats]
         known = ", ".join(MULTIPLIED[product])
         raise ValueError(f"quant.product={product} is for {known}: with {name} choose {' or '.join(['fast', *own])}")
-    if product not in EIGHT_BIT:
+    if product not in MULTIPLIED:
         return
     config, format_ = scheme.config, scheme.format
-    for side, rule, text in (
-        ("weights", scheme.weight_rule, config.weights.rule),
-        ("activations", scheme.act_rule, config.activations.rule),
+    for side, rule, text, granularity in (
+        ("weights", scheme.weight_rule, config.weights.rule, config.weights.granularity),
+        ("activations", scheme.act_rule, config.activations.rule, config.activations.granularity),
     ):
-        if format_.block and not isinstance(rule, Direct):
+        if product == "fp4" and granularity != "per_tensor":
+            raise ValueError(f"quant.{side}.granularity={granularity}: fp4 has one scale for all, choose per_tensor")
+        if product == "fp8" and format_.block and not isinstance(rule, Direct):
             raise ValueError(f"quant.{side}.rule={text}: {product} takes no scales but the blocks', choose direct")
         if product == "fp8" and name in ("hif8", "e5m2") and not getattr(rule, "target", 0.0):
             other = f"quant.{side}.rule=amax/{format_.target:g}"

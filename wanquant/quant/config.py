@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from wanquant.choices import check_choices, choice
 
-PRODUCTS = ("fast", "exact", "native", "fp8", "int8")
-#: Products of 8-bit codes, which weights are kept as.
+PRODUCTS = ("fast", "exact", "native", "fp8", "int8", "fp4")
+#: Products of 8-bit codes, and all those of codes, which weights are kept as.
 EIGHT_BIT = ("fp8", "int8")
+CODED = (*EIGHT_BIT, "fp4")
 #: The formats whose values such a product multiplies; no others, whose values need not be E4M3's.
-MULTIPLIED = {"fp8": ("hif8", "e4m3", "e5m2", "mxfp8"), "int8": ("int8",)}
+MULTIPLIED = {"fp8": ("hif8", "e4m3", "e5m2", "mxfp8"), "int8": ("int8",), "fp4": ("nvfp4", "mxfp4")}
 ATTENTION = ("off", "qkv", "qkvp")
 #: Of the gradients in the backward pass of training, and of static inputs meanwhile.
 GRADIENTS = ("none", "hif8", "stochastic")
@@ -47,7 +48,8 @@ class QuantConfig:
     #: ``inf`` or ``saturate``: what a magnitude beyond the format's range becomes.
     overflow: str = choice(DEFAULT, OVERFLOWS)
     #: ``fast``: a BF16 product, scaled in float32; ``exact``: a float32 product, the reference; ``native``: the
-    #: chip's own product of codes, where it has one; ``fp8``, ``int8``: of 8-bit codes (``wanquant.quant.eight_bit``).
+    #: chip's own product of codes, where it has one; ``fp8``, ``int8``: of 8-bit codes (``wanquant.quant.eight_bit``);
+    #: ``fp4``: of four-bit codes (``wanquant.quant.four_bit``).
     product: str = choice("fast", PRODUCTS)
     #: ``qkv``: attention takes Q, K and V in the format; ``qkvp``: and multiplies V by probabilities in it.
     attention: str = choice("off", ATTENTION)

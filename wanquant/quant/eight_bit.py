@@ -24,7 +24,9 @@ from torch._subclasses import FakeTensor
 
 from wanquant import kernels
 from wanquant.kernels import CODED_E4M3, CODED_HIF8, CODED_INT8, LARGEST_E4M3, eager
-from wanquant.quant.config import EIGHT_BIT
+from wanquant.quant import four_bit
+from wanquant.quant.config import CODED
+from wanquant.quant.four_bit import in_tiles
 from wanquant.quant.scale import AmaxTo, PerRow, PowerOfTwo
 from wanquant.quant.scheme import Scheme
 
@@ -45,16 +47,17 @@ def check_product(scheme: Scheme, device: torch.device) -> None:
     """``ValueError`` for a product that the device does not have."""
     if scheme.product == "native":
         kernels.check_native(device)
-    if scheme.product not in EIGHT_BIT or device.type in ("cpu", "meta"):
+    if scheme.product not in CODED or device.type in ("cpu", "meta"):
         return
     if device.type != "cuda":
         raise ValueError(f"quant.product={scheme.product}: not on {device.type}, choose fast, exact or native")
-    check_capability(scheme, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+    check = four_bit.check_capability if scheme.product == "fp4" else check_capability
+    check(scheme, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
 
 
 def emulates(scheme: Scheme, device: torch.device) -> bool:
-    """Whether the device has no FP8 units, and multiplies the codes' values in BF16."""
-    return scheme.product == "fp8" and device.type == "cpu"
+    """Whether the device has no FP8 or FP4 units, and multiplies the codes' values in BF16."""
+    return scheme.product in ("fp8", "fp4") and device.type == "cpu"
 
 
 def check_capability(scheme: Scheme, found: tuple[int, int], card: str) -> None:
@@ -68,7 +71,7 @@ def check_capability(scheme: Scheme, found: tuple[int, int], card: str) -> None:
 
 def check_shape(scheme: Scheme, linear: nn.Linear, name: str) -> None:
     """``ValueError`` for a linear that the units of a card do not take."""
-    of = {"fp8": 16, "int8": 8}.get(scheme.product, 1)
+    of = {"fp8": 16, "int8": 8, "fp4": four_bit.MULTIPLE}.get(scheme.product, 1)
     if linear.weight.is_cuda and (linear.in_features % of or linear.out_features % of):
         raise ValueError(f"quant.product={scheme.product}: {name} has no multiples of {of} as features")
 
@@ -204,15 +207,3 @@ def multiply_mx(x: torch.Tensor, weight: torch.Tensor, columns: int, bias: torch
         for packed in (x, weight)
     )
     return scaled_mm(left, right.T, by_left, how, by_right, how, swizzle_a=layout, swizzle_b=layout, bias=bias)
-
-
-def in_tiles(scale: torch.Tensor, dtype: torch.dtype = torch.float8_e8m0fnu) -> torch.Tensor:
-    """Bytes of E8M0 or E4M3 [rows, blocks] in the order in which cards of compute capability 10.0 read them: tiles of
-    128 by 4, and in a tile row r and block b at 16 · (r mod 32) + 4 · (r div 32) + b; the rest is filled up, with 1 or
-    with 0."""
-    rows, blocks = -(-scale.shape[0] // 128) * 128, -(-scale.shape[1] // 4) * 4
-    filled = F.pad(
-        scale, (0, blocks - scale.shape[1], 0, rows - scale.shape[0]), value=127 if dtype == torch.float8_e8m0fnu else 0
-    )
-    tiles = filled.view(rows // 128, 4, 32, blocks // 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(dtype)

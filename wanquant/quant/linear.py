@@ -5,7 +5,7 @@
 Q rounds to a format whose values are exact in BF16, so a BF16 product of them with float32
 accumulation has exact products, provided the scales are applied after it. ``product=fast`` takes
 that product in BF16, whose output is rounded once more; ``product=exact`` takes it in float32;
-``product=fp8`` and ``int8`` multiply codes (``wanquant.quant.eight_bit``).
+``product=fp8``, ``int8`` and ``fp4`` multiply codes (``wanquant.quant.eight_bit``, ``four_bit``).
 
 Where a block of a row has a scale of its own (NVFP4, MX, HiF4), element times scale is the operand, and exact in BF16:
 only the scale outside of it comes after the product.
@@ -25,7 +25,8 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from wanquant.kernels import make_tables, native_product, times
-from wanquant.quant.config import EIGHT_BIT
+from wanquant.quant import four_bit
+from wanquant.quant.config import CODED, EIGHT_BIT
 from wanquant.quant.eight_bit import (
     Codes,
     check_product,
@@ -138,10 +139,12 @@ class QuantLinear(HeldLinear):
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        if self.scheme.product in EIGHT_BIT and not x.numel():  # cards have no product of nothing
+        if self.scheme.product in CODED and not x.numel():  # cards have no product of nothing
             return x.new_empty(*x.shape[:-1], self.out_features)
         if self.scheme.product in EIGHT_BIT and not self.scheme.format.block:
             return self._multiply_codes(x, rows).view(*x.shape[:-1], self.out_features)
+        if self.scheme.product == "fp4" and x.is_cuda:
+            return self._multiply_fours(x, rows).view(*x.shape[:-1], self.out_features)
         scheme, how = self.scheme, (self.input_scale, self._factor)
         operand, scale, over = self._shared(x, lambda: scheme.quantize_input(self._turned(rows), *how))
         self.overflowed = _plus(self.overflowed, over)
@@ -170,6 +173,14 @@ class QuantLinear(HeldLinear):
         self.lost = _plus(self.lost, codes.lost)
         return multiply(self.scheme, codes, self._coded_weight(), self.weight_scale, self.bias, x.dtype)
 
+    def _multiply_fours(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        fours: four_bit.Fours = self._shared(
+            x, lambda: four_bit.encode_input(self.scheme, self._turned(rows), self.input_scale, self._factor)
+        )
+        self.overflowed = _plus(self.overflowed, fours.over)
+        weight = four_bit.of_packed(self.codes(), self.in_features, self.weight_scale)
+        return four_bit.multiply(fours, weight, self.bias).to(x.dtype)
+
     def _coded_weight(self) -> torch.Tensor:
         """The weight as a product of codes takes it, uint8 [out, in]; made once, and of a packed one in every
         forward."""
@@ -191,9 +202,10 @@ class QuantLinear(HeldLinear):
         make_tables(self.weight.device, self.scheme.overflow)
         if self.input_signs is not None and not self.input_signs.is_meta:
             self._rotation = rotation_of(self.input_signs)
-        if self.scheme.product in EIGHT_BIT and not self.weight.is_meta:
+        if self.scheme.product in CODED and not self.weight.is_meta:
             check_product(self.scheme, self.weight.device)
             check_shape(self.scheme, self, "a linear")
+        if self.scheme.product in EIGHT_BIT and not self.weight.is_meta:
             self._coded_weight()
         return self
 

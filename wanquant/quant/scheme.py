@@ -14,7 +14,7 @@ from wanquant.formats.base import Format
 from wanquant.formats.registry import get_format
 from wanquant.kernels import LARGEST_E4M3, times
 from wanquant.quant.checks import check
-from wanquant.quant.config import DEFAULT, EIGHT_BIT, QuantConfig
+from wanquant.quant.config import CODED, DEFAULT, QuantConfig
 from wanquant.quant.scale import (
     Direct,
     Granularity,
@@ -63,7 +63,7 @@ class Scheme:
     @property
     def coded(self) -> bool:
         """Whether weights are kept as codes: packed, or for a product of them."""
-        return self.packed or self.product in EIGHT_BIT
+        return self.packed or self.product in CODED
 
     @cached_property
     def lifts(self) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from wanquant.quant.config import EIGHT_BIT
+from wanquant.quant.config import CODED
 from wanquant.quant.eight_bit import check_product
 from wanquant.wan.checkpoints.checkpoint import (
     TRANSFORMERS,
@@ -103,7 +103,7 @@ def _place(pipe: WanPipeline, placement: Placement) -> None:
     for layer in [layer for part in transformers for layer in quantized_linears(part).values()]:
         if not placement.streams:
             layer.prepare_()
-        elif layer.scheme.product in EIGHT_BIT:  # the host need not have it
+        elif layer.scheme.product in CODED:  # the host need not have it
             check_product(layer.scheme, placement.device)
 
 
