@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from benchmarks.random_wan import make
+from tests.jobs import QUICK, TWO, ptq, run
+from tests.models import wan_transformer
 from tests.test_config import composed
 from wanquant import load_pipeline, quantize_
 from wanquant.config import CONF
-from wanquant.quant import QuantConfig, QuantLinear
+from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear
 from wanquant.quant.scheme import parse
+from wanquant.runs.run import read_result
 from wanquant.wan.checkpoints.checkpoint import (
     WEIGHTS,
     load_transformer,
@@ -25,7 +30,9 @@ from wanquant.wan.checkpoints.checkpoint import (
 )
 from wanquant.wan.checkpoints.quantizer import dequantize_
 from wanquant.wan.checkpoints.stream import Recipe, convert_transformer, foresee
+from wanquant.wan.device import forget_peak_memory, peak_memory
 
+CPU = torch.device("cpu")
 NAMES = sorted(path.stem for path in (Path(CONF) / "quant").glob("*_w[46]a*.yaml"))
 #: Bits a weight with the scales of its blocks.
 BITS = {"nvfp4": 4.5, "mxfp4": 4.25, "mxfp6": 6.25, "hif4": 4.5, "int4_g64": 4.25, "int4_g128": 4.125}
@@ -143,3 +150,80 @@ def test_a_weight_of_another_size_is_refused(model: WanTransformer3DModel, tmp_p
         load_transformer(tmp_path / "saved", described)
     with pytest.raises(ValueError, match=said):
         WanTransformer3DModel.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (QuantConfig(format="hif4"), "rows of 48 elements do not divide into blocks of 64, choose nvfp4"),
+        (QuantConfig(format="mxfp6"), "blocks of 32, protect it (protect.modules) or choose a format without blocks"),
+        (
+            QuantConfig(activations=ActivationConfig(format="int4_g128")),
+            "rows of 48 elements do not divide into blocks of 128, choose nvfp4",
+        ),
+    ],
+)
+def test_a_width_that_does_not_divide_names_what_would_fit(config: QuantConfig, said: str) -> None:
+    """Before anything is changed, also of a format for inputs."""
+    transformer = wan_transformer(1)
+    with pytest.raises(ValueError, match=f"blocks.0.attn1.to_q cannot be quantized to .*{re.escape(said)}$"):
+        quantize_(transformer, config)
+    assert not quantized_linears(transformer)
+
+
+def test_packing_a_weight_of_the_14b_takes_little_beside_it() -> None:
+    """Of its true width, 13,312 rows of 5120, and in BF16: a byte a weight for the codes, and what they become."""
+    scheme = parse(QuantConfig(format="nvfp4"))
+    weight = scheme.quantize_weight(torch.randn(1024, 5120).bfloat16())[0].repeat(13, 1)
+    forget_peak_memory(CPU)
+    begun = peak_memory(CPU)
+    packed = scheme.format.pack(weight)
+    assert packed.nbytes == 13312 * 2880
+    assert peak_memory(CPU) - begun < 3 * weight.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["nvfp4", "hif4"])
+def test_blocks_of_the_14b_are_converted_within_3_gb(format_: str, tmp_path: Path) -> None:
+    model = make(tmp_path / "model", "14b", 2) / "transformer"
+    recipe = Recipe(QuantConfig(format=format_))
+    needs = foresee(model, recipe)
+    forget_peak_memory(CPU)
+    begun = peak_memory(CPU)
+    streamed = convert_transformer(model, tmp_path / "made", recipe, "signed")
+    took = peak_memory(CPU) - begun
+    assert took < min(3e9, 1.05 * needs.memory)
+    assert streamed.written == needs.written
+    linears = sum(tensor.nbytes for name, tensor in _stored(tmp_path / "made") if tensor.dtype == torch.uint8)
+    assert 8 * linears == 4.5 * needs.quantized
+
+
+def _stored(folder: Path) -> list[tuple[str, torch.Tensor]]:
+    return [item for path in sorted(folder.glob("*.safetensors")) for item in load_file(path).items()]
+
+
+@pytest.mark.slow
+def test_jobs_of_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated with, saved, evaluated; and converted by the statistics of an analysis to the same checkpoint."""
+    words = ["tracker=none", f"cache={tmp_path / 'cache'}", TWO, "prompts.seeds=[0]", "eval.noise_floor=false", *QUICK]
+    words += ["calib.texts=[a red circle moving up on a gray background]", "calib.seeds=[0]"]
+    for name in ("nvfp4_w4a4", "hif4_w4a4"):
+        assert ptq(monkeypatch, f"quant={name}", *words, f"hydra.run.dir={tmp_path / name}") == 0
+        result = read_result(tmp_path / name)
+        assert result["status"] == "ok"
+        assert result["conversion"] == {"converted": 30, "protected": 50, "skipped": 6}
+        assert result["quant"]["format"] == name.partition("_")[0]
+        assert 10 < result["metrics"]["step_sqnr"]["mean"] < 60
+        assert name in (tmp_path / name / "report.html").read_text()
+        saved = tmp_path / name / "checkpoint"
+        assert len(quantized_linears(load_pipeline(saved, device="cpu").transformer)) == 30
+    evaluated = [f"run={tmp_path / 'hif4_w4a4'}", f"hydra.run.dir={tmp_path / 'evaluated'}", "tracker=none"]
+    assert run(monkeypatch, "eval", *evaluated) == 0
+    assert ptq(monkeypatch, "mode=analyze", *words, f"hydra.run.dir={tmp_path / 'analysis'}") == 0
+    convert = ["mode=convert", "quant=nvfp4_w4a4", *words, f"convert.statistics={tmp_path / 'analysis'}"]
+    assert ptq(monkeypatch, *convert, f"hydra.run.dir={tmp_path / 'converted'}") == 0
+    found, wanted = (
+        dict(_stored(tmp_path / name / "checkpoint" / "transformer")) for name in ("converted", "nvfp4_w4a4")
+    )
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

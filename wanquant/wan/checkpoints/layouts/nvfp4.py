@@ -31,6 +31,10 @@ from wanquant.wan.checkpoints.layouts.fp8 import compressed_config
 from wanquant.wan.checkpoints.layouts.pieces import RENAME, Checkpoint, Piece, write, write_as_source
 
 E4M3, BLOCK = torch.float8_e4m3fn, 16
+JOINED = (
+    "vLLM joins q, k and v of self-attention and takes the largest weight_global_scale for all three, so that two come "
+    "out smaller there than they are: protect attn1.to_q, to_k and to_v for it"
+)
 #: Of features out of a linear: ComfyUI's products are of multiples of it.
 MULTIPLE = 16
 
@@ -88,7 +92,7 @@ def write_compressed_tensors(
         group["input_activations"] = {**how, "dynamic": "local"}
     config = {**checkpoint.config, "quantization_config": compressed_config(checkpoint, "nvfp4-pack-quantized", group)}
     write_json(target / "config.json", config)
-    return _remarks(scheme)
+    return [*([JOINED] if any(name.endswith(".to_q") for name in checkpoint.linears) else []), *_remarks(scheme)]
 
 
 def _refuse(checkpoint: Checkpoint, layout: str) -> None:
