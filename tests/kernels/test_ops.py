@@ -159,6 +159,7 @@ def test_ops_keep_their_contract() -> None:
     """torch's own check: schema, mutation, shapes under FakeTensorMode, AOT dispatch."""
     x, codes = torch.randn(6, 32), torch.arange(64, dtype=torch.uint8)
     calls = {
+        "split_blocks": (torch.ones(6, 32, dtype=torch.bfloat16), *NVFP4.how[:-1], NVFP4.bits),
         "round_hif8": (x, False),
         "round_hif8_out": (x, False, torch.empty_like(x)),
         "round_hif8_stochastic": (x, torch.zeros(6, 32, dtype=torch.int32), True),
