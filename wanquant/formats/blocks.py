@@ -20,7 +20,7 @@ of its blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,11 @@ from wanquant.kernels.blocks import (
     LARGEST_SCALE,
     SCALE_BYTES,
     SMALLEST_LEVEL,
+    block_units,
     code_blocks,
     fit_blocks,
     round_element,
+    round_to_units,
     scale_bytes,
 )
 from wanquant.kernels.eager import two_to
@@ -84,6 +86,18 @@ class BlockFormat(Format):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.check_overflow(overflow)
         return kernels.round_blocks(x, scale, self.how, factors)
+
+    def column_rounder(self, blocks: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """Finds the scales of blocks, float32 [count, block], and gives what rounds a column of them, [count], by its
+        place, to BF16: whatever the column is by then."""
+        scale, units = block_units(blocks, self.how)
+        units = units.expand_as(blocks)
+
+        def rounded(column: torch.Tensor, place: int) -> torch.Tensor:
+            values = round_to_units(column[:, None], scale, units[:, place : place + 1], self.how)[:, 0]
+            return values.to(torch.bfloat16).masked_fill(values.isnan(), torch.nan)
+
+        return rounded
 
     def round(self, x: torch.Tensor, overflow: str) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])

@@ -62,20 +62,31 @@ def round_blocks(
 
 def _round(x: torch.Tensor, how: BlockRounding) -> torch.Tensor:
     """Of blocks [count, block] in float32; a block that is not finite becomes NaN."""
+    return round_to_units(x, *block_units(x, how), how)
+
+
+def block_units(x: torch.Tensor, how: BlockRounding) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of blocks [count, block] the scales, float32 [count, 1], NaN where a block is not finite; and what each element
+    is a multiple of, the scale with all its levels, in a shape that expands to [count, block]."""
     magnitude = x.abs()
     absmax = magnitude.amax(1, keepdim=True)
+    scale = hif4_level(absmax) if how.kind == SCALE_HIF4 else block_scale(absmax, how)
+    units = hif4_units(magnitude, scale) if how.kind == SCALE_HIF4 else scale
+    return torch.where(absmax.isfinite(), scale, torch.nan), units
+
+
+def round_to_units(x: torch.Tensor, scale: torch.Tensor, units: torch.Tensor, how: BlockRounding) -> torch.Tensor:
+    """Elements of blocks in float32, whole blocks or some columns of them, by what ``block_units`` gave for these."""
+    magnitude = x.abs()
     if how.kind == SCALE_HIF4:
-        level = hif4_level(absmax)
-        unit = hif4_units(magnitude, level)
-        rounded = hif4_elements(magnitude, level, unit / level) * unit
+        rounded = hif4_elements(magnitude, scale, units / scale) * units
     else:
-        scale = block_scale(absmax, how)
-        rounded = round_element(magnitude / scale, how.mantissa, how.exponent, how.largest) * scale
-        rounded = torch.where(scale == 0, 0.0, rounded)
+        rounded = round_element(magnitude / units, how.mantissa, how.exponent, how.largest) * units
+        rounded = torch.where(units == 0, 0.0, rounded)
     signed = torch.copysign(rounded, x)
     if how.kind == SCALE_BF16:  # whole numbers have one zero
         signed = signed + 0.0
-    return torch.where(absmax.isfinite(), signed, torch.nan)
+    return torch.where(scale.isnan(), torch.nan, signed)
 
 
 def round_element(magnitude: torch.Tensor, mantissa: int, exponent: int, largest: float) -> torch.Tensor:

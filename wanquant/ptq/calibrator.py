@@ -9,24 +9,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from wanquant.evaluate.fidelity import EQUAL_DB
 from wanquant.evaluate.single_steps import Trajectories, measured_now, record
 from wanquant.evaluate.stats import Estimate, Item, estimate
 from wanquant.ptq import sensitivity
-from wanquant.quant import ConversionReport
+from wanquant.quant import ConversionReport, plan_conversion
+from wanquant.quant.feedback import HessianObserver, StoredHessians
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.select import resolve_blocks
 from wanquant.quant.statistics import KIND, Layout, Observer, Site, Statistics, load_statistics, merge, save_statistics
 from wanquant.runs import launch
+from wanquant.runs.cache import locked
 from wanquant.runs.progress import progress
 from wanquant.wan.cached import CachedPipeline, Pair
 from wanquant.wan.experts import transformers_in
@@ -56,6 +59,8 @@ class Calibrator:
     bins: int = 4
     modules: tuple[str, ...] = ()
     single_steps: int = 10
+    #: Of how many blocks there is memory for the Hessians at a time.
+    hessian_blocks: int = 1
     _calibrations: dict[bool, Calibration] = field(default_factory=dict)
 
     @property
@@ -136,6 +141,37 @@ class Calibrator:
             return dict(calibration.statistics.input_absmax())
         return {name: calibration.statistics.site(name, "input") for name in calibration.flops}
 
+    def hessians(self) -> Mapping[str, torch.Tensor]:
+        """What error feedback is to know of each linear's input, read when it is asked for; nothing where none asks.
+        Kept by block, and made of as many at a time as there is memory for, each time in a BF16 pass over all videos
+        in their order, so that the sums do not depend on how many."""
+        if not self.scheme.feedback:
+            return {}
+        cache, linears = self.pipeline.cache, dict[int, list[str]]()
+        for row in plan_conversion(self.pipeline.transformer, self.scheme, (), self.modules).modules:
+            if row.status == "converted" and row.block is not None:
+                linears.setdefault(row.block, []).append(row.name)
+        names = {block: f"{self._signature('hessians', linears=own)}-{block:03d}" for block, own in linears.items()}
+        made = False
+        with locked(cache.root / "hessians" / "making.lock", "hessians"):
+            while missing := [block for block in names if not cache.has("hessians", names[block])]:
+                group, made = missing[: self.hessian_blocks], True
+                self._make_hessians({names[block]: linears[block] for block in group})
+        self.pipeline.note("hessians", known=not made)
+        return StoredHessians([cache.root / "hessians" / name for name in names.values()])
+
+    def _make_hessians(self, linears: Mapping[str, Sequence[str]]) -> None:
+        """Of these linears, by the names of what is kept."""
+        steps, all_of_them = (
+            len(self.pairs) * self.pipeline.model.generation.steps,
+            [*itertools.chain(*linears.values())],
+        )
+        with progress("hessians", steps) as tick, HessianObserver(self.pipeline.transformer, all_of_them) as observer:
+            for pair in self.pairs:  # alone: a batch would sum in another order
+                self.pipeline.generate([pair], tick, decode=False)
+        for name, own in linears.items():
+            self.pipeline.cache.folder("hessians", name, partial(observer.save, own))
+
     @cached_property
     def trajectories(self) -> Trajectories:
         """Of BF16, of the calibration pairs."""
@@ -147,9 +183,10 @@ class Calibrator:
         groups = {f"batch {place}": group for place, group in enumerate(pipeline.grouped(self.pairs))}
 
         def measure(names: list[str]) -> list[list[list[dict[str, Any]]]]:
-            stats, pairs = self.inputs(), [pair for name in names for pair in groups[name]]
+            known = self.inputs(), self.hessians()
+            pairs = [pair for name in names for pair in groups[name]]
             with pipeline.progress("block errors", pairs) as tick:
-                how = (self.scheme, self.modules, pairs, pipeline.generate, stats, tick)
+                how = (self.scheme, self.modules, pairs, pipeline.generate, known, tick)
                 together = pipeline.model.generation.together
                 rows = [iter(row) for row in sensitivity.block_errors(pipeline.pipe, *how, together)]
             return [[[vars(next(row)) for _ in groups[name]] for row in rows] for name in names]
@@ -203,12 +240,12 @@ class Calibrator:
         pipeline = self.pipeline
         cells = pipeline.cache.cells("sensitivity", self._quantized("sensitivity", kept=self.single_steps))
         missing = [name for name in protections if cells.get(name) is None]
-        stats = self.inputs() if missing else {}
+        known: sensitivity.Known = (self.inputs(), self.hessians()) if missing else ({}, {})
         steps = self.trajectories.recording.passes if missing else 0  # recorded before the progress begins
         with progress("sensitivity", len(missing) * steps) if missing else nullcontext(lambda: None) as tick:
 
             def measure(names: list[str]) -> list[list[dict[str, Any]]]:
-                with sensitivity.quantized(pipeline.transformer, self.scheme, *protections[names[0]], stats):
+                with sensitivity.quantized(pipeline.transformer, self.scheme, *protections[names[0]], *known):
                     return [[vars(item) for item in measured_now(self.trajectories, tick).items()]]
 
             found = cells.shared(list(protections), measure, itertools.repeat(1))

@@ -90,6 +90,8 @@ def resolve_convert(config: PTQConfig) -> ConvertPlan:
     config.check()
     # One byte a weight in memory too: who converts from files to files has none to spare.
     scheme = parse(dataclasses.replace(config.quant, packed=True))
+    if scheme.feedback:
+        raise ValueError("quant.weights.feedback=true needs more of calibration than an analysis keeps: mode=quantize")
     config = dataclasses.replace(config, quant=scheme.config)
     files = find_model(config.model.path, config.model.base, shapes_only=True, alone=True)
     model = resolve_model(config, scheme, files)

@@ -35,6 +35,8 @@ from wanquant.wan.resources.footprint import once
 
 #: Pixels of a video, and weights of a linear, that are run to be timed at most; larger ones in proportion.
 PIXELS, WEIGHTS = 1 << 18, 1 << 20
+#: Channels of an input whose error feedback is timed at most; it takes their square, for each row.
+FED = 1024
 #: What sending a finished run to W&B takes, over importing the package: 1.95 s over 0.94 s, offline, on two cores.
 TRACKER = 2.0
 PROBE = "blocks.0.probed"
@@ -210,10 +212,14 @@ def _quantizing(needs: ResourceEstimate) -> float:
         return 0.0
     linear = needs.shape.get_submodule(needs.converted[0])
     assert isinstance(linear, nn.Linear)
-    rows = max(1, min(linear.out_features, WEIGHTS // linear.in_features))
-    each = _quantizing_one(linear.in_features, rows, needs.scheme, needs.device)
-    small = linear.weight.numel() <= WEIGHTS
-    return each * (len(needs.converted) if small else needs.quantized_weights / (rows * linear.in_features))
+    feedback, columns = needs.scheme.feedback, linear.in_features
+    columns = min(columns, FED) if feedback else columns
+    rows = max(1, min(linear.out_features, WEIGHTS // columns))
+    each = _quantizing_one(columns, rows, needs.scheme, needs.device)
+    if linear.weight.numel() <= WEIGHTS:
+        return each * len(needs.converted)
+    work = needs.fed_weights / columns if feedback else needs.quantized_weights
+    return each * work / (rows * columns)
 
 
 @once
@@ -232,7 +238,8 @@ def _quantizing_one(columns: int, rows: int, scheme: Scheme, device: torch.devic
         with torch.no_grad(), Observer(given, Layout(("",), 1, 1, 1), lambda: (0, 0, 0)) as observer:
             given.get_submodule(PROBE)(torch.randn(16, columns, device=device).bfloat16())
         seen = observer.statistics.site(PROBE, INPUT)
-    return _seconds(lambda: quantize_(root(), alone, (), (), {PROBE: seen}))
+    hessians = {PROBE: torch.eye(columns)} if scheme.feedback else {}
+    return _seconds(lambda: quantize_(root(), alone, (), (), {PROBE: seen}, hessians=hessians))
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -29,7 +29,7 @@ def quantize_transformer(
     plan = plan_conversion(transformer, *how)
     with progress("quantize", len(plan.names("converted")), "linear") as tick:
         placed = placement_of(transformer)
-        where: dict[str, Any] = {"device": placed.device, "keep": placed.keep_}
+        where: dict[str, Any] = {"device": placed.device, "keep": placed.keep_, "hessians": calibrator.hessians()}
         return quantize_(transformer, *how, stats, on_linear=tick, folds=folds_of(transformer), **where)
 
 

@@ -139,6 +139,7 @@ class Job:
         pipeline = calibrator.pipeline
         with stage("calibrate"):
             calibration, stats = calibrator.calibration(), calibrator.inputs()
+            calibrator.hessians()
         with stage("choose"):
             choice = choose(config.protect, self.plan.model.protected, calibrator)
             block_sqnr = calibrator.block_sqnr(choice.blocks).as_json() if config.eval.block_sqnr else None
@@ -208,7 +209,8 @@ class Job:
         )
         modules, bins = tuple(self.config.protect.modules), self.config.analysis.bins
         single_steps = self.config.eval.single_steps
-        return Calibrator(pipeline, self.plan.scheme, list(self.plan.calibration), bins, modules, single_steps)
+        how = (bins, modules, single_steps, needs.hessian_blocks)
+        return Calibrator(pipeline, self.plan.scheme, list(self.plan.calibration), *how)
 
     def predict(self, needs: ResourceEstimate, told: str) -> None:
         with self.stage("plan"):

@@ -31,6 +31,8 @@ from wanquant.wan.load import Pipeline
 from wanquant.wan.resources.placement import placement_of
 
 Stats = Mapping[str, float | Site]
+#: What calibration found for the linears: statistics of their inputs, and the Hessians of these for error feedback.
+Known = tuple[Stats, Mapping[str, torch.Tensor]]
 #: ``wanquant.wan.generate.generate`` with all but the pairs and what is asked of them decided.
 Make = Callable[..., list[Sample]]
 
@@ -42,6 +44,7 @@ def quantized(
     protected_blocks: Sequence[int],
     protected_modules: Sequence[str] = (),
     stats: Stats | None = None,
+    hessians: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[ConversionReport]:
     """The transformer quantized while entered, and afterwards what it was: quantized are copies of its blocks, whose
     weights are the same tensors unless smoothing would change them."""
@@ -56,6 +59,7 @@ def quantized(
             blocks[index] = copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
         placed = placement_of(transformer)
         how: dict[str, Any] = {"folds": folds_of(transformer), "device": placed.device, "keep": placed.keep_}
+        how["hessians"] = hessians
         yield quantize_(transformer, scheme, protected_blocks, protected_modules, stats, **how)
     finally:
         for index, block in originals.items():
@@ -87,7 +91,7 @@ def block_errors(
     modules: Sequence[str],
     pairs: Sequence[Pair],
     make: Make,
-    stats: Stats | None,
+    known: Known,
     on_step: Callable[[], None],
     together: int = 1,
 ) -> list[list[Item]]:
@@ -95,7 +99,7 @@ def block_errors(
     BF16 pass; at most ``EQUAL_DB``. A pass computes so many guidance branches ``together``."""
     transformer = whole_of(pipe)
     blocks, placed = list(transformer.blocks), placement_of(transformer)
-    with quantized(transformer, replace(scheme, packed=True), (), modules, stats):
+    with quantized(transformer, replace(scheme, packed=True), (), modules, *known):
         copies = list(transformer.blocks)
     signal = torch.zeros(len(blocks), len(pairs), dtype=torch.float64)
     noise = torch.zeros_like(signal)

@@ -28,6 +28,8 @@ def _check_formats(scheme: Scheme) -> None:
             format_.check_overflow(overflow)
         except ValueError as error:
             raise ValueError(f"quant.overflow={overflow}: {error}") from None
+    if scheme.feedback and scheme.format.keeps_all:
+        raise ValueError(f"quant.weights.feedback=true: {scheme.format.name} rounds no weights")
     if scheme.format.keeps_all and not act_format.keeps_all:
         raise ValueError(
             f"quant.activations.format={act_format.name}: with quant.format={scheme.format.name} no linear"

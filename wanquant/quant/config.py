@@ -25,6 +25,8 @@ OVERFLOWS = (DEFAULT, "inf", "saturate")
 class WeightConfig:
     granularity: str = DEFAULT
     rule: str = DEFAULT
+    #: GPTQ (arXiv 2210.17323): columns are rounded one by one, and what one loses is made up for in the next.
+    feedback: bool = False
 
 
 @dataclass

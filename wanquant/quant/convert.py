@@ -37,6 +37,7 @@ def quantize_(
     folds: Mapping[str, str] | None = None,
     device: torch.device | None = None,
     keep: Callable[[QuantLinear], QuantLinear] = lambda layer: layer,
+    hessians: Mapping[str, torch.Tensor] | None = None,
 ) -> ConversionReport:
     """Quantizes every linear inside the unprotected blocks of ``module``, in place.
 
@@ -51,6 +52,8 @@ def quantize_(
                        (``wanquant.wan.families.FOLDS``)
     device             where linears are quantized one by one, if not where they are; ``keep`` then puts each where it
                        is to stay
+    hessians           by linear's full name Σ x xᵀ of its inputs, for error feedback
+                       (``wanquant.quant.feedback.HessianObserver``)
 
     Linears outside the blocks stay as they are, and so do forward hooks of all: what one adds to a linear's output, a
     LoRA's product, it adds to the quantized one's, and nothing is folded there. With ``config.attention``,
@@ -63,6 +66,7 @@ def quantize_(
     todo = plan.names("converted")
     _check_weights(module, todo, scheme, device)
     _check_statistics(scheme, todo, known)
+    hessians = _checked_hessians(scheme, todo, hessians or {})
     smoothed: dict[str, Smoothing] = {}
     rotated: dict[str, Rotation] = {}
     homes = {row.name: f"{blocks}.{row.block}" for row in plan.modules}
@@ -72,7 +76,8 @@ def quantize_(
         rotated = rotations(module, todo, homes, folds or {}, scheme.rotation)
     for name in todo:
         linear = _there(_linear(module, name), device)
-        layer = QuantLinear.from_linear(linear, scheme, known.get(name), smoothed.get(name), rotated.get(name))
+        found = known.get(name), smoothed.get(name), rotated.get(name), hessians.get(name)
+        layer = QuantLinear.from_linear(linear, scheme, *found)
         module.set_submodule(name, keep(with_hooks_of(linear, layer)))
         on_linear()
     _set_attention(module, plan.converted_attentions(), scheme)
@@ -181,6 +186,17 @@ def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, 
     missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(f"{what} calibration statistics of {missing[0]} ({len(missing)} missing)")
+
+
+def _checked_hessians(
+    scheme: Scheme, names: Sequence[str], hessians: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """None where no feedback asks for them."""
+    known = set(hessians)  # and not ``in``, which may read them from a file
+    missing = [name for name in names if name not in known] if scheme.feedback else []
+    if missing:
+        raise ValueError(f"error feedback needs the Hessian of the input of {missing[0]} ({len(missing)} missing)")
+    return hessians if scheme.feedback else {}
 
 
 def empty_like_quantized_(

@@ -37,6 +37,7 @@ from wanquant.quant.eight_bit import (
     multiply,
     multiply_mx,
 )
+from wanquant.quant.feedback import changed_hessian, quantize_with_feedback
 from wanquant.quant.held import HeldLinear
 from wanquant.quant.last_input import LastInput
 from wanquant.quant.product import Scaled, take_product
@@ -65,18 +66,23 @@ class QuantLinear(HeldLinear):
         seen: float | Site | None = None,
         smoothing: Smoothing | None = None,
         rotation: Rotation | None = None,
+        hessian: torch.Tensor | None = None,
     ) -> QuantLinear:
         """Quantizes the weights.
 
         ``seen`` is the input's largest magnitude or all that calibration recorded of it; static schemes and some
         rules need it. ``smoothing`` says by what its channels are divided, and whether they have been already,
         ``rotation`` whether they come rotated; without one, and where the scheme has it, they are here.
+        ``hessian``, float32 [in, in], is for error feedback, of the input before all of that.
         """
         scheme.format.row_bytes(linear.in_features)  # refuses what does not divide
         if rotation is None and scheme.rotation is not None:
             rotation = Rotation(scheme.rotation)
         source = source_of(linear, scheme.low_rank, smoothing, rotation)
         rounded = scheme.quantize_weight(source.weight, seen, source.divisors)
+        if scheme.feedback:
+            changed = changed_hessian(hessian, source.divisors, rotation)
+            rounded = quantize_with_feedback(scheme, source.weight, rounded[1], changed)
         if scheme.act_static and source.divisors is not None:
             assert isinstance(seen, Site), "smoothing needs what each channel did"
             seen = float((torch.from_numpy(seen.view().channel_absmax) / source.divisors.cpu()).amax())

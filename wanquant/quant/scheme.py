@@ -54,6 +54,7 @@ class Scheme:
     smoothing: float | None
     rotation: int | None
     low_rank: int
+    feedback: bool
 
     @property
     def independent(self) -> bool:
@@ -194,6 +195,7 @@ def parse(config: QuantConfig) -> Scheme:
         smoothing=config.smoothing,
         rotation=config.rotation,
         low_rank=config.low_rank,
+        feedback=weights.feedback,
     )
     check(scheme)
     assert scheme.lifts  # found now, and not while a model is traced

@@ -46,13 +46,15 @@ GRADIENT_TARGET = 224.0
 
 
 def check_trainable(scheme: Scheme, how: Training) -> None:
-    """``ValueError`` names what cannot be trained: smoothing, rotation, low-rank branches, delayed scales
-    that have no use."""
+    """``ValueError`` names what cannot be trained: smoothing, rotation, low-rank branches, error feedback,
+    delayed scales that have no use."""
     if scheme.smoothing is not None:
         raise ValueError("quant.smoothing cannot be trained: its factors are found for the weights as they were")
     if scheme.rotation is not None or scheme.low_rank:
         method = "rotation" if scheme.rotation is not None else "low_rank"
         raise ValueError(f"quant.{method} cannot be trained: quantize with it what was trained without")
+    if scheme.feedback:
+        raise ValueError("quant.weights.feedback=true cannot be trained: it fits the weights as they were")
     if scheme.product not in ("fast", "exact"):
         raise ValueError(f"quant.product={scheme.product} cannot be trained: choose fast or exact")
     if how.gradients != "none" and scheme.format.name != "hif8":

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from wanquant.wan.device import free_memory
 from wanquant.wan.resources.estimate import ResourceEstimate
-from wanquant.wan.resources.offload import Needed, choose_way, larger
+from wanquant.wan.resources.offload import MARGIN, Needed, choose_way, larger
 from wanquant.wan.resources.printed import in_bytes
 
 WAITS = {
@@ -33,6 +33,10 @@ def choose(
             needs, offload=way
         ), f"offload     no way fits: the least needs {_of(least.card, card)}"
     chosen = dataclasses.replace(needs, offload=way)
+    if chosen.hessian:  # of as many more blocks as what is left holds
+        more = int(card / MARGIN - ways[way].card) // chosen.hessian
+        chosen = dataclasses.replace(chosen, hessian_blocks=min(1 + max(more, 0), len(chosen.shape.blocks)))
+        ways = chosen.ways if training is None else larger(chosen.ways, training)
     return chosen, "" if on_host and chosen.offload == "none" else told(chosen.offload, ways, card, host)
 
 

@@ -30,7 +30,7 @@ from wanquant.wan.resources.empty import (
     sizes_of_layers,
     tokens_of,
 )
-from wanquant.wan.resources.footprint import decoding_bytes, denoising_bytes, encoding_bytes
+from wanquant.wan.resources.footprint import decoding_bytes, denoising_bytes, encoding_bytes, hessian_bytes
 from wanquant.wan.resources.offload import Needed, on_host, sizes_of, ways_of
 from wanquant.wan.resources.probe import (
     around_seconds,
@@ -63,6 +63,7 @@ class ResourceEstimate:
     #: Where the weights wait: a way of ``wanquant.wan.resources.placement``.
     offload: str = "none"
     loras: int = 0  #: Bytes of LoRAs beside the weights.
+    hessian_blocks: int = 1  #: Of how many blocks the Hessians are found at a time, where error feedback needs them.
     #: Seconds of the job's further stages, by name.
     further: Callable[[ResourceEstimate], dict[str, float]] = field(default=lambda plan: {}, compare=False)
 
@@ -118,6 +119,11 @@ class ResourceEstimate:
         return sum(linear.weight.numel() for linear in self._linears)
 
     @cached_property
+    def fed_weights(self) -> int:
+        """The same, each times the channels that its error is fed to."""
+        return sum(linear.weight.numel() * linear.in_features for linear in self._linears)
+
+    @cached_property
     def codes(self) -> int:
         """Bytes of the quantized weights as codes, with their scales."""
         return sum(self.scheme.packed_bytes(linear) for linear in self._linears)
@@ -156,6 +162,15 @@ class ResourceEstimate:
         settings = self.settings
         return 12 * self.counts.held * settings.num_frames * settings.height * settings.width
 
+    @cached_property
+    def hessian(self) -> int:
+        """Bytes of the Hessians of a block's inputs, which calibration sums for error feedback; 0 without."""
+        if not (self.scheme.feedback and self.counts.calibrated and self.names is None):
+            return 0
+        everywhere = plan_conversion(self.shape, self.scheme, (), self.modules).names("converted")
+        names = tuple(dict.fromkeys(name.split(".", 2)[2] for name in everywhere))
+        return hessian_bytes(self._config, names, self.settings, self.given)
+
     @property
     def added(self) -> int:
         """Bytes on the device beside what was there before. Where that is the host, the files of the weights stay
@@ -163,7 +178,8 @@ class ResourceEstimate:
         if self.offload != "none" and self.device.type != "cpu":
             return self.ways[self.offload].card
         videos = self.videos if self.device.type == "cpu" else 0
-        return self.weights + self.others + self.activations + self.beside + videos
+        beside = max(self.beside, self.hessian_blocks * self.hessian)
+        return self.weights + self.others + self.activations + beside + videos
 
     @property
     def beside(self) -> int:
@@ -244,6 +260,8 @@ class ResourceEstimate:
         encoding = sum(each)
         alone = self._one_pass(None, 1, Layout(("",), 1, 4, 1, self.scheme.needs_statistics))
         passes = self.settings.passes * self.settings.steps
+        if self.hessian:  # x xᵀ is about as much work as the linears themselves
+            alone += 2 * self._one_pass(None, 1) * math.ceil(len(self.shape.blocks) / self.hessian_blocks)
         return self.counts.calibrated * passes * alone + self.counts.prompts * encoding
 
     def _one_pass(self, how: Quantized | None, rows: int, layout: Layout | None = None) -> float:

@@ -32,8 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wanquant.kernels.ops import EAGER, find
+from wanquant.quant.feedback import HessianObserver
 from wanquant.wan.config import GenerationConfig
-from wanquant.wan.families import WAN, Family
+from wanquant.wan.families import WAN, Family, block_names
 from wanquant.wan.products import quick_products
 from wanquant.wan.resources.empty import (
     USUAL,
@@ -140,6 +141,22 @@ def denoising_bytes(
     return (
         alive.most + 2 * rows * tokens_of(settings, plain, given) * widest
     )  # the product is in float32, of operands in BF16
+
+
+@once
+def hessian_bytes(
+    config: dict[str, Any], names: Sequence[str], settings: GenerationConfig, given: Given = USUAL
+) -> int:
+    """Of the Hessians of a block's inputs, those of its linears of these ``names``; of the largest kind of block."""
+    transformer, small = empty_transformer(config, None, 1, given.family), replace(settings, num_frames=1)
+    found = []
+    for block in block_names(transformer):
+        linears = [name for name in linears_in(transformer, names) if name.startswith(f"{block}.")]
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), HessianObserver(transformer, linears) as seen:
+            fill(transformer, torch.empty)
+            transformer(**given.inputs(config, small, 1, torch.empty), return_dict=False)
+            found.append(seen.nbytes)
+    return max(found)
 
 
 def decoding_bytes(folder: Path, settings: GenerationConfig, family: Family = WAN) -> int:

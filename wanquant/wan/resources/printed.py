@@ -39,6 +39,10 @@ def print_needs(
         print(f"            {in_bytes(plan.videos)} on the host, for the videos until they are compared")
     if plan.recorded:
         print(f"disk        {in_bytes(plan.recorded)} in the cache, for BF16's denoising steps")
+    if plan.hessian:
+        count = len(plan.shape.blocks)
+        kept = f"{in_bytes(plan.hessian * count)} in the cache, for error feedback"
+        print(f"hessians    {kept}; {in_bytes(plan.hessian)} a block, {plan.hessian_blocks} of {count} at a time")
     done = f"{counts.bf16} videos denoised in BF16, {counts.quantized} quantized, {counts.decoded} decoded"
     if counts.replays_in_all:
         done += f", single steps of {counts.replays_in_all:.3g} more"
