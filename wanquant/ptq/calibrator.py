@@ -137,7 +137,7 @@ class Calibrator:
     def inputs(self) -> dict[str, float | Site]:
         """What ``quantize_`` is to know of each linear's input."""
         calibration = self.calibration()
-        if not calibration.statistics.layout.full:
+        if not calibration.statistics.layout.full and self.scheme.act_steps == 1:
             return dict(calibration.statistics.input_absmax())
         return {name: calibration.statistics.site(name, "input") for name in calibration.flops}
 

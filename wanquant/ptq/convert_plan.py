@@ -157,10 +157,17 @@ def _signed(recipe: Recipe) -> dict[str, Any]:
     told = dataclasses.asdict(dataclasses.replace(recipe, stats=None))
     told["config"].pop("name")
     told["stats"] = recipe.stats and {
-        name: seen if isinstance(seen, float) else [seen.largest(), seen.mean_square().tolist()]
+        name: seen
+        if isinstance(seen, float)
+        else [seen.largest(), seen.mean_square().tolist(), *_by_step(seen, recipe)]
         for name, seen in recipe.stats.items()
     }
     return told
+
+
+def _by_step(seen: Site, recipe: Recipe) -> list[Any]:
+    """What scales by denoising step are found of."""
+    return [seen.absmax.max((0, 2)).tolist(), seen.timesteps.tolist()] if recipe.scheme.act_steps > 1 else []
 
 
 def print_convert_plan(plan: ConvertPlan, config_yaml: str) -> None:

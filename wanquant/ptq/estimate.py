@@ -224,7 +224,8 @@ def _quantizing(needs: ResourceEstimate) -> float:
 
 @once
 def _quantizing_one(columns: int, rows: int, scheme: Scheme, device: torch.device) -> float:
-    alone = replace(scheme.config, attention="off")  # which needs three linears
+    inputs = replace(scheme.config.activations, steps=1)  # found of several there
+    alone = replace(scheme.config, attention="off", activations=inputs)  # attention needs three linears
     seen: float | Site = 1.0
 
     def root() -> nn.Module:

@@ -142,6 +142,9 @@ def resolve(config: PTQConfig) -> PTQPlan:
     """``ValueError`` names the key at fault and what it may be."""
     config.check()
     scheme = parse(config.quant)
+    if scheme.act_steps > config.model.generation.steps:
+        told = f"calibration has {config.model.generation.steps} denoising steps"
+        raise ValueError(f"quant.activations.steps={scheme.act_steps}: {told}, choose that or fewer")
     config = _settled(config, scheme)
     measured, calibration = pairs(config.prompts), pairs(config.calib, "calib")
     device = pick_device(config.model.device)

@@ -18,6 +18,7 @@ def check(scheme: Scheme) -> None:
     _check_product(scheme)
     _check_rules(scheme)
     _check_rotation(scheme)
+    _check_steps(scheme)
 
 
 def _check_formats(scheme: Scheme) -> None:
@@ -109,3 +110,16 @@ def _check_rotation(scheme: Scheme) -> None:
     ):
         if asked:
             raise ValueError(f"quant.rotation={scheme.rotation}: {key} was found on inputs that are not rotated")
+
+
+def _check_steps(scheme: Scheme) -> None:
+    """Calibration has recorded nothing by denoising step but largest magnitudes."""
+    steps, rule = scheme.act_steps, scheme.config.activations.rule
+    if steps < 1:
+        raise ValueError(f"quant.activations.steps={steps}: must be at least 1")
+    if steps > 1 and not scheme.act_static:
+        raise ValueError(f"quant.activations.steps={steps} is of static scales: set quant.activations.static=true")
+    if steps > 1 and isinstance(scheme.act_rule, SearchedRule):
+        raise ValueError(f"quant.activations.steps={steps}: {rule} is found over all steps, choose amax")
+    if steps > 1 and scheme.config.smoothing is not None:
+        raise ValueError(f"quant.smoothing changes what quant.activations.steps={steps} was found on: leave one out")

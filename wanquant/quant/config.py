@@ -35,6 +35,8 @@ class ActivationConfig:
     rule: str = DEFAULT
     #: A static scale comes from calibration and needs ``granularity=per_tensor``.
     static: bool = False
+    #: Into how many bins the denoising steps go, each with a static scale of its own; 1: one scale for all.
+    steps: int = 1
     #: ``default``: that of the weights. ``bf16`` leaves activations as they are (W4A16).
     format: str = DEFAULT
 

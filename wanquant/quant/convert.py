@@ -20,6 +20,7 @@ from wanquant.quant.rotate import Rotation, rotations
 from wanquant.quant.scheme import Scheme, scheme_of
 from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing, smooth_
+from wanquant.quant.steps import follow_timesteps_
 from wanquant.quant.trainable import TrainableQuantLinear, check_trainable, trainable_linears
 from wanquant.registered import guard
 
@@ -81,6 +82,7 @@ def quantize_(
         module.set_submodule(name, keep(with_hooks_of(linear, layer)))
         on_linear()
     _set_attention(module, plan.converted_attentions(), scheme)
+    _follow_timesteps(module, todo, scheme)
     guard(module)
     return plan
 
@@ -179,6 +181,9 @@ def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, 
     if scheme.needs_statistics:
         what = "smoothing and this scale rule need full"
         known = {name for name, seen in stats.items() if isinstance(seen, Site) and seen.channel_square.size > 0}
+    elif scheme.act_steps > 1:
+        what = f"quant.activations.steps={scheme.act_steps} needs, of as many steps or more,"
+        known = {name for name, seen in stats.items() if _has_steps(seen, scheme.act_steps)}
     elif scheme.act_static:
         what = "static activations need"
     else:
@@ -186,6 +191,10 @@ def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, 
     missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(f"{what} calibration statistics of {missing[0]} ({len(missing)} missing)")
+
+
+def _has_steps(seen: float | Site, count: int) -> bool:
+    return isinstance(seen, Site) and len(seen.timesteps) >= count
 
 
 def _checked_hessians(
@@ -211,3 +220,9 @@ def empty_like_quantized_(
         module.set_submodule(name, QuantLinear(*shape, scheme, own))
     if scheme.attention != "off":
         _set_attention(module, attentions(names), scheme)
+    _follow_timesteps(module, names, scheme)
+
+
+def _follow_timesteps(module: nn.Module, names: Sequence[str], scheme: Scheme) -> None:
+    if scheme.act_steps > 1:
+        follow_timesteps_(module, [module.get_submodule(name) for name in names])

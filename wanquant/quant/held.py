@@ -11,9 +11,10 @@ from torch import nn
 from wanquant.kernels import make_tables
 from wanquant.quant.rotate import rotate, rotation_of
 from wanquant.quant.scheme import Scheme
+from wanquant.quant.steps import Timestep
 
 #: Buffers that a layer may have beside those of its scheme.
-OPTIONAL = ("input_factor", "input_signs")
+OPTIONAL = ("input_factor", "input_signs", "input_bounds")
 
 
 class HeldLinear(nn.Linear):
@@ -21,7 +22,8 @@ class HeldLinear(nn.Linear):
 
     weight        BF16 [out, in]: values on the format's grid; or uint8 [out, bytes of a row]: their codes (packed)
     weight_scale  float32 [out], or [] per tensor
-    input_scale   float32 [], with static activations only
+    input_scale   float32 [], with static activations only; [n] with a scale for each bin of denoising steps
+    input_bounds  float32 [n - 1]: of these bins the timesteps below which the next one begins
     input_factor  float32 [in], powers of two by which channels are multiplied before rounding; where smoothing is
     input_signs   float32 [size], of the rotation of inputs (``wanquant.quant.rotate``); where that is, and not folded
     low_rank_down BF16 [rank, in], and low_rank_up [out, rank]: the branch beside the weight, of inputs as they come
@@ -34,6 +36,7 @@ class HeldLinear(nn.Linear):
     input_scale: torch.Tensor | None
     input_factor: torch.Tensor | None
     input_signs: torch.Tensor | None
+    input_bounds: torch.Tensor | None
     low_rank_down: torch.Tensor | None
     low_rank_up: torch.Tensor | None
     overflowed: torch.Tensor
@@ -50,8 +53,13 @@ class HeldLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty(out_features, stored[0], dtype=stored[1], device="meta"), False)
         shape = scheme.weight_granularity.scale_shape(out_features)
         self.register_buffer("weight_scale", torch.empty(shape, device="meta"))
-        self.register_buffer("input_scale", torch.empty((), device="meta") if scheme.act_static else None)
-        sizes = {"input_factor": in_features, "input_signs": scheme.rotation or 0}
+        shape = (scheme.act_steps,) if scheme.act_steps > 1 else ()
+        self.register_buffer("input_scale", torch.empty(shape, device="meta") if scheme.act_static else None)
+        sizes = {
+            "input_factor": in_features,
+            "input_signs": scheme.rotation or 0,
+            "input_bounds": scheme.act_steps - 1,
+        }
         for name in OPTIONAL:
             self.register_buffer(name, torch.empty(sizes[name], device="meta") if name in own else None)
         rank = min(scheme.low_rank, in_features, out_features)
@@ -59,6 +67,8 @@ class HeldLinear(nn.Linear):
         for name, shape in (("low_rank_down", down), ("low_rank_up", up)):
             empty = torch.empty(shape, dtype=torch.bfloat16, device="meta") if scheme.low_rank else None
             self.register_buffer(name, empty)
+        #: Of the pass that the transformer is in (``wanquant.quant.steps``).
+        self.timestep: Timestep | None = None
         #: The rotation, float32 [size, size], of ``input_signs``.
         self._rotation: torch.Tensor | None = None
         # No buffers: offloading puts those back as they were before the pass.

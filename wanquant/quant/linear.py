@@ -46,6 +46,7 @@ from wanquant.quant.scheme import Rounded, Scheme
 from wanquant.quant.site import Site
 from wanquant.quant.smooth import Smoothing
 from wanquant.quant.source import source_of
+from wanquant.quant.steps import largest_by_bin, scale_now
 
 
 class QuantLinear(HeldLinear):
@@ -87,6 +88,9 @@ class QuantLinear(HeldLinear):
             assert isinstance(seen, Site), "smoothing needs what each channel did"
             seen = float((torch.from_numpy(seen.view().channel_absmax) / source.divisors.cpu()).amax())
         scale = scheme.input_scale(seen, rounded[0].device)
+        if scheme.act_steps > 1:
+            assert isinstance(seen, Site), "scales by denoising step need what passed in each"
+            source.beside["input_bounds"] = largest_by_bin(seen, scheme.act_steps)[1].to(rounded[0].device)
         return cls.assembled(scheme, rounded, source.bias, scale, source.beside).train(linear.training)
 
     @classmethod
@@ -115,9 +119,16 @@ class QuantLinear(HeldLinear):
 
     def quantize_input(self, rows: torch.Tensor) -> Scaled:
         """A matrix [tokens, in] to BF16 values on the grid and their scale, [tokens] or []."""
-        operand, scale, over = self.scheme.quantize_input(self._turned(rows), self.input_scale, self._factor)
+        operand, scale, over = self.scheme.quantize_input(self._turned(rows), self._scale, self._factor)
         self.overflowed = _plus(self.overflowed, over)
         return operand, scale
+
+    @property
+    def _scale(self) -> torch.Tensor | None:
+        """Of static inputs, in this denoising step."""
+        if self.input_scale is None or self.input_bounds is None:
+            return self.input_scale
+        return scale_now(self.input_scale, self.input_bounds, self.timestep)
 
     @property
     def _factor(self) -> torch.Tensor | None:
@@ -151,7 +162,7 @@ class QuantLinear(HeldLinear):
             return self._multiply_codes(x, rows).view(*x.shape[:-1], self.out_features)
         if self.scheme.product == "fp4" and x.is_cuda:
             return self._multiply_fours(x, rows).view(*x.shape[:-1], self.out_features)
-        scheme, how = self.scheme, (self.input_scale, self._factor)
+        scheme, how = self.scheme, (self._scale, self._factor)
         operand, scale, over = self._shared(x, lambda: scheme.quantize_input(self._turned(rows), *how))
         self.overflowed = _plus(self.overflowed, over)
         if self.scheme.product == "native":
@@ -172,9 +183,7 @@ class QuantLinear(HeldLinear):
         return self._last.rounded(x, round_, of=(self.scheme, self.input_signs is None), by=self)
 
     def _multiply_codes(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        codes: Codes = self._shared(
-            x, lambda: encode_input(self.scheme, self._turned(rows), self.input_scale, self._factor)
-        )
+        codes: Codes = self._shared(x, lambda: encode_input(self.scheme, self._turned(rows), self._scale, self._factor))
         self.overflowed = _plus(self.overflowed, codes.over)
         self.lost = _plus(self.lost, codes.lost)
         return multiply(self.scheme, codes, self._coded_weight(), self.weight_scale, self.bias, x.dtype)

@@ -28,6 +28,7 @@ from wanquant.quant.scale import (
     static_scale,
 )
 from wanquant.quant.statistics import Site
+from wanquant.quant.steps import largest_by_bin
 
 #: BF16 values on the grid, float32 scales, and how many elements overflowed (int64 []; None: none could).
 Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -46,6 +47,7 @@ class Scheme:
     act_granularity: Granularity
     act_rule: Rule
     act_static: bool
+    act_steps: int
     overflow: str
     act_overflow: str
     product: str
@@ -94,10 +96,15 @@ class Scheme:
         return self.by_output or searched or self.smoothing is not None
 
     def input_scale(self, seen: float | Site | None, device: torch.device) -> torch.Tensor | None:
-        """The scale of static activations, float32 []; None if they are dynamic."""
+        """The scale of static activations, float32 [], or one for each bin of denoising steps; None if they are
+        dynamic."""
         if not self.act_static:
             return None
         assert seen is not None, "a static scheme needs a calibrated input"
+        if self.act_steps > 1:
+            assert isinstance(seen, Site)
+            assert not isinstance(self.act_rule, SearchedRule)
+            return self.act_rule(largest_by_bin(seen, self.act_steps)[0]).to(device)
         return static_scale(self.act_rule, seen, self.act_format, self.act_overflow).to(device)
 
     def quantize_input(
@@ -187,6 +194,7 @@ def parse(config: QuantConfig) -> Scheme:
         act_granularity=parse_granularity(act.granularity, "per_token"),
         act_rule=parse_rule(act.rule, of_inputs),
         act_static=act.static,
+        act_steps=act.steps,
         overflow=overflow,
         act_overflow=act_overflow,
         product=config.product,

@@ -60,6 +60,7 @@ class Site:
     sums             float64 [videos, bins, branches, SUMS]
     channel_absmax   float32 [bins, branches, channels]
     channel_square   float64 [videos, channels]: sums of squares, of inputs
+    timesteps        float32 [steps], the same in all videos; NaN where nothing passed, or the model takes none
     """
 
     absmax: np.ndarray
@@ -70,6 +71,7 @@ class Site:
     sums: np.ndarray
     channel_absmax: np.ndarray
     channel_square: np.ndarray
+    timesteps: np.ndarray
 
     @classmethod
     def empty(cls, layout: Layout, channels: int, with_square: bool) -> Site:
@@ -84,12 +86,14 @@ class Site:
             np.zeros((len(layout.videos), *bins, SUMS)),
             np.zeros((*bins, channels), np.float32),
             np.zeros((len(layout.videos), channels if layout.full and with_square else 0)),
+            np.full(layout.steps, np.nan, np.float32),
         )
 
     def merged(self, other: Site) -> Site:
         """Of the videos of both, ours first."""
         found = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in BY_VIDEO}
         found["channel_absmax"] = np.maximum(self.channel_absmax, other.channel_absmax)
+        found["timesteps"] = np.where(np.isnan(self.timesteps), other.timesteps, self.timesteps)
         return Site(counts=self.counts + other.counts, zones=self.zones + other.zones, **found)
 
     def note(self, place: Place, absmax: float, rows: int) -> None:

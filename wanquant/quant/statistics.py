@@ -9,6 +9,7 @@ Statistics merged from parts are equal, bit for bit, to those of one pass.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,13 +29,14 @@ from wanquant.kernels.statistics import BINS, DYNAMIC_RULES, HIGHEST, Observed, 
 from wanquant.quant.site import Layout as Layout
 from wanquant.quant.site import Place
 from wanquant.quant.site import Site as Site
+from wanquant.quant.steps import place_of_timestep, takes_timestep, timestep_in
 
 INPUT, OUTPUT, RESIDUAL = "input", "output", "residual"
 BRANCHES = ("cond", "uncond")
 ARRAYS, DESCRIPTION = "statistics.safetensors", "statistics.json"
 #: What the arrays in files mean: other versions are not read, and those with other bins or rules are others.
 KIND = {
-    "version": 2,
+    "version": 3,
     "histogram": {"bins_per_octave": PER_OCTAVE, "lowest": LOWEST, "highest": HIGHEST},
     "rules": [rule.name for rule in DYNAMIC_RULES],
 }
@@ -133,10 +135,15 @@ class Observer:
         self.statistics = Statistics(layout)
         self._module, self._blocks, self._where = module, blocks, where
         self._hooks = ExitStack()
+        self._timestep = math.nan
         self._measured: MutableMapping[torch.Tensor, tuple[int, Observed]] = WeakTensorKeyDictionary()
 
     def __enter__(self) -> Observer:
         enter = self._hooks.enter_context
+        for part in getattr(self._module, "parts", (self._module,)):
+            if takes_timestep(part):
+                begin = partial(self._begin, place_of_timestep(part))
+                enter(part.register_forward_pre_hook(begin, with_kwargs=True))
         for name, child in self._module.named_modules():
             if isinstance(child, nn.Linear):
                 enter(child.register_forward_pre_hook(partial(self._before, f"{name}:{INPUT}")))
@@ -149,6 +156,9 @@ class Observer:
     def __exit__(self, *error: object) -> None:
         self._hooks.close()
 
+    def _begin(self, place: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._timestep = float(timestep_in(place, args, kwargs))
+
     def _before(self, site: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._see(site, inputs[0], is_input=True)
 
@@ -160,6 +170,7 @@ class Observer:
         layout, place, sites = self.statistics.layout, self._where(), self.statistics.sites
         if name not in sites:
             sites[name] = Site.empty(layout, rows.shape[1], with_square=is_input)
+        sites[name].timesteps[place[1]] = self._timestep
         if not layout.full:
             sites[name].note(place, float(absmax_rows(rows).amax()), len(rows))
             return

@@ -53,6 +53,8 @@ def check_trainable(scheme: Scheme, how: Training) -> None:
     if scheme.rotation is not None or scheme.low_rank:
         method = "rotation" if scheme.rotation is not None else "low_rank"
         raise ValueError(f"quant.{method} cannot be trained: quantize with it what was trained without")
+    if scheme.act_steps > 1:
+        raise ValueError(f"quant.activations.steps={scheme.act_steps} cannot be trained: training has one scale")
     if scheme.feedback:
         raise ValueError("quant.weights.feedback=true cannot be trained: it fits the weights as they were")
     if scheme.product not in ("fast", "exact"):

@@ -40,7 +40,7 @@ INDEX = WEIGHTS + ".index.json"
 #: Keys of a ``quantization_config`` that the first checkpoints do not have, and what those were made with.
 ADDED_LATER: dict[str, Any] = {"attention": "off", "smoothing": None, "rotation": None, "low_rank": 0}
 #: Endings of the tensors of a quantized linear that stay float32, and of those in BF16.
-FLOAT32 = (".weight_scale", ".input_scale", ".input_factor", ".input_signs")
+FLOAT32 = (".weight_scale", ".input_scale", ".input_factor", ".input_signs", ".input_bounds")
 LOW_RANK = (".low_rank_down", ".low_rank_up")
 #: The type of each.
 TYPES = {
@@ -219,8 +219,8 @@ def config_of(described: dict[str, Any]) -> QuantConfig:
     load_plugins()
     names = {field.name for field in dataclasses.fields(QuantConfig)}
     raw = {name: value for name, value in {**ADDED_LATER, **described}.items() if name in names}
-    raw["weights"] = _exactly(WeightConfig, raw.get("weights", {}))
-    raw["activations"] = _exactly(ActivationConfig, {"format": DEFAULT, **raw.get("activations", {})})
+    raw["weights"] = _exactly(WeightConfig, {"feedback": False, **raw.get("weights", {})})
+    raw["activations"] = _exactly(ActivationConfig, {"format": DEFAULT, "steps": 1, **raw.get("activations", {})})
     return _exactly(QuantConfig, raw)
 
 

@@ -75,6 +75,9 @@ def export(
     kind = str(checkpoint.config.get("_class_name"))
     if layout != "bf16" and not family_of(kind).is_wan:
         raise ValueError(f"{folder} is a {kind}: {layout} is a layout for Wan's transformers, bf16 is for any")
+    if layout != "bf16" and checkpoint.scheme.act_steps > 1:
+        told = f"layout {layout} has one scale for all denoising steps"
+        raise ValueError(f"quant.activations.steps={checkpoint.scheme.act_steps}: {told}, bf16 is for any")
     _refuse_existing(target)
     with whole_folder(target) as partial_target:
         write_json(partial_target / "config.json", checkpoint.config)
