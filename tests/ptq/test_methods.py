@@ -1,4 +1,4 @@
-"""Error feedback in a job: Hessians kept by block, whatever the memory; predicted; and refused where there are none."""
+"""Methods for few bits in jobs: Hessians kept by block, whatever the memory; scales by denoising step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.jobs import CACHE, ptq, short
+from tests.wan.pair import make_pair
 from wanquant import load_pipeline
 from wanquant.ptq.calibrator import Calibrator
 from wanquant.quant import ActivationConfig, QuantConfig, WeightConfig
@@ -72,6 +73,35 @@ def test_a_job_rounds_with_feedback(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert result["quant"]["weights"]["feedback"] is True
     assert result["conversion"]["converted"] > 0
     assert list((Path(CACHE) / "hessians").glob("*-007"))
+
+
+@pytest.mark.slow
+def test_two_transformers_have_hessians_and_scales_by_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each of its own steps: of three the first takes two, and what a transformer has not seen is as the nearest."""
+    model = make_pair(tmp_path / "pair", [0, 1], [2, 3])
+    words = ("quant=nvfp4_steps", "quant.activations.steps=3", "quant.weights.feedback=true", "eval.videos=false")
+    words += ("protect.blocks=[0,2]", "protect.through=true", f"model.path={model}", "model.generation.steps=3")
+    assert ptq(monkeypatch, *words, "checkpoint=true", f"hydra.run.dir={tmp_path / 'run'}") == 0
+    pipe = load_pipeline(tmp_path / "run" / "checkpoint", "cpu")
+    first, second = (part.blocks[1].attn1.to_v for part in (pipe.transformer, pipe.transformer_2))
+    assert [len(set(layer.input_scale.tolist())) for layer in (first, second)] == [2, 1]
+    assert first.input_bounds[1] < 0 < first.input_bounds[0] < 1000 < second.input_bounds[1]
+    seen: list[float] = []
+    for part in (pipe.transformer, pipe.transformer_2):
+        part.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(float(kwargs["timestep"].max())), with_kwargs=True
+        )
+    frames = pipe("a red circle", height=64, width=64, num_frames=5, num_inference_steps=5, output_type="latent").frames
+    assert torch.isfinite(torch.as_tensor(frames)).all()
+    assert len(seen) == 10
+
+
+@pytest.mark.parametrize("name", ["static_steps", "nvfp4_steps"])
+def test_more_bins_than_steps_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert ptq(monkeypatch, f"quant={name}", "dry_run=true") == 1
+    assert "quant.activations.steps=4: calibration has 1 denoising steps, choose" in capsys.readouterr().err
 
 
 def test_a_conversion_from_files_is_refused(
