@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.jobs import short
@@ -138,6 +140,13 @@ def test_a_checkpoint_keeps_scales_and_where_they_change(tmp_path: Path) -> None
         assert torch.equal(layer.input_bounds, ours.input_bounds)
         for time, wanted in zip((900.0, 100.0), expected, strict=True):
             assert torch.equal(output(model, given, time), wanted)
+    path = tmp_path / "kept" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["blocks.7.attn1.to_v.input_bounds"]
+    shutil.copytree(tmp_path / "kept", tmp_path / "damaged")
+    save_file(tensors, tmp_path / "damaged" / "transformer" / path.name, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"blocks\.7\.attn1\.to_v\.input_bounds"):
+        load_pipeline(tmp_path / "damaged", "cpu", verify=False)
     with pytest.raises(ValueError, match="steps=3: layout comfyui has one scale for all denoising steps"):
         export(tmp_path / "kept" / "transformer", tmp_path / "comfyui", "comfyui")
 

@@ -137,7 +137,7 @@ def test_bytes_and_layout(tmp_path: Path) -> None:
     assert described["protected_blocks"] == [0, 39]
     assert described["modules"] == report.names("converted")
     assert described["format"] == "hif8"
-    assert described["weights"] == {"granularity": "per_channel", "rule": "amax/15"}
+    assert described["weights"] == {"granularity": "per_channel", "rule": "amax/15", "feedback": False}
     assert read_generation(folder.parent) == read_generation(tiny.folder())
 
 

@@ -14,7 +14,7 @@ from wanquant.quant.scheme import Scheme
 from wanquant.quant.steps import Timestep
 
 #: Buffers that a layer may have beside those of its scheme.
-OPTIONAL = ("input_factor", "input_signs", "input_bounds")
+OPTIONAL = ("input_factor", "input_signs")
 
 
 class HeldLinear(nn.Linear):
@@ -53,13 +53,12 @@ class HeldLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty(out_features, stored[0], dtype=stored[1], device="meta"), False)
         shape = scheme.weight_granularity.scale_shape(out_features)
         self.register_buffer("weight_scale", torch.empty(shape, device="meta"))
-        shape = (scheme.act_steps,) if scheme.act_steps > 1 else ()
+        several = scheme.act_steps > 1
+        shape = (scheme.act_steps,) if several else ()
         self.register_buffer("input_scale", torch.empty(shape, device="meta") if scheme.act_static else None)
-        sizes = {
-            "input_factor": in_features,
-            "input_signs": scheme.rotation or 0,
-            "input_bounds": scheme.act_steps - 1,
-        }
+        bounds = torch.empty(scheme.act_steps - 1, device="meta") if several else None
+        self.register_buffer("input_bounds", bounds)
+        sizes = {"input_factor": in_features, "input_signs": scheme.rotation or 0}
         for name in OPTIONAL:
             self.register_buffer(name, torch.empty(sizes[name], device="meta") if name in own else None)
         rank = min(scheme.low_rank, in_features, out_features)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,8 @@ def empty_transformer(
     for name, length in zip(family.block_lists, lengths, strict=True):
         setattr(transformer, name, getattr(transformer, name)[:length])
     if how is not None:
-        empty_like_quantized_(transformer, linears_in(transformer, how.names), how.scheme)
+        scheme = replace(how.scheme, act_steps=1)  # blocks are run alone, where no transformer tells them the step
+        empty_like_quantized_(transformer, linears_in(transformer, how.names), scheme)
     return transformer
 
 

@@ -285,5 +285,4 @@ class ResourceEstimate:
     def _quantized(self) -> Quantized | None:
         """A block with every linear quantized that any has so; None if there is none, or no video is made with it."""
         names = list(dict.fromkeys(name.split(".", 2)[2] for name in self.converted))
-        scheme = replace(self.scheme, act_steps=1)  # blocks are probed alone, where no transformer tells the step
-        return Quantized(names, scheme) if names and self.counts.any_quantized else None
+        return Quantized(names, self.scheme) if names and self.counts.any_quantized else None
