@@ -190,7 +190,7 @@ class QuantLinear(HeldLinear):
 
     def _multiply_fours(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         fours: four_bit.Fours = self._shared(
-            x, lambda: four_bit.encode_input(self.scheme, self._turned(rows), self.input_scale, self._factor)
+            x, lambda: four_bit.encode_input(self.scheme, self._turned(rows), self._scale, self._factor)
         )
         self.overflowed = _plus(self.overflowed, fours.over)
         weight = four_bit.of_packed(self.codes(), self.in_features, self.weight_scale)
