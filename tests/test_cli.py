@@ -298,9 +298,9 @@ def test_every_folder_of_the_package_is_listed() -> None:
     """By name, because the configs lie beside the package in the checkout: a new folder would be left out."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     code = {path.parent for path in (ROOT / "wanquant").rglob("*.py")}
-    groups = {path for path in Path(CONF).iterdir() if path.is_dir()}
+    groups = {path.relative_to(CONF) for path in Path(CONF).rglob("*") if path.is_dir()}
     wanted = {".".join(path.relative_to(ROOT).parts) for path in code}
-    wanted |= {"wanquant.conf", *(f"wanquant.conf.{path.name}" for path in groups)}
+    wanted |= {"wanquant.conf", *(".".join(["wanquant.conf", *path.parts]) for path in groups)}
     assert wanted <= set(listed)
 
 

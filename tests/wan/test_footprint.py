@@ -98,10 +98,11 @@ def test_more_of_everything_takes_more() -> None:
 
 #: Formats and the products that they have.
 OF_FORMAT = {
-    "hif8": [product for product in PRODUCTS if product != "int8"],
+    "hif8": [product for product in PRODUCTS if product not in ("int8", "fp4")],
     "int8": ["fast", "exact", "int8"],
     "mxfp8": ["fast", "exact", "fp8"],
     "hif4": ["fast"],
+    "nvfp4": ["fp4"],
 }
 
 

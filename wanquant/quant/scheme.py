@@ -58,6 +58,9 @@ class Scheme:
     low_rank: int
     feedback: bool
 
+    def __post_init__(self) -> None:
+        assert self.lifts  # found now, and not while a model is traced
+
     @property
     def independent(self) -> bool:
         """Whether the rounding of one row knows nothing of the others, so that videos can share a batch."""
@@ -206,7 +209,6 @@ def parse(config: QuantConfig) -> Scheme:
         feedback=weights.feedback,
     )
     check(scheme)
-    assert scheme.lifts  # found now, and not while a model is traced
     return scheme
 
 
