@@ -31,6 +31,7 @@ from wanquant.wan.checkpoints.checkpoint import (
 from wanquant.wan.checkpoints.quantizer import dequantize_
 from wanquant.wan.checkpoints.stream import Recipe, convert_transformer, foresee
 from wanquant.wan.device import forget_peak_memory, peak_memory
+from wanquant.wan.families import FOLDS
 
 CPU = torch.device("cpu")
 NAMES = sorted(path.stem for path in (Path(CONF) / "quant").glob("*_w[46]a*.yaml"))
@@ -106,6 +107,33 @@ def test_nothing_is_lost_in_files(name: str, model: WanTransformer3DModel, tmp_p
     again = load_file(tmp_path / "again" / WEIGHTS)
     assert saved.keys() == again.keys()
     assert all(torch.equal(saved[key], again[key]) for key in saved)
+
+
+@pytest.mark.parametrize("how", [{"rotation": 32}, {"low_rank": 8}, {"rotation": 16, "low_rank": 4}])
+def test_what_methods_keep_beside_weights_is_in_files(
+    how: dict[str, int], model: WanTransformer3DModel, tmp_path: Path
+) -> None:
+    config, quantized = QuantConfig(format="hif4", **how), copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "source")
+    quantize_(quantized, config, (0,), folds=FOLDS)
+    save_transformer(quantized, tmp_path / "source", tmp_path / "saved", lambda: None)
+    recipe = Recipe(config, (0,), (), None)
+    streamed = convert_transformer(tmp_path / "source", tmp_path / "streamed", recipe, "signed")
+    saved, found = (load_file(tmp_path / folder / WEIGHTS) for folder in ("saved", "streamed"))
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(saved[key], found[key]) for key in saved)
+    kept = sum(tensor.nbytes for key, tensor in saved.items() if key.endswith(".input_signs"))
+    assert (kept > 0) == ("rotation" in how)
+    assert streamed.written == foresee(tmp_path / "source", recipe).written + kept
+    described, wanted = quantization_of(tmp_path / "saved"), answer(quantized)
+    assert described is not None
+    theirs = WanTransformer3DModel.from_pretrained(tmp_path / "saved")
+    for other in (load_transformer(tmp_path / "saved", described), theirs):
+        assert torch.equal(answer(other), wanted)
+    # Plain linears of the same meaning differ by the rounding of inputs, and of weights to BF16.
+    dequantize_(quantized)
+    assert not quantized_linears(quantized)
+    assert float((answer(quantized) - wanted).float().norm() / wanted.float().norm()) < 0.3
 
 
 @pytest.mark.parametrize("name", ["nvfp4_w4a4", "hif4_w4a4", "int4_w4a16", "mxfp6_w6a6"])

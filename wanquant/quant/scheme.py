@@ -82,10 +82,11 @@ class Scheme:
         return weights, inputs
 
     def packed_bytes(self, linear: nn.Linear) -> int:
-        """Of its weight's codes and their scales."""
-        rows = linear.out_features
+        """Of its weight's codes, their scales and the branch beside them."""
+        rows, columns = linear.out_features, linear.in_features
         scales = math.prod(self.weight_granularity.scale_shape(rows))
-        return rows * self.format.row_bytes(linear.in_features) + 4 * scales
+        branch = min(self.low_rank, rows, columns) * (rows + columns)
+        return rows * self.format.row_bytes(columns) + 4 * scales + 2 * branch
 
     @property
     def by_output(self) -> bool:
