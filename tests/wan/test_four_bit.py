@@ -231,6 +231,20 @@ def _stored(folder: Path) -> list[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["svdquant_nvfp4", "hif4_rotated", "int4_w4a16"])
+def test_jobs_of_methods(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrated, generated with, saved, and evaluated from the checkpoint."""
+    words = ["tracker=none", f"cache={tmp_path / 'cache'}", TWO, "prompts.seeds=[0]", "eval.noise_floor=false", *QUICK]
+    words += ["calib.texts=[a red circle moving up on a gray background]", "calib.seeds=[0]", "protect=none"]
+    assert ptq(monkeypatch, f"quant={name}", *words, f"hydra.run.dir={tmp_path / 'run'}") == 0
+    result = read_result(tmp_path / "run")
+    assert result["conversion"]["converted"] == 80
+    assert 5 < result["metrics"]["step_sqnr"]["mean"] < 60
+    evaluated = [f"run={tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'evaluated'}", "tracker=none"]
+    assert run(monkeypatch, "eval", *evaluated) == 0
+
+
+@pytest.mark.slow
 def test_jobs_of_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Generated with, saved, evaluated; and converted by the statistics of an analysis to the same checkpoint."""
     words = ["tracker=none", f"cache={tmp_path / 'cache'}", TWO, "prompts.seeds=[0]", "eval.noise_floor=false", *QUICK]
