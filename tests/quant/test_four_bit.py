@@ -128,6 +128,18 @@ def test_what_makes_no_sense_is_refused() -> None:
         (replace(fp4, activations=ActivationConfig(format="e4m3")), "none of nvfp4 with e4m3, choose fast or exact"),
         (replace(fp4, weights=WeightConfig("per_channel")), "weights.granularity=per_channel: .* choose per_tensor"),
         (replace(fp4, activations=ActivationConfig("per_token")), "activations.granularity=per_token: .* per_tensor"),
+        (
+            replace(fp4, format="mxfp4", weights=WeightConfig(rule="amax/2")),
+            "weights.rule=amax/2: fp4 takes no scales but the blocks', choose direct",
+        ),
+        (
+            QuantConfig(format="hif4", activations=ActivationConfig(static=True)),
+            "static=true: hif4 has no scale but the blocks', give a rule",
+        ),
+        (
+            QuantConfig(format="hif4", activations=ActivationConfig(rule="amax/3", format="bf16")),
+            "activations: bf16 has no scales, leave out rule and granularity",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             parse(config)

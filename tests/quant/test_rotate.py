@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+from peft import LoraConfig
 from torch import nn
 
+from tests.jobs import short
 from tests.models import wan_inputs
+from wanquant import load_pipeline
 from wanquant.formats.registry import FORMATS, BFloat16, register_format
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, quantize_
 from wanquant.quant.convert import folded_names
@@ -151,6 +154,30 @@ def test_a_layer_is_what_its_plain_linear_is(how: dict[str, object]) -> None:
     assert relative(layer(x), layer.dequantized()(x)) < 2**-7
 
 
+def test_layers_move_and_keep_their_types() -> None:
+    linear, x = nn.Linear(64, 32, dtype=torch.bfloat16), torch.randn(9, 64).to(torch.bfloat16)
+    layer = QuantLinear.from_linear(linear, parse(QuantConfig(format="hif4", rotation=16, low_rank=4)))
+    expected, types = layer(x), {name: tensor.dtype for name, tensor in layer.state_dict().items()}
+    assert torch.equal(layer.float()(x), expected)
+    assert {name: tensor.dtype for name, tensor in layer.state_dict().items()} == types
+    moved = layer.to("meta")
+    assert moved._rotation is None  # made anew where the layer goes, and not left where it was
+    assert moved(x.to("meta")).shape == expected.shape
+
+
+def test_a_lora_is_refused_where_rotation_is_folded() -> None:
+    pipe = load_pipeline(short(2), device="cpu")
+    quantize_(pipe.transformer, QuantConfig(format="hif4", rotation=16), folds=FOLDS)
+    for modules, wrong in ((["attn1.to_v"], True), (["ffn.net.2"], False)):
+        config = LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
+        if not wrong:
+            pipe.transformer.add_adapter(config)
+            continue
+        with pytest.raises(ValueError, match=r"a LoRA on blocks\.0\.attn1\.to_v, into which smoothing or rotation"):
+            pipe.transformer.add_adapter(config)
+        assert isinstance(pipe.transformer.blocks[0].attn1.to_v, QuantLinear)
+
+
 def test_what_does_not_go_with_a_rotation_is_named() -> None:
     static = ActivationConfig(granularity="per_tensor", static=True)
     for config, message in (
@@ -161,6 +188,8 @@ def test_what_does_not_go_with_a_rotation_is_named() -> None:
             r"quant\.weights\.rule=mse_output was found",
         ),
         (QuantConfig(low_rank=-1), r"quant\.low_rank=-1: must be a rank"),
+        (QuantConfig(format="bf16", rotation=16), r"quant\.rotation=16: bf16 rounds no weights"),
+        (QuantConfig(format="bf16", low_rank=4), r"quant\.low_rank=4: bf16 rounds no weights"),
     ):
         with pytest.raises(ValueError, match=message):
             parse(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,9 @@ def test_a_bin_in_which_nothing_passed_is_as_the_nearest() -> None:
     assert largest.tolist() == [13.0, 13.0, 14.0, 14.0]
     assert bounds.tolist() == [np.float32(BEYOND), 550.0, -np.float32(BEYOND)]
     site.timesteps[4] = 800.0
+    unknown = replace(site, timesteps=np.full_like(site.timesteps, np.nan))
+    with pytest.raises(ValueError, match="it has noted none"):
+        largest_by_bin(unknown, 2)
     with pytest.raises(ValueError, match="timesteps that fall"):
         largest_by_bin(site, 4)
 
@@ -161,7 +165,7 @@ def test_what_it_is_not_for_is_refused() -> None:
         check_trainable(parse(config_of(3)), Training())
     with pytest.raises(ValueError, match=r"set quant\.activations\.static=true"):
         parse(QuantConfig(activations=ActivationConfig(steps=3)))
-    with pytest.raises(ValueError, match="mse is found over all steps"):
+    with pytest.raises(ValueError, match="mse is the same in all steps"):
         parse(QuantConfig(activations=ActivationConfig("per_tensor", "mse", static=True, steps=3)))
     with pytest.raises(ValueError, match=r"quant\.smoothing changes"):
         parse(config_of(3, smoothing=0.5))

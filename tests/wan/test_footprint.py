@@ -123,6 +123,16 @@ def test_every_quantization_has_a_footprint(name: str, product: str) -> None:
     assert found[1] > found[0] or name != "hif8"
 
 
+def test_rotating_inputs_takes_memory() -> None:
+    """In float32, before and after."""
+    config = {**wan_transformer(1).config, "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512}
+    plain, rotated = (
+        denoising_bytes(config, Quantized(ALL, parse(QuantConfig(format="hif4", rotation=size))), LARGE, 1, CPU)
+        for size in (None, 32)
+    )
+    assert rotated > 1.01 * plain
+
+
 def test_a_cards_own_products_are_planned() -> None:
     """Exact ones of BF16 operands, in float32 until they are scaled; whole numbers as on the CPU."""
     config = {**wan_transformer(1).config, "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 128}

@@ -142,7 +142,7 @@ def test_smoothing_folds_nothing_that_a_lora_reads_or_adds_to(tmp_path: Path) ->
     other = load_pipeline(jobs.short(2), device="cpu")
     quantize_(other.transformer, SMOOTH, stats=stats, folds=folds)
     for add in (lambda: load_loras(other, given), lambda: keep_loras_beside_(other.transformer, given)):
-        with pytest.raises(ValueError, match=r"smoothing is folded into blocks\.1\.attn1\.to_(v|out)"):
+        with pytest.raises(ValueError, match=r"smoothing or rotation is folded into blocks\.1\.attn1\.to_(v|out)"):
             add()
 
 

@@ -162,10 +162,8 @@ class Calibrator:
 
     def _make_hessians(self, linears: Mapping[str, Sequence[str]]) -> None:
         """Of these linears, by the names of what is kept."""
-        steps, all_of_them = (
-            len(self.pairs) * self.pipeline.model.generation.steps,
-            [*itertools.chain(*linears.values())],
-        )
+        steps = len(self.pairs) * self.pipeline.model.generation.steps
+        all_of_them = [*itertools.chain(*linears.values())]
         with progress("hessians", steps) as tick, HessianObserver(self.pipeline.transformer, all_of_them) as observer:
             for pair in self.pairs:  # alone: a batch would sum in another order
                 self.pipeline.generate([pair], tick, decode=False)

@@ -149,6 +149,9 @@ def _statistics(config: PTQConfig, scheme: Scheme) -> Mapping[str, float | Site]
         return None
     folder = Path(config.convert.statistics)
     found = load_statistics(folder if (folder / DESCRIPTION).is_file() else folder / "analysis")
+    if found.layout.steps < scheme.act_steps:
+        has = f"{folder} has statistics of {found.layout.steps} denoising steps"
+        raise ValueError(f"quant.activations.steps={scheme.act_steps}: {has}, analyze with as many or more")
     return {name.removesuffix(f":{INPUT}"): site for name, site in found.sites.items() if name.endswith(f":{INPUT}")}
 
 

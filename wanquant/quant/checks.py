@@ -29,8 +29,15 @@ def _check_formats(scheme: Scheme) -> None:
             format_.check_overflow(overflow)
         except ValueError as error:
             raise ValueError(f"quant.overflow={overflow}: {error}") from None
-    if scheme.feedback and scheme.format.keeps_all:
-        raise ValueError(f"quant.weights.feedback=true: {scheme.format.name} rounds no weights")
+    methods = {
+        "weights.feedback=true": scheme.feedback,
+        f"rotation={scheme.rotation}": scheme.rotation is not None,
+        f"low_rank={scheme.low_rank}": scheme.low_rank > 0,
+        f"smoothing={scheme.smoothing}": scheme.smoothing is not None,
+    }
+    for key, asked in methods.items():
+        if asked and scheme.format.keeps_all:
+            raise ValueError(f"quant.{key}: {scheme.format.name} rounds no weights")
     if scheme.format.keeps_all and not act_format.keeps_all:
         raise ValueError(
             f"quant.activations.format={act_format.name}: with quant.format={scheme.format.name} no linear"
@@ -41,6 +48,11 @@ def _check_formats(scheme: Scheme) -> None:
         raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
     if config.activations.static and act_format.keeps_all:
         raise ValueError(f"quant.activations.static=true: {act_format.name} has no scales")
+    own = (act_format.default_rule(), "per_token")
+    if act_format.keeps_all and (config.activations.rule, config.activations.granularity) != own:
+        raise ValueError(f"quant.activations: {act_format.name} has no scales, leave out rule and granularity")
+    if config.activations.static and act_format.block and isinstance(scheme.act_rule, Direct):
+        raise ValueError(f"quant.activations.static=true: {act_format.name} has no scale but the blocks', give a rule")
     if config.smoothing is not None and not 0 <= config.smoothing <= 1:
         raise ValueError(f"quant.smoothing={config.smoothing}: must lie between 0 and 1, or be null for none")
 
@@ -67,7 +79,7 @@ def _check_product(scheme: Scheme) -> None:
     ):
         if product == "fp4" and granularity != "per_tensor":
             raise ValueError(f"quant.{side}.granularity={granularity}: fp4 has one scale for all, choose per_tensor")
-        if product == "fp8" and format_.block and not isinstance(rule, Direct):
+        if ((product == "fp8" and format_.block) or name == "mxfp4") and not isinstance(rule, Direct):
             raise ValueError(f"quant.{side}.rule={text}: {product} takes no scales but the blocks', choose direct")
         if product == "fp8" and name in ("hif8", "e5m2") and not getattr(rule, "target", 0.0):
             other = f"quant.{side}.rule=amax/{format_.target:g}"
@@ -119,7 +131,7 @@ def _check_steps(scheme: Scheme) -> None:
         raise ValueError(f"quant.activations.steps={steps}: must be at least 1")
     if steps > 1 and not scheme.act_static:
         raise ValueError(f"quant.activations.steps={steps} is of static scales: set quant.activations.static=true")
-    if steps > 1 and isinstance(scheme.act_rule, SearchedRule):
-        raise ValueError(f"quant.activations.steps={steps}: {rule} is found over all steps, choose amax")
+    if steps > 1 and isinstance(scheme.act_rule, SearchedRule | Direct):
+        raise ValueError(f"quant.activations.steps={steps}: {rule} is the same in all steps, choose amax")
     if steps > 1 and scheme.config.smoothing is not None:
         raise ValueError(f"quant.smoothing changes what quant.activations.steps={steps} was found on: leave one out")

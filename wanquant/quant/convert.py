@@ -78,7 +78,10 @@ def quantize_(
     for name in todo:
         linear = _there(_linear(module, name), device)
         found = known.get(name), smoothed.get(name), rotated.get(name), hessians.get(name)
-        layer = QuantLinear.from_linear(linear, scheme, *found)
+        try:
+            layer = QuantLinear.from_linear(linear, scheme, *found)
+        except ValueError as error:  # of statistics that are not this linear's, or not finite
+            raise ValueError(f"{name}: {error}") from None
         module.set_submodule(name, keep(with_hooks_of(linear, layer)))
         on_linear()
     _set_attention(module, plan.converted_attentions(), scheme)
@@ -177,24 +180,23 @@ def _check_weights(module: nn.Module, names: Sequence[str], scheme: Scheme, devi
 
 
 def _check_statistics(scheme: Scheme, names: Sequence[str], stats: Mapping[str, float | Site]) -> None:
-    known = set(stats)
-    if scheme.needs_statistics:
-        what = "smoothing and this scale rule need full"
-        known = {name for name, seen in stats.items() if isinstance(seen, Site) and seen.channel_square.size > 0}
-    elif scheme.act_steps > 1:
-        what = f"quant.activations.steps={scheme.act_steps} needs, of as many steps or more,"
-        known = {name for name, seen in stats.items() if _has_steps(seen, scheme.act_steps)}
-    elif scheme.act_static:
-        what = "static activations need"
-    else:
-        return
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise ValueError(f"{what} calibration statistics of {missing[0]} ({len(missing)} missing)")
+    steps = scheme.act_steps
 
+    def is_full(seen: float | Site) -> bool:
+        return isinstance(seen, Site) and seen.channel_square.size > 0
 
-def _has_steps(seen: float | Site, count: int) -> bool:
-    return isinstance(seen, Site) and len(seen.timesteps) >= count
+    def has_steps(seen: float | Site) -> bool:
+        return isinstance(seen, Site) and len(seen.timesteps) >= steps
+
+    demands: list[tuple[bool, str, Callable[[float | Site], bool]]] = [
+        (scheme.act_static, "static activations need", lambda _: True),
+        (scheme.needs_statistics, "smoothing and this scale rule need full", is_full),
+        (steps > 1, f"quant.activations.steps={steps} needs, of as many steps or more,", has_steps),
+    ]
+    for asked, what, serves in demands:
+        missing = [name for name in names if name not in stats or not serves(stats[name])] if asked else []
+        if missing:
+            raise ValueError(f"{what} calibration statistics of {missing[0]} ({len(missing)} missing)")
 
 
 def _checked_hessians(

@@ -53,8 +53,10 @@ def changed_hessian(
 def quantize_with_feedback(scheme: Scheme, source: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> Rounded:
     """As ``Scheme.quantize_weight``, which has found the ``scale``, float32 [out] or []: of a weight [out, in], by the
     ``hessian`` of its input, float32 [in, in]. ``ValueError`` where that is not finite."""
+    if hessian.shape != (source.shape[1],) * 2:
+        raise ValueError(f"a Hessian of an input of {source.shape[1]} channels is no {tuple(hessian.shape)}")
     if not hessian.isfinite().all():
-        raise ValueError("quant.weights.feedback=true: the input of a linear was not finite in calibration")
+        raise ValueError("quant.weights.feedback=true: its input was not finite in calibration")
     factor = inverse_factor(hessian.to(source.device))
     # Columns as rows, which are contiguous.
     weight = (source.float() / (scale[:, None] if scale.ndim else scale)).T.contiguous()

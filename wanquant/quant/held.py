@@ -125,7 +125,7 @@ class HeldLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Self:
-        """Moves like any module, but a change of type leaves scales in float32, weight and bias what they are."""
+        """Moves like any module, but a change of type leaves all tensors what they are."""
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         before, self._coded = {name: parameter.data for name, parameter in self.named_parameters()}, None
         super()._apply(fn, recurse)
@@ -137,9 +137,14 @@ class HeldLinear(nn.Linear):
         for name, buffer in kept.items():
             moved = self._buffers[name]
             assert moved is not None
-            self._buffers[name] = moved if moved.dtype == torch.float32 else buffer.to(moved.device)
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         make_tables(self.weight.device, self.scheme.overflow)
+        self._prepare_rotation()
         return self
+
+    def _prepare_rotation(self) -> None:
+        made = self.input_signs is not None and not self.input_signs.is_meta
+        self._rotation = rotation_of(self.input_signs) if made and self.input_signs is not None else None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self.scheme.format.name}, packed={self.is_packed}"

@@ -215,8 +215,7 @@ class QuantLinear(HeldLinear):
     def prepare_(self) -> QuantLinear:
         """Makes now what the first pass would make; ``ValueError`` for a product that the device does not have."""
         make_tables(self.weight.device, self.scheme.overflow)
-        if self.input_signs is not None and not self.input_signs.is_meta:
-            self._rotation = rotation_of(self.input_signs)
+        self._prepare_rotation()
         if self.scheme.product in CODED and not self.weight.is_meta:
             check_product(self.scheme, self.weight.device)
             check_shape(self.scheme, self, "a linear")

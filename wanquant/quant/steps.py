@@ -44,7 +44,7 @@ class Timestep:
         self.now: torch.Tensor | None = None
         self._place = place_of_timestep(transformer)
         transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
-        transformer.register_forward_hook(self._end)
+        transformer.register_forward_hook(self._end, always_call=True)
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.now = timestep_in(self._place, args, kwargs)
@@ -86,6 +86,8 @@ def largest_by_bin(seen: Site, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     bins = np.arange(steps) * count // steps
     passed = np.flatnonzero(np.isfinite(seen.timesteps))
     times = seen.timesteps[passed]
+    if not len(passed) and seen.absmax.any():
+        raise ValueError("scales by denoising step need the timesteps of calibration, and it has noted none")
     if (np.diff(times) > 0).any():
         raise ValueError("scales by denoising step need timesteps that fall, and those of calibration do not")
     by_step = seen.absmax[:, passed].max((0, 2))

@@ -89,8 +89,8 @@ def check_loras(config: ModelConfig, transformer: nn.Module, quantized: bool = F
 
 
 def read_beside(given: Sequence[str], transformer: nn.Module) -> Loras:
-    """As ``read_loras``. ``ValueError`` also for what is no product, and beside a linear whose channels smoothing has
-    folded divisors into: they are not those that A or B was made for."""
+    """As ``read_loras``. ``ValueError`` also for what is no product, and beside a linear whose channels smoothing
+    or rotation has changed: they are not those that A or B was made for."""
     found = read_loras(given, transformer)
     for part, loras in found:
         folded = folded_names(part, folds_of(part))
@@ -100,7 +100,9 @@ def read_beside(given: Sequence[str], transformer: nn.Module) -> Loras:
                     raise ValueError(f"{lora.path}: {unlike[0]} can only be fused, before the model is quantized")
             if wrong := folded.intersection(lora.keys):
                 how = "quantize the original model with this file beside it (model.lora_fuse=false)"
-                raise ValueError(f"{lora.path}: smoothing is folded into {min(wrong)} of this quantized model: {how}")
+                raise ValueError(
+                    f"{lora.path}: smoothing or rotation is folded into {min(wrong)} of this quantized model: {how}"
+                )
     return found
 
 

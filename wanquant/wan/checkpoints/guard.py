@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from wanquant.quant import QuantLinear
+from wanquant.quant.convert import folded_names
 from wanquant.wan.checkpoints.checkpoint import describe, quantized_linears, refuse_unsaved
 from wanquant.wan.checkpoints.quantizer import attach
+from wanquant.wan.families import folds_of
 
 FUSE_FIRST = "fuse before quantize_: load the original model, fuse, quantize"
 
@@ -96,6 +98,30 @@ class Guard:
     def unfuse_qkv_projections(self) -> None:
         self._refuse("unfuse_qkv_projections", "unfuse before quantize_, which quantizes what is in use")
         super().unfuse_qkv_projections()  # type: ignore[misc]
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        folded = self._folded()
+        super().add_adapter(*args, **kwargs)  # type: ignore[misc]
+        self._refuse_beside(folded)
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        folded = self._folded()
+        made = super().load_lora_adapter(*args, **kwargs)  # type: ignore[misc]
+        self._refuse_beside(folded)
+        return made
+
+    def _folded(self) -> set[str]:
+        assert isinstance(self, nn.Module)
+        return folded_names(self, folds_of(self)) if self.is_quantized else set()
+
+    def _refuse_beside(self, folded: set[str]) -> None:
+        """An adapter of channels that smoothing or rotation has changed since: they are not those it was made for."""
+        assert isinstance(self, nn.Module)
+        if wrong := [name for name in sorted(folded) if hasattr(self.get_submodule(name), "base_layer")]:
+            plain: Any = self
+            plain.unload_lora()
+            how = "quantize the original model with it beside it (model.lora_fuse=false)"
+            raise ValueError(f"a LoRA on {wrong[0]}, into which smoothing or rotation is folded: {how}")
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Of adapters beside plain linears alone: a weight that is rounded holds no such sum."""

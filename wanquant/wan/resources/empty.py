@@ -100,7 +100,9 @@ def empty_transformer(
         setattr(transformer, name, getattr(transformer, name)[:length])
     if how is not None:
         scheme = replace(how.scheme, act_steps=1)  # blocks are run alone, where no transformer tells them the step
-        empty_like_quantized_(transformer, linears_in(transformer, how.names), scheme)
+        names = linears_in(transformer, how.names)
+        rotated = [] if scheme.rotation is None else [f"{name}.input_signs" for name in names]
+        empty_like_quantized_(transformer, names, scheme, rotated)
     return transformer
 
 

@@ -103,9 +103,12 @@ def _refuse(checkpoint: Checkpoint, layout: str) -> None:
 
 def _remarks(scheme: Scheme) -> list[str]:
     """What is not as the checkpoint has it."""
-    said, name = [], scheme.act_format.name
+    said, name, rule = [], scheme.act_format.name, scheme.config.activations.rule
     if name not in ("nvfp4", "bf16"):
         said.append(f"inputs are not rounded there, where here they are {name}")
+    own = isinstance(scheme.act_granularity, PerTensor) and rule == scheme.act_format.default_rule()
+    if name == "nvfp4" and not (scheme.act_static or own):
+        said.append("inputs are rounded there by one scale for all, of their largest magnitude; here otherwise")
     if scheme.attention != "off":
         said.append(f"attention is not quantized there (quant.attention={scheme.attention} here)")
     return said
