@@ -331,7 +331,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         (QuantConfig(format="int8"), Training(gradients="hif8"), "int8"),
         (QuantConfig(), delayed, "static=true"),
         (QuantConfig(activations=static), delayed, "p99.9/15"),
-        (QuantConfig(format="mxfp8", activations=ActivationConfig(static=True)), delayed, "direct"),
+        (QuantConfig(activations=ActivationConfig("per_tensor", "direct", static=True)), delayed, "not direct"),
     ):
         with pytest.raises(ValueError, match=word):
             TrainableQuantLinear(linear, parse(quant), 1.0, how)
