@@ -137,6 +137,10 @@ def test_what_makes_no_sense_is_refused() -> None:
             "static=true: hif4 has no scale but the blocks', give a rule",
         ),
         (
+            QuantConfig(format="bf16", activations=ActivationConfig(format="hif8")),
+            "activations.format=hif8: quant.format=bf16 quantizes nothing, leave it out",
+        ),
+        (
             QuantConfig(format="hif4", activations=ActivationConfig(rule="amax/3", format="bf16")),
             "activations: bf16 has no scales, leave out rule and granularity",
         ),

@@ -122,12 +122,16 @@ def round_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x, scale, (rows, columns) = fit(x), scale.contiguous(), x.shape
     out, over = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(rows, dtype=torch.int64)
-    # Exponents as fields of float32; the loops' types are those of their arguments.
-    shift, least = np.uint32((23 - mantissa) << 23), np.uint32((127 + exponent) << 23)
-    how = (block, kind, shift, least, np.float32(largest), math.frexp(largest)[1] - 1, np.float32(limit))
+    how = (block, kind, *_grid(mantissa, exponent, largest), np.float32(limit))
     loop = BLOCK_LOOPS[x.dtype].round
     _run(loop, rows, x.numel(), x, factors, scale, scale.ndim, out, over, columns, *how)
     return out, over.sum()
+
+
+def _grid(mantissa: int, exponent: int, largest: float) -> tuple[Any, ...]:
+    """Of elements, as the loops take it: exponents as fields of float32, in the types that they are compiled for."""
+    shift, least = np.uint32((23 - mantissa) << 23), np.uint32((127 + exponent) << 23)
+    return shift, least, np.float32(largest), math.frexp(largest)[1] - 1
 
 
 def split_blocks(
@@ -137,8 +141,7 @@ def split_blocks(
     blocks, size = columns // block, SCALE_BYTES[kind]
     codes, scales = (torch.empty(rows, width, dtype=torch.uint8) for width in (columns, blocks * size))
     held = torch.empty(rows, blocks, dtype=torch.bool)
-    shift, least = np.uint32((23 - mantissa) << 23), np.uint32((127 + exponent) << 23)
-    how = (block, kind, shift, least, np.float32(largest), math.frexp(largest)[1] - 1)
+    how = (block, kind, *_grid(mantissa, exponent, largest))
     place = (
         np.uint32(23 - mantissa),
         np.uint32((126 + exponent) << mantissa),

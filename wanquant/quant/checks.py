@@ -39,9 +39,8 @@ def _check_formats(scheme: Scheme) -> None:
         if asked and scheme.format.keeps_all:
             raise ValueError(f"quant.{key}: {scheme.format.name} rounds no weights")
     if scheme.format.keeps_all and not act_format.keeps_all:
-        raise ValueError(
-            f"quant.activations.format={act_format.name}: with quant.format={scheme.format.name} no linear"
-        )
+        nothing = f"quant.format={scheme.format.name} quantizes nothing, leave it out"
+        raise ValueError(f"quant.activations.format={act_format.name}: {nothing}")
     if config.attention != "off" and (act_format.block or act_format.keeps_all):
         raise ValueError(f"quant.attention={config.attention}: {act_format.name} has no attention of its own")
     if config.activations.static and config.activations.granularity != "per_tensor":

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from wanquant.formats.blocks import BlockFormat
 from wanquant.kernels import absmax_rows, times
-from wanquant.kernels.blocks import block_scale, code_blocks, scale_bytes
+from wanquant.kernels.blocks import block_units, code_blocks, scale_bytes
 from wanquant.quant.scale import Direct
 from wanquant.quant.scheme import Scheme
 
@@ -70,11 +70,10 @@ def encode_input(scheme: Scheme, rows: torch.Tensor, scale: torch.Tensor | None,
 
 def _encode(x: torch.Tensor, format_: BlockFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and bytes of scales of blocks [count, block] in float32."""
-    absmax = x.abs().amax(1, keepdim=True)
-    broken = ~absmax.isfinite()
-    unit = block_scale(absmax.masked_fill(broken, 0.0), format_.how)
-    codes = code_blocks(x.masked_fill(broken, 0.0), unit, format_.how, format_.bits)
-    return codes, scale_bytes(unit.masked_fill(broken, torch.nan), unit, format_.how)
+    scale, units = block_units(x, format_.how)
+    broken = scale.isnan()
+    codes = code_blocks(x.masked_fill(broken, 0.0), units.masked_fill(broken, 0.0), format_.how, format_.bits)
+    return codes, scale_bytes(scale, units, format_.how)
 
 
 def of_packed(codes: torch.Tensor, columns: int, scale: torch.Tensor) -> Fours:
