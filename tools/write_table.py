@@ -4,14 +4,18 @@ python ptq.py experiment=protection hydra.sweep.dir=outputs/ptq/protection
 python tools/write_table.py outputs/ptq/protection protection-tiny README.md
 
 The table is that of ``python -m wanquant.report``, of a sweep in which every job has finished. The directory of a run
-with ``mode=analyze`` gives the table of its blocks instead, and ``--trainings`` that of trainings beside PTQ.
+with ``mode=analyze`` gives the table of its blocks instead, and ``--trainings`` that of trainings beside PTQ. In place
+of a directory, what ``tools/keep_results.py`` packed of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterable
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +165,25 @@ def pooled(parts: Iterable[list[Item]]) -> list[Item]:
     return [Item(*pair, statistics.fmean(values)) for pair, values in found.items()]
 
 
-def write(directory: Path, reference: str | None = None, further: bool = False, untrained: bool = False) -> str:
+@contextmanager
+def unpacked(source: Path) -> Iterator[Path]:
+    """A directory as it is, or for as long as this lasts what an archive holds of one."""
+    if source.is_dir():
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(source) as tar:
+        tar.extractall(folder, filter="data")
+        yield Path(folder)
+
+
+def write(source: Path, reference: str | None = None, further: bool = False, trainings: bool = False) -> str:
     """The table of a sweep, or of an analysis."""
-    if untrained:
+    with unpacked(source) as directory:
+        return _write(directory, reference, further, trainings)
+
+
+def _write(directory: Path, reference: str | None, further: bool, trainings: bool) -> str:
+    if trainings:
         return table_of_trainings(directory)
     if not (directory / "result.json").is_file():
         return table_of_sweep(directory, reference, further)
@@ -184,7 +204,7 @@ def replace_table(text: str, name: str, new: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("directory", type=Path, help="of a sweep, or of a run with mode=analyze")
+    parser.add_argument("source", type=Path, help="directory of a sweep or of a run with mode=analyze, or its archive")
     parser.add_argument("name", help="of the markers: <!-- table NAME: begin --> and <!-- table NAME: end -->")
     parser.add_argument("file", type=Path)
     parser.add_argument("--reference", help="configuration the others are compared with (default: the first)")
@@ -194,9 +214,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        table = write(args.directory, args.reference, args.further, args.trainings)
+        table = write(args.source, args.reference, args.further, args.trainings)
         write_atomic(args.file, replace_table(args.file.read_text(), args.name, table))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, tarfile.TarError) as error:
         parser.error(str(error))
 
 

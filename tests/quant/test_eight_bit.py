@@ -14,7 +14,7 @@ from wanquant import kernels
 from wanquant.formats import hif8
 from wanquant.formats.registry import get_format
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, eight_bit, quantize_
-from wanquant.quant.eight_bit import check_capability, encode_input, encode_weight, in_tiles, lost_in_weight
+from wanquant.quant.eight_bit import check_capability, encode_input, encode_weight, lost_in_weight
 from wanquant.quant.last_input import LastInput
 from wanquant.quant.scheme import parse
 
@@ -125,15 +125,6 @@ def test_what_makes_no_sense_is_refused() -> None:
         check_capability(scheme, (8, 6), "a card")
     with pytest.raises(ValueError, match=r"mxfp8 needs compute capability 10\.0, and a card has 9\.0"):
         check_capability(blocks, (9, 0), "a card")
-
-
-def test_scales_of_blocks_lie_in_tiles() -> None:
-    scale = torch.randint(100, 150, (200, 6), dtype=torch.uint8)  # bytes of E8M0
-    tiles = in_tiles(scale).view(torch.uint8).view(2, 2, 512)
-    assert (tiles == 127).sum() >= 2 * 2 * 512 - scale.numel()  # the rest is 1
-    for row, block in ((0, 0), (1, 0), (33, 2), (127, 3), (128, 4), (199, 5)):
-        place = 16 * (row % 128 % 32) + 4 * (row % 128 // 32) + block % 4
-        assert tiles[row // 128, block // 4, place] == scale[row, block]
 
 
 @pytest.mark.parametrize(("format_", "product"), [("hif8", "fp8"), ("e5m2", "fp8"), ("mxfp8", "fp8"), ("int8", "int8")])

@@ -14,11 +14,12 @@ from tests.models import wan_inputs, wan_transformer
 from wanquant.formats.base import Format
 from wanquant.formats.blocks import BlockFormat
 from wanquant.quant import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, quantize_
-from wanquant.quant.feedback import DAMPING, HessianObserver, StoredHessians, add_outer_products_
+from wanquant.quant.feedback import DAMPING, HessianObserver, StoredHessians, add_outer_products_, feedback_bytes
 from wanquant.quant.rotate import Rotation, rotate, rotation_of, signs
 from wanquant.quant.scheme import parse
 from wanquant.quant.smooth import Smoothing
 from wanquant.quant.trainable import Training, check_trainable
+from wanquant.wan.resources.footprint import Alive
 
 FORMATS = ["hif8", "e4m3", "int8", "nvfp4", "mxfp4", "mxfp6", "mxfp8", "hif4", "int4_g64", "int4_g128"]
 
@@ -174,3 +175,13 @@ def test_what_it_is_not_for_is_refused() -> None:
         parse(QuantConfig(format="bf16", weights=WeightConfig(feedback=True)))
     with pytest.raises(ValueError, match="feedback=true cannot be trained"):
         check_trainable(parse(config_of("nvfp4")), Training())
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(512, 64), (64, 512)])
+def test_the_memory_it_takes_is_what_is_planned(columns: int, rows: int) -> None:
+    linear = nn.Linear(columns, rows).bfloat16()
+    hessian, alive = torch.eye(columns), Alive([*linear.parameters()])
+    with alive:
+        QuantLinear.from_linear(linear, parse(config_of("int8")), hessian=hessian.clone())
+    planned = feedback_bytes(linear) + 2 * linear.weight.numel()
+    assert 0.8 * planned < alive.most < 1.05 * planned

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.evaluate.results import METRIC, changed, named, shifted, sweep
-from tools import write_table
+from tools import keep_results, write_table
 from wanquant.runs.run import Run
 
 BEGIN, END = "<!-- table T: begin -->", "<!-- table T: end -->"
@@ -33,6 +33,26 @@ def test_a_sweep_goes_between_its_markers(tmp_path: Path) -> None:
     assert "old" not in text
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 5
     assert "minus ends, dB" in write_table.write(folder, reference="ends")
+
+
+def test_packed_results_give_the_same_table(tmp_path: Path) -> None:
+    folder, archive = sweep(tmp_path / "sweep", named("ends")), tmp_path / "kept" / "sweep.tar.xz"
+    for run_ in folder.iterdir():
+        (run_ / "config.yaml").write_text("config\n")
+    assert keep_results.keep(folder, archive) == 2
+    assert write_table.write(archive) == write_table.write(folder)
+    first = archive.read_bytes()
+    (folder / "0" / "videos").mkdir()
+    Run(folder / "2", "ptq", "").fail(ValueError("out of luck"))
+    assert keep_results.keep(folder, archive) == 2
+    assert archive.read_bytes() == first
+
+
+def test_nothing_finished_is_not_packed(tmp_path: Path) -> None:
+    Run(tmp_path / "sweep" / "0", "ptq", "").fail(ValueError("out of luck"))
+    with pytest.raises(ValueError, match="holds no finished run"):
+        keep_results.keep(tmp_path / "sweep", tmp_path / "kept.tar.xz")
+    assert not (tmp_path / "kept.tar.xz").exists()
 
 
 def test_further_tables_instead(tmp_path: Path) -> None:
@@ -131,8 +151,8 @@ def test_recipes_of_training_stand_beside_their_baselines(tmp_path: Path) -> Non
         kept = {name: value for name, value in result["metrics"].items() if name.endswith("step_sqnr")}
         over = {"over_untrained": {"step_sqnr": METRIC}, "gates": {}, "metrics": kept}
         path.write_text(json.dumps(result | over))
-    assert "single steps: qat" in write_table.write(tmp_path / "sweep", untrained=True)
-    assert "final latents: qat" not in write_table.write(tmp_path / "sweep", untrained=True)
+    assert "single steps: qat" in write_table.write(tmp_path / "sweep", trainings=True)
+    assert "final latents: qat" not in write_table.write(tmp_path / "sweep", trainings=True)
     assert "against its baseline" in write_table.write(tmp_path / "sweep")
     (tmp_path / "sweep" / "3" / "result.json").unlink()
     assert run(tmp_path / "sweep", "T", readme, "--trainings").returncode == 2
@@ -141,7 +161,7 @@ def test_recipes_of_training_stand_beside_their_baselines(tmp_path: Path) -> Non
 def test_a_recipe_is_the_mean_of_its_seeds(tmp_path: Path) -> None:
     for number, (gain, seed, lr) in enumerate([(1.0, 0, 1e-3), (3.0, 1, 1e-3), (-1.0, 0, 1e-4), (-2.0, 1, 1e-4)]):
         trained(tmp_path / str(number), "on", "none", gain, seed, lr)
-    text = write_table.write(tmp_path, untrained=True)
+    text = write_table.write(tmp_path, trainings=True)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
     assert rows[0][-1] == "2 seeds"
     assert [(row[0], float(row[1].split(" ")[0]), row[-1]) for row in rows[3:5]] == [
@@ -150,4 +170,4 @@ def test_a_recipe_is_the_mean_of_its_seeds(tmp_path: Path) -> None:
     ]
     trained(tmp_path / "4", "on", "none", 1.0, 2)
     with pytest.raises(ValueError, match="not run in every setting"):
-        write_table.write(tmp_path, untrained=True)
+        write_table.write(tmp_path, trainings=True)

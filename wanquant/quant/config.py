@@ -53,7 +53,7 @@ class QuantConfig:
     overflow: str = choice(DEFAULT, OVERFLOWS)
     #: ``fast``: a BF16 product, scaled in float32; ``exact``: a float32 product, the reference; ``native``: the
     #: chip's own product of codes, where it has one; ``fp8``, ``int8``: of 8-bit codes (``wanquant.quant.eight_bit``);
-    #: ``fp4``: of four-bit codes (``wanquant.quant.four_bit``).
+    #: ``fp4``: of four-bit codes (``wanquant.quant.block_codes``).
     product: str = choice("fast", PRODUCTS)
     #: ``qkv``: attention takes Q, K and V in the format; ``qkvp``: and multiplies V by probabilities in it.
     attention: str = choice("off", ATTENTION)

@@ -24,9 +24,8 @@ from torch._subclasses import FakeTensor
 
 from wanquant import kernels
 from wanquant.kernels import CODED_E4M3, CODED_HIF8, CODED_INT8, LARGEST_E4M3, eager
-from wanquant.quant import four_bit
+from wanquant.quant import block_codes
 from wanquant.quant.config import CODED
-from wanquant.quant.four_bit import in_tiles
 from wanquant.quant.scale import AmaxTo, PerRow, PowerOfTwo
 from wanquant.quant.scheme import Scheme
 
@@ -51,7 +50,7 @@ def check_product(scheme: Scheme, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise ValueError(f"quant.product={scheme.product}: not on {device.type}, choose fast, exact or native")
-    check = four_bit.check_capability if scheme.product == "fp4" else check_capability
+    check = block_codes.check_capability if scheme.product == "fp4" else check_capability
     check(scheme, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
 
 
@@ -71,7 +70,7 @@ def check_capability(scheme: Scheme, found: tuple[int, int], card: str) -> None:
 
 def check_shape(scheme: Scheme, linear: nn.Linear, name: str) -> None:
     """``ValueError`` for a linear that the units of a card do not take."""
-    of = {"fp8": 16, "int8": 8, "fp4": four_bit.MULTIPLE}.get(scheme.product, 1)
+    of = {"fp8": 16, "int8": 8, "fp4": block_codes.MULTIPLE}.get(scheme.product, 1)
     if linear.weight.is_cuda and (linear.in_features % of or linear.out_features % of):
         raise ValueError(f"quant.product={scheme.product}: {name} has no multiples of {of} as features")
 
@@ -194,16 +193,3 @@ def _whole_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.is_cuda and rows < FEWEST_ROWS:
         x = F.pad(x, (0, 0, 0, FEWEST_ROWS - rows))
     return torch._int_mm(x, weight.view(torch.int8).T)[:rows]
-
-
-def multiply_mx(x: torch.Tensor, weight: torch.Tensor, columns: int, bias: torch.Tensor | None) -> torch.Tensor:
-    """A card's product of MXFP8, BF16 [rows, out], of packed rows: codes of ``columns`` elements, then a byte of E8M0
-    for every 32 of them."""
-    from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
-
-    how, layout = ScalingType.BlockWise1x32, SwizzleType.SWIZZLE_32_4_4
-    (left, by_left), (right, by_right) = (
-        (packed[:, :columns].contiguous().view(torch.float8_e4m3fn), in_tiles(packed[:, columns:]))
-        for packed in (x, weight)
-    )
-    return scaled_mm(left, right.T, by_left, how, by_right, how, swizzle_a=layout, swizzle_b=layout, bias=bias)

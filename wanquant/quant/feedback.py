@@ -99,9 +99,18 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     damping = DAMPING * turned.diagonal().mean()
     turned.diagonal().add_(torch.where(damping > 0, damping, 1.0))
     lower = torch.linalg.cholesky(turned)
-    found = torch.linalg.solve_triangular(lower, torch.eye(len(lower), out=turned), upper=False)
-    upper: torch.Tensor = found.flip(0, 1).to(hessian.device, torch.float32)
+    identity = torch.eye(len(lower), out=turned)
+    torch.linalg.solve_triangular(lower, identity, upper=False, out=identity)
+    del lower
+    upper: torch.Tensor = identity.to(hessian.device, torch.float32).flip(0, 1)
     return upper
+
+
+def feedback_bytes(linear: nn.Linear) -> int:
+    """That ``quantize_with_feedback`` takes beside the weight and its rounded one, at most."""
+    columns, rows = linear.in_features, linear.out_features
+    # The Hessian, twice where it is rotated, and two matrices of float64; or the factor, and copies of the weight.
+    return 4 * columns * max(6 * columns, 2 * columns + 4 * rows)
 
 
 class HessianObserver(Mapping[str, torch.Tensor]):

@@ -5,7 +5,7 @@
 Q rounds to a format whose values are exact in BF16, so a BF16 product of them with float32
 accumulation has exact products, provided the scales are applied after it. ``product=fast`` takes
 that product in BF16, whose output is rounded once more; ``product=exact`` takes it in float32;
-``product=fp8``, ``int8`` and ``fp4`` multiply codes (``wanquant.quant.eight_bit``, ``four_bit``).
+``product=fp8``, ``int8`` and ``fp4`` multiply codes (``wanquant.quant.eight_bit``, ``block_codes``).
 
 Where a block of a row has a scale of its own (NVFP4, MX, HiF4), element times scale is the operand, and exact in BF16:
 only the scale outside of it comes after the product.
@@ -25,7 +25,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from wanquant.kernels import make_tables, native_product, times
-from wanquant.quant import four_bit
+from wanquant.quant import block_codes
 from wanquant.quant.config import CODED, EIGHT_BIT
 from wanquant.quant.eight_bit import (
     Codes,
@@ -35,7 +35,6 @@ from wanquant.quant.eight_bit import (
     encode_weight,
     lost_in_weight,
     multiply,
-    multiply_mx,
 )
 from wanquant.quant.feedback import changed_hessian, quantize_with_feedback
 from wanquant.quant.held import HeldLinear
@@ -160,15 +159,13 @@ class QuantLinear(HeldLinear):
             return x.new_empty(*x.shape[:-1], self.out_features)
         if self.scheme.product in EIGHT_BIT and not self.scheme.format.block:
             return self._multiply_codes(x, rows).view(*x.shape[:-1], self.out_features)
-        if self.scheme.product == "fp4" and x.is_cuda:
-            return self._multiply_fours(x, rows).view(*x.shape[:-1], self.out_features)
+        if self.scheme.product in ("fp4", "fp8") and x.is_cuda:
+            return self._multiply_blocks(x, rows).view(*x.shape[:-1], self.out_features)
         scheme, how = self.scheme, (self._scale, self._factor)
         operand, scale, over = self._shared(x, lambda: scheme.quantize_input(self._turned(rows), *how))
         self.overflowed = _plus(self.overflowed, over)
         if self.scheme.product == "native":
             y = native_product(operand, self.codes(), scale, self.weight_scale, self.bias, x.dtype)
-        elif self.scheme.product == "fp8" and operand.is_cuda:
-            y = multiply_mx(self.scheme.format.pack(operand), self.codes(), self.in_features, self.bias).to(x.dtype)
         else:
             values = self.scheme.format.decode(self.weight) if self.is_packed else self.weight
             y = take_product((operand, scale), (values, self.weight_scale), self.bias, self.scheme, x.dtype)
@@ -188,13 +185,14 @@ class QuantLinear(HeldLinear):
         self.lost = _plus(self.lost, codes.lost)
         return multiply(self.scheme, codes, self._coded_weight(), self.weight_scale, self.bias, x.dtype)
 
-    def _multiply_fours(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        fours: four_bit.Fours = self._shared(
-            x, lambda: four_bit.encode_input(self.scheme, self._turned(rows), self._scale, self._factor)
+    def _multiply_blocks(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        bits, how = self.scheme.format.bits, (self._scale, self._factor)
+        codes: block_codes.BlockCodes = self._shared(
+            x, lambda: block_codes.encode_input(self.scheme, self._turned(rows), *how)
         )
-        self.overflowed = _plus(self.overflowed, fours.over)
-        weight = four_bit.of_packed(self.codes(), self.in_features, self.weight_scale)
-        return four_bit.multiply(fours, weight, self.bias).to(x.dtype)
+        self.overflowed = _plus(self.overflowed, codes.over)
+        weight = block_codes.of_packed(self.codes(), self.in_features, self.weight_scale, bits)
+        return block_codes.multiply(codes, weight, self.bias, bits).to(x.dtype)
 
     def _coded_weight(self) -> torch.Tensor:
         """The weight as a product of codes takes it, uint8 [out, in]; made once, and of a packed one in every

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from wanquant.quant import ConversionReport, plan_conversion
+from wanquant.quant.feedback import feedback_bytes
 from wanquant.quant.scheme import Scheme
 from wanquant.quant.statistics import Layout
 from wanquant.wan.checkpoints.find import IMAGE_ENCODER
@@ -171,6 +172,13 @@ class ResourceEstimate:
         names = tuple(dict.fromkeys(name.split(".", 2)[2] for name in everywhere))
         return hessian_bytes(self._config, names, self.settings, self.given)
 
+    @cached_property
+    def feeding(self) -> int:
+        """Bytes that error feedback takes on the device: of the Hessians, then while it rounds the largest linear."""
+        if not (self.scheme.feedback and self.counts.any_quantized and self.names is None):
+            return 0
+        return max(self.hessian_blocks * self.hessian, *map(feedback_bytes, self._linears))
+
     @property
     def added(self) -> int:
         """Bytes on the device beside what was there before. Where that is the host, the files of the weights stay
@@ -178,7 +186,7 @@ class ResourceEstimate:
         if self.offload != "none" and self.device.type != "cpu":
             return self.ways[self.offload].card
         videos = self.videos if self.device.type == "cpu" else 0
-        beside = max(self.beside, self.hessian_blocks * self.hessian)
+        beside = max(self.beside, self.feeding)
         return self.weights + self.others + self.activations + beside + videos
 
     @property

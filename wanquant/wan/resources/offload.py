@@ -40,7 +40,7 @@ class Sizes:
     beside        what is quantized beside the model, and of it ``beside_block``
     folded        weights that smoothing changes where they are
     videos        decoded
-    hessians      of the inputs of as many blocks as are looked at together, before anything is quantized
+    feeding       of error feedback: Hessians of as many blocks as are looked at together, or rounding by them
     """
 
     transformers: int
@@ -55,7 +55,7 @@ class Sizes:
     beside_block: int = 0
     folded: int = 0
     videos: int = 0
-    hessians: int = 0
+    feeding: int = 0
 
 
 def sizes_of(plan: ResourceEstimate) -> Sizes:
@@ -74,7 +74,7 @@ def sizes_of(plan: ResourceEstimate) -> Sizes:
         beside_block=inside // len(blocks) if plan.counts.all_beside else 0,
         folded=2 * plan.quantized_weights if plan.scheme.smoothing is not None else 0,
         videos=plan.videos,
-        hessians=plan.hessian_blocks * plan.hessian,
+        feeding=plan.feeding,
     )
 
 
@@ -82,8 +82,8 @@ def ways_of(sizes: Sizes) -> dict[str, Needed]:
     """By the names of ``model.offload``, the quickest first. While a block runs the next one is brought; in pinned
     memory, in powers of two, both are once more on the host."""
     s = sizes
-    whole = s.transformers + s.text_encoder + s.vae + max(s.denoising, s.decoding) + max(s.beside, s.hessians)
-    running = s.around + 2 * s.block + max(s.beside_block, s.hessians) + s.denoising
+    whole = s.transformers + s.text_encoder + s.vae + max(s.denoising, s.decoding) + max(s.beside, s.feeding)
+    running = s.around + 2 * s.block + max(s.beside_block, s.feeding) + s.denoising
     card, pinned = s.vae + max(s.text_layers, running, s.decoding), 3 * s.block
     return {
         "none": Needed(whole, s.videos),
@@ -97,7 +97,7 @@ def on_host(sizes: Sizes) -> dict[str, Needed]:
     """The same where the host is the device: nothing is brought anywhere, and what lies in files can be given up."""
     s = sizes
     whole = Needed(ways_of(s)["none"].card + s.videos, 0)
-    running = max(s.denoising + max(s.block * bool(s.beside_block), s.hessians), s.decoding) + s.folded + s.videos
+    running = max(s.denoising + max(s.block * bool(s.beside_block), s.feeding), s.decoding) + s.folded + s.videos
     return {"none": whole, "group": whole, "disk": Needed(s.vae + max(s.text_encoder, running), 0)}
 
 

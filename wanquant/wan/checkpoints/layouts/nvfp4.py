@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from wanquant.quant.four_bit import in_tiles
+from wanquant.quant.block_codes import in_tiles
 from wanquant.quant.scale import PerTensor
 from wanquant.quant.scheme import Scheme
 from wanquant.wan.checkpoints.checkpoint import write_json

@@ -1,9 +1,10 @@
-"""Products of four-bit codes: ``product=fp4`` on the FP4 units of a card, of NVFP4 and MXFP4.
+"""Products of codes whose blocks have scales: ``product=fp4`` on the FP4 units of a card, of NVFP4 and MXFP4, and
+``product=fp8`` of MXFP8.
 
     y = s_x · s_w · Σ (e_x · t_x) · (e_w · t_w) + b
 
-e are elements of E2M1, t the scales of their blocks, which the units take beside the codes, s the scales of the tensors
-(1 of MXFP4). Sums are float32's, rounded once to BF16. Inputs become codes in plain torch, which is exact and not fast.
+e are elements, t the scales of their blocks, which the units take beside the codes, s the scales of the tensors (1 of
+MX). Sums are float32's, rounded once to BF16. Inputs become codes in plain torch, which is exact and not fast.
 
 Where there are no such units, as on the CPU, the same values are multiplied in BF16, as ``product=fast`` does.
 """
@@ -24,7 +25,7 @@ from wanquant.quant.scheme import Scheme
 E2M1, E4M3, E8M0 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e8m0fnu
 #: Compute capability of the first cards with such a product. torch has that of MXFP4 for 10.0 and 10.3 alone.
 SINCE, PAST_MX = (10, 0), (11, 0)
-#: Features in and out of a linear have to be multiples of it.
+#: Features in and out of a linear have to be multiples of it, for FP4.
 MULTIPLE = 32
 #: Elements of an input that become codes together.
 AT_ONCE = 1 << 26
@@ -41,9 +42,10 @@ def check_capability(scheme: Scheme, found: tuple[int, int], card: str) -> None:
 
 
 @dataclass(frozen=True)
-class Fours:
-    """Of a matrix [rows, columns]: codes, uint8 [rows, columns / 2], the first of two in the low bits; the bytes of the
-    blocks' scales, uint8 [rows, blocks]; the scale of all, float32 []; int64 [], how many elements overflowed."""
+class BlockCodes:
+    """Of a matrix [rows, columns]: codes, uint8 [rows, bytes], of two with four bits the first in the low ones; the
+    bytes of the blocks' scales, uint8 [rows, blocks]; the scale of all, float32 []; int64 [], how many elements
+    overflowed."""
 
     codes: torch.Tensor
     blocks: torch.Tensor
@@ -51,7 +53,9 @@ class Fours:
     over: torch.Tensor
 
 
-def encode_input(scheme: Scheme, rows: torch.Tensor, scale: torch.Tensor | None, factors: torch.Tensor | None) -> Fours:
+def encode_input(
+    scheme: Scheme, rows: torch.Tensor, scale: torch.Tensor | None, factors: torch.Tensor | None
+) -> BlockCodes:
     """Of a matrix [rows, in], by a static ``scale`` or its own: the codes of what ``Scheme.quantize_input`` gives."""
     format_, rule = scheme.act_format, scheme.act_rule
     assert isinstance(format_, BlockFormat)
@@ -65,7 +69,7 @@ def encode_input(scheme: Scheme, rows: torch.Tensor, scale: torch.Tensor | None,
         over = over + (scaled.abs() >= format_.overflow).sum()
         parts.append(_encode(scaled.reshape(-1, format_.block), format_))
     codes, blocks = (torch.cat(each).view(len(rows), -1) for each in zip(*parts, strict=True))
-    return Fours(codes[:, ::2] | codes[:, 1::2] << 4, blocks, scale, over)
+    return BlockCodes(codes[:, ::2] | codes[:, 1::2] << 4 if format_.bits == 4 else codes, blocks, scale, over)
 
 
 def _encode(x: torch.Tensor, format_: BlockFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,19 +80,20 @@ def _encode(x: torch.Tensor, format_: BlockFormat) -> tuple[torch.Tensor, torch.
     return codes, scale_bytes(scale, units, format_.how)
 
 
-def of_packed(codes: torch.Tensor, columns: int, scale: torch.Tensor) -> Fours:
+def of_packed(codes: torch.Tensor, columns: int, scale: torch.Tensor, bits: int) -> BlockCodes:
     """Of a packed weight."""
-    return Fours(codes[:, : columns // 2].contiguous(), codes[:, columns // 2 :], scale, scale.new_zeros(()))
+    size = columns * bits // 8
+    return BlockCodes(codes[:, :size].contiguous(), codes[:, size:], scale, scale.new_zeros(()))
 
 
-def multiply(x: Fours, weight: Fours, bias: torch.Tensor | None) -> torch.Tensor:
+def multiply(x: BlockCodes, weight: BlockCodes, bias: torch.Tensor | None, bits: int) -> torch.Tensor:
     """A card's product, BF16 [rows, out]."""
     (left, how, layout), (right, _, _) = (_operand(each) for each in (x, weight))
-    bias = None if bias is None else bias.to(torch.bfloat16)
+    bias, element = None if bias is None else bias.to(torch.bfloat16), E2M1 if bits == 4 else E4M3
     mx = len(how) == 1  # to whose product torch gives no bias
     y = F.scaled_mm(
-        x.codes.view(E2M1),
-        weight.codes.view(E2M1).T,
+        x.codes.view(element),
+        weight.codes.view(element).T,
         left,
         how,
         right,
@@ -101,9 +106,9 @@ def multiply(x: Fours, weight: Fours, bias: torch.Tensor | None) -> torch.Tensor
     return y + bias if mx and bias is not None else y
 
 
-def _operand(x: Fours) -> tuple[list[torch.Tensor], list[F.ScalingType], list[F.SwizzleType]]:
+def _operand(x: BlockCodes) -> tuple[list[torch.Tensor], list[F.ScalingType], list[F.SwizzleType]]:
     """The scales of one side, what they are of, and in which order they lie."""
-    if 2 * x.codes.shape[1] == 32 * x.blocks.shape[1]:
+    if x.codes.shape[1] != 8 * x.blocks.shape[1]:  # of NVFP4's 16 elements
         return [in_tiles(x.blocks, E8M0)], [F.ScalingType.BlockWise1x32], [F.SwizzleType.SWIZZLE_32_4_4]
     return (
         [in_tiles(x.blocks, E4M3), x.scale],
