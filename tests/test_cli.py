@@ -177,7 +177,8 @@ def test_an_interrupt_during_the_imports(tmp_path: Path) -> None:
     assert seconds < 3
 
 
-@pytest.mark.parametrize("whole_group", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [True, False])
 def test_an_interrupt_of_a_sweep_in_several_processes(whole_group: bool, tmp_path: Path) -> None:
     """As a terminal signals all of them, or as `kill -INT` does the first alone."""
     command = [sys.executable, "ptq.py", "-m", "protect=none,boundary", "tracker=none", f"cache={tmp_path / 'cache'}"]

@@ -26,6 +26,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / NAME
 
 
+@pytest.mark.slow
 def test_a_conversion_and_what_is_planned_of_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["tracker=none", "protect=none", quoted("cache", home / "cache"), quoted("model.path", home / "model")]
     where = [quoted("hydra.run.dir", home / "run"), quoted("convert.to", home / "made")]

@@ -73,6 +73,7 @@ from wanquant.evaluate.judges.frames import stand_in
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("video", SHAPES[:1], ids=str, indirect=True)
 def test_it_stands_in_only_where_decord_is_missing(video: Path) -> None:
     code = f"import decord\nfrom decord import VideoReader, cpu\nprint(len(VideoReader({str(video)!r}, ctx=cpu(0))))"

@@ -63,6 +63,7 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_sweep_by_vbench_and_in_its_report(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_result(sweep / "0")
     assert evaluate(monkeypatch, f"run={sweep}", FLICKER) == 0

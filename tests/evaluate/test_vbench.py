@@ -24,7 +24,8 @@ from wanquant.runs.cache import Cache
 CPU = torch.device("cpu")
 PROMPT = "A person is clapping"
 SCORED = [
-    pytest.param(name, marks=pytest.mark.slow if name in judges.LARGE else ()) for name in sorted(judges.JUDGES)
+    pytest.param(name, marks=pytest.mark.slow if name in (*judges.LARGE, "imaging_quality") else ())
+    for name in sorted(judges.JUDGES)
 ] + ["temporal_flickering", pytest.param("temporal_style", marks=pytest.mark.slow)]
 
 

@@ -22,6 +22,7 @@ from wanquant.kernels import cpu
 LARGE = torch.randn(1 << 20).to(torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_in_a_forked_child() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.kernels.forked"], capture_output=True, text=True, timeout=180)

@@ -54,6 +54,7 @@ def calibrator_of(pipe: Pipeline, folder: Path, quant: QuantConfig | None = None
     return Calibrator(pipeline, parse(quant or QuantConfig()), PAIRS, bins=1)
 
 
+@pytest.mark.slow
 def test_a_stopped_measurement_goes_on_where_it_was(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

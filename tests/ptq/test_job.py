@@ -161,6 +161,7 @@ def test_every_long_stage_is_predicted(finished: Path) -> None:
         assert result["timings"][name] / factor < stages[name] < factor * result["timings"][name], name
 
 
+@pytest.mark.slow
 def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of two quantizations that differ in nothing but how they are kept, each its own."""
     words = [TWO, "tracker=none", "eval.noise_floor=false", "prompts.seeds=[0]", f"cache={tmp_path / 'cache'}"]

@@ -87,6 +87,7 @@ def use(cache: Path, folder: Path, notes: Path) -> None:
             file.write("out\n")
 
 
+@pytest.mark.slow
 def test_a_directory_is_one_process_at_a_time(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     arguments = (tmp_path / "cache", tmp_path / "run", notes)

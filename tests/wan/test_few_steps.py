@@ -70,6 +70,7 @@ def test_calibration_and_single_steps_see_one_branch(tmp_path: Path) -> None:
     assert recording.timesteps() == pytest.approx([1000 * sigma for sigma in SIGMAS], abs=1.0)
 
 
+@pytest.mark.slow
 def test_a_run_of_four_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoint keeps the method and the shift, so that diffusers alone samples it alike."""
     run = tmp_path / "run"

@@ -78,9 +78,8 @@ print(peak_memory(cpu) - begun)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are Linux's")
-@pytest.mark.parametrize(
-    "how", ["packed", pytest.param("bf16", marks=pytest.mark.slow), pytest.param("hif8", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["packed", "bf16", "hif8"])
 def test_a_pass_takes_what_was_predicted(how: str) -> None:
     quantized = None if how == "bf16" else Quantized(ALL, parse(QuantConfig(packed=how == "packed")))
     config = {**wan_transformer(1).config, **WIDE}

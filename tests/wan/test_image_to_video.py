@@ -221,7 +221,10 @@ def test_what_a_model_cannot_take_is_told(
 
 @pytest.mark.parametrize(
     ("preset", "parameters", "linears", "transformers"),
-    [("wan2.1-i2v-14b-480p", 16.40e9, 12 * 35, 1), ("wan2.2-i2v-a14b", 28.58e9, 10 * 70, 2)],
+    [
+        ("wan2.1-i2v-14b-480p", 16.40e9, 12 * 35, 1),
+        pytest.param("wan2.2-i2v-a14b", 28.58e9, 10 * 70, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_it_is_planned_at_the_true_shape(
     preset: str, parameters: float, linears: int, transformers: int, tmp_path: Path

@@ -156,12 +156,10 @@ def test_blocks_of_all_lists_are_one_list(kind: str, model: Path) -> None:
     assert {".".join(name.split(".")[:2]) for name in quantized_linears(pipe.transformer)} == set(names[1:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "parameters", "blocks", "weights"),
-    [
-        ("ltx-video", 1.923e9, 28, 4.76e9),
-        pytest.param("hunyuan-video", 12.82e9, 60, 7.63e9, marks=pytest.mark.slow),
-    ],
+    [("ltx-video", 1.923e9, 28, 4.76e9), ("hunyuan-video", 12.82e9, 60, 7.63e9)],
 )
 def test_the_true_size_is_planned(preset: str, parameters: float, blocks: int, weights: float) -> None:
     """Names, protection and memory, from the config files that come along; ``weights`` of the text encoders."""

@@ -138,7 +138,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("how", [None, Quantized(ALL, parse(QuantConfig(packed=True)))], ids=["bf16", "packed"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(None, id="bf16", marks=pytest.mark.slow),
+        pytest.param(Quantized(ALL, parse(QuantConfig(packed=True))), id="packed"),
+    ],
+)
 def test_a_card_holds_two_blocks(how: Quantized | None) -> None:
     settings = GenerationConfig(64, 64, 17, 1, 1.0, 3.0, 32)
     model = WanTransformer3DModel(num_layers=6, **{**WIDE, "num_attention_heads": 4, "ffn_dim": 2048}).bfloat16().eval()

@@ -43,6 +43,7 @@ def test_reference_dtypes() -> None:
     assert pipe.text_encoder.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_it_follows_its_prompts() -> None:
     """In half the steps, too."""
     pipe = load_pipeline("tiny", device="cpu")

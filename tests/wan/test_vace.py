@@ -116,6 +116,7 @@ def test_blocks_are_protected_with_those_beside_them() -> None:
     assert by_rule(ProtectConfig(blocks=[0, 2], through=True), 6, 1, beside) == [0, 2]
 
 
+@pytest.mark.slow
 def test_the_true_size_is_planned() -> None:
     plan = resolve(composed("model=wan2.1-vace-14b", "protect=boundary", 'prompts.texts=["a"]', 'calib.texts=["b"]'))
     estimate = estimate_resources(plan, count_videos(plan))
