@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.config import SCHEMAS
+from wanquant.evaluate.gates import GATES, REFERENCE_GATES
 from wanquant.formats.registry import FORMATS
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -38,3 +39,9 @@ def test_every_key_is_explained_and_no_other() -> None:
         missing = [word for word in each.metadata.get("choices", ()) if f"`{word}`" not in said[key]]
         assert not missing, f"{key}: {missing}"
     assert all(f"`{name}`" in said["quant.format"] for name in FORMATS)
+
+
+def test_every_gate_stands_in_the_documentation_with_its_threshold() -> None:
+    page = PAGE.with_name("evaluation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (above|below) ([0-9.]+) \|", page, re.MULTILINE)
+    assert rows == [(gate.name, gate.bad_if, f"{gate.threshold:g}") for gate in (*GATES, *REFERENCE_GATES)]

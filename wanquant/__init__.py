@@ -1,4 +1,4 @@
-"""wanquant: 8-bit quantization of text-to-video diffusion transformers, first of all HiFloat8 on Wan.
+"""wanquant: quantization of text-to-video diffusion transformers, first of all HiFloat8 on Wan.
 
     from wanquant import load_pipeline, quantize_, save_quantized
 

@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="wanquant report", description="One ranked table of a sweep.")
     parser.add_argument("sweep", type=Path, help="its directory, which holds 0, 1, 2, ...")
     parser.add_argument("--reference", help="name of the configuration the others are compared with (default: job 0's)")
-    parser.add_argument("--margin", type=float, help="dB within which two are equivalent (default: 1)")
+    parser.add_argument("--margin", type=float, help="dB within which two are equivalent (default: 0.5)")
     args = parser.parse_args()
     announce("report", str(args.sweep))
     from wanquant.evaluate.sweep.summary import MARGIN

@@ -165,7 +165,7 @@ def test_what_it_is_not_for_is_refused() -> None:
         check_trainable(parse(config_of(3)), Training())
     with pytest.raises(ValueError, match=r"set quant\.activations\.static=true"):
         parse(QuantConfig(activations=ActivationConfig(steps=3)))
-    with pytest.raises(ValueError, match="mse is the same in all steps"):
+    with pytest.raises(ValueError, match="mse is not found by step"):
         parse(QuantConfig(activations=ActivationConfig("per_tensor", "mse", static=True, steps=3)))
     with pytest.raises(ValueError, match=r"quant\.smoothing changes"):
         parse(config_of(3, smoothing=0.5))

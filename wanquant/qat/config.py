@@ -76,7 +76,7 @@ class QATConfig:
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     #: Of ``blockwise``: how many of the samples pass through the blocks, drawn by ``seed``; 0 for all. They are on
-    #: the host, two hidden states each.
+    #: the host, three hidden states each.
     samples: int = 0
     #: Keep only what enters each block, and compute it again for the backward pass: slower, in less memory.
     recompute: bool = False

@@ -131,6 +131,6 @@ def _check_steps(scheme: Scheme) -> None:
     if steps > 1 and not scheme.act_static:
         raise ValueError(f"quant.activations.steps={steps} is of static scales: set quant.activations.static=true")
     if steps > 1 and isinstance(scheme.act_rule, SearchedRule | Direct):
-        raise ValueError(f"quant.activations.steps={steps}: {rule} is the same in all steps, choose amax")
+        raise ValueError(f"quant.activations.steps={steps}: {rule} is not found by step, choose amax or pow2")
     if steps > 1 and scheme.config.smoothing is not None:
         raise ValueError(f"quant.smoothing changes what quant.activations.steps={steps} was found on: leave one out")

@@ -53,7 +53,7 @@ def load_pipeline(
     verify: bool = True,
 ) -> WanPipeline:
     """The pipeline at ``source``: ``"tiny"``, a folder in diffusers layout, or a hub id; or a transformer in a folder
-    or file of another layout (``docs/checkpoints.md``), with the rest of its pipeline from ``base``.
+    or file of another layout (``docs/models.md``), with the rest of its pipeline from ``base``.
 
     Files are checked before anything is loaded: ``ValueError`` names what is missing, unknown or truncated.
     Only a hub id may reach for the network, and only if it is not in the local cache. ``on_part`` is called

@@ -2,8 +2,10 @@
 
 In ``transformer/`` each quantized linear is ``<name>.weight`` (uint8 codes), ``<name>.weight_scale`` (float32),
 ``<name>.input_scale`` (float32, static schemes only; ``<name>.input_bounds`` are the timesteps between several),
-``<name>.input_factor`` (float32, where smoothing could not be folded) and ``<name>.bias``; every other tensor is BF16,
-but for those the model keeps in float32. ``config.json`` carries a ``quantization_config`` that says how to read them.
+``<name>.input_factor`` (float32, where smoothing could not be folded), ``<name>.input_signs`` (float32, where a
+rotation could not), ``<name>.low_rank_down`` and ``low_rank_up`` (BF16) and ``<name>.bias``; every other tensor is
+BF16, but for those the model keeps in float32. ``config.json`` carries a ``quantization_config`` that says how to read
+them.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Guard:
         return super().double()  # type: ignore[misc]
 
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
-        packed = "QuantConfig(packed=True) or load_pipeline(folder, packed=True) keeps weights as one byte each"
+        packed = "QuantConfig(packed=True) or load_pipeline(folder, packed=True) keeps weights as codes"
         self._refuse("enable_layerwise_casting", packed)
         super().enable_layerwise_casting(*args, **kwargs)  # type: ignore[misc]
 
