@@ -92,6 +92,7 @@ def test_result(finished: Path) -> None:
     assert (result["status"], result["job"], result["error"]) == ("ok", "ptq", None)
     assert result["conversion"] == {"converted": 350, "protected": 50, "skipped": 6}
     assert result["protect"]["blocks"] == [0, 1, 37, 38, 39]
+    assert result["bits_per_weight"] == 8 + 32 * 1664 / 2**18  # of a block: 1664 rows, each with a float32 scale
     assert 0.8 < result["protect"]["fraction_of_flops_quantized"] < 0.9
     assert result["model"]["blocks"] == 40
     for name in ("latent_sqnr", "psnr", "ssim", "floor_ulp.psnr", "shape", "bf16.shape", "difference.shape"):

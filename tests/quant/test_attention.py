@@ -135,7 +135,7 @@ def test_it_goes_where_the_projections_are_quantized(mode: str) -> None:
 def test_a_wrong_mode_is_named() -> None:
     with pytest.raises(ValueError, match=r"quant\.attention=all: choose off, qkv, qkvp"):
         parse(QuantConfig(attention="all"))
-    with pytest.raises(ValueError, match="mxfp8 has no attention"):
+    with pytest.raises(ValueError, match="inputs in mxfp8 have no attention"):
         parse(QuantConfig(format="mxfp8", attention="qkv"))
     with pytest.raises(ValueError, match="no attention has its to_q"):
         quantize_(wan_transformer(2), QuantConfig(attention="qkv"), (), ("attn.*",))

@@ -86,6 +86,12 @@ def test_refusals_leave_the_model_alone() -> None:
         quantize_(model, QuantConfig(product="native"))
     with pytest.raises(ValueError, match=r"blocks\.0\.attn1\.to_q cannot be quantized to mxfp8: rows of 48"):
         quantize_(model, QuantConfig(format="mxfp8"))
+    with pytest.raises(ValueError, match=r"blocks of 32, protect it"):  # no format of 8 bits has smaller ones
+        quantize_(model, QuantConfig(format="mxfp8"))
+    with pytest.raises(ValueError, match=r"blocks of 32, choose nvfp4$"):  # 48 and 96 are multiples of 16
+        quantize_(model, QuantConfig(format="mxfp4"))
+    with pytest.raises(ValueError, match=r"quant\.low_rank=60: blocks\.0\.attn1\.to_q has no more than 48"):
+        quantize_(model, QuantConfig(low_rank=60))
     weight = model.blocks[1].ffn.net[2].weight
     weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.net\.2 has weights that are not finite.*int8"):

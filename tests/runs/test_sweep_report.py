@@ -110,6 +110,22 @@ def test_quantizations_are_told_by_their_scales(tmp_path: Path) -> None:
     assert "in BF16" not in heads
 
 
+def test_methods_and_bits_are_told(tmp_path: Path) -> None:
+    first = sweep(tmp_path, {"quant.name": "svd", "quant.low_rank": 32, "quant.rotation": 64, "bits_per_weight": 6.25})
+    result = json.loads((first / "0" / "result.json").read_text())
+    result |= {"bits_per_weight": 4.5}
+    result["quant"]["weights"]["feedback"] = True
+    result["quant"]["activations"]["format"] = "bf16"
+    (first / "0" / "result.json").write_text(json.dumps(result))
+    heads, rows, _ = sweep_table.cells(summarize(first))
+    found = {row[1]: dict(zip(heads, row, strict=True)) for row in rows}
+    assert found["hif8_w8a8"]["weights"] == "per channel, amax/15, error feedback"
+    assert found["hif8_w8a8"]["activations"] == "BF16"
+    assert found["svd"]["weights"] == "per channel, amax/15, rank 32 beside it"
+    assert found["svd"]["activations"] == "per token, amax/15, rotated by 64"
+    assert [found[name]["bits a weight"] for name in ("hif8_w8a8", "svd")] == ["4.50", "6.25"]
+
+
 def test_latex_and_markdown_escape_what_they_must() -> None:
     heads, rows, floors = ["a_b", "c"], [["1–4 % & ~", "x|y"]], [["", r"attn[12]\..*"]]
     text = latex(heads, rows, floors)

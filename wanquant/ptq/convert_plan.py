@@ -91,7 +91,9 @@ def resolve_convert(config: PTQConfig) -> ConvertPlan:
     # One byte a weight in memory too: who converts from files to files has none to spare.
     scheme = parse(dataclasses.replace(config.quant, packed=True))
     if scheme.feedback:
-        raise ValueError("quant.weights.feedback=true needs more of calibration than an analysis keeps: mode=quantize")
+        raise ValueError(
+            "quant.weights.feedback=true needs more of calibration than an analysis keeps: use mode=quantize"
+        )
     config = dataclasses.replace(config, quant=scheme.config)
     files = find_model(config.model.path, config.model.base, shapes_only=True, alone=True)
     model = resolve_model(config, scheme, files)
@@ -148,7 +150,12 @@ def _statistics(config: PTQConfig, scheme: Scheme) -> Mapping[str, float | Site]
             )
         return None
     folder = Path(config.convert.statistics)
-    found = load_statistics(folder if (folder / DESCRIPTION).is_file() else folder / "analysis")
+    folder = folder if (folder / DESCRIPTION).is_file() else folder / "analysis"
+    if not (folder / DESCRIPTION).is_file():
+        raise ValueError(
+            f"convert.statistics={config.convert.statistics}: not the directory of a run with mode=analyze"
+        )
+    found = load_statistics(folder)
     if found.layout.steps < scheme.act_steps:
         has = f"{folder} has statistics of {found.layout.steps} denoising steps"
         raise ValueError(f"quant.activations.steps={scheme.act_steps}: {has}, analyze with as many or more")

@@ -80,6 +80,7 @@ def conversion(
             "fraction_of_flops_quantized": calibration.fraction_of_flops(report),
         },
         "conversion": report.counts(),
+        "bits_per_weight": bits_per_weight(plan, report),
         "attention": {
             **report.attention_counts(),
             "modules": [dataclasses.asdict(module) for module in report.attentions],
@@ -94,6 +95,14 @@ def conversion(
             "input_absmax": statistics.input_absmax(),
         },
     }
+
+
+def bits_per_weight(plan: PTQPlan, report: ConversionReport) -> float | None:
+    """Of what is quantized, as checkpoints hold it: codes, scales and what lies beside them. None for nothing."""
+    linears = [plan.model.shape.get_submodule(name) for name in report.names("converted")]
+    sizes = [(plan.scheme.packed_bytes(each), each.weight.numel()) for each in linears if isinstance(each, nn.Linear)]
+    stored, weights = map(sum, zip(*sizes, strict=True)) if sizes else (0, 0)
+    return 8 * stored / weights if weights else None
 
 
 def of_kind(counts: Counter[str], kind: str) -> dict[str, int]:

@@ -42,11 +42,13 @@ def _check_formats(scheme: Scheme) -> None:
         nothing = f"quant.format={scheme.format.name} quantizes nothing, leave it out"
         raise ValueError(f"quant.activations.format={act_format.name}: {nothing}")
     if config.attention != "off" and (act_format.block or act_format.keeps_all):
-        raise ValueError(f"quant.attention={config.attention}: {act_format.name} has no attention of its own")
-    if config.activations.static and config.activations.granularity != "per_tensor":
-        raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
+        raise ValueError(
+            f"quant.attention={config.attention}: inputs in {act_format.name} have no attention of their own"
+        )
     if config.activations.static and act_format.keeps_all:
         raise ValueError(f"quant.activations.static=true: {act_format.name} has no scales")
+    if config.activations.static and config.activations.granularity != "per_tensor":
+        raise ValueError("quant.activations.static=true needs quant.activations.granularity=per_tensor")
     own = (act_format.default_rule(), "per_token")
     if act_format.keeps_all and (config.activations.rule, config.activations.granularity) != own:
         raise ValueError(f"quant.activations: {act_format.name} has no scales, leave out rule and granularity")
@@ -120,7 +122,9 @@ def _check_rotation(scheme: Scheme) -> None:
         (f"quant.weights.rule={scheme.config.weights.rule}", scheme.by_output),
     ):
         if asked:
-            raise ValueError(f"quant.rotation={scheme.rotation}: {key} was found on inputs that are not rotated")
+            raise ValueError(
+                f"quant.rotation={scheme.rotation}: {key} was found on inputs before rotation, leave it out"
+            )
 
 
 def _check_steps(scheme: Scheme) -> None:

@@ -74,6 +74,7 @@ def plan_conversion(
         if isinstance(child, nn.Linear)
     }
     _refuse_hidden(module)
+    widths = {child.in_features for block in block_list for child in block.modules() if type(child) is nn.Linear}
     kept, fused = match_names(protected_modules, (name for _, name in inside.values())), _fused(module)
     rows = []
     for name, child in module.named_modules():
@@ -94,7 +95,7 @@ def plan_conversion(
         elif name_inside in kept:
             found = "protected", "module pattern"
         else:
-            found = _fate(name, child, index, scheme)
+            found = _fate(name, child, index, scheme, widths)
         rows.append(ModuleReport(name, *found, index))
     return ConversionReport(tuple(rows), len(block_list), protected, _plan_attention(module, rows, scheme))
 
@@ -109,25 +110,27 @@ def _block_list(module: nn.Module, blocks: str) -> nn.ModuleList | nn.Sequential
     return block_list
 
 
-def _fate(name: str, linear: nn.Linear, block: int, scheme: Scheme) -> tuple[str, str]:
-    """Status and reason of a linear that no selector protects."""
+def _fate(name: str, linear: nn.Linear, block: int, scheme: Scheme, widths: Collection[int]) -> tuple[str, str]:
+    """Status and reason of a linear that no selector protects; ``widths`` are those of all such."""
     if scheme.format.keeps_all:
         return "skipped", f"{scheme.format.name} is no quantization"
     for format_ in (scheme.format, scheme.act_format):
         try:
             format_.row_bytes(linear.in_features)
         except ValueError as error:
-            other = f"{error}, {_instead(format_, linear.in_features)}"
+            other = f"{error}, {_instead(format_, widths)}"
             raise ValueError(f"{name} cannot be quantized to {format_.name}: {other}") from None
     if scheme.rotation is not None and linear.in_features % scheme.rotation:
         wide = f"{linear.in_features} channels do not divide into blocks of {scheme.rotation}"
         raise ValueError(f"{name} cannot be rotated: {wide}")
+    if scheme.low_rank > min(linear.weight.shape):
+        raise ValueError(f"quant.low_rank={scheme.low_rank}: {name} has no more than {min(linear.weight.shape)}")
     return "converted", f"block {block}"
 
 
-def _instead(format_: Format, columns: int) -> str:
+def _instead(format_: Format, widths: Collection[int]) -> str:
     fit = [other.name for other in FORMATS.values() if other.bits == format_.bits and other.block]
-    fit = [name for name in fit if columns % FORMATS[name].block == 0]
+    fit = [name for name in fit if not any(columns % FORMATS[name].block for columns in widths)]
     return f"choose {' or '.join(fit)}" if fit else "protect it (protect.modules) or choose a format without blocks"
 
 

@@ -24,6 +24,8 @@ from wanquant.runs.run import SCHEMA, clean_json, failed_result, read_result
 
 #: By which configurations are ranked, in dB, and the difference in it that is called none.
 METRIC, MARGIN = STEP_SQNR, 0.5
+#: What is told of a quantization.
+QUANT = ("name", "format", "weights", "activations", "smoothing", "rotation", "low_rank")
 #: What runs should share; if they do not, it is said.
 SHOULD_SAME = ("provenance.git_commit", "provenance.dirty")
 
@@ -117,7 +119,8 @@ def _row(job: int, name: str, result: dict[str, Any], runs: int) -> dict[str, An
     return {
         "job": job,
         "name": name,
-        "quant": {key: result["quant"][key] for key in ("name", "format", "weights", "activations", "smoothing")},
+        "quant": {key: result["quant"].get(key) for key in QUANT},
+        "bits_per_weight": result.get("bits_per_weight"),
         "lost_to_fp8": result.get("lost_to_fp8"),
         "protect": {key: protect[key] for key in ("name", "blocks", "modules", "fraction_of_flops_quantized")},
         "converted": result["conversion"]["converted"],

@@ -52,7 +52,9 @@ def _columns(summary: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
     if "protect" in summary["by"]:
         columns["in BF16"] = _kept
     if "quant" in summary["by"]:
-        columns |= {"weights": lambda row: _scale(row["quant"]["weights"]), "activations": _activations}
+        columns |= {"weights": _weights, "activations": _activations}
+        if all(row.get("bits_per_weight") for row in summary["rows"]):
+            columns["bits a weight"] = lambda row: f"{row['bits_per_weight']:.2f}"
     if any(row["lost_to_fp8"] for row in summary["rows"]):
         columns["inputs, weights lost to FP8"] = _lost
     columns |= {
@@ -111,10 +113,19 @@ def _kept(row: Row) -> str:
     return "; ".join(filter(None, [", ".join(map(str, protect["blocks"])), *protect["modules"]])) or "none"
 
 
+def _weights(row: Row) -> str:
+    quant = row["quant"]
+    branch = f", rank {quant['low_rank']} beside it" if quant.get("low_rank") else ""
+    return _scale(quant["weights"]) + branch + (", error feedback" if quant["weights"].get("feedback") else "")
+
+
 def _activations(row: Row) -> str:
     quant = row["quant"]
+    if quant["activations"].get("format") == "bf16":
+        return "BF16"
     smoothed = f", smoothed {quant['smoothing']}" if quant["smoothing"] else ""
-    return ("static " if quant["activations"]["static"] else "") + _scale(quant["activations"]) + smoothed
+    rotated = f", rotated by {quant['rotation']}" if quant.get("rotation") else ""
+    return ("static " if quant["activations"]["static"] else "") + _scale(quant["activations"]) + smoothed + rotated
 
 
 def _lost(row: Row) -> str:
