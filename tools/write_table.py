@@ -11,6 +11,7 @@ of a directory, what ``tools/keep_results.py`` packed of one.
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import tarfile
 import tempfile
@@ -76,7 +77,10 @@ def table_of_sweep(sweep: Path, reference: str | None = None, further: bool = Fa
 
 
 #: What trainings are compared with their PTQ baselines by, and what it is called.
-COMPARED = ((METRIC, "single steps"), (DRIFT, "final latents"))
+COMPARED = (
+    (METRIC, "single steps", "of single steps along BF16's trajectories"),
+    (DRIFT, "final latents", "of the final latents"),
+)
 
 
 def table_of_trainings(sweep: Path) -> str:
@@ -85,15 +89,15 @@ def table_of_trainings(sweep: Path) -> str:
     results = [read_result(folder) for folder in jobs_of(sweep)]
     trainings = list(zip(results, recipes_of(results), strict=True))
     known = [metric for metric in COMPARED if all(metric[0] in result["metrics"] for result in results)]
-    tables = [_beside_untrained(trainings, *metric) for metric in known]
+    tables = [_beside_untrained(trainings, name, title) for name, title, _ in known]
     pairs, seeds = len(over_untrained(results[0], METRIC)), {result["qat"].get("seed", 0) for result in results}
     repeated = (
         f" Each recipe was trained {len(seeds)} times (`qat.seed`), and each pair's difference is the mean of these. "
         f"The last column is the mean over all pairs and settings of each training by itself, lowest and highest."
     )
     told = (
-        f"Trained less its PTQ baseline, in dB of SQNR: of single steps along BF16's trajectories, and of the "
-        f"final latents. {pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings "
+        f"Trained less its PTQ baseline, in dB of SQNR: {', and '.join(what for *_, what in known)}. "
+        f"{pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings "
         f"the mean of each pair's differences, with intervals corrected for {len({name for _, name in trainings})} "
         f"recipes.{repeated if len(seeds) > 1 else ''} "
         f"{results[0]['model']['name']}, {_machine(results[0]['provenance'])}."
@@ -102,15 +106,16 @@ def table_of_trainings(sweep: Path) -> str:
 
 
 def recipes_of(results: list[dict[str, Any]]) -> list[str]:
-    """Of each result the recipe's name, with the settings by which one of the name differs but for the seed."""
-    found = []
+    """Of each result the recipe's name, with the settings by which one of the name differs but for the seed, which a
+    sweep over seeds puts into it."""
+    names, found = [re.sub(r" seed=\d+\b", "", result["qat"]["name"]) for result in results], []
     flat = [dict(settings_below(result["qat"], "")) for result in results]
-    for result, own in zip(results, flat, strict=True):
-        alike = [
-            each for other, each in zip(results, flat, strict=True) if other["qat"]["name"] == result["qat"]["name"]
+    for name, own in zip(names, flat, strict=True):
+        alike = [each for other, each in zip(names, flat, strict=True) if other == name]
+        varied = [
+            key for key in own if key not in (".seed", ".name") and any(each.get(key) != own[key] for each in alike)
         ]
-        varied = [key for key in own if key != ".seed" and any(each.get(key) != own[key] for each in alike)]
-        found.append(" ".join([result["qat"]["name"], *(f"{key[1:]}={own[key]}" for key in varied)]))
+        found.append(" ".join([name, *(f"{key[1:]}={own[key]}" for key in varied)]))
     return found
 
 

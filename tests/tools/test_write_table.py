@@ -160,7 +160,7 @@ def test_recipes_of_training_stand_beside_their_baselines(tmp_path: Path) -> Non
 
 def test_a_recipe_is_the_mean_of_its_seeds(tmp_path: Path) -> None:
     for number, (gain, seed, lr) in enumerate([(1.0, 0, 1e-3), (3.0, 1, 1e-3), (-1.0, 0, 1e-4), (-2.0, 1, 1e-4)]):
-        trained(tmp_path / str(number), "on", "none", gain, seed, lr)
+        trained(tmp_path / str(number), f"on seed={seed}", "none", gain, seed, lr)  # as a sweep over seeds names it
     text = write_table.write(tmp_path, trainings=True)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
     assert rows[0][-1] == "2 seeds"
@@ -168,6 +168,6 @@ def test_a_recipe_is_the_mean_of_its_seeds(tmp_path: Path) -> None:
         ("on lr=0.001", 2.0, "1.00 to 3.00"),
         ("on lr=0.0001", -1.5, "-2.00 to -1.00"),
     ]
-    trained(tmp_path / "4", "on", "none", 1.0, 2)
+    trained(tmp_path / "4", "on seed=2", "none", 1.0, 2)
     with pytest.raises(ValueError, match="not run in every setting"):
         write_table.write(tmp_path, trainings=True)
