@@ -81,7 +81,7 @@ ptq mode=convert protect=auto | mode=convert cannot know the blocks that protect
 ptq mode=convert model=tiny-outliers | mode=convert takes a model as its files have it: leave model.outliers out
 ptq mode=convert eval.dimensions=[temporal_flickering] | mode=convert makes no videos to judge: leave eval.dimensions
 ptq mode=convert checkpoint=false | mode=convert makes a checkpoint and nothing else: leave checkpoint=true
-ptq mode=convert quant=static_per_tensor convert.statistics=nowhere | convert.statistics=nowhere: not the directory of a run with mode=analyze
+ptq mode=convert quant=static_per_tensor convert.statistics=nowhere | convert.statistics=nowhere: not the
 ptq mode=convert convert.to=AT/home | convert.to=AT/home is there already: choose another folder, or remove it
 ptq mode=convert model.path=AT/nan | NAN
 ptq mode=convert model.path=AT/changed | CHANGED

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.jobs import CACHE, ptq, short
 from tests.wan.pair import make_pair
 from wanquant import load_pipeline
 from wanquant.ptq.calibrator import Calibrator
 from wanquant.quant import ActivationConfig, QuantConfig, WeightConfig
+from wanquant.quant.feedback import feedback_bytes
 from wanquant.quant.scheme import parse
 from wanquant.runs.cache import Cache
 from wanquant.wan.cached import CachedPipeline
@@ -63,6 +66,9 @@ def test_what_they_need_is_predicted(tmp_path: Path) -> None:
     for size in sizes.values():
         assert 0 < size - needs.hessian < 5000  # the file's own header
     assert choose(needs, "none")[0].hessian_blocks == 8
+    assert needs.feeding == max(needs.hessian, feedback_bytes(nn.Linear(512, 128)))
+    protected = replace(needs, protected=tuple(range(8)))  # nothing is rounded
+    assert protected.feeding == needs.hessian
 
 
 @pytest.mark.slow

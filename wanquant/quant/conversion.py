@@ -111,7 +111,7 @@ def _block_list(module: nn.Module, blocks: str) -> nn.ModuleList | nn.Sequential
 
 
 def _fate(name: str, linear: nn.Linear, block: int, scheme: Scheme, widths: Collection[int]) -> tuple[str, str]:
-    """Status and reason of a linear that no selector protects; ``widths`` are those of all such."""
+    """Status and reason of a linear that no selector protects; ``widths`` are those of all in the blocks."""
     if scheme.format.keeps_all:
         return "skipped", f"{scheme.format.name} is no quantization"
     for format_ in (scheme.format, scheme.act_format):

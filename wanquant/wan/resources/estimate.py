@@ -177,7 +177,7 @@ class ResourceEstimate:
         """Bytes that error feedback takes on the device: of the Hessians, then while it rounds the largest linear."""
         if not (self.scheme.feedback and self.counts.any_quantized and self.names is None):
             return 0
-        return max(self.hessian_blocks * self.hessian, *map(feedback_bytes, self._linears))
+        return max([self.hessian_blocks * self.hessian, *map(feedback_bytes, self._linears)])
 
     @property
     def added(self) -> int:
