@@ -64,6 +64,7 @@ MISTAKES = [
     ("ptq -m protect=none,boundry", "error: protect=boundry: did you mean boundary? choose auto, "),
     ("ptq prompts.sedes=[0]", "error: there is no key prompts.sedes: did you mean prompts.seeds?"),
     ("ptq quant.act.rul=direct", "error: there is no key quant.act.rul: did you mean quant.activations.rule?"),
+    ("ptq quant=nvfp4", "error: quant=nvfp4: did you mean nvfp4_dynamic, nvfp4_gptq, nvfp4_rotated, "),
     ("ptq quant.product=exct", "error: quant.product=exct: did you mean exact? choose fast, exact, native"),
     (
         "ptq +quant.prodct=exact",

@@ -37,7 +37,11 @@ def mistaken(key: str, value: Any, known: Collection[str]) -> ValueError:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``did you mean X? `` with a space behind it, or nothing where no known word is like this one."""
+    """``did you mean X? `` with a space behind it, or nothing where no known word is like this one. Those that begin
+    with it are all named."""
+    longer = [each for each in known if each.startswith(f"{word}_")]
+    if len(longer) > 1:
+        return f"did you mean {', '.join(longer[:-1])} or {longer[-1]}? "
     found = nearest(word, known)
     return f"did you mean {found}? " if found else ""
 

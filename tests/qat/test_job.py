@@ -310,6 +310,7 @@ def test_a_dry_run_says_what_memory_the_training_needs(
         r"^training +[\d.]+ MB on the device: model .*, weights .*, optimizer .*, average .*, activations", said, re.M
     )
     assert "less with qat.accumulation=2, qat.recompute=true" in said
+    assert re.search(r"^ +train +[\d.]+ (s|min)$", said, re.M), "the time in all has the training in it"
     assert not (tmp_path / "run").exists()
 
 

@@ -270,4 +270,11 @@ def test_the_sums_of_docs_ascend() -> None:
 
 
 def test_times_are_said_as_people_say_them() -> None:
-    assert [in_time(seconds) for seconds in (3.2, 119, 600, 86400)] == ["3 s", "119 s", "10 min", "24.0 h"]
+    assert [in_time(seconds) for seconds in (0.4, 119, 600, 86400, 1.3e6, 1.1e8)] == [
+        "0.4 s",
+        "119 s",
+        "10 min",
+        "24.0 h",
+        "15.0 days",
+        "3.5 years",
+    ]

@@ -46,10 +46,10 @@ def run_convert(config: PTQConfig, folder: Path, config_yaml: str) -> dict[str, 
         if not config.dry_run:
             plan = with_files(plan)
     print(f"{config.quant.name} on {config.model.name}, protect {config.protect.name}: from files to files", flush=True)
+    hush_libraries()
     if config.dry_run:
         print_convert_plan(plan, config_yaml)
         return None
-    hush_libraries()
     target = Path(config.convert.to) if config.convert.to else folder / "checkpoint"
     with in_use(Path(config.cache), folder):
         result = None if config.force else _finished(plan, folder, target)

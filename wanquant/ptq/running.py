@@ -38,10 +38,10 @@ def run_job(config: PTQConfig, folder: Path, config_yaml: str, kind: type[Job]) 
             check_product(plan.scheme, plan.device)
             plan = with_weights(plan)
     print(plan, flush=True)
+    hush_libraries()
     if config.dry_run:
         kind.print_estimate(plan, config_yaml)
         return None
-    hush_libraries()
     result, fresh = _finished(plan, folder, config_yaml, kind)
     launch.say("finished")
     if config.eval.dimensions and config.mode == "quantize":

@@ -220,9 +220,10 @@ def shrinks(qat: QATConfig) -> str:
 
 def print_estimates(plan: TrainPlan, needs: ResourceEstimate, told: str, config_yaml: str) -> None:
     """What the training needs, after what the quantization does."""
-    print_estimate(needs, config_yaml, told=told)
+    seconds = estimate_seconds(plan)
+    print_estimate(needs, config_yaml, outside={"train": seconds}, told=told)
     streams = needs.offload != "none" and needs.device.type != "cpu"
-    memory, seconds, options = estimate_memory(plan, streams), estimate_seconds(plan), shrinks(plan.qat)
+    memory, options = estimate_memory(plan, streams), shrinks(plan.qat)
     parts = {name: getattr(memory, name) for name in ("model", *ADDED)}
     shown = ", ".join(f"{name} {in_bytes(value)}" for name, value in parts.items() if value)
     print(f"training    {in_bytes(memory.total)} on the device: {shown}")
@@ -231,5 +232,4 @@ def print_estimates(plan: TrainPlan, needs: ResourceEstimate, told: str, config_
         print(f"            {passing}")
     if options:
         print(f"            less with {options}")
-    whole = in_time(seconds + needs.seconds)
-    print(f"            {in_time(seconds)}, by a probe of one block; with the videos {whole}")
+    print(f"            {in_time(seconds)}, by a probe of one block")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from wanquant.quant import ConversionReport
+from wanquant.quant.scheme import Scheme
 from wanquant.wan.device import resident_memory
 from wanquant.wan.resources.estimate import GUESS, ResourceEstimate
 
@@ -18,6 +19,7 @@ def print_estimate(
     counts = plan.report.counts()
     print(config_yaml)
     print(f"blocks      {block_map(plan.report)}   ({LEGEND})")
+    print(f"rounding    {_rounding(plan.scheme)}")
     print("linears     " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     print(f"transformer {plan.parameters:,} parameters, {in_bytes(2 * plan.parameters)} in BF16")
     print(f"checkpoint  transformer {in_bytes(plan.packed)}, {plan.packed / (2 * plan.parameters):.2f} of BF16")
@@ -50,7 +52,20 @@ def print_needs(
     told = f"{in_time(sum(stages.values()))}: {done}, by a probe of the device; what the cache holds takes none"
     print(f"time        {told}{GUESS if plan.guess else ''}")
     for name, seconds in stages.items():
-        print(f"            {name.replace('_', ' '):<20}{seconds:8.1f} s")
+        print(f"            {name.replace('_', ' '):<20}{in_time(seconds):>10}")
+
+
+def _rounding(scheme: Scheme) -> str:
+    """What ``default`` has become in the config."""
+    weights, inputs = scheme.config.weights, scheme.config.activations
+    if scheme.format.keeps_all:
+        return f"none: weights {scheme.format.name}, inputs {scheme.act_format.name}"
+    of_weights = ["weights " + scheme.format.name, weights.granularity, weights.rule]
+    of_weights += ["error feedback"] if weights.feedback else []
+    if scheme.act_format.keeps_all:
+        return f"{', '.join(of_weights)}; inputs {scheme.act_format.name}"
+    how = f"static, by {inputs.steps} bins of steps" if inputs.steps > 1 else "static" if inputs.static else "dynamic"
+    return f"{', '.join(of_weights)}; inputs {', '.join((inputs.format, inputs.granularity, inputs.rule, how))}"
 
 
 def _parts(plan: ResourceEstimate) -> str:
@@ -87,6 +102,10 @@ def in_bytes(count: float) -> str:
 
 
 def in_time(seconds: float) -> str:
+    """In the unit of which there are fewest and still two."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+    for unit, size, most in (("min", 60, 120), ("h", 3600, 48), ("days", 86400, 730)):
+        if seconds < most * size:
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds / (365.25 * 86400):.1f} years"
