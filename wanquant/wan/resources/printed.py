@@ -62,10 +62,14 @@ def _rounding(scheme: Scheme) -> str:
         return f"none: weights {scheme.format.name}, inputs {scheme.act_format.name}"
     of_weights = ["weights " + scheme.format.name, weights.granularity, weights.rule]
     of_weights += ["error feedback"] if weights.feedback else []
-    if scheme.act_format.keeps_all:
-        return f"{', '.join(of_weights)}; inputs {scheme.act_format.name}"
-    how = f"static, by {inputs.steps} bins of steps" if inputs.steps > 1 else "static" if inputs.static else "dynamic"
-    return f"{', '.join(of_weights)}; inputs {', '.join((inputs.format, inputs.granularity, inputs.rule, how))}"
+    of_weights += [f"rank {scheme.low_rank} beside it"] if scheme.low_rank else []
+    of_inputs = ["inputs " + scheme.act_format.name]
+    if not scheme.act_format.keeps_all:
+        bins = f", by {inputs.steps} bins of steps" if inputs.steps > 1 else ""
+        of_inputs += [inputs.granularity, inputs.rule, f"static{bins}" if inputs.static else "dynamic"]
+    of_inputs += [f"smoothed {scheme.smoothing}"] if scheme.smoothing else []
+    of_inputs += [f"rotated by {scheme.rotation}"] if scheme.rotation else []
+    return f"{', '.join(of_weights)}; {', '.join(of_inputs)}"
 
 
 def _parts(plan: ResourceEstimate) -> str:
