@@ -25,6 +25,7 @@ from wanquant.wan.checkpoints.layouts.pieces import Checkpoint, Piece, write_as_
 from wanquant.wan.checkpoints.sums import check_sums, seal
 from wanquant.wan.families import family_of
 
+COMFYUI_HEADS = 128
 #: Writes a checkpoint's tensors to a folder by a naming, and calls back after each file. It returns what is to be said.
 Writer = Callable[[Checkpoint, Path, str, Callable[[], None]], list[str]]
 
@@ -82,7 +83,12 @@ def export(
     with whole_folder(target) as partial_target:
         write_json(partial_target / "config.json", checkpoint.config)
         writers = WRITERS | (NVFP4 if checkpoint.scheme.format.name == "nvfp4" else {})
-        return writers[layout](checkpoint, partial_target, naming, on_file)
+        said = writers[layout](checkpoint, partial_target, naming, on_file)
+    width = checkpoint.config["attention_head_dim"]
+    if layout == "comfyui" and width != COMFYUI_HEADS:
+        told = f"ComfyUI takes heads to be {COMFYUI_HEADS} wide, as all published Wans have them"
+        said.append(f"{told}: these are {width}")
+    return said
 
 
 def _refuse_existing(target: Path) -> None:
