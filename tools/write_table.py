@@ -89,17 +89,24 @@ def table_of_trainings(sweep: Path) -> str:
     results = [read_result(folder) for folder in jobs_of(sweep)]
     trainings = list(zip(results, recipes_of(results), strict=True))
     known = [metric for metric in COMPARED if all(metric[0] in result["metrics"] for result in results)]
-    tables = [_beside_untrained(trainings, name, title) for name, title, _ in known]
+    recipes, settings = ({name for _, name in trainings}, {_setting(result) for result in results})
+    make = _by_recipe if len(recipes) > 1 else _by_setting
+    tables = [make(trainings, name, title) for name, title, _ in known]
     pairs, seeds = len(over_untrained(results[0], METRIC)), {result["qat"].get("seed", 0) for result in results}
+    apart = "of each training by itself, lowest and highest."
+    if len(recipes) > 1:
+        corrected = f"; over all settings the mean of each pair's differences, corrected for {len(recipes)} recipes."
+        last = f"The last column is the mean over all pairs and settings {apart}"
+    else:
+        corrected = f", so wide that 95 % is for all {len(settings)} settings together (Bonferroni)."
+        last = f"The last column is the mean over all pairs {apart}"
     repeated = (
         f" Each recipe was trained {len(seeds)} times (`qat.seed`), and each pair's difference is the mean of these. "
-        f"The last column is the mean over all pairs and settings of each training by itself, lowest and highest."
     )
     told = (
         f"Trained less its PTQ baseline, in dB of SQNR: {', and '.join(what for *_, what in known)}. "
-        f"{pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts; over all settings "
-        f"the mean of each pair's differences, with intervals corrected for {len({name for _, name in trainings})} "
-        f"recipes.{repeated if len(seeds) > 1 else ''} "
+        f"{pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts{corrected}"
+        f"{repeated + last if len(seeds) > 1 else ''} "
         f"{results[0]['model']['name']}, {_machine(results[0]['provenance'])}."
     )
     return "\n\n".join([*tables, told])
@@ -119,22 +126,36 @@ def recipes_of(results: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _beside_untrained(trainings: list[tuple[dict[str, Any], str]], name: str, title: str) -> str:
-    settings = list(dict.fromkeys(_setting(result) for result, _ in trainings))
-    recipes = list(dict.fromkeys(recipe for _, recipe in trainings))
-    gained: dict[tuple[str, tuple[str, str], int], list[Item]] = {}
+#: A result and its recipe's name.
+Training = tuple[dict[str, Any], str]
+#: What a training gained, pair by pair, by its recipe, its setting and its seed.
+Gained = dict[tuple[str, tuple[str, str], int], list[Item]]
+
+
+def _gained(trainings: list[Training], name: str) -> Gained:
+    gained: Gained = {}
     for result, recipe in trainings:
         key = recipe, _setting(result), result["qat"].get("seed", 0)
         if key in gained:
             raise ValueError(f"qat={recipe} stands twice in one setting")
         gained[key] = over_untrained(result, name)
+    recipes, settings, seeds = ({key[part] for key in gained} for part in range(3))
+    for recipe in recipes:
+        if any((recipe, setting, seed) not in gained for setting in settings for seed in seeds):
+            raise ValueError(f"qat={recipe} was not run in every setting")
+    return gained
+
+
+def _by_recipe(trainings: list[Training], name: str, title: str) -> str:
+    """A row a recipe, a column a setting, and one over all."""
+    gained = _gained(trainings, name)
+    settings = list(dict.fromkeys(_setting(result) for result, _ in trainings))
+    recipes = list(dict.fromkeys(recipe for _, recipe in trainings))
     seeds = sorted({seed for *_, seed in gained})
     heads = [f"{title}: qat", *(f"{quant}, protect {protect}" for quant, protect in settings), "over all"]
     untrained = {_setting(result): result["metrics"][f"untrained.{name}"] for result, _ in trainings}
     rows = [["PTQ baseline itself", *(estimate_text(untrained[setting]) for setting in settings), ""]]
     for recipe in recipes:
-        if any((recipe, setting, seed) not in gained for setting in settings for seed in seeds):
-            raise ValueError(f"qat={recipe} was not run in every setting")
         own = {setting: pooled(gained[recipe, setting, seed] for seed in seeds) for setting in settings}
         found = [*(compared(own[setting]) for setting in settings), compared(pooled(own.values()), len(recipes))]
         rows.append([recipe, *(estimate_text(cell.as_json()) for cell in found)])
@@ -146,6 +167,23 @@ def _beside_untrained(trainings: list[tuple[dict[str, Any], str]], name: str, ti
             rows[-1].append(f"{min(means):.2f} to {max(means):.2f}")
     if len(seeds) > 1:
         heads, rows[0] = [*heads, f"{len(seeds)} seeds"], [*rows[0], ""]
+    return markdown(heads, rows)
+
+
+def _by_setting(trainings: list[Training], name: str, title: str) -> str:
+    """Of one recipe a row a setting."""
+    gained, [recipe] = _gained(trainings, name), {recipe for _, recipe in trainings}
+    untrained = {_setting(result): result["metrics"][f"untrained.{name}"] for result, _ in trainings}
+    seeds = sorted({seed for *_, seed in gained})
+    heads = [f"{title}: quant", "protect", "PTQ baseline itself", f"{recipe}, over it"]
+    heads += [f"{len(seeds)} seeds"] if len(seeds) > 1 else []
+    rows = []
+    for setting in untrained:
+        own = [gained[recipe, setting, seed] for seed in seeds]
+        found = compared(pooled(own), len(untrained))
+        rows.append([*setting, estimate_text(untrained[setting]), estimate_text(found.as_json())])
+        means = [statistics.fmean(item.value for item in items) for items in own]
+        rows[-1] += [f"{min(means):.2f} to {max(means):.2f}"] if len(seeds) > 1 else []
     return markdown(heads, rows)
 
 

@@ -171,3 +171,18 @@ def test_a_recipe_is_the_mean_of_its_seeds(tmp_path: Path) -> None:
     trained(tmp_path / "4", "on seed=2", "none", 1.0, 2)
     with pytest.raises(ValueError, match="not run in every setting"):
         write_table.write(tmp_path, trainings=True)
+
+
+def test_one_recipe_has_a_row_for_each_setting(tmp_path: Path) -> None:
+    for protect, gains in (("none", (1.0, 3.0)), ("ends", (-1.0, 1.0)), ("exit", (0.5, 0.5))):
+        for seed, gain in enumerate(gains):
+            trained(tmp_path / f"{len(list(tmp_path.iterdir()))}", f"on seed={seed}", protect, gain, seed)
+    text = write_table.write(tmp_path, trainings=True)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    assert rows[0] == ["single steps: quant", "protect", "PTQ baseline itself", "on, over it", "2 seeds"]
+    assert [(row[1], float(row[3].split(" ")[0]), row[4]) for row in rows[2:5]] == [
+        ("none", 2.0, "1.00 to 3.00"),
+        ("ends", 0.0, "-1.00 to 1.00"),
+        ("exit", 0.5, "0.50 to 0.50"),
+    ]
+    assert "for all 3 settings together" in text
