@@ -92,6 +92,13 @@ def test_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.choose(needs, "auto")[0].offload == "group"
     with pytest.raises(ValueError, match="no way fits"):
         choice.choose(needs, "auto", {"none": Needed(30 * GB, 0)})  # a training of all blocks
+    # On the host nothing is refused: it may swap.
+    host = ResourceEstimate(Path(), *how[:-1], torch.device("cpu"))
+    host.__dict__["ways"] = ways
+    monkeypatch.setattr(choice, "free_memory", lambda device: (8 * GB, 8 * GB))
+    chosen, line = choice.choose(host, "auto")
+    assert chosen.offload == "none"
+    assert line.startswith("offload     no way fits: model.offload=disk, the least, needs 8.67 GB of 8 GB free; ")
 
 
 @pytest.mark.slow  # decoding at full size, op by op

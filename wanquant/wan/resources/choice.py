@@ -28,10 +28,9 @@ def choose(
     if way is None and not on_host:
         raise ValueError(too_small(ways, card, host))
     if way is None:
-        way, least = "none", list(ways.values())[-1]
-        return dataclasses.replace(
-            needs, offload=way
-        ), f"offload     no way fits: the least needs {_of(least.card, card)}"
+        name, least = list(ways.items())[-1]
+        line = f"offload     no way fits: model.offload={name}, the least, needs {_of(least.card, card)}"
+        return dataclasses.replace(needs, offload="none"), f"{line}; what follows is with all weights in memory"
     chosen = dataclasses.replace(needs, offload=way)
     if chosen.hessian:  # of as many more blocks as what is left holds
         more = int(card / MARGIN - ways[way].card) // chosen.hessian
