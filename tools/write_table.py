@@ -73,7 +73,10 @@ def table_of_sweep(sweep: Path, reference: str | None = None, further: bool = Fa
         raise ValueError(f"{sweep} has too few (prompt, seed) pairs for a table")
     if not further:
         return markdown(*cells(summary)) + "\n\n" + protocol(summary)
-    return "\n\n".join([*further_markdown(summary), protocol(summary)])
+    tables = further_markdown(summary)
+    if not tables:
+        raise ValueError(f"{sweep} measured nothing further: no videos, no blocks alone, no VBench")
+    return "\n\n".join([*tables, protocol(summary)])
 
 
 #: What trainings are compared with their PTQ baselines by, and what it is called.
@@ -93,20 +96,15 @@ def table_of_trainings(sweep: Path) -> str:
     make = _by_recipe if len(recipes) > 1 else _by_setting
     tables = [make(trainings, name, title) for name, title, _ in known]
     pairs, seeds = len(over_untrained(results[0], METRIC)), {result["qat"].get("seed", 0) for result in results}
-    apart = "of each training by itself, lowest and highest."
-    if len(recipes) > 1:
-        corrected = f"; over all settings the mean of each pair's differences, corrected for {len(recipes)} recipes."
-        last = f"The last column is the mean over all pairs and settings {apart}"
-    else:
-        corrected = f", so wide that 95 % is for all {len(settings)} settings together (Bonferroni)."
-        last = f"The last column is the mean over all pairs {apart}"
+    rows, among = (f"{len(recipes)} recipes", "of a column ") if len(recipes) > 1 else (f"{len(settings)} settings", "")
     repeated = (
-        f" Each recipe was trained {len(seeds)} times (`qat.seed`), and each pair's difference is the mean of these. "
+        f" Each was trained {len(seeds)} times (`qat.seed`), and each pair's difference is the mean of these; in "
+        f"parentheses the lowest and the highest mean of one training."
     )
     told = (
         f"Trained less its PTQ baseline, in dB of SQNR: {', and '.join(what for *_, what in known)}. "
-        f"{pairs} (prompt, seed) pairs, paired, Student's 95 % interval over prompts{corrected}"
-        f"{repeated + last if len(seeds) > 1 else ''} "
+        f"{pairs} (prompt, seed) pairs, paired, Student's interval over prompts, so wide that 95 % is for all {rows} "
+        f"{among}together (Bonferroni).{repeated if len(seeds) > 1 else ''} "
         f"{results[0]['model']['name']}, {_machine(results[0]['provenance'])}."
     )
     return "\n\n".join([*tables, told])
@@ -156,18 +154,17 @@ def _by_recipe(trainings: list[Training], name: str, title: str) -> str:
     untrained = {_setting(result): result["metrics"][f"untrained.{name}"] for result, _ in trainings}
     rows = [["PTQ baseline itself", *(estimate_text(untrained[setting]) for setting in settings), ""]]
     for recipe in recipes:
-        own = {setting: pooled(gained[recipe, setting, seed] for seed in seeds) for setting in settings}
-        found = [*(compared(own[setting]) for setting in settings), compared(pooled(own.values()), len(recipes))]
-        rows.append([recipe, *(estimate_text(cell.as_json()) for cell in found)])
-        if len(seeds) > 1:
-            means = [
-                statistics.fmean(item.value for setting in settings for item in gained[recipe, setting, seed])
-                for seed in seeds
-            ]
-            rows[-1].append(f"{min(means):.2f} to {max(means):.2f}")
-    if len(seeds) > 1:
-        heads, rows[0] = [*heads, f"{len(seeds)} seeds"], [*rows[0], ""]
+        own = [[gained[recipe, setting, seed] for seed in seeds] for setting in settings]
+        over_all = [[item for setting in own for item in setting[seed]] for seed in range(len(seeds))]
+        rows.append([recipe, *(_over(trained, len(recipes)) for trained in (*own, over_all))])
     return markdown(heads, rows)
+
+
+def _over(trained: list[list[Item]], comparisons: int) -> str:
+    """What trainings of several seeds gained, together and, behind it, from the least to the most."""
+    text = estimate_text(compared(pooled(trained), comparisons).as_json())
+    means = [statistics.fmean(item.value for item in items) for items in trained]
+    return f"{text} ({min(means):.2f} to {max(means):.2f})" if len(trained) > 1 else text
 
 
 def _by_setting(trainings: list[Training], name: str, title: str) -> str:
@@ -176,14 +173,14 @@ def _by_setting(trainings: list[Training], name: str, title: str) -> str:
     untrained = {_setting(result): result["metrics"][f"untrained.{name}"] for result, _ in trainings}
     seeds = sorted({seed for *_, seed in gained})
     heads = [f"{title}: quant", "protect", "PTQ baseline itself", f"{recipe}, over it"]
-    heads += [f"{len(seeds)} seeds"] if len(seeds) > 1 else []
-    rows = []
-    for setting in untrained:
-        own = [gained[recipe, setting, seed] for seed in seeds]
-        found = compared(pooled(own), len(untrained))
-        rows.append([*setting, estimate_text(untrained[setting]), estimate_text(found.as_json())])
-        means = [statistics.fmean(item.value for item in items) for items in own]
-        rows[-1] += [f"{min(means):.2f} to {max(means):.2f}"] if len(seeds) > 1 else []
+    rows = [
+        [
+            *setting,
+            estimate_text(of_ptq),
+            _over([gained[recipe, setting, seed] for seed in seeds], len(untrained)),
+        ]
+        for setting, of_ptq in untrained.items()
+    ]
     return markdown(heads, rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -53,3 +54,6 @@ def test_few_and_broken_configurations() -> None:
     broken = ladder(rows(latent_sqnr=[*LATENT[:4], None], psnr=[*PSNR[:4], 1.0]))
     assert broken is not None
     assert (broken["configurations"], broken["few"]) == (4, True)
+    correlation, low, high = rung(broken, "psnr")["latent_sqnr"]
+    assert math.isfinite(correlation)
+    assert [math.isnan(low), math.isnan(high)] == [True, True], "of four an interval would have no width"

@@ -147,6 +147,11 @@ def test_overflow_is_counted() -> None:
     x[1, :3] = 50_000.0
     assert not layer(x)[1].isfinite().any()
     assert layer.overflowed == 3
+    assert layer.overflowed_weight == 0
+    large = nn.Linear(16, 8, dtype=torch.bfloat16)
+    large.weight.data[2, :5] = 50_000.0
+    assert QuantLinear.from_linear(large, parse(make())).overflowed_weight == 0
+    assert QuantLinear.from_linear(large, parse(make(rule="direct"))).overflowed_weight == 5
 
 
 def test_static_scale_is_used_for_every_token() -> None:

@@ -94,7 +94,7 @@ def test_it_is_what_saving_writes(
     assert (tmp_path / "found" / INDEX).is_file() == (shard < 10**9)
     whole = WanTransformer3DModel.from_pretrained(source, dtype=torch.bfloat16)
     quantize_(whole, recipe.config, recipe.protected_blocks, recipe.protected_modules)
-    counts = {path: int(layer.overflowed) for path, layer in quantized_linears(whole).items()}
+    counts = {path: int(layer.overflowed_weight) for path, layer in quantized_linears(whole).items()}
     assert streamed.overflowed == {path: count for path, count in counts.items() if count}
     assert bool(streamed.overflowed) == (name == "overflows")
     # And it loads.

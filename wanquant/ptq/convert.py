@@ -197,5 +197,5 @@ def _counts(streamed: Mapping[str, Streamed]) -> dict[str, Any]:
     overflowed = {name: count for part in streamed.values() for name, count in sorted(part.overflowed.items())}
     return {
         "conversion": {status: sum(each[status] for each in counts) for status in counts[0]},
-        "overflow": {"elements": sum(overflowed.values()), "modules": overflowed},
+        "overflow": {"weights": {"elements": sum(overflowed.values()), "modules": overflowed}},
     }

@@ -23,7 +23,17 @@ from wanquant.ptq.estimate import count_videos, estimate_resources, predicted, s
 from wanquant.ptq.generating import bf16_videos, compare_videos, noise_floors, quantize_transformer, quantized_videos
 from wanquant.ptq.plan import PTQPlan, resolve
 from wanquant.ptq.protect import choose
-from wanquant.ptq.result import conversion, head, lost_to_fp8, names_of, tail, verdict, write_readme, write_videos
+from wanquant.ptq.result import (
+    conversion,
+    head,
+    lost_to_fp8,
+    names_of,
+    overflow,
+    tail,
+    verdict,
+    write_readme,
+    write_videos,
+)
 from wanquant.ptq.running import run_job
 from wanquant.quant import ConversionReport
 from wanquant.runs import launch
@@ -168,7 +178,8 @@ class Job:
         counts = counts if self.shown else single_steps[STEP_SQNR].counts
         return {
             **self.head(tuple(report.protected_blocks)),
-            **conversion(self.plan, report, calibration, choice, counts),
+            **conversion(self.plan, report, calibration, choice),
+            **overflow(pipeline.transformer, counts),
             **lost_to_fp8(self.plan.scheme, pipeline.transformer, counts),
             "block_sqnr": block_sqnr,
             "single_steps": {name: steps.as_json() for name, steps in single_steps.items()},

@@ -66,11 +66,9 @@ def head(plan: PTQPlan, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def conversion(
-    plan: PTQPlan, report: ConversionReport, calibration: Calibration, choice: Choice, counts: Counter[str]
-) -> dict[str, Any]:
+def conversion(plan: PTQPlan, report: ConversionReport, calibration: Calibration, choice: Choice) -> dict[str, Any]:
     """What was quantized, why the rest was not, and what calibration saw."""
-    statistics, protect, overflows = calibration.statistics, plan.config.protect, of_kind(counts, "overflow")
+    statistics, protect = calibration.statistics, plan.config.protect
     return {
         "protect": {
             "name": protect.name,
@@ -85,7 +83,6 @@ def conversion(
             **report.attention_counts(),
             "modules": [dataclasses.asdict(module) for module in report.attentions],
         },
-        "overflow": {"elements": sum(overflows.values()), "modules": dict(sorted(overflows.items()))},
         "modules": [dataclasses.asdict(module) for module in report.modules],
         "calibration": {
             "videos": len(statistics.layout.videos),
@@ -108,6 +105,17 @@ def bits_per_weight(plan: PTQPlan, report: ConversionReport) -> float | None:
 def of_kind(counts: Counter[str], kind: str) -> dict[str, int]:
     """What quantized linears counted of one kind, by their names."""
     return {name.removeprefix(f"{kind} "): count for name, count in counts.items() if name.startswith(f"{kind} ")}
+
+
+def overflow(transformer: nn.Module, counts: Counter[str]) -> dict[str, Any]:
+    """How many elements of inputs and of weights fell beyond the format's range, and in which linears."""
+    layers = quantized_linears(transformer).items()
+    sides = {
+        "inputs": of_kind(counts, "overflow"),
+        "weights": {name: int(layer.overflowed_weight) for name, layer in layers if layer.overflowed_weight},
+    }
+    found = {side: {"elements": sum(of.values()), "modules": dict(sorted(of.items()))} for side, of in sides.items()}
+    return {"overflow": found}
 
 
 def lost_to_fp8(scheme: Scheme, transformer: nn.Module, counts: Counter[str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from wanquant.ptq.generating import bf16_videos, compare_videos, quantized_video
 from wanquant.ptq.job import Job
 from wanquant.ptq.plan import with_weights
 from wanquant.ptq.protect import Choice, choose
-from wanquant.ptq.result import conversion, verdict, write_videos
+from wanquant.ptq.result import conversion, overflow, verdict, write_videos
 from wanquant.ptq.running import run_job
 from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.estimate import count_training_videos, estimate_seconds, print_estimates, training_ways
@@ -168,7 +168,8 @@ class TrainJob(Job):
         tail["memory"]["peak_bytes"] = max(tail["memory"]["peak_bytes"], trainer.peak_before)
         return {
             **self.head(tuple(report.protected_blocks)),
-            **conversion(self.plan, report, calibration, choice, trained.counts),
+            **conversion(self.plan, report, calibration, choice),
+            **overflow(pipeline.transformer, trained.counts),
             "qat": dataclasses.asdict(self.config.qat),
             "block_sqnr": None,
             "single_steps": {name: steps.as_json() for name, steps in trained.single_steps.items()},

@@ -28,7 +28,8 @@ class HeldLinear(nn.Linear):
     input_signs   float32 [size], of the rotation of inputs (``wanquant.quant.rotate``); where that is, and not folded
     low_rank_down BF16 [rank, in], and low_rank_up [out, rank]: the branch beside the weight, of inputs as they come
     bias          BF16
-    overflowed    int64 []: elements, of the weight and of all inputs so far, that fell beyond the format's range
+    overflowed    int64 []: elements of all inputs so far that fell beyond the format's range
+    overflowed_weight  int64 []: elements of the weight that did
     lost          int64 [2]: of all inputs so far, values that a product of codes does not hold, and all of them
     """
 
@@ -40,6 +41,7 @@ class HeldLinear(nn.Linear):
     low_rank_down: torch.Tensor | None
     low_rank_up: torch.Tensor | None
     overflowed: torch.Tensor
+    overflowed_weight: torch.Tensor
     lost: torch.Tensor
 
     def __init__(
@@ -71,7 +73,7 @@ class HeldLinear(nn.Linear):
         #: The rotation, float32 [size, size], of ``input_signs``.
         self._rotation: torch.Tensor | None = None
         # No buffers: offloading puts those back as they were before the pass.
-        self.overflowed = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.overflowed, self.overflowed_weight = (torch.zeros((), dtype=torch.int64, device="cpu") for _ in range(2))
         self.lost = torch.zeros(2, dtype=torch.int64, device="cpu")
         #: What tells the weight it was made of, and its codes as a product takes them.
         self._coded: tuple[Any, torch.Tensor] | None = None

@@ -102,12 +102,13 @@ class QuantLinear(HeldLinear):
         beside: Mapping[str, torch.Tensor] | None = None,
     ) -> QuantLinear:
         """Of a weight [out, in] as ``Scheme.quantize_weight`` gives it, and the buffers ``beside`` it."""
-        rounded, weight_scale, overflowed = weight
+        rounded, weight_scale, over = weight
         beside = beside or {}
         self = cls(rounded.shape[1], rounded.shape[0], bias is not None, scheme, beside)
         self.weight = nn.Parameter(scheme.format.pack(rounded) if scheme.coded else rounded, False)
         self.weight_scale = weight_scale
-        self.overflowed = torch.zeros_like(weight_scale, dtype=torch.int64).sum() if overflowed is None else overflowed
+        self.overflowed = torch.zeros((), dtype=torch.int64, device=rounded.device)
+        self.overflowed_weight = torch.zeros_like(self.overflowed) if over is None else over
         self.lost = torch.zeros(2, dtype=torch.int64, device=rounded.device)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)

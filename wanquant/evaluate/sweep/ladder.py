@@ -23,6 +23,9 @@ EXPENSIVE = ("ssim", "lpips", "error_flicker", "attributes")
 LESS_IS_BETTER = ("lpips", "error_flicker")
 #: Fewer configurations have no ladder; an interval over fewer than ``MANY`` is hardly one.
 FEW, MANY = 3, 8
+#: Fewer have no interval: four are in the same order by chance once in 24 times, and drawn with replacement they are
+#: then in that order every time.
+DRAWN = 5
 
 
 def ladder(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -40,6 +43,10 @@ def ladder(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         below = cheap[: cheap.index(name)] if name in cheap else cheap
         if below:
             rungs.append({"name": name, "correlations": {other: _correlated(sound, other, name) for other in below}})
+    if not rungs:
+        return None
+    if not rungs:
+        return None
     return {"configurations": len(sound), "few": len(sound) < MANY, "cheap": cheap, "rungs": rungs}
 
 
@@ -51,4 +58,6 @@ def _mean(row: dict[str, Any], name: str) -> float:
 
 def _correlated(rows: Sequence[dict[str, Any]], a: str, b: str) -> list[float] | None:
     found = rank_correlation([_mean(row, a) for row in rows], [_mean(row, b) for row in rows])
-    return None if math.isnan(found[0]) else list(found)
+    if math.isnan(found[0]):
+        return None
+    return list(found) if len(rows) >= DRAWN else [found[0], math.nan, math.nan]

@@ -37,7 +37,7 @@ def vbench_table(entry: dict[str, Any]) -> Table:
         name = f"vbench.{dimension}"
         if name in metrics:
             cells = [estimate_text(metrics.get(prefix + name), 5) for prefix in sides]
-            word = _verdict(metrics.get(f"difference.{name}"))
+            word = _verdict(metrics.get(f"difference.{name}"), entry["demonstration"])
             rows.append([dimension, str(metrics[name]["n"]), *cells, word])
         else:
             reason = told["not_applicable"].get(dimension, "not measured")
@@ -45,9 +45,11 @@ def vbench_table(entry: dict[str, Any]) -> Table:
     return Table(["VBench", "videos", *sides.values(), "verdict"], rows)
 
 
-def _verdict(difference: dict[str, Any] | None) -> str:
+def _verdict(difference: dict[str, Any] | None, demonstration: bool) -> str:
     if difference is None:
         return ""
+    if demonstration:
+        return "too few pairs"
     low, high = difference["ci95"]
     if low is None or high is None:
         return "unknown"

@@ -34,7 +34,9 @@ def headline(result: dict[str, Any]) -> str:
     low, high = metric["ci95"]
     bounds = "" if low is None else f"[{low:.2f}, {high:.2f}]"
     said = f"{metric['mean']:+.2f} {unit} {bounds} of {title}, over {metric['n']} pairs".replace("  ", " ")
-    return f"{ours} against {untrained}: {metric['verdict']} ({said})"
+    blocks = result["training"].get("blocks")
+    nothing = "; no block got better, so none was changed" if blocks and not any(row["kept"] for row in blocks) else ""
+    return f"{ours} against {untrained}: {metric['verdict']} ({said}){nothing}"
 
 
 def untrained_table(result: dict[str, Any]) -> Table:

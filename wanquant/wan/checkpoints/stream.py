@@ -276,4 +276,4 @@ class _Conversion:
         packed = replace(self.recipe.scheme, packed=True)
         quantize_(holder, packed, (), self.recipe.protected_modules, stats, folds=folds_of(self.transformer))
         layers = quantized_linears(block)
-        return {own + name: int(layer.overflowed) for name, layer in layers.items() if layer.overflowed}
+        return {own + name: int(layer.overflowed_weight) for name, layer in layers.items() if layer.overflowed_weight}
