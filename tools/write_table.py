@@ -145,18 +145,22 @@ def _gained(trainings: list[Training], name: str) -> Gained:
 
 
 def _by_recipe(trainings: list[Training], name: str, title: str) -> str:
-    """A row a recipe, a column a setting, and one over all."""
+    """A row a recipe, a column a setting, and one over all settings."""
     gained = _gained(trainings, name)
     settings = list(dict.fromkeys(_setting(result) for result, _ in trainings))
     recipes = list(dict.fromkeys(recipe for _, recipe in trainings))
     seeds = sorted({seed for *_, seed in gained})
-    heads = [f"{title}: qat", *(f"{quant}, protect {protect}" for quant, protect in settings), "over all"]
+    several = len(settings) > 1
+    heads = [f"{title}: qat", *(f"{quant}, protect {protect}" for quant, protect in settings)]
+    heads += ["over all"] if several else []
     untrained = {_setting(result): result["metrics"][f"untrained.{name}"] for result, _ in trainings}
-    rows = [["PTQ baseline itself", *(estimate_text(untrained[setting]) for setting in settings), ""]]
+    rows = [["PTQ baseline itself", *(estimate_text(untrained[setting]) for setting in settings)]]
+    rows[0] += [""] if several else []
     for recipe in recipes:
         own = [[gained[recipe, setting, seed] for seed in seeds] for setting in settings]
-        over_all = [[item for setting in own for item in setting[seed]] for seed in range(len(seeds))]
-        rows.append([recipe, *(_over(trained, len(recipes)) for trained in (*own, over_all))])
+        if several:
+            own.append([[item for setting in own for item in setting[seed]] for seed in range(len(seeds))])
+        rows.append([recipe, *(_over(trained, len(recipes)) for trained in own)])
     return markdown(heads, rows)
 
 
