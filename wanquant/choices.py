@@ -36,7 +36,7 @@ def mistaken(key: str, value: Any, known: Collection[str]) -> ValueError:
     return ValueError(f"{key}={value}: {did_you_mean(str(value), known)}choose {', '.join(known)}")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Collection[str]) -> str:
     """``did you mean X? `` with a space behind it, or nothing where no known word is like this one. Those that begin
     with it are all named."""
     longer = [each for each in known if each.startswith(f"{word}_")]

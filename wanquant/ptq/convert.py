@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from wanquant.ptq.config import PTQConfig
 from wanquant.ptq.convert_plan import CPU, ConvertPlan, print_convert_plan, probed_seconds, resolve_convert, with_files
-from wanquant.ptq.result import names_of
+from wanquant.ptq.result import names_of, overflow
 from wanquant.runs.cache import locked
 from wanquant.runs.files import replacing, write_atomic
 from wanquant.runs.finished import in_use
@@ -197,5 +198,5 @@ def _counts(streamed: Mapping[str, Streamed]) -> dict[str, Any]:
     overflowed = {name: count for part in streamed.values() for name, count in sorted(part.overflowed.items())}
     return {
         "conversion": {status: sum(each[status] for each in counts) for status in counts[0]},
-        "overflow": {"weights": {"elements": sum(overflowed.values()), "modules": overflowed}},
+        "overflow": overflow(Counter(), overflowed),  # nothing was put in
     }

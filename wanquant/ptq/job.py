@@ -7,6 +7,7 @@ compare, write → ``result.json`` → report. Everything that can be refused is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from wanquant.evaluate import gates
-from wanquant.evaluate.single_steps import measure_steps, record
+from wanquant.evaluate.single_steps import SingleSteps, Trajectories, measure_steps, record
 from wanquant.ptq.analyze import analyze, write_analysis
 from wanquant.ptq.calibrator import Calibrator
 from wanquant.ptq.config import PTQConfig
@@ -29,6 +30,7 @@ from wanquant.ptq.result import (
     lost_to_fp8,
     names_of,
     overflow,
+    overflowed_weights,
     tail,
     verdict,
     write_readme,
@@ -159,13 +161,9 @@ class Job:
         floors = self.noise_floors(pipeline, baseline)
         with stage("quantize"):
             report = quantize_transformer(calibrator, choice.blocks, stats)
+            weights = overflowed_weights(pipeline.transformer)
         how = calibrator.what_is_quantized(report.protected_blocks)
-        with stage("single_steps"):
-            single_steps = {each.name: measure_steps(each, how, config.force) for each in trajectories}
-        with stage("generate_quantized"):
-            samples, counts = quantized_videos(
-                pipeline, f"generate {config.quant.format}", self.shown, how, config.force
-            )
+        single_steps, samples, counts = self._quantized(pipeline, trajectories, how)
         if self.run_ is None:
             return {}
         with stage("compare"):
@@ -175,17 +173,27 @@ class Job:
         with stage("write"):
             write_videos(self.run_.folder, self.plan, baseline, samples, floors)
             self.save(pipeline, report)
-        counts = counts if self.shown else single_steps[STEP_SQNR].counts
         return {
             **self.head(tuple(report.protected_blocks)),
             **conversion(self.plan, report, calibration, choice),
-            **overflow(pipeline.transformer, counts),
+            "overflow": overflow(counts, weights),
             **lost_to_fp8(self.plan.scheme, pipeline.transformer, counts),
             "block_sqnr": block_sqnr,
             "single_steps": {name: steps.as_json() for name, steps in single_steps.items()},
             **verdict(metrics, gate_results, len(self.pairs)),
             **self.tail(calibrator, self.plan.pairs),
         }
+
+    def _quantized(
+        self, pipeline: CachedPipeline, trajectories: Sequence[Trajectories], how: dict[str, Any]
+    ) -> tuple[dict[str, SingleSteps], list[Sample], Counter[str]]:
+        """Single steps and videos of the quantized model, and what its linears counted."""
+        label, force = f"generate {self.config.quant.format}", self.config.force
+        with self.stage("single_steps"):
+            single_steps = {each.name: measure_steps(each, how, force) for each in trajectories}
+        with self.stage("generate_quantized"):
+            samples, counts = quantized_videos(pipeline, label, self.shown, how, force)
+        return single_steps, samples, counts if self.shown else single_steps[STEP_SQNR].counts
 
     def analyze(self) -> dict[str, Any]:
         calibrator = self.load()

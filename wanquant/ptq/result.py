@@ -107,15 +107,17 @@ def of_kind(counts: Counter[str], kind: str) -> dict[str, int]:
     return {name.removeprefix(f"{kind} "): count for name, count in counts.items() if name.startswith(f"{kind} ")}
 
 
-def overflow(transformer: nn.Module, counts: Counter[str]) -> dict[str, Any]:
-    """How many elements of inputs and of weights fell beyond the format's range, and in which linears."""
-    layers = quantized_linears(transformer).items()
-    sides = {
-        "inputs": of_kind(counts, "overflow"),
-        "weights": {name: int(layer.overflowed_weight) for name, layer in layers if layer.overflowed_weight},
-    }
-    found = {side: {"elements": sum(of.values()), "modules": dict(sorted(of.items()))} for side, of in sides.items()}
-    return {"overflow": found}
+def overflowed_weights(transformer: nn.Module) -> dict[str, int]:
+    """How many elements of each weight fell beyond the format's range, as it was quantized: a checkpoint no longer
+    knows."""
+    counts = {name: int(layer.overflowed_weight) for name, layer in quantized_linears(transformer).items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def overflow(counts: Counter[str], weights: Mapping[str, int]) -> dict[str, Any]:
+    """How many elements of inputs and of ``weights`` fell beyond the format's range, and in which linears."""
+    sides = {"inputs": of_kind(counts, "overflow"), "weights": weights}
+    return {side: {"elements": sum(of.values()), "modules": dict(sorted(of.items()))} for side, of in sides.items()}
 
 
 def lost_to_fp8(scheme: Scheme, transformer: nn.Module, counts: Counter[str]) -> dict[str, Any]:

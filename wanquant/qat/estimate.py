@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from wanquant.formats.registry import HiF8
-from wanquant.ptq.estimate import count_videos
+from wanquant.ptq.estimate import count_videos, start_and_end
 from wanquant.qat.config import AT_ONCE, QATConfig
 from wanquant.qat.plan import TrainPlan
 from wanquant.qat.scope import is_matrix, trains_weights
@@ -25,7 +25,7 @@ from wanquant.wan.resources.empty import Given, tokens_of
 from wanquant.wan.resources.estimate import ResourceEstimate, VideoCounts
 from wanquant.wan.resources.footprint import Kept, kept_by, once
 from wanquant.wan.resources.offload import Needed
-from wanquant.wan.resources.printed import in_bytes, in_time, print_estimate
+from wanquant.wan.resources.printed import in_bytes, print_estimate
 from wanquant.wan.resources.probe import block_seconds, learning_seconds
 
 #: What training adds on the device.
@@ -221,7 +221,8 @@ def shrinks(qat: QATConfig) -> str:
 def print_estimates(plan: TrainPlan, needs: ResourceEstimate, told: str, config_yaml: str) -> None:
     """What the training needs, after what the quantization does."""
     seconds = estimate_seconds(plan)
-    print_estimate(needs, config_yaml, outside={"train": seconds}, told=told)
+    outside = {**start_and_end(plan.config.tracker.name), "train": seconds}
+    print_estimate(needs, config_yaml, outside, told)
     streams = needs.offload != "none" and needs.device.type != "cpu"
     memory, options = estimate_memory(plan, streams), shrinks(plan.qat)
     parts = {name: getattr(memory, name) for name in ("model", *ADDED)}
@@ -232,4 +233,3 @@ def print_estimates(plan: TrainPlan, needs: ResourceEstimate, told: str, config_
         print(f"            {passing}")
     if options:
         print(f"            less with {options}")
-    print(f"            {in_time(seconds)}, by a probe of one block")

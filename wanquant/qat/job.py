@@ -37,7 +37,7 @@ from wanquant.ptq.generating import bf16_videos, compare_videos, quantized_video
 from wanquant.ptq.job import Job
 from wanquant.ptq.plan import with_weights
 from wanquant.ptq.protect import Choice, choose
-from wanquant.ptq.result import conversion, overflow, verdict, write_videos
+from wanquant.ptq.result import conversion, overflow, overflowed_weights, verdict, write_videos
 from wanquant.ptq.running import run_job
 from wanquant.ptq.sensitivity import quantized
 from wanquant.qat.estimate import count_training_videos, estimate_seconds, print_estimates, training_ways
@@ -169,7 +169,7 @@ class TrainJob(Job):
         return {
             **self.head(tuple(report.protected_blocks)),
             **conversion(self.plan, report, calibration, choice),
-            **overflow(pipeline.transformer, trained.counts),
+            "overflow": overflow(trained.counts, training.pop("overflowed_weights")),
             "qat": dataclasses.asdict(self.config.qat),
             "block_sqnr": None,
             "single_steps": {name: steps.as_json() for name, steps in trained.single_steps.items()},
@@ -234,6 +234,7 @@ class TrainJob(Job):
                     save_transformer(part, self.plan.model.files.folder / name, folder / name, lambda: None)
                 else:
                     part.save_pretrained(folder / name)
+            report["overflowed_weights"] = overflowed_weights(pipeline.transformer)
             (folder / CURVES).write_text(json.dumps(report) + "\n", encoding="utf-8")
 
         folder = pipeline.artefact("train", "trained", trainer.signature, make)

@@ -29,7 +29,7 @@ class HeldLinear(nn.Linear):
     low_rank_down BF16 [rank, in], and low_rank_up [out, rank]: the branch beside the weight, of inputs as they come
     bias          BF16
     overflowed    int64 []: elements of all inputs so far that fell beyond the format's range
-    overflowed_weight  int64 []: elements of the weight that did
+    overflowed_weight  int64 []: elements of the weight that did, as it was quantized; 0 of one from a checkpoint
     lost          int64 [2]: of all inputs so far, values that a product of codes does not hold, and all of them
     """
 
@@ -135,7 +135,8 @@ class HeldLinear(nn.Linear):
             if parameter.dtype != before[name].dtype:
                 setattr(self, name, nn.Parameter(before[name].to(parameter.device), requires_grad=False))
         if not self.weight.is_meta:
-            self.overflowed, self.lost = (count.to(self.weight.device) for count in (self.overflowed, self.lost))
+            for name in ("overflowed", "overflowed_weight", "lost"):
+                setattr(self, name, getattr(self, name).to(self.weight.device))
         for name, buffer in kept.items():
             moved = self._buffers[name]
             assert moved is not None

@@ -4,7 +4,7 @@ Where it does, the expensive one need not be taken for every candidate. The chea
 which needs a single BF16 pass over the calibration prompts; then single denoising steps along BF16's trajectories;
 then the final latents; then pixels; then judges. It is
 Spearman's rank correlation over configurations, with an interval from drawing them with replacement: of few
-configurations it says little, and then the interval says that.
+configurations it says little, and then the interval says that; of fewer than ``DRAWN`` there is none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ DRAWN = 5
 
 
 def ladder(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """``rungs``: a measure each, with its correlations by cheap measure, or None where one of the two is constant."""
+    """``rungs``: a measure each, with its correlations by cheap measure, or None where one of the two is constant; each
+    with its bounds, NaN where there are none."""
     known = [name for name in (STEP_SQNR, DRIFT, "psnr") if any(name in row["metrics"] for row in rows)]
     sound = [row for row in rows if all(math.isfinite(_mean(row, name)) for name in known)]
     if len(sound) < FEW:
@@ -43,8 +44,6 @@ def ladder(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         below = cheap[: cheap.index(name)] if name in cheap else cheap
         if below:
             rungs.append({"name": name, "correlations": {other: _correlated(sound, other, name) for other in below}})
-    if not rungs:
-        return None
     if not rungs:
         return None
     return {"configurations": len(sound), "few": len(sound) < MANY, "cheap": cheap, "rungs": rungs}

@@ -25,6 +25,7 @@ from wanquant.wan.checkpoints.layouts.pieces import Checkpoint, Piece, write_as_
 from wanquant.wan.checkpoints.sums import check_sums, seal
 from wanquant.wan.families import family_of
 
+#: Channels of an attention head, as ComfyUI takes them to be in every Wan.
 COMFYUI_HEADS = 128
 #: Writes a checkpoint's tensors to a folder by a naming, and calls back after each file. It returns what is to be said.
 Writer = Callable[[Checkpoint, Path, str, Callable[[], None]], list[str]]
@@ -84,8 +85,7 @@ def export(
         write_json(partial_target / "config.json", checkpoint.config)
         writers = WRITERS | (NVFP4 if checkpoint.scheme.format.name == "nvfp4" else {})
         said = writers[layout](checkpoint, partial_target, naming, on_file)
-    width = checkpoint.config["attention_head_dim"]
-    if layout == "comfyui" and width != COMFYUI_HEADS:
+    if layout == "comfyui" and (width := checkpoint.config["attention_head_dim"]) != COMFYUI_HEADS:
         told = f"ComfyUI takes heads to be {COMFYUI_HEADS} wide, as all published Wans have them"
         said.append(f"{told}: these are {width}")
     return said

@@ -48,7 +48,9 @@ def print_needs(
     done = f"{counts.bf16} videos denoised in BF16, {counts.quantized} quantized, {counts.decoded} decoded"
     if counts.replays_in_all:
         done += f", single steps of {counts.replays_in_all:.3g} more"
-    stages = {**(outside or {}), **plan.stages}
+    stages = {**(outside or {})}
+    for name, seconds in plan.stages.items():  # looks at a model in training are in both
+        stages[name] = stages.get(name, 0.0) + seconds
     told = f"{in_time(sum(stages.values()))}: {done}, by a probe of the device; what the cache holds takes none"
     print(f"time        {told}{GUESS if plan.guess else ''}")
     for name, seconds in stages.items():
@@ -106,7 +108,7 @@ def in_bytes(count: float) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """In the unit of which there are fewest and still two."""
+    """In seconds below two minutes, and so on up."""
     if seconds < 120:
         return f"{seconds:.{1 if seconds < 10 else 0}f} s"
     for unit, size, most in (("min", 60, 120), ("h", 3600, 48), ("days", 86400, 730)):
