@@ -87,7 +87,7 @@ COMPARED = (
 
 
 def table_of_trainings(sweep: Path) -> str:
-    """Markdown: every recipe of a training against its PTQ baselines, in each setting and over all of them."""
+    """Markdown: every recipe of a training against its PTQ baselines, in each setting."""
     table_of_sweep(sweep)  # refuses what is not whole, or not to be compared
     results = [read_result(folder) for folder in jobs_of(sweep)]
     trainings = list(zip(results, recipes_of(results), strict=True))
@@ -96,15 +96,17 @@ def table_of_trainings(sweep: Path) -> str:
     make = _by_recipe if len(recipes) > 1 else _by_setting
     tables = [make(trainings, name, title) for name, title, _ in known]
     pairs, seeds = len(over_untrained(results[0], METRIC)), {result["qat"].get("seed", 0) for result in results}
-    rows, among = (f"{len(recipes)} recipes", "of a column ") if len(recipes) > 1 else (f"{len(settings)} settings", "")
+    among = f"{len(recipes)} recipes of a column" if len(recipes) > 1 else f"{len(settings)} settings"
+    wide = f"interval over prompts, so wide that 95 % is for all {among} together (Bonferroni)"
+    if len(recipes) == len(settings) == 1:
+        wide = "95 % interval over prompts"
     repeated = (
         f" Each was trained {len(seeds)} times (`qat.seed`), and each pair's difference is the mean of these; in "
         f"parentheses the lowest and the highest mean of one training."
     )
     told = (
         f"Trained less its PTQ baseline, in dB of SQNR: {', and '.join(what for *_, what in known)}. "
-        f"{pairs} (prompt, seed) pairs, paired, Student's interval over prompts, so wide that 95 % is for all {rows} "
-        f"{among}together (Bonferroni).{repeated if len(seeds) > 1 else ''} "
+        f"{pairs} (prompt, seed) pairs, paired, Student's {wide}.{repeated if len(seeds) > 1 else ''} "
         f"{results[0]['model']['name']}, {_machine(results[0]['provenance'])}."
     )
     return "\n\n".join([*tables, told])

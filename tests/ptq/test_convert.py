@@ -205,6 +205,8 @@ def test_a_dry_run_says_what_it_would_take(
     assert "PP" + "q" * 35 + "PPP" in said
     assert re.search(r"2\d\.\d MB read, 12\.9 MB written to 1 files, 0\.[56]", said)
     assert "memory" in said
+    assert "rounding      weights hif8, per_channel, amax/15; inputs hif8, per_token, amax/15, dynamic\n" in said
+    assert re.search(r"^time +[\d.]+ (s|min), by a probe", said, re.MULTILINE)
     assert not list(Path(model).rglob("*.safetensors"))
 
 

@@ -185,3 +185,33 @@ def test_one_recipe_has_a_row_for_each_setting(tmp_path: Path) -> None:
         ("exit", 0.5, "0.50 to 0.50)"),
     ]
     assert "for all 3 settings together" in text
+
+
+def test_over_all_settings_and_seeds(tmp_path: Path) -> None:
+    """And what none of the sweep has is refused, instead of an empty table."""
+    gains = {
+        ("on", "none"): (1.0, 3.0),
+        ("on", "ends"): (0.0, 1.0),
+        ("flow", "none"): (-1, 1),
+        ("flow", "ends"): (-3, -5),
+    }
+    for (recipe, protect), by_seed in gains.items():
+        for seed, gain in enumerate(by_seed):
+            trained(tmp_path / f"{len(list(tmp_path.iterdir()))}", f"{recipe} seed={seed}", protect, gain, seed)
+    text = write_table.write(tmp_path, trainings=True)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    cells = [[(float(cell.split(" ")[0]), cell.split("(")[1]) for cell in row[1:]] for row in rows[3:5]]
+    assert cells == [
+        [(2.0, "1.00 to 3.00)"), (0.5, "0.00 to 1.00)"), (1.25, "0.50 to 2.00)")],
+        [(0.0, "-1.00 to 1.00)"), (-4.0, "-5.00 to -3.00)"), (-2.0, "-2.00 to -2.00)")],
+    ]
+
+
+def test_nothing_further_is_refused(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, named("x"))
+    for path in folder.glob("*/result.json"):
+        result = json.loads(path.read_text())
+        metrics = {"step_sqnr": result["metrics"]["step_sqnr"]}
+        path.write_text(json.dumps(result | {"metrics": metrics, "gates": {}}))
+    with pytest.raises(ValueError, match="measured nothing further"):
+        write_table.write(folder, further=True)

@@ -31,7 +31,7 @@ from wanquant.wan.checkpoints.stream import Needs, Recipe, foresee
 from wanquant.wan.checkpoints.tensor_files import Source
 from wanquant.wan.experts import as_whole
 from wanquant.wan.load import Transformer
-from wanquant.wan.resources.printed import LEGEND, block_map, in_bytes
+from wanquant.wan.resources.printed import LEGEND, block_map, in_bytes, in_time, rounding
 
 CPU = torch.device("cpu")
 
@@ -182,6 +182,7 @@ def _by_step(seen: Site, recipe: Recipe) -> list[Any]:
 
 def print_convert_plan(plan: ConvertPlan, config_yaml: str) -> None:
     print(config_yaml)
+    print(f"rounding      {rounding(plan.scheme)}")
     for name, part in plan.parts.items():
         print(f"{name or 'blocks':<14}{block_map(part.report)}   ({LEGEND})")
     for name, part in plan.parts.items():
@@ -189,7 +190,7 @@ def print_convert_plan(plan: ConvertPlan, config_yaml: str) -> None:
         told = f"{in_bytes(needs.written)} written to {needs.files} files, {needs.written / needs.read:.3f} of it"
         print(f"{name:<14}{in_bytes(needs.read)} read, {told}")
     print(f"memory        {in_bytes(max(needs.memory for needs in plan.needs))} beside the program's own")
-    print(f"time          {probed_seconds(plan):,.0f} s, by a probe of CPU and disk")
+    print(f"time          {in_time(probed_seconds(plan))}, by a probe of CPU and disk")
 
 
 def probed_seconds(plan: ConvertPlan) -> float:

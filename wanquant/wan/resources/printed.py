@@ -19,7 +19,7 @@ def print_estimate(
     counts = plan.report.counts()
     print(config_yaml)
     print(f"blocks      {block_map(plan.report)}   ({LEGEND})")
-    print(f"rounding    {_rounding(plan.scheme)}")
+    print(f"rounding    {rounding(plan.scheme)}")
     print("linears     " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     print(f"transformer {plan.parameters:,} parameters, {in_bytes(2 * plan.parameters)} in BF16")
     print(f"checkpoint  transformer {in_bytes(plan.packed)}, {plan.packed / (2 * plan.parameters):.2f} of BF16")
@@ -57,7 +57,7 @@ def print_needs(
         print(f"            {name.replace('_', ' '):<20}{in_time(seconds):>10}")
 
 
-def _rounding(scheme: Scheme) -> str:
+def rounding(scheme: Scheme) -> str:
     """What ``default`` has become in the config."""
     weights, inputs = scheme.config.weights, scheme.config.activations
     if scheme.format.keeps_all:
@@ -71,6 +71,7 @@ def _rounding(scheme: Scheme) -> str:
         of_inputs += [inputs.granularity, inputs.rule, f"static{bins}" if inputs.static else "dynamic"]
     of_inputs += [f"smoothed {scheme.smoothing}"] if scheme.smoothing else []
     of_inputs += [f"rotated by {scheme.rotation}"] if scheme.rotation else []
+    of_inputs += [f"attention {scheme.attention}"] if scheme.attention != "off" else []
     return f"{', '.join(of_weights)}; {', '.join(of_inputs)}"
 
 
