@@ -138,5 +138,5 @@ def test_a_format_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(model.blocks[0][0]) is nn.Linear
     assert set(model.blocks[1][0].weight.unique().tolist()) == set(range(-7, 8))
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="did you mean int8"):
+    with pytest.raises(ValueError, match="did you mean int4_g64 or int4_g128"):
         get_format("int4")
