@@ -30,7 +30,7 @@ from wanquant.evaluate import gates
 from wanquant.evaluate.compare import Networks, of_pair
 from wanquant.evaluate.config import EvalConfig
 from wanquant.evaluate.single_steps import SingleSteps, Trajectories, measure_steps, record
-from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, difference
+from wanquant.evaluate.stats import ENOUGH_PAIRS, Estimate, Item, compared, detectable, difference
 from wanquant.ptq.calibrator import Calibration
 from wanquant.ptq.estimate import estimate_resources
 from wanquant.ptq.generating import bf16_videos, compare_videos, quantized_videos
@@ -266,7 +266,8 @@ class TrainJob(Job):
         for name in COMPARED if config.qat.quantize else ("attributes",):
             if name in found and UNTRAINED + name in found:
                 paired = compared(difference(found[name], found[UNTRAINED + name]))
-                over[name] = {**paired.as_json(), "verdict": verdict_of(paired, few)}
+                told = {"verdict": verdict_of(paired, few), "could_see": detectable(paired)}
+                over[name] = {**paired.as_json(), **told}
         return found, over
 
     def _save(self, pipeline: CachedPipeline, report: ConversionReport) -> None:
