@@ -220,15 +220,15 @@ def test_protecting_the_planted_blocks_restores_the_model_bit_for_bit(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_", ["hif8", "hif4", "nvfp4"])
-def test_sensitivity_finds_the_planted_blocks(format_: str, tmp_path: Path) -> None:
-    """As ``model=tiny-outliers`` ships, over whole generations. With other blocks it need not: what is planted hurts a
-    block's attention alone, and without that some blocks do nearly as well."""
+def test_sensitivity_finds_the_planted_blocks(tmp_path: Path) -> None:
+    """As ``model=tiny-outliers`` ships, over whole generations, at eight bits. With other blocks it need not: what is
+    planted hurts a block's attention alone, and without that some blocks do nearly as well; at four bits the entry
+    loses more by plain rounding."""
     pipe = load_pipeline("tiny", "cpu")
     planted = plant_outliers_(pipe.transformer, PLANTED)
     prompts = ["a green circle moving right on a gray background", "a yellow square moving down on a white background"]
     per_token = ActivationConfig(granularity="per_token")
-    calibrator = calibrator_of(pipe, tmp_path, QuantConfig(format=format_, activations=per_token), batch=4)
+    calibrator = calibrator_of(pipe, tmp_path, QuantConfig(activations=per_token), batch=4)
     calibrator.pairs = PAIRS + [(prompt, 1000) for prompt in prompts]
     calibrator.pipeline.model.generation = GenerationConfig(**read_generation(tiny.folder()))
     assert choose(ProtectConfig("auto", by="sensitivity", budget=5), None, calibrator).blocks == list(planted)
