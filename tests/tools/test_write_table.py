@@ -188,7 +188,6 @@ def test_one_recipe_has_a_row_for_each_setting(tmp_path: Path) -> None:
 
 
 def test_over_all_settings_and_seeds(tmp_path: Path) -> None:
-    """And what none of the sweep has is refused, instead of an empty table."""
     gains = {
         ("on", "none"): (1.0, 3.0),
         ("on", "ends"): (0.0, 1.0),
@@ -208,6 +207,7 @@ def test_over_all_settings_and_seeds(tmp_path: Path) -> None:
 
 
 def test_nothing_further_is_refused(tmp_path: Path) -> None:
+    """Instead of an empty table."""
     folder = sweep(tmp_path, named("x"))
     for path in folder.glob("*/result.json"):
         result = json.loads(path.read_text())
